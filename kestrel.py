@@ -1,0 +1,2781 @@
+#!/usr/bin/env python3
+# Copyright (c) the kestrel.py authors. MIT License, see LICENSE.
+"""kestrel.py: Twitter's Kestrel message queue, rebuilt as one file of plain Python.
+
+A daemon that speaks the memcache text protocol; each key is a durable FIFO queue.
+
+    python3 kestrel.py                    # port 22133, journals in ./spool
+    python3 kestrel.py -c kestrel.conf
+
+or, inside another program, one durable queue alone:
+
+    queue = kestrel.Queue("work", path="/var/spool/kestrel")
+    queue.add(b"hello")
+    item = queue.remove(open=True)        # item.data == b"hello"
+    queue.confirm(item.xid)
+    queue.close()
+
+The file is read from top to bottom; no section refers to one below its own:
+
+    1  Configuration   settings, their units and defaults, the config file
+    2  Journal         items, records, the files of one queue
+    3  Queue           items in order, open reads, waiters, limits, expiry
+    4  Broker          all queues by name: fanout, aliases, status, stats
+    5  Protocols       bytes in, bytes out: no sockets, no clock, no files
+    6  Server          sockets, timers, fsync, signals: one turn of the loop
+    7  Command line    main()
+
+One turn of the loop reads every ready socket once, lets the sessions change the
+queues in memory, writes each changed journal with one write, fsyncs where that was
+asked for (on a helper thread), and only then sends the answers, one send a
+connection. Time is read once a turn and handed down as `now`.
+
+Two clocks: `now` is the time of day in milliseconds of the epoch, for items (add
+time, expiry) only; whatever waits is timed by the server on the monotonic clock.
+"""
+
+import argparse
+import collections
+import configparser
+import contextlib
+import errno
+import fcntl
+import functools
+import heapq
+import itertools
+import logging
+import os
+import queue as queues
+import re
+import selectors
+import shutil
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import types
+
+__version__ = "1.0.0"
+
+log = logging.getLogger("kestrel")
+
+
+# == 1. Configuration =====================================================================
+#
+# The settings, their units and defaults, and the config file they come from. A setting
+# carries Kestrel's name in snake_case. Times are held in milliseconds, sizes in bytes.
+# Knows configparser and units; no queues, no sockets.
+
+UNLIMITED = (1 << 63) - 1
+
+# The longest queue name, in bytes: a file name less the longest suffix of a journal file.
+MAX_NAME = 255 - len(".1790000000000.pack")
+
+# The largest item that a client may send, in bytes: what the default max_memory_size of
+# a queue can hold. The queues' own max_item_size can only be stricter.
+MAX_ITEM = 128 << 20
+
+_SIZES = {"": 1, "b": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
+_TIMES = {"ms": 1, "s": 1000, "m": 60 * 1000, "h": 3600 * 1000, "d": 86400 * 1000}
+
+
+class ConfigError(Exception):
+    """A setting that cannot be used. Its text says where and why: `file:line: why`."""
+
+
+def check_name(name):
+    """Return `name` when it can name a queue, else raise ValueError with the reason."""
+    if not name:
+        raise ValueError("the name of a queue is empty")
+    if len(os.fsencode(name)) > MAX_NAME:
+        raise ValueError("the name of a queue is longer than %d bytes" % MAX_NAME)
+    for char in name:
+        if char in "./~" or char <= " " or char == "\x7f":
+            raise ValueError("%s in the name of a queue" % ascii(char))
+    return name
+
+
+def _parse_size(text):
+    match = re.fullmatch(r"([0-9]+) *([a-z]*)", text.lower())
+    if not match or match[2] not in _SIZES:
+        raise ValueError("%r is not a size such as 512, 64kb, 16mb or 1gb" % text)
+    return int(match[1]) * _SIZES[match[2]]
+
+
+def _show_size(size):
+    unit = max((unit for unit in _SIZES if size and size % _SIZES[unit] == 0),
+               key=_SIZES.get, default="")
+    return "%d%s" % (size // _SIZES[unit], unit if _SIZES[unit] > 1 else "")
+
+
+def _parse_time(text):
+    match = re.fullmatch(r"([0-9]+) *([a-z]*)", text.lower())
+    if match and int(match[1]) == 0 and match[2] in ("", *_TIMES):
+        return 0
+    if not match or match[2] not in _TIMES:
+        raise ValueError("%r is not a time such as 100ms, 30s, 5m, 1h or 1d" % text)
+    return int(match[1]) * _TIMES[match[2]]
+
+
+def _show_time(time_ms):
+    unit = max((unit for unit in _TIMES if time_ms % _TIMES[unit] == 0), key=_TIMES.get)
+    return "%d%s" % (time_ms // _TIMES[unit], unit) if time_ms else "0"
+
+
+def _parse_integer(low, high):
+    def parse(text):
+        if not re.fullmatch("[0-9]+", text) or not low <= int(text) <= high:
+            raise ValueError("%r is not a whole number from %d to %d" % (text, low, high))
+        return int(text)
+    return parse
+
+
+def _parse_flag(text):
+    flag = configparser.ConfigParser.BOOLEAN_STATES.get(text.lower())
+    if flag is None:
+        raise ValueError("%r is neither true nor false" % text)
+    return flag
+
+
+def _parse_text(text):
+    if not text:
+        raise ValueError("the value is empty")
+    return text
+
+
+def _parse_word(*words):
+    def parse(text):
+        if text.lower() not in words:
+            raise ValueError("%r is none of: %s" % (text, ", ".join(words)))
+        return text.lower()
+    return parse
+
+
+def _parse_name_or_none(text):
+    return check_name(text) if text else None
+
+
+def _parse_names(text):
+    return tuple(check_name(name) for name in re.split("[ ,\n]+", text.strip(" ,\n")))
+
+
+# How a kind of setting is read from text and written as text.
+Kind = collections.namedtuple("Kind", "parse show")
+
+
+def _or(word, value, kind):
+    """The kind of setting that may also be `word`, which stands for `value`."""
+    return Kind(lambda text: value if text.lower() == word else kind.parse(text),
+                lambda held: word if held == value else kind.show(held))
+
+
+SIZE = Kind(_parse_size, _show_size)
+TIME = Kind(_parse_time, _show_time)
+COUNT = Kind(_parse_integer(1, UNLIMITED), str)
+PORT = Kind(_parse_integer(0, 65535), str)
+FLAG = Kind(_parse_flag, lambda flag: "true" if flag else "false")
+TEXT = Kind(_parse_text, str)
+NAME = Kind(_parse_name_or_none, lambda name: name or "")
+NAMES = Kind(_parse_names, ", ".join)
+SIZE_LIMIT = _or("unlimited", UNLIMITED, SIZE)
+COUNT_LIMIT = _or("unlimited", UNLIMITED, COUNT)
+TIME_OR_NEVER = _or("never", None, TIME)
+# Kestrel's older configurations say 0 where they mean that a thing never times out.
+TIMEOUT = Kind(lambda text: TIME_OR_NEVER.parse(text) or None, TIME_OR_NEVER.show)
+
+# What each section of the config file may set: name -> (kind, default as written).
+SERVER_SETTINGS = {
+    "listen_address": (TEXT, "127.0.0.1"),
+    "memcache_port": (PORT, "22133"),
+    "queue_path": (TEXT, "spool"),
+    "client_timeout": (TIMEOUT, "never"),
+    "connection_backlog": (COUNT, "1024"),
+    "expiration_timer_frequency": (TIMEOUT, "never"),
+    "max_open_transactions": (COUNT, "100"),
+    "flush_all_reply": (Kind(_parse_word("kestrel", "memcached"), str), "kestrel"),
+    "allow_remote_shutdown": (FLAG, "false"),
+}
+QUEUE_SETTINGS = {
+    "max_items": (COUNT_LIMIT, "unlimited"),
+    "max_size": (SIZE_LIMIT, "unlimited"),
+    "max_item_size": (SIZE_LIMIT, "unlimited"),
+    "max_age": (TIMEOUT, "never"),
+    "default_journal_size": (SIZE, "16mb"),
+    "max_memory_size": (SIZE, "128mb"),
+    "max_journal_size": (SIZE, "1gb"),
+    "min_journal_compact_delay": (TIME, "1m"),
+    "discard_old_when_full": (FLAG, "false"),
+    "keep_journal": (FLAG, "true"),
+    "sync_journal": (TIME_OR_NEVER, "100ms"),
+    "expire_to_queue": (NAME, ""),
+    "max_expire_sweep": (COUNT_LIMIT, "unlimited"),
+    "fanout_only": (FLAG, "false"),
+    "max_queue_age": (TIMEOUT, "never"),
+    "open_transaction_timeout": (TIMEOUT, "never"),
+    "keep_flags": (FLAG, "true"),
+}
+ALIAS_SETTINGS = {
+    "destination_queues": (NAMES, None),
+}
+
+
+def _defaults(settings):
+    return {key: kind.parse(default) for key, (kind, default) in settings.items()}
+
+
+def _shown(settings, values):
+    return ["%s = %s" % (key, kind.show(values[key])) for key, (kind, _) in settings.items()]
+
+
+class QueueConfig(types.SimpleNamespace):
+    """The settings of one queue, as attributes; those not given have their defaults."""
+
+    def __init__(self, **given):
+        unknown = given.keys() - QUEUE_SETTINGS.keys()
+        if unknown:
+            raise TypeError("unknown settings: %s" % ", ".join(sorted(unknown)))
+        super().__init__(**{**_defaults(QUEUE_SETTINGS), **given})
+
+    def lines(self):
+        """Each setting as `key = value`, as it would stand in the config file."""
+        return _shown(QUEUE_SETTINGS, vars(self))
+
+
+class Config:
+    """Everything that a config file says. `server` holds the [server] settings.
+
+    `path` is an INI file (configparser), None for the defaults. `overrides` are [server]
+    settings, given as text, that go before the file's. Raises ConfigError.
+    """
+
+    def __init__(self, path=None, overrides=None):
+        self.path = path
+        self.overrides = overrides or {}
+        self.aliases = {}
+        self._queues = {}
+        self._lines = []
+        server = {}
+        for header, values in self._sections():
+            kind, _, name = header.partition(" ")
+            name = name.strip()
+            if header == "server":
+                server = self._values(header, SERVER_SETTINGS, values)
+            elif kind == "queue":
+                self._add(header, self._queues, name,
+                          self._values(header, QUEUE_SETTINGS, values))
+            elif kind == "alias" and name:
+                alias = self._values(header, ALIAS_SETTINGS, values)
+                if not alias:
+                    raise self._error("destination_queues is missing", header)
+                self._add(header, self.aliases, name, alias["destination_queues"])
+            else:
+                raise self._error("unknown section [%s]; there are [server], [queue], "
+                                  "[queue NAME] and [alias NAME]" % header, header)
+        for name, destinations in self.aliases.items():
+            if name in self._queues:
+                raise self._error("%s is both an alias and a queue" % name, "alias " + name)
+            for other in destinations:
+                if other in self.aliases:
+                    raise self._error("destination_queues: %s is an alias itself" % other,
+                                      "alias " + name, "destination_queues")
+        for key, text in self.overrides.items():
+            try:
+                server[key] = SERVER_SETTINGS[key][0].parse(text)
+            except ValueError as error:
+                raise ConfigError("command line: %s: %s" % (key, error)) from None
+        self.server = types.SimpleNamespace(**{**_defaults(SERVER_SETTINGS), **server})
+
+    def queue(self, name):
+        """The QueueConfig of `name`: built-in, then [queue], [queue q], [queue q+child]."""
+        values = dict(self._queues.get("", {}))
+        for prefix in {name.partition("+")[0]: 1, name: 2}:
+            values.update(self._queues.get(prefix, {}))
+        return QueueConfig(**values)
+
+    def lines(self):
+        """The effective settings, as a config file that would bring them about."""
+        lines = ["[server]", *_shown(SERVER_SETTINGS, vars(self.server)), "",
+                 "[queue]", *self.queue("").lines()]
+        for name in sorted(filter(None, self._queues)):
+            lines += ["", "[queue %s]" % name, *self.queue(name).lines()]
+        for name, destinations in sorted(self.aliases.items()):
+            lines += ["", "[alias %s]" % name,
+                      "destination_queues = " + NAMES.show(destinations)]
+        return lines
+
+    def _sections(self):
+        """Yield (header, {key: text}) of each section of the file."""
+        if self.path is None:
+            return
+        parser = configparser.ConfigParser(
+            interpolation=None, default_section="", inline_comment_prefixes=("#",),
+            empty_lines_in_values=False)
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                self._lines = file.read().split("\n")
+            parser.read_file(iter(line + "\n" for line in self._lines), self.path)
+        except OSError as error:
+            raise ConfigError("%s: %s" % (self.path, error.strerror)) from None
+        except UnicodeDecodeError as error:
+            raise ConfigError("%s: not UTF-8 text: %s" % (self.path, error)) from None
+        except configparser.DuplicateSectionError as error:
+            raise self._error("section [%s] is there twice" % error.section,
+                              line=error.lineno) from None
+        except configparser.DuplicateOptionError as error:
+            raise self._error("%s is set twice in [%s]" % (error.option, error.section),
+                              line=error.lineno) from None
+        except configparser.MissingSectionHeaderError as error:
+            raise self._error("a setting before the first [section]",
+                              line=error.lineno) from None
+        except configparser.ParsingError as error:
+            raise self._error("neither [section] nor key = value",
+                              line=error.errors[0][0]) from None
+        for header in parser.sections():
+            yield header, dict(parser[header])
+
+    def _values(self, header, settings, texts):
+        values = {}
+        for key, text in texts.items():
+            if key not in settings:
+                raise self._error("unknown setting %s in [%s]" % (key, header), header, key)
+            try:
+                values[key] = settings[key][0].parse(text)
+            except ValueError as error:
+                raise self._error("%s: %s" % (key, error), header, key) from None
+        return values
+
+    def _add(self, header, known, name, values):
+        """Note what a [queue NAME] or [alias NAME] says, once for each name."""
+        if name in known:
+            raise self._error("section [%s] is there twice" % header, header)
+        if name:
+            try:
+                check_name(name)
+            except ValueError as error:
+                raise self._error(str(error), header) from None
+        known[name] = values
+
+    def _error(self, why, header=None, key=None, line=None):
+        """A ConfigError that names the file and the line of `header`, or of its `key`."""
+        section = None
+        for number, text in enumerate(self._lines, 1):
+            match = re.match(r"\[(.+)\]", text.strip())
+            section = match[1] if match else section
+            if line is None and section == header and (
+                    match if key is None
+                    else re.split("[=:]", text)[0].strip().lower() == key):
+                line = number
+        return ConfigError("%s:%s: %s" % (self.path, line, why))
+
+
+# == 2. Journal ===========================================================================
+#
+# Items, the records that stand for what was done with them, and the files of one queue.
+# The format is Kestrel's own (2.1 to 2.4, net.lag.kestrel.Journal) so that a spool can be
+# taken over and handed back. A journal is a sequence of operations; the queue is empty at
+# its start, and doing each operation in order gives the queue. Knows files; no clients.
+
+
+def _now(now=None):
+    """`now` itself, or the time of day in milliseconds where the caller has none."""
+    return time.time_ns() // 1000000 if now is None else now
+
+
+class Item:
+    """One item of a queue.
+
+    data: bytes. flags: the memcache client's 32 bits. add_time and expiry: milliseconds of
+    the epoch, expiry 0 for none. deliveries: kept as journalled. xid: the number of the
+    latest open read of it. cas: what `gets` told of it, None until asked.
+    """
+
+    __slots__ = ("data", "add_time", "expiry", "flags", "deliveries", "xid", "cas")
+
+    def __init__(self, data, add_time, expiry=0, flags=0, deliveries=0):
+        self.data = data
+        self.add_time = add_time
+        self.expiry = expiry
+        self.flags = flags
+        self.deliveries = deliveries
+        self.xid = 0
+        self.cas = None
+
+
+# The opcodes. What this server writes is ADDX, REMOVE, OPEN, CONFIRM, UNREMOVE, and ADDF
+# where flags or deliveries need it; the others it only reads.
+ADD, REMOVE, ADDX, OPEN_NEXT, SAVE_XID = 0, 1, 2, 3, 4
+UNREMOVE, CONFIRM, ADD_XID, CONTINUE, OPEN, ADDF = 5, 6, 7, 8, 9, 10
+
+# What follows the opcode and stands before the data: xid, size, add time, expiry, flags
+# and deliveries, as far as the opcode has them. `size` counts all that comes after it.
+_HEADS = {
+    ADD: struct.Struct("<ii"),
+    ADDX: struct.Struct("<iqq"),
+    ADD_XID: struct.Struct("<iiqq"),
+    CONTINUE: struct.Struct("<iiqq"),
+    ADDF: struct.Struct("<iqqII"),
+}
+_LONGEST_HEAD = 1 + max(head.size for head in _HEADS.values())
+_XID = struct.Struct("<i")
+
+_pack_addx = struct.Struct("<Biqq").pack
+_pack_addf = struct.Struct("<BiqqII").pack
+_pack_xid = struct.Struct("<Bi").pack
+
+_READ_SIZE = 1 << 20
+_MAX_VECTOR = 1024              # IOV_MAX: how many pieces one pwritev() takes
+
+
+class Damage(Exception):
+    """A journal does not go on with a whole record at `offset`. `torn`: it just ends early."""
+
+    def __init__(self, offset, why, torn):
+        super().__init__("%s at byte %d" % (why, offset))
+        self.offset = offset
+        self.torn = torn
+
+
+def read_records(file):
+    """Yield (opcode, xid, item, end offset) for each record of the open binary `file`.
+
+    The item is None and the xid 0 where the record has none. Raises Damage at the first
+    byte from which no whole record can be read.
+    """
+    data, pos, base = b"", 0, 0           # data[pos] is the byte base + pos of the file
+    addx = _HEADS[ADDX]
+    while True:
+        if len(data) - pos < _LONGEST_HEAD:
+            data = data[pos:] + file.read(_READ_SIZE)
+            base += pos
+            pos = 0
+            if not data:
+                return
+        opcode = data[pos]
+        xid = deliveries = flags = 0
+        try:
+            if opcode == REMOVE:
+                pos += 1
+                yield REMOVE, 0, None, base + pos
+                continue
+            if opcode in (OPEN, CONFIRM, UNREMOVE, SAVE_XID):
+                xid, = _XID.unpack_from(data, pos + 1)
+                pos += 5
+                yield opcode, xid, None, base + pos
+                continue
+            if opcode == OPEN_NEXT:
+                pos += 1
+                yield OPEN_NEXT, 0, None, base + pos
+                continue
+            if opcode == ADDX:
+                head = addx
+                size, add_time, expiry = head.unpack_from(data, pos + 1)
+                smallest = 16
+            elif opcode == ADD:
+                head = _HEADS[ADD]
+                size, expiry = head.unpack_from(data, pos + 1)
+                add_time, expiry, smallest = 0, expiry * 1000, 4
+            elif opcode == ADDF:
+                head = _HEADS[ADDF]
+                size, add_time, expiry, flags, deliveries = head.unpack_from(data, pos + 1)
+                smallest = 24
+            elif opcode in _HEADS:
+                head = _HEADS[opcode]
+                xid, size, add_time, expiry = head.unpack_from(data, pos + 1)
+                smallest = 16
+            else:
+                raise Damage(base + pos, "unknown opcode %d" % opcode, torn=False)
+        except struct.error:
+            raise Damage(base + pos, "record cut short", torn=True) from None
+        start = pos + 1 + head.size
+        end = start + size - smallest
+        if size < smallest:
+            zeros = opcode == ADD and _only_zeros(data[pos:], file)
+            raise Damage(base + pos, "zeros" if zeros else "impossible size %d" % size, zeros)
+        if end > len(data):
+            more = file.read(max(_READ_SIZE, end - len(data)))
+            data = data[pos:] + more
+            start, end, base, pos = start - pos, end - pos, base + pos, 0
+            if end > len(data):
+                raise Damage(base, "record cut short", torn=True)
+        item = Item(data[start:end], add_time, expiry, flags, deliveries)
+        pos = end
+        yield opcode, xid, item, base + pos
+
+
+def _only_zeros(data, file):
+    while data:
+        if data.count(0) != len(data):
+            return False
+        data = file.read(_READ_SIZE)
+    return True
+
+
+def pack_record(opcode, item=None, xid=0):
+    """The bytes of one record of an opcode that this server writes, data included."""
+    if opcode == REMOVE:
+        return b"\1"
+    if opcode != ADDX:
+        return _pack_xid(opcode, xid)
+    return _pack_head(item) + item.data
+
+
+def _pack_head(item):
+    size = len(item.data)
+    if item.flags or item.deliveries:
+        return _pack_addf(ADDF, size + 24, item.add_time, item.expiry, item.flags,
+                          item.deliveries)
+    return _pack_addx(ADDX, size + 16, item.add_time, item.expiry)
+
+
+def _open_locked(path, flags=0):
+    """Open a journal for writing, so that no other process can. Raises OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise OSError(error.errno, "held by another process", path) from None
+    return fd
+
+
+def _write_all(fd, chunks, offset):
+    """Write the byte strings `chunks` at `offset`, however often the kernel stops short."""
+    # Up to a megabyte joining is cheaper than a long vector; copying more is not.
+    if sum(map(len, chunks)) < 1 << 20:
+        chunks = [b"".join(chunks)]
+    while chunks:
+        count = os.pwritev(fd, chunks[:_MAX_VECTOR], offset)
+        offset += count
+        whole = 0
+        while whole < len(chunks) and count >= len(chunks[whole]):
+            count -= len(chunks[whole])
+            whole += 1
+        chunks = chunks[whole:]
+        if count:
+            chunks[0] = memoryview(chunks[0])[count:]
+
+
+def find_journals(directory):
+    """Return {queue name: [numbers of its older files]} of a spool, tidied up on the way.
+
+    Unfinished rewrites are deleted and packed files take the place of what they stand for.
+    Files that are no journals are left alone, each with a warning; so are directories.
+    """
+    found = {}
+    packs = []
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+        if entry.is_dir():
+            continue
+        match = re.fullmatch(r"([^.~]+)(?:\.([0-9]+)(\.pack)?|~~[0-9]+)?", entry.name, re.S)
+        try:
+            name = check_name(match[1] if match else "")
+        except ValueError:
+            log.warning("%s: not a journal, left alone", entry.path)
+            continue
+        if "~" in entry.name:
+            log.info("%s: deleted, an unfinished rewrite", entry.path)
+            os.unlink(entry.path)
+            continue
+        numbers = found.setdefault(name, [])
+        if match[3]:
+            packs.append((name, int(match[2])))
+        elif match[2]:
+            numbers.append(int(match[2]))
+    for name, last in sorted(packs):
+        older = "%s.%d" % (os.path.join(directory, name), last)
+        for number in [number for number in found[name] if number <= last]:
+            os.unlink("%s.%d" % (os.path.join(directory, name), number))
+            found[name].remove(number)
+        os.rename(older + ".pack", older)
+        found[name].append(last)
+    for numbers in found.values():
+        numbers.sort()
+    return found
+
+
+class Journal:
+    """The files of one queue.
+
+    Operations are collected in `ops` and reach the kernel together in write(). Each is a
+    tuple (opcode, item, xid); FLUSH, a list of items in place of one, stands for as many
+    REMOVEs.
+    """
+
+    FLUSH = -1
+
+    def __init__(self, directory, name, older=()):
+        self.directory = directory
+        self.name = name
+        self.path = os.path.join(directory, name)
+        self.ops = []
+        self.older = [(number, os.path.getsize("%s.%d" % (self.path, number)))
+                      for number in older]
+        self.fd = _open_locked(self.path)
+        self.size = os.lseek(self.fd, 0, os.SEEK_END)
+        self.renamed = not self.size        # the directory is to be fsynced as well
+        self._torn = False
+        self.broken = False                 # an fsync failed: only a rewrite helps
+        self._fresh = None                  # the path and descriptor of a rewrite
+
+    def total_size(self):
+        """Bytes of all files of the queue together."""
+        return self.size + sum(size for _, size in self.older)
+
+    def replay(self):
+        """Yield the records of all files in order, as read_records does.
+
+        What cannot be read is first saved to lost+found and then cut off.
+        """
+        paths = ["%s.%d" % (self.path, number) for number, _ in self.older] + [self.path]
+        for path in paths:
+            with open(path, "rb") as file:
+                try:
+                    yield from read_records(file)
+                except Damage as damage:
+                    self._cut(path, damage)
+        self.older = [(number, os.path.getsize("%s.%d" % (self.path, number)))
+                      for number, _ in self.older]
+        self.size = os.lseek(self.fd, 0, os.SEEK_END)
+
+    def _cut(self, path, damage):
+        lost = os.path.join(self.directory, "lost+found")
+        os.makedirs(lost, 0o700, exist_ok=True)
+        kept = os.path.join(lost, "%s.%d.%d" % (os.path.basename(path), damage.offset,
+                                                _now()))
+        with open(path, "rb") as source, open(kept, "xb") as target:
+            source.seek(damage.offset)
+            shutil.copyfileobj(source, target)
+            target.flush()
+            os.fsync(target.fileno())
+            count = target.tell()
+        os.truncate(path, damage.offset)
+        log.warning("%s: %s; %d bytes cut off and kept in %s", path, damage, count, kept)
+
+    def write(self):
+        """Hand the collected operations to the kernel: one write, as a rule.
+
+        Raises OSError when that fails; the file then ends where it ended before, and the
+        operations are still in `ops`.
+        """
+        if self.broken:
+            raise OSError(errno.EIO, "to be written anew after a failed fsync", self.path)
+        chunks = []
+        for opcode, item, xid in self.ops:
+            if opcode == ADDX:
+                chunks.append(_pack_head(item))
+                chunks.append(item.data)
+            elif opcode == REMOVE:
+                chunks.append(b"\1")
+            elif opcode == Journal.FLUSH:
+                chunks.append(b"\1" * len(item))
+            else:
+                chunks.append(_pack_xid(opcode, xid))
+        try:
+            if self._torn:
+                os.ftruncate(self.fd, self.size)
+                self._torn = False
+            _write_all(self.fd, chunks, self.size)
+        except OSError:
+            # Left alone, half a record would stand before the next good one.
+            self._torn = True
+            with contextlib.suppress(OSError):     # else before the next write
+                os.ftruncate(self.fd, self.size)
+                self._torn = False
+            raise
+        self.size += sum(map(len, chunks))
+        self.ops = []
+
+    def restart(self):
+        """Start over with an empty file, for a queue that holds nothing. Raises OSError.
+
+        A crash on the way leaves a suffix of the operations of a queue that ended empty,
+        and any suffix of those leaves it empty too.
+        """
+        self._remove_older()
+        os.ftruncate(self.fd, 0)
+        self.size = 0
+
+    def rewrite(self, last_xid, opens, items):
+        """Write what is alive to a fresh file; adopt() puts it in the others' place once
+        its descriptor, which is returned, has been fsynced. Raises OSError."""
+        path = "%s~~%d" % (self.path, _now())
+        fd = _open_locked(path, os.O_TRUNC)
+        self._fresh = path, fd
+        chunks = [_pack_xid(SAVE_XID, last_xid)]
+        for xid, item in opens.items():
+            chunks += (_pack_head(item), item.data, _pack_xid(OPEN, xid))
+        for item in items:
+            chunks += (_pack_head(item), item.data)
+        _write_all(fd, chunks, 0)
+        return fd
+
+    def adopt(self):
+        """Let the fresh file be the only one. Raises OSError."""
+        path, fd = self._fresh
+        os.rename(path, self.path)
+        os.close(self.fd)
+        self.fd, self._fresh, self.broken = fd, None, False
+        self.size = os.lseek(fd, 0, os.SEEK_END)
+        self.renamed = True
+        self._remove_older()
+
+    def give_up_rewrite(self):
+        """Remove the fresh file again, if there is one."""
+        if self._fresh:
+            path, fd = self._fresh
+            self._fresh = None
+            os.close(fd)
+            os.unlink(path)
+
+    def descriptors(self):
+        """Duplicates of what has to be fsynced for all that was written; close them."""
+        fds = [os.dup(self.fd)]
+        if self.renamed:
+            fds.append(os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC))
+        self.renamed = False
+        return fds
+
+    def close(self):
+        self.give_up_rewrite()
+        os.close(self.fd)
+
+    def _remove_older(self):
+        while self.older:
+            os.unlink("%s.%d" % (self.path, self.older[0][0]))
+            del self.older[0]
+
+    def delete(self):
+        """Close and remove the files, the oldest first. Raises OSError."""
+        self.close()
+        self._remove_older()
+        os.unlink(self.path)
+
+
+# == 3. Queue =============================================================================
+#
+# One queue: items in order, open reads, waiters, limits, expiry, and the journal that
+# records each change. Can be used alone. Knows no sockets, no protocols, no other queues:
+# what expires is handed to `bury`, what is to be written is announced through `dirty`.
+
+
+class Waiter:
+    """A read that waits for an item. `deliver` is called once, with the item or None."""
+
+    __slots__ = ("deliver", "open", "peek")
+
+    def __init__(self, deliver, open=False, peek=False):
+        self.deliver = deliver
+        self.open = open
+        self.peek = peek
+
+
+class Queue:
+    """A durable FIFO queue.
+
+    name: see check_name. path: the directory of its journal, None to keep it in memory
+    only. config: a QueueConfig. older: numbers of its older journal files.
+
+    Every method that takes `now` (milliseconds of the epoch) reads the clock itself when
+    it is None. Used alone, each change is in the kernel's hands when the method returns,
+    and on the disk too if sync_journal is 0; a change that cannot be written is undone
+    and raises OSError. A server collects the changes of a turn instead: it gives `dirty`,
+    which is called with the queue when there is something for write() to do, and `later`
+    (milliseconds, call), which runs a call in that time and returns what cancels it.
+    """
+
+    def __init__(self, name, path=None, config=None, older=(), dirty=None, later=None,
+                 now=None):
+        self.name = check_name(name)
+        self.config = config or QueueConfig()
+        self.path = path
+        self.dirty = dirty or Queue._write_now
+        self.later = later
+        self.bury = None                     # takes an expired item as (self, xid, item)
+        self.items = collections.deque()     # what waits, the head first
+        self.opens = {}                      # xid -> item, the oldest open read first
+        self.waiters = collections.OrderedDict()     # in order of coming; an ordered set
+        self.bytes = 0                       # data of the waiting items
+        self.xid = 0                         # the last one used
+        self.closed = False
+        self.create_time = _now(now)
+        self.age = 0
+        self.total_items = self.expired_items = self.discarded = self.total_flushes = 0
+        self.transactions = self.canceled_transactions = 0
+        self.journal_rewrites = self.journal_rotations = 0
+        self._orphans = set()                # see abort()
+        self._unsynced = []                  # see write(); how many ever, how many done:
+        self.remembered = self.safe = 0
+        self._alarms = {}                    # xid -> what cancels its timeout
+        self.journal = None
+        if path is not None and self.config.keep_journal:
+            self.journal = Journal(path, name, older)
+            self._replay()
+
+    @property
+    def count(self):
+        """The number of items that wait; open reads do not count."""
+        return len(self.items)
+
+    # -- adding and taking
+
+    def add(self, data, flags=0, expiry=0, now=None):
+        """Append an item; False when the queue is full or the item too large for it.
+
+        flags: 32 bits given back with the item. expiry: milliseconds of the epoch from
+        which on it is not handed out any more, 0 for none.
+        """
+        config = self.config
+        if now is None:
+            now = _now()
+        size = len(data)
+        if size > config.max_item_size:
+            return False
+        if len(self.items) >= config.max_items or self.bytes >= config.max_size:
+            self.discard_expired(now)
+            while len(self.items) >= config.max_items or self.bytes >= config.max_size:
+                if not config.discard_old_when_full or not self.items:
+                    return False
+                self.discarded += 1
+                self._log(REMOVE, self._pop())
+        item = Item(data, now, expiry, flags if config.keep_flags else 0)
+        self.items.append(item)
+        self.bytes += size
+        self.total_items += 1
+        self._log(ADDX, item)
+        if self.waiters:
+            self._serve(now)
+        return True
+
+    def remove(self, open=False, now=None):
+        """Take the head item, or return None. `open`: only for a while; item.xid is then
+        the number by which it is to be confirmed or aborted."""
+        if now is None:
+            now = _now()
+        if not self.items:
+            return None
+        if self._is_expired(self.items[0], now):
+            self.discard_expired(now, UNLIMITED)
+            if not self.items:
+                return None
+        item = self._pop()
+        self.age = max(0, now - item.add_time)
+        if open:
+            self.transactions += 1
+            self._open(item)
+        else:
+            self._log(REMOVE, item)
+        return item
+
+    def peek(self, now=None):
+        """The head item, which stays where it is, or None."""
+        now = _now(now)
+        if self.items and self._is_expired(self.items[0], now):
+            self.discard_expired(now, UNLIMITED)
+        return self.items[0] if self.items else None
+
+    def confirm(self, xid):
+        """Finish an open read; False when there is none of that number."""
+        item = self.opens.pop(xid, None)
+        if item is None:
+            return False
+        self._stop_alarm(xid)
+        self._log(CONFIRM, item, xid)
+        return True
+
+    def abort(self, *xids, now=None, orphaned=False):
+        """Put open reads back at the head, the first one given in front of the others;
+        return how many there were. `orphaned`: nobody waits to hear of it, so that it has
+        to be done all the same after a failed write."""
+        known = [xid for xid in xids if xid in self.opens]
+        for xid in reversed(known):
+            item = self.opens.pop(xid)
+            self._stop_alarm(xid)
+            self._push(item)
+            self.canceled_transactions += 1
+            if orphaned:
+                self._orphans.add(xid)
+            self._log(UNREMOVE, item, xid)
+        if known and self.waiters:
+            self._serve(_now(now))
+        return len(known)
+
+    def flush(self):
+        """Drop all waiting items. Open reads stay open."""
+        self.total_flushes += 1
+        if self.items:
+            items, self.items = self.items, collections.deque()
+            self.bytes = 0
+            self._log(Journal.FLUSH, items)
+        return len(self.items)
+
+    def discard_expired(self, now=None, limit=None):
+        """Take expired items from the head, at most `limit` (default: max_expire_sweep),
+        and return how many there were."""
+        now = _now(now)
+        count = 0
+        if limit is None:
+            limit = self.config.max_expire_sweep
+        while count < limit and self.items and self._is_expired(self.items[0], now):
+            count += 1
+            item = self._pop()
+            if self.bury:
+                # Open until it is safe elsewhere, so that a crash cannot lose it.
+                self._open(item)
+                self.bury(self, item)
+            else:
+                self._log(REMOVE, item)
+        self.expired_items += count
+        return count
+
+    # -- waiting
+
+    def wait(self, waiter):
+        """Let `waiter` have the next item that comes, after those who wait already."""
+        self.waiters[waiter] = None
+
+    def cancel(self, waiter):
+        """The waiter does not want an item any more; it is not called."""
+        self.waiters.pop(waiter, None)
+
+    def dismiss_waiters(self):
+        """Tell every waiter that nothing will come."""
+        while self.waiters:
+            self.waiters.popitem(last=False)[0].deliver(None)
+
+    def _serve(self, now):
+        while self.waiters:
+            waiter = next(iter(self.waiters))
+            item = self.peek(now) if waiter.peek else self.remove(waiter.open, now)
+            if item is None:
+                return
+            del self.waiters[waiter]
+            waiter.deliver(item)
+
+    # -- the journal
+
+    def write(self):
+        """Hand what has changed to the kernel.
+
+        Raises OSError when that fails; every change since the last write() has then been
+        undone. With sync_journal = 0 the changes are remembered until synced().
+        """
+        journal = self.journal
+        if journal is None or not journal.ops:
+            return
+        ops = journal.ops
+        try:
+            journal.write()
+        except OSError:
+            journal.ops = []
+            self._undo(ops)
+            raise
+        if self.config.sync_journal == 0 or self._unsynced:
+            self._unsynced += ops
+            self.remembered += len(ops)
+        if self._orphans:
+            self._orphans.intersection_update(self.opens)
+        if not self.items and not self.opens and (
+                journal.size >= self.config.default_journal_size):
+            journal.restart()
+
+    def begin_sync(self):
+        """What to fsync (descriptors, to be closed) and what to tell synced() then."""
+        return self.journal.descriptors(), len(self._unsynced)
+
+    def synced(self, count):
+        """The first `count` of the remembered changes are on the disk."""
+        del self._unsynced[:count]
+        self.safe += count
+
+    def mark(self):
+        """What `safe` will have reached when the changes so far are as safe as the answers
+        to them must be."""
+        if self.journal is None or self.config.sync_journal != 0:
+            return self.safe
+        return self.remembered + len(self.journal.ops)
+
+    def sync_failed(self):
+        """An fsync failed: undo the changes that were to wait for it. The kernel may have
+        dropped any of the rest, so nothing can be written before a rewrite()."""
+        ops = self._unsynced + self.journal.ops
+        self.safe += len(self._unsynced)
+        self._unsynced = []
+        self.journal.ops = []
+        self._undo(ops)
+        self.journal.broken = True
+
+    def rewrite(self):
+        """Write what is alive to a fresh file; returns its descriptor, to be fsynced before
+        journal.adopt(). Raises OSError."""
+        self.journal_rewrites += 1
+        return self.journal.rewrite(self.xid, self.opens, self.items)
+
+    def recover(self, now=None):
+        """After a failed write: do what is still to be done and give waiters their items."""
+        now = _now(now)
+        orphans = [xid for xid in self.opens if xid in self._orphans]
+        self.abort(*orphans, now=now, orphaned=True)
+        self._serve(now)
+
+    def close(self):
+        """Write and fsync what has changed, and close the journal. Raises OSError."""
+        if self.closed:
+            return
+        self.closed = True
+        self.dismiss_waiters()
+        if self.journal:
+            try:
+                self.write()
+                os.fsync(self.journal.fd)
+            finally:
+                self.journal.close()
+
+    def delete(self):
+        """Forget all items and remove the files. Raises OSError."""
+        self.closed = True
+        self.items.clear()
+        self.opens.clear()
+        self.bytes = 0
+        self.dismiss_waiters()
+        if self.journal:
+            self.journal.delete()
+            self.journal = None
+
+    def _write_now(self):
+        """The `dirty` of a queue that is used alone."""
+        self.write()
+        if self.config.sync_journal == 0:
+            try:
+                os.fsync(self.journal.fd)
+            except OSError:
+                self.sync_failed()
+                os.fsync(self.rewrite())
+                self.journal.adopt()
+                raise
+            self.synced(len(self._unsynced))
+
+    def _replay(self):
+        items, opens = self.items, self.opens
+        carried = {}                    # id(item) -> the xid it brought along
+        ignored = 0
+        for opcode, xid, item, _ in self.journal.replay():
+            if item is not None:
+                if opcode == CONTINUE:
+                    ignored += opens.pop(xid, None) is None
+                elif opcode == ADD_XID:
+                    carried[id(item)] = xid
+                items.append(item)
+            elif opcode == REMOVE and items:
+                items.popleft()
+            elif opcode == OPEN and items:
+                opens[xid] = items.popleft()
+                self.xid = xid
+            elif opcode == OPEN_NEXT and items:
+                item = items.popleft()
+                xid = carried.pop(id(item), 0) or self._next_xid()
+                opens[xid] = item
+                self.xid = xid
+            elif opcode == CONFIRM and xid in opens:
+                del opens[xid]
+            elif opcode == UNREMOVE and xid in opens:
+                items.appendleft(opens.pop(xid))
+            elif opcode == SAVE_XID:
+                self.xid = xid
+            else:
+                ignored += 1
+        if ignored:
+            log.warning("%s: %d operations on items that are not there, ignored",
+                        self.journal.path, ignored)
+        self.bytes = sum(len(item.data) for item in items)
+        self.abort(*opens)
+        self.canceled_transactions = 0
+
+    # -- single steps
+
+    def _pop(self):
+        item = self.items.popleft()
+        self.bytes -= len(item.data)
+        return item
+
+    def _push(self, item):
+        self.items.appendleft(item)
+        self.bytes += len(item.data)
+
+    def _is_expired(self, item, now):
+        expiry = item.expiry
+        max_age = self.config.max_age
+        if max_age is not None:
+            oldest = item.add_time + max_age
+            expiry = min(expiry, oldest) if expiry else oldest
+        return expiry != 0 and expiry <= now
+
+    def _next_xid(self):
+        xid = self.xid
+        while True:
+            xid = xid + 1 if xid < 0x7fffffff else 1
+            if xid not in self.opens:
+                return xid
+
+    def _open(self, item):
+        self.xid = item.xid = xid = self._next_xid()
+        self.opens[xid] = item
+        self._start_alarm(xid)
+        self._log(OPEN, item, xid)
+
+    def _start_alarm(self, xid):
+        timeout = self.config.open_transaction_timeout
+        if timeout and self.later:
+            self._alarms[xid] = self.later(timeout, functools.partial(
+                self.abort, xid, orphaned=True))
+
+    def _stop_alarm(self, xid):
+        if self._alarms:
+            self._alarms.pop(xid, lambda: None)()
+
+    def _log(self, opcode, item, xid=0):
+        journal = self.journal
+        if journal:
+            journal.ops.append((opcode, item, xid))
+            if len(journal.ops) == 1:
+                self.dirty(self)
+
+    def _undo(self, ops):
+        for opcode, item, xid in reversed(ops):
+            if opcode == ADDX:
+                self.items.pop()
+                self.bytes -= len(item.data)
+                self.total_items -= 1
+            elif opcode == REMOVE:
+                self._push(item)
+            elif opcode == OPEN:
+                self._push(self.opens.pop(xid))
+                self._stop_alarm(xid)
+            elif opcode == UNREMOVE:
+                self.opens[xid] = self._pop()
+                self._start_alarm(xid)
+            elif opcode == CONFIRM:
+                self.opens[xid] = item
+                self._start_alarm(xid)
+            else:
+                for one in reversed(item):
+                    self._push(one)
+        self.opens = dict(sorted(self.opens.items()))      # the oldest first, as before
+
+    def stats(self):
+        """What there is to know of it, as (name, value) pairs under Kestrel's names."""
+        return [
+            ("items", len(self.items)),
+            ("bytes", self.bytes),
+            ("total_items", self.total_items),
+            ("logsize", self.journal.total_size() if self.journal else 0),
+            ("expired_items", self.expired_items),
+            ("mem_items", len(self.items)),
+            ("mem_bytes", self.bytes),
+            ("age", self.age if self.items else 0),
+            ("discarded", self.discarded),
+            ("waiters", len(self.waiters)),
+            ("open_transactions", len(self.opens)),
+            ("transactions", self.transactions),
+            ("canceled_transactions", self.canceled_transactions),
+            ("total_flushes", self.total_flushes),
+            ("journal_rewrites", self.journal_rewrites),
+            ("journal_rotations", self.journal_rotations),
+            ("create_time", self.create_time),
+        ]
+
+
+# == 4. Broker ============================================================================
+#
+# All queues by name: which queues a name leads to (fanout children, aliases), where
+# expired items go, status, counters. Whatever a client can ask for, in any protocol, is
+# asked of the broker. Knows queues and the configuration; no sockets, no protocols.
+
+# Where the items put under a name go: `targets` decide the answer, `copies` are the fanout
+# children, which get what they can take.
+Route = collections.namedtuple("Route", "targets copies")
+
+# What each status refuses: reads, writes. While it avoids writes, a server takes them.
+STATUSES = {
+    "UP": (False, False),
+    "WRITEAVOID": (False, False),
+    "READONLY": (False, True),
+    "QUIESCENT": (True, True),
+}
+
+# How long after a failed write the next try is made without a client asking for it.
+_RETRY_MS = 1000
+
+# How many items or queues a sweep looks at before other work gets its turn.
+_SWEEP_STEP = 1000
+
+
+class Broker:
+    """All queues of a server.
+
+    config: a Config; the spool is its queue_path. later: see Queue. Loads every queue of
+    the spool; raises OSError when the spool cannot be read.
+
+    After each turn commit() writes what has changed. `stats` holds the server's counters,
+    `stopping` is set by whoever wants the server to stop, `chores` are generators of which
+    the server runs one step a turn.
+    """
+
+    def __init__(self, config, later=None, now=None):
+        self.config = config
+        self.later = later
+        self.queues = {}
+        self.routes = {}                  # what route() found
+        self.children = {}                # parent -> names of its fanout children
+        self.dirty = []                   # queues with something to write
+        self.chores = collections.deque()
+        self._expired = []                # (source, item) on the way to expire_to_queue
+        self._moved = []                  # (source, xid, target, mark) on arrival there
+        self.stopping = False
+        self.started = _now(now)
+        self.stats = types.SimpleNamespace(
+            curr_connections=0, total_connections=0, cmd_get=0, cmd_set=0, cmd_peek=0,
+            get_hits=0, get_misses=0, bytes_read=0, bytes_written=0, queue_creates=0,
+            queue_deletes=0, queue_expires=0)
+        self.set_status("UP")
+        self.spool = os.path.abspath(config.server.queue_path)
+        self._unloaded = find_journals(self.spool)
+        for name in sorted(self._unloaded):
+            try:
+                self._create(name, self.started)
+            except OSError as error:
+                log.error("queue %s cannot be loaded: %s", name, error)
+        for name in config.aliases.keys() & self.queues.keys():
+            log.warning("the alias %s hides the queue of that name", name)
+        self._cas = itertools.count(1)
+
+    # -- names
+
+    def find(self, name):
+        """The queue of that name, or None if there is none."""
+        return None if name in self.config.aliases else self.queues.get(name)
+
+    def queue(self, name, now=None):
+        """The queue of that name, made if it is new; None for an alias. Raises OSError."""
+        if name in self.config.aliases:
+            return None
+        queue = self.queues.get(name)
+        if queue is None:
+            queue = self._create(name, now)
+            self.stats.queue_creates += 1
+        return queue
+
+    def route(self, key, now=None):
+        """Where the items put under `key` (bytes) go. Raises ValueError when it cannot name
+        a queue, OSError when a queue cannot be made."""
+        name = check_name(os.fsdecode(key))
+        targets = [self.queue(other, now) for other in self.config.aliases.get(name, [name])]
+        copies = [self.queue(child, now)
+                  for parent in dict.fromkeys([name] + [queue.name for queue in targets])
+                  for child in self.children.get(parent, ())]
+        route = Route([queue for queue in targets
+                       if not queue.config.fanout_only or "+" in queue.name], copies)
+        self.routes[key] = route
+        return route
+
+    def _create(self, name, now):
+        queue = Queue(name, self.spool, self.config.queue(name),
+                      self._unloaded.get(name, ()), self.dirty.append, self.later, now)
+        self._unloaded.pop(name, None)
+        self._configure(queue)
+        self.queues[name] = queue
+        if "+" in name:
+            self.children.setdefault(name.partition("+")[0], []).append(name)
+            self.routes.clear()
+        return queue
+
+    def _configure(self, queue):
+        target = queue.config.expire_to_queue
+        queue.bury = self._bury if target not in (None, queue.name) else None
+
+    # -- what clients ask for
+
+    def put(self, route, data, flags, expiry, now):
+        """Add an item to every queue of the route; False when a target refused it."""
+        self.stats.cmd_set += 1
+        stored = True
+        for queue in route.targets:
+            if not queue.add(data, flags, expiry, now):
+                stored = False
+        for queue in route.copies:
+            queue.add(data, flags, expiry, now)
+        return stored
+
+    def cas(self, item):
+        """A number that no other item has."""
+        if item.cas is None:
+            item.cas = next(self._cas)
+        return item.cas
+
+    def delete(self, queue):
+        """Remove a queue and its journal. Raises OSError."""
+        self.stats.queue_deletes += 1
+        del self.queues[queue.name]
+        self.routes.clear()
+        parent = queue.name.partition("+")[0]
+        if parent != queue.name:
+            self.children[parent].remove(queue.name)
+        queue.delete()
+
+    def set_status(self, word):
+        """Change the status. Raises ValueError if there is no such status."""
+        if word.upper() not in STATUSES:
+            raise ValueError("%r is none of: %s" % (word, ", ".join(STATUSES).lower()))
+        self.status = word.upper()
+        self.refuses_reads, self.refuses_writes = STATUSES[self.status]
+
+    def reload(self):
+        """Read the config file again. Raises ConfigError; then nothing has changed."""
+        config = Config(self.config.path, self.config.overrides)
+        for key, old in vars(self.config.server).items():
+            if vars(config.server)[key] != old:
+                log.warning("reload: %s changes with the next start only", key)
+        config.server = self.config.server
+        self.config = config
+        self.routes.clear()
+        for queue in self.queues.values():
+            keep_journal = queue.config.keep_journal
+            queue.config = config.queue(queue.name)
+            if queue.config.keep_journal != keep_journal:
+                log.warning("reload: keep_journal of %s changes with the next start only",
+                            queue.name)
+                queue.config.keep_journal = keep_journal
+            self._configure(queue)
+        log.info("reloaded %s", config.path or "the default settings")
+
+    def sweep(self, now):
+        """A chore: drop what has expired, and queues older than their max_queue_age."""
+        for count, queue in enumerate(list(self.queues.values()), 1):
+            left = queue.config.max_expire_sweep
+            while left > 0 and not queue.closed:
+                dropped = queue.discard_expired(now, min(left, _SWEEP_STEP))
+                if not dropped:
+                    break
+                left -= dropped
+                yield
+            max_age = queue.config.max_queue_age
+            if max_age and queue.create_time + max_age <= now and not (
+                    queue.items or queue.opens or queue.waiters or queue.closed):
+                log.info("queue %s deleted: empty, and older than max_queue_age", queue.name)
+                try:
+                    self.delete(queue)
+                except OSError as error:
+                    log.error("queue %s: %s", queue.name, error)
+                self.stats.queue_expires += 1
+                self.stats.queue_deletes -= 1
+            if count % _SWEEP_STEP == 0:
+                yield
+
+    # -- what is to be written
+
+    def commit(self, now):
+        """Write every journal that has something to write; returns the queues written and,
+        as {queue: OSError}, those that could not be.
+
+        Items that have expired go on to their expire_to_queue when their being open is on
+        record, and are confirmed when they are safe there: each a commit later, so that
+        `dirty` may hold something anew.
+        """
+        written, failed = [], {}
+        for queue in self.dirty:
+            try:
+                queue.write()
+                written.append(queue)
+            except OSError as error:
+                failed[queue] = error
+        self.dirty.clear()
+        if self._moved:
+            moved, self._moved = self._moved, []
+            for move in moved:
+                source, xid, target, mark = move
+                if target in failed:
+                    self._give_back(source, xid)
+                elif target.safe >= mark:
+                    source.confirm(xid)
+                else:
+                    self._moved.append(move)
+        if self._expired:
+            expired, self._expired = self._expired, []
+            for source, item in expired:
+                # A failed write has taken it back to the head.
+                if source.opens.get(item.xid) is item:
+                    self._move(source, item, now)
+        return written, failed
+
+    def sync_failed(self, queue):
+        """An fsync of the queue's journal failed: see Queue.sync_failed."""
+        for source, xid, target, _ in self._moved:
+            if target is queue:
+                self._give_back(source, xid)
+        self._moved = [move for move in self._moved if move[2] is not queue]
+        queue.sync_failed()
+
+    def _bury(self, queue, item):
+        self._expired.append((queue, item))
+
+    def _move(self, source, item, now):
+        try:
+            target = self.queue(source.config.expire_to_queue, now)
+        except OSError as error:
+            log.error("queue %s cannot be made: %s", source.config.expire_to_queue, error)
+            self._give_back(source, item.xid)
+            return
+        target.add(item.data, item.flags, 0, now)
+        self._moved.append((source, item.xid, target, target.mark()))
+
+    def _give_back(self, source, xid):
+        """Put an expired item back that could not be moved; in a while, lest a disk that
+        fails makes it go round and round."""
+        back = functools.partial(source.abort, xid, orphaned=True)
+        if self.later:
+            self.later(_RETRY_MS, back)
+        else:
+            back()
+
+    # -- telling
+
+    def server_stats(self, now):
+        """The server's own numbers, as (name, value) pairs under Kestrel's names."""
+        queues = self.queues.values()
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        reserved = sum(queue.config.max_memory_size for queue in queues)
+        return [
+            ("uptime", max(0, now - self.started) // 1000),
+            ("time", now // 1000),
+            ("version", __version__),
+            ("curr_items", sum(queue.count for queue in queues)),
+            ("total_items", sum(queue.total_items for queue in queues)),
+            ("bytes", sum(queue.bytes for queue in queues)),
+            ("reserved_memory_ratio", "%.3f" % (reserved / memory)),
+            *vars(self.stats).items(),
+        ]
+
+    def queue_stats(self, queue):
+        """A queue's numbers, as (name, value) pairs; `children` only if it has any."""
+        children = self.children.get(queue.name)
+        return queue.stats() + ([("children", ",".join(children))] if children else [])
+
+
+# == 5. Protocols =========================================================================
+#
+# What clients say and what they are told. A session is fed bytes and answers with bytes in
+# `out`; it asks the broker, and never touches a socket, a clock or a file, so that every
+# case can be tried without one. What the server reads of a session:
+#
+#   out        byte strings to be sent, in order; take() takes them
+#   out_bytes  roughly how much that is; set to 0 by the server when all has been sent
+#   touched    (queue, index in out, count, whole) of each answer that rests on a journal
+#   held       set by the server while answers wait for an fsync: nothing more is parsed
+#   timeout    milliseconds from now at which time_out() is to be called, then None again
+#   closing    nothing more is parsed; close when `out` has been sent
+
+# The longest command line, without its end, in bytes.
+MAX_LINE = 8192
+
+# A session with so many bytes to be sent parses nothing more until they are gone.
+OUTPUT_LIMIT = 1 << 20
+
+# Answers are put together from here on without copying the data.
+_BIG = 1 << 16
+
+
+class Refused(Exception):
+    """A command that is answered with an error line; `close`: and the end of the session."""
+
+    def __init__(self, answer, close=False):
+        super().__init__(answer)
+        self.answer = answer.encode("utf-8", "surrogateescape") + b"\r\n"
+        self.close = close
+
+
+# What a key of a get asks for: `text` is the key as it was sent, `wait` milliseconds.
+ReadKey = collections.namedtuple("ReadKey", "text name wait open close abort peek")
+
+
+@functools.lru_cache(maxsize=10000)      # the same keys come again and again
+def parse_key(text):
+    """The ReadKey of `q/t=500/open` and the like. Raises Refused."""
+    name, *options = text.split(b"/")
+    wait = 0
+    for option in options:
+        if option.startswith(b"t="):
+            wait = _number(option[2:], "timeout")
+    opening, closing, abort, peek = (
+        word in options for word in (b"open", b"close", b"abort", b"peek"))
+    if peek + abort + (opening or closing) > 1:
+        raise Refused("CLIENT_ERROR open, close, abort and peek do not go together here")
+    return ReadKey(text, _name(name), wait, opening, closing, abort, peek)
+
+
+def _why(error):
+    """What went wrong, from an OSError, on one line."""
+    return "%s: %s" % (os.path.basename(error.filename or "journal"), error.strerror or error)
+
+
+def _name(word):
+    try:
+        return check_name(os.fsdecode(word))
+    except ValueError as error:
+        raise Refused("CLIENT_ERROR %s" % error) from None
+
+
+def _number(word, what, close=False):
+    if not word.lstrip(b"-").isdigit() or word.rfind(b"-") > 0 or len(word) > 20:
+        raise Refused("CLIENT_ERROR bad %s" % what, close)
+    return int(word)
+
+
+# A data block to come. key: None if it is to be swallowed. words: its command line.
+Block = collections.namedtuple("Block", "key flags expiry size words")
+
+
+class MemcacheSession:
+    """One client of the memcache text protocol, as Kestrel speaks it.
+
+    broker: a Broker. local: whether the client is on this machine. wake: called when the
+    session has something to do or to say though it was not fed.
+    """
+
+    def __init__(self, broker, local=True, wake=lambda: None):
+        self.broker = broker
+        self.local = local
+        self.wake = wake
+        self.out = []
+        self.out_bytes = 0              # roughly; of items only
+        self.touched = []
+        self.timeout = None
+        self.held = False
+        self.closing = False
+        self.waiter = None              # the Waiter, and the queue it waits for
+        self.queue = None
+        self.open_reads = {}            # queue -> its open xids here, the oldest first
+        self._ended = []                # (queue, xid) closed since the last commit
+        self._pieces = []               # input that has not been parsed,
+        self._size = 0                  # its length, and the length from which on it is
+        self._needed = 0                # worth looking at again
+        self._skip = 0                  # bytes of a refused data block still to come
+        self._block = None              # the Block of a command without its data yet
+        self._keys = []                 # ReadKeys still to be answered, the first one last
+        self._whole = True              # the get in hand has one key only
+        self._with_cas = False
+        self._monitor = None            # [name, number of items still wanted]
+
+    # -- input
+
+    def feed(self, data, now):
+        """Take bytes that the client sent, and act on every whole command in them."""
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size >= self._needed:
+            self.resume(now)
+
+    def resume(self, now):
+        """Go on with what can be done, after a wait or with new input."""
+        if self.is_stalled():
+            return
+        try:
+            if self._keys:
+                self._read_keys(now)
+            elif self._monitor:
+                self._watch(now)
+        except (Refused, OSError) as error:
+            self._refuse(error)
+        if self._pieces and not self.is_stalled():
+            data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+            self._pieces.clear()
+            self._needed = 0
+            pos = self._parse(data, now)
+            self._size = len(data) - pos
+            if self._size:
+                self._pieces.append(data[pos:])
+
+    def is_stalled(self):
+        """Whether the next command has to wait."""
+        return (self.waiter is not None or self.held or self.closing
+                or self.out_bytes > OUTPUT_LIMIT)
+
+    def backlog(self):
+        """Bytes that came and have not been parsed, though they could be but for a wait."""
+        return self._size if self.is_stalled() else 0
+
+    def _parse(self, data, now):
+        """Run the commands in `data`; the position up to which it has been used."""
+        pos = 0
+        words = []
+        while not (self.waiter or self.held or self.closing
+                   or self.out_bytes > OUTPUT_LIMIT):
+            try:
+                if self._block:
+                    end = pos + self._block.size
+                    if len(data) < end + 2:
+                        self._needed = end + 2 - pos
+                        break
+                    words = self._block.words
+                    if data[end:end + 2] != b"\r\n":
+                        raise Refused("CLIENT_ERROR bad data chunk", close=True)
+                    block = data[pos:end]
+                    pos = end + 2
+                    self._store(block, now)
+                    continue
+                if self._skip:
+                    skipped = min(self._skip, len(data) - pos)
+                    self._skip -= skipped
+                    pos += skipped
+                eol = data.find(b"\n", pos)
+                if eol < 0:
+                    if len(data) - pos > MAX_LINE + 1:
+                        raise Refused("CLIENT_ERROR line too long", close=True)
+                    if data[pos:pos + 1] == b"\x80":
+                        self._unknown([b"\x80"], now)
+                    break
+                words = data[pos:eol].split()
+                if eol - pos > MAX_LINE and len(data[pos:eol].rstrip(b"\r")) > MAX_LINE:
+                    raise Refused("CLIENT_ERROR line too long", close=True)
+                pos = eol + 1
+                command = _COMMANDS.get(words[0].lower()) if words else None
+                (command or MemcacheSession._unknown)(self, words, now)
+            except (Refused, OSError) as error:
+                self._refuse(error, words)
+        return pos
+
+    # -- output
+
+    def _say(self, answer, *queues):
+        """Answer a command, one that changed these queues."""
+        for queue in queues:
+            self.touched.append((queue, len(self.out), 1, True))
+        self.out.append(answer)
+
+    def _reply(self, words, answer, *queues):
+        """Answer a command that may have asked for silence."""
+        if not words or words[-1] != b"noreply":
+            self._say(answer, *queues)
+
+    def _refuse(self, error, words=(b"",)):
+        if isinstance(error, OSError):
+            error = Refused("SERVER_ERROR %s" % _why(error))
+        self._reply(words, error.answer)
+        self.closing = self.closing or error.close
+
+    def fail(self, failed, since=0):
+        """Answer SERVER_ERROR where a journal could not be written or fsynced. failed:
+        {queue: OSError}. since: which entry of `touched` is the first to look at."""
+        for queue, index, count, whole in self.touched[since:]:
+            if queue in failed:
+                error = "SERVER_ERROR %s\r\n" % _why(failed[queue])
+                # In a get of many keys a queue that failed is passed over instead.
+                self.out[index:index + count] = (
+                    [os.fsencode(error) if whole else b""] + [b""] * (count - 1))
+        for queue in failed:
+            mine = [xid for other, xid in self._ended if other is queue]
+            mine += self.open_reads.get(queue, ())
+            self.open_reads[queue] = [xid for xid in mine if xid in queue.opens]
+
+    def take(self):
+        """What is to be sent, which is then off the session's hands."""
+        out, self.out = self.out, []
+        self.touched.clear()
+        self._ended.clear()
+        return out
+
+    def close(self, now):
+        """The client has gone: its open reads go back to their queues."""
+        self.closing = True
+        if self.waiter:
+            self.queue.cancel(self.waiter)
+            self.waiter = None
+        for queue, xids in self.open_reads.items():
+            queue.abort(*xids, now=now, orphaned=True)
+        self.open_reads.clear()
+
+    # -- storing
+
+    def _set(self, words, now):
+        # set <queue> <flags> <expiry> <bytes> [noreply]; the data block follows
+        self._expect_block(words)
+        flags = _number(words[2], "flags")
+        if not 0 <= flags <= 0xffffffff:
+            raise Refused("CLIENT_ERROR bad flags")
+        expiry = _number(words[3], "expiry")
+        if expiry:
+            # Relative or absolute seconds; the limits are Kestrel's and the journal's.
+            expiry *= 1000
+            if expiry < 1000000 * 1000:
+                expiry += now
+            expiry = min(max(expiry, 1), 1 << 62)
+        self._block = self._block._replace(key=words[1], flags=flags, expiry=expiry)
+
+    def _set_nothing(self, words, now):
+        # add, replace, append, prepend and cas look like set
+        self._expect_block(words)
+        raise Refused("CLIENT_ERROR %s has no meaning for a queue" % words[0].decode().lower())
+
+    def _expect_block(self, words):
+        """Make ready for the data block of a command, which comes whatever is wrong with
+        the rest of the line; until the line is found good, it is to be swallowed."""
+        if len(words) < 5:
+            raise Refused("CLIENT_ERROR %s needs a queue, flags, expiry and byte count"
+                          % words[0].decode().lower(), close=True)
+        size = _number(words[4], "byte count", close=True)
+        if size < 0:
+            raise Refused("CLIENT_ERROR bad byte count", close=True)
+        if size > MAX_ITEM:
+            self._skip = size + 2
+            raise Refused("SERVER_ERROR object too large for cache")
+        self._block = Block(None, 0, 0, size, words)
+
+    def _store(self, data, now):
+        """The data block of the set in hand is there."""
+        key, flags, expiry, _, words = self._block
+        self._block = None
+        if key is None:
+            return
+        broker = self.broker
+        if broker.refuses_writes:
+            self._check_writes()
+        route = broker.routes.get(key)
+        if route is None:
+            try:
+                route = broker.route(key, now)
+            except ValueError as error:
+                raise Refused("CLIENT_ERROR %s" % error) from None
+        stored = broker.put(route, data, flags, expiry, now)
+        if words[-1] != b"noreply":
+            answer = len(self.out)
+            for queue in route.targets:
+                self.touched.append((queue, answer, 1, True))
+            for queue in route.copies:
+                self.touched.append((queue, answer, 1, True))
+            self.out.append(b"STORED\r\n" if stored else b"NOT_STORED\r\n")
+
+    def _check_writes(self):
+        if self.broker.refuses_writes:
+            raise Refused("SERVER_ERROR the server is %s: nothing can be written"
+                          % self.broker.status.lower(), close=True)
+
+    def _check_reads(self):
+        if self.broker.refuses_reads:
+            raise Refused("SERVER_ERROR the server is %s: nothing can be read"
+                          % self.broker.status.lower(), close=True)
+
+    # -- reading
+
+    def _get(self, words, now):
+        if len(words) < 2:
+            raise Refused("CLIENT_ERROR get needs the name of a queue")
+        self._keys = [parse_key(word) for word in words[:0:-1]]
+        self._whole = len(words) == 2
+        self._with_cas = words[0] in (b"gets", b"GETS")
+        self._read_keys(now)
+
+    def _read_keys(self, now):
+        """Answer the keys of the get in hand, up to one that has to wait."""
+        try:
+            while self._keys:
+                try:
+                    item = self._read(self._keys[-1], now)
+                except OSError as error:
+                    if self._whole:
+                        raise
+                    log.error("get of many keys: %s", _why(error))
+                    item = None
+                if self.waiter:
+                    return
+                self._give(self._keys.pop(), item)
+        except (Refused, OSError):
+            self._keys = []
+            raise
+        if not self._whole:
+            self.out.append(b"END\r\n")
+
+    def _read(self, key, now):
+        """Do what one key asks for. Returns the item or None; sets `waiter` for a wait."""
+        broker = self.broker
+        if key.close or key.abort:
+            self.queue = queue = broker.find(key.name)
+            if queue:
+                self._end_reads(queue, 1, key.close, now)
+            if not key.open:
+                return None
+        if broker.refuses_reads:
+            self._check_reads()
+        if key.peek:
+            broker.stats.cmd_peek += 1
+            self.queue = queue = broker.find(key.name)
+            item = queue.peek(now) if queue else None
+        else:
+            broker.stats.cmd_get += 1
+            self.queue = queue = broker.queues.get(key.name) or broker.queue(key.name, now)
+            if queue is None or key.name in broker.config.aliases:
+                return None
+            reads = self.open_reads.get(queue)
+            if reads:
+                self._check_opens(key, reads)
+            item = queue.remove(key.open, now)
+        if item is not None:
+            broker.stats.get_hits += not key.peek
+        elif key.wait > 0 and queue:
+            self._wait(key.open, key.peek)
+            self.timeout = key.wait
+        else:
+            broker.stats.get_misses += not key.peek
+        return item
+
+    def _check_opens(self, key, reads):
+        if not key.open:
+            raise Refused("ERROR close the open read of %s first" % key.name, close=True)
+        if len(reads) >= self.broker.config.server.max_open_transactions:
+            raise Refused("ERROR too many open reads of %s; limit=%d" % (
+                key.name, self.broker.config.server.max_open_transactions), close=True)
+
+    def _end_reads(self, queue, count, confirm, now):
+        """Close or abort the oldest open reads of a queue here; the number that were open."""
+        reads = self.open_reads.get(queue, [])
+        xids = reads[:count]
+        del reads[:count]
+        if not reads:
+            self.open_reads.pop(queue, None)
+        self._ended += [(queue, xid) for xid in xids]
+        if confirm:
+            return sum([queue.confirm(xid) for xid in xids])
+        return queue.abort(*xids, now=now)
+
+    def _give(self, key, item):
+        """The answer to one key of the get in hand; the item is None if there is none."""
+        out = self.out
+        queue = self.queue
+        if item is None:
+            if self._whole:
+                if key.close or key.abort:
+                    self.touched.append((queue, len(out), 1, True))
+                out.append(b"END\r\n")
+            return
+        if key.open:
+            self.open_reads.setdefault(queue, []).append(item.xid)
+        data = item.data
+        end = b"\r\nEND\r\n" if self._whole else b"\r\n"
+        if self._with_cas:
+            head = b"VALUE %b %d %d %d\r\n" % (key.text, item.flags, len(data),
+                                               self.broker.cas(item))
+        else:
+            head = b"VALUE %b %d %d\r\n" % (key.text, item.flags, len(data))
+        self.out_bytes += len(data)
+        if len(data) < _BIG:
+            self.touched.append((queue, len(out), 1, self._whole))
+            out.append(b"%b%b%b" % (head, data, end))
+        else:
+            self.touched.append((queue, len(out), 3, self._whole))
+            out += (head, data, end)
+
+    def _wait(self, opening, peek=False):
+        self.waiter = Waiter(self._deliver, opening, peek)
+        self.queue.wait(self.waiter)
+
+    def _deliver(self, item):
+        """An item for the waiting read, or None if the wait is over without one."""
+        waiter, self.waiter = self.waiter, None
+        if self._monitor:
+            self._show(item)
+        else:
+            stats = self.broker.stats
+            if item is None:
+                stats.get_misses += not waiter.peek
+            else:
+                stats.get_hits += not waiter.peek
+            self._give(self._keys.pop(), item)
+            if not self._keys and not self._whole:
+                self.out.append(b"END\r\n")
+        self.wake()
+
+    def time_out(self):
+        """The time that was asked for is over."""
+        if self.waiter:
+            self.queue.cancel(self.waiter)
+            self._deliver(None)
+
+    def _start_monitor(self, words, now):
+        # monitor <queue> <seconds> [<items>]
+        if not 3 <= len(words) <= 4:
+            raise Refused("CLIENT_ERROR monitor needs a queue and a number of seconds")
+        name = _name(words[1])
+        seconds = _number(words[2], "number of seconds")
+        count = _number(words[3], "number of items") if len(words) == 4 else UNLIMITED
+        self._check_reads()
+        self.queue = self.broker.queue(name, now)
+        self._monitor = [words[1], count]
+        self.timeout = max(0, seconds * 1000)
+        self._watch(now)
+
+    def _watch(self, now):
+        """Show the monitor in hand what there is, up to where it has to wait."""
+        limit = self.broker.config.server.max_open_transactions
+        while self._monitor:
+            if not self.queue or self._monitor[1] <= 0 or (
+                    len(self.open_reads.get(self.queue, ())) >= limit):
+                self._show(None)
+                return
+            self.broker.stats.cmd_get += 1
+            item = self.queue.remove(True, now)
+            if item is None:
+                self._wait(True)
+                return
+            self._show(item)
+
+    def _show(self, item):
+        if item is None:
+            self._monitor = None
+            self.out.append(b"END\r\n")
+        else:
+            self._monitor[1] -= 1
+            self._whole, self._with_cas = True, False
+            self._give(ReadKey(self._monitor[0], "", 0, True, False, False, False), item)
+
+    def _confirm(self, words, now):
+        # confirm <queue> <count>
+        if len(words) != 3:
+            raise Refused("CLIENT_ERROR confirm needs a queue and a number of items")
+        queue = self.broker.find(_name(words[1]))
+        count = max(0, _number(words[2], "number of items"))
+        if queue and self._end_reads(queue, count, True, now):
+            self._say(b"END\r\n", queue)
+        else:
+            self._say(b"ERROR\r\n")
+
+    # -- administration
+
+    def _queue_of(self, words):
+        """The queue that a command names, None if it does not exist."""
+        if len(words) < 2:
+            raise Refused("CLIENT_ERROR %s needs the name of a queue" % words[0].decode())
+        return self.broker.find(_name(words[1]))
+
+    def _delete(self, words, now):
+        queue = self._queue_of(words)
+        self._check_writes()
+        if queue:
+            self.broker.delete(queue)
+        self._reply(words, b"DELETED\r\n")
+
+    def _flush(self, words, now):
+        queue = self._queue_of(words)
+        self._check_writes()
+        if queue:
+            queue.flush()
+        self._reply(words, b"END\r\n", *filter(None, [queue]))
+
+    def _flush_all(self, words, now):
+        self._check_writes()
+        queues = list(self.broker.queues.values())
+        for queue in queues:
+            queue.flush()
+        stock = self.broker.config.server.flush_all_reply == "memcached"
+        self._reply(words, b"OK\r\n" if stock else b"Flushed all queues.\r\n", *queues)
+
+    def _flush_expired(self, words, now):
+        queue = self._queue_of(words)
+        self._check_writes()
+        self._discard_expired([queue] if queue else [], now)
+
+    def _flush_all_expired(self, words, now):
+        self._check_writes()
+        self._discard_expired(list(self.broker.queues.values()), now)
+
+    def _discard_expired(self, queues, now):
+        count = sum([queue.discard_expired(now, UNLIMITED) for queue in queues])
+        self._say(b"%d\r\n" % count, *queues)
+
+    def _stats(self, words, now):
+        broker = self.broker
+        lines = broker.server_stats(now)
+        for name, queue in sorted(broker.queues.items()):
+            lines += [("queue_%s_%s" % (name, key), value)
+                      for key, value in broker.queue_stats(queue)]
+        self._say(_lines("STAT %s %s" % line for line in lines))
+
+    def _dump_stats(self, words, now):
+        self._dump(words, self.broker.queue_stats)
+
+    def _dump_config(self, words, now):
+        self._dump(words, lambda queue: [
+            line.split(" = ", 1) for line in queue.config.lines()])
+
+    def _dump(self, words, pairs):
+        lines = []
+        names = [os.fsdecode(word) for word in words[1:]] or sorted(self.broker.queues)
+        for name in names:
+            queue = self.broker.find(name)
+            if queue:
+                lines += ["queue '%s' {" % name, *("  %s=%s" % tuple(pair)
+                                                  for pair in pairs(queue)), "}"]
+        self._say(_lines(lines))
+
+    def _reload(self, words, now):
+        try:
+            self.broker.reload()
+        except ConfigError as error:
+            log.error("reload: %s; nothing has been changed", error)
+            raise Refused("SERVER_ERROR %s" % error) from None
+        self._say(b"Reloaded config.\r\n")
+
+    def _status(self, words, now):
+        if len(words) < 2:
+            self._say(self.broker.status.encode() + b"\r\n")
+            return
+        try:
+            self.broker.set_status(words[1].decode("ascii", "replace"))
+        except ValueError as error:
+            raise Refused("CLIENT_ERROR %s" % error) from None
+        self._say(b"END\r\n")
+
+    def _version(self, words, now):
+        self._say(b"VERSION %b\r\n" % __version__.encode())
+
+    def _verbosity(self, words, now):
+        self._reply(words, b"OK\r\n")
+
+    def _shutdown(self, words, now):
+        if not (self.local or self.broker.config.server.allow_remote_shutdown):
+            raise Refused("CLIENT_ERROR shutdown is taken from this machine only")
+        self.closing = self.broker.stopping = True
+
+    def _quit(self, words, now):
+        self.closing = True
+
+    def _unknown(self, words, now):
+        if words and words[0].startswith(b"\x80"):
+            raise Refused("ERROR the binary protocol is not spoken here", close=True)
+        self._reply(words, b"ERROR\r\n")
+
+
+def _lines(lines):
+    return os.fsencode("".join(line + "\r\n" for line in [*lines, "END"]))
+
+
+_COMMANDS = {
+    b"set": MemcacheSession._set,
+    b"get": MemcacheSession._get,
+    b"gets": MemcacheSession._get,
+    b"monitor": MemcacheSession._start_monitor,
+    b"confirm": MemcacheSession._confirm,
+    b"delete": MemcacheSession._delete,
+    b"flush": MemcacheSession._flush,
+    b"flush_all": MemcacheSession._flush_all,
+    b"flush_expired": MemcacheSession._flush_expired,
+    b"flush_all_expired": MemcacheSession._flush_all_expired,
+    b"stats": MemcacheSession._stats,
+    b"dump_stats": MemcacheSession._dump_stats,
+    b"dump_config": MemcacheSession._dump_config,
+    b"reload": MemcacheSession._reload,
+    b"status": MemcacheSession._status,
+    b"version": MemcacheSession._version,
+    b"verbosity": MemcacheSession._verbosity,
+    b"shutdown": MemcacheSession._shutdown,
+    b"quit": MemcacheSession._quit,
+    **dict.fromkeys([b"add", b"replace", b"append", b"prepend", b"cas"],
+                    MemcacheSession._set_nothing),
+}
+
+
+# == 6. Server ============================================================================
+#
+# Sockets, time, fsync, signals: the loop that feeds the sessions and sends their answers.
+# Knows nothing of records or of command words.
+
+# How much is read from a socket at a time, and how much unparsed input a session that
+# waits may pile up before its socket is left alone.
+_CHUNK = 1 << 16
+
+
+class Timers:
+    """Calls to be made at a time, on a heap. Times are seconds of the monotonic clock."""
+
+    def __init__(self):
+        self._heap = []                  # [when, serial, call or None if cancelled]
+        self._serial = itertools.count()
+        self._cancelled = 0
+
+    def at(self, when, call):
+        """Make `call` at `when`, or as soon after as run() is called; returns its entry."""
+        entry = [when, next(self._serial), call]
+        heapq.heappush(self._heap, entry)
+        return entry
+
+    def cancel(self, entry):
+        """Do not make that call. Its entry goes at its time, or when half of them are such."""
+        if entry[2] is None:
+            return
+        entry[2] = None
+        self._cancelled += 1
+        if self._cancelled * 2 > len(self._heap):
+            self._heap = [entry for entry in self._heap if entry[2] is not None]
+            heapq.heapify(self._heap)
+            self._cancelled = 0
+
+    def wait(self, mono):
+        """Seconds until there is something to do, None if there is nothing."""
+        return max(0, self._heap[0][0] - mono) if self._heap else None
+
+    def run(self, mono):
+        """Make the calls that are due."""
+        while self._heap and self._heap[0][0] <= mono:
+            entry = heapq.heappop(self._heap)
+            call, entry[2] = entry[2], None
+            if call:
+                call()
+            else:
+                self._cancelled -= 1
+
+
+class Syncer:
+    """The thread that fsyncs, so that the loop never waits for a disk.
+
+    `done` is filled with (call, OSError or None); `wake` is called after each, from the
+    thread.
+    """
+
+    def __init__(self, wake):
+        self.done = collections.deque()
+        self._wake = wake
+        self._jobs = queues.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="syncer", daemon=True)
+        self._thread.start()
+
+    def submit(self, fds, call):
+        """Have the descriptors fsynced in order, and closed; then pass on `call`."""
+        self._jobs.put((fds, call))
+
+    def stop(self):
+        """Finish what has been submitted and end the thread."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self):
+        for fds, call in iter(self._jobs.get, None):
+            failure = None
+            for fd in fds:
+                try:
+                    os.fsync(fd)
+                except OSError as error:
+                    failure = error
+                finally:
+                    os.close(fd)
+            self.done.append((call, failure))
+            self._wake()
+
+
+class Connection:
+    """A client's socket and the session on it."""
+
+    def __init__(self, server, sock, session):
+        self.server = server
+        self.sock = sock
+        self.session = session
+        session.wake = functools.partial(server.woken.append, self)
+        self.holds = set()               # queues whose fsync the answers wait for
+        self.last_read = server.mono
+        self._unsent = []
+        self._watched = selectors.EVENT_READ
+        self._checked = 0                # entries of session.touched seen by settle()
+        self._deadline = self._alarm = None
+        self._at_end = False             # the client will send no more
+        self.closed = False
+        server.selector.register(sock, self._watched, self)
+
+    def is_waiting(self):
+        return self.session.waiter is not None
+
+    def ready(self, mask):
+        """The socket can be read or written."""
+        if mask & selectors.EVENT_WRITE:
+            self.flush()
+        if mask & selectors.EVENT_READ and not self.closed:
+            self._read()
+
+    def _read(self):
+        try:
+            data = self.sock.recv(_CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:                  # reset: gone, like one that closed
+            data = b""
+        server = self.server
+        session = self.session
+        if not data:
+            self._hang_up()
+            return
+        server.broker.stats.bytes_read += len(data)
+        self.last_read = server.mono
+        if self._at_end:                 # we have said all that we will
+            return
+        session.feed(data, server.now)
+        server.active.append(self)
+        self.after_feed()
+
+    def resume(self):
+        """The session can go on after a wait."""
+        if not self.closed:
+            self.session.resume(self.server.now)
+            self.server.active.append(self)
+            self.after_feed()
+
+    def after_feed(self):
+        """See to what the session asks for: a timeout, and a pause in its input."""
+        session = self.session
+        if session.timeout is not None:
+            self._deadline = self.server.mono + session.timeout / 1000
+            session.timeout = None
+            # One entry on the heap serves one wait after the other, as a rule.
+            if self._alarm is None or self._deadline < self._alarm[0]:
+                self._set_alarm()
+        paused = session.backlog() > _CHUNK
+        if paused == bool(self._watched & selectors.EVENT_READ):
+            self._watch(self._watched ^ selectors.EVENT_READ)
+
+    def _set_alarm(self):
+        if self._alarm:
+            self.server.timers.cancel(self._alarm)
+        self._alarm = self.server.timers.at(self._deadline, self._ring)
+
+    def _ring(self):
+        self._alarm = None
+        if self.session.waiter:
+            if self._deadline <= self.server.mono:
+                self.session.time_out()
+            else:
+                self._set_alarm()
+
+    def _hang_up(self):
+        """The client has closed its side. What it is owed by now is still sent."""
+        self.session.close(self.server.now)
+        if self.session.out or self._unsent:
+            self._at_end = True
+            self._watch(self._watched & ~selectors.EVENT_READ)
+            self.server.active.append(self)
+        else:
+            self.close()
+
+    def settle(self, failed, durable):
+        """Put errors in the place of answers that rest on a failed journal, and hold those
+        that rest on one which has still to be fsynced."""
+        session = self.session
+        session.fail(failed, self._checked)
+        for queue in {entry[0] for entry in session.touched[self._checked:]} & durable:
+            if queue not in self.holds:
+                self.holds.add(queue)
+            self.server.want_sync(queue, self)
+        self._checked = len(session.touched)
+        session.held = bool(self.holds)
+
+    def release(self, queue, error):
+        """The fsync that answers waited for is done, or has failed."""
+        self.holds.discard(queue)
+        if self.closed:
+            return
+        if error:
+            self.session.fail({queue: error})
+        if not self.holds:
+            self.session.held = False
+            self.resume()
+
+    def flush(self):
+        """Send the answers, as far as the kernel takes them."""
+        session = self.session
+        if self.closed or self.holds:
+            return
+        if session.out:
+            self._checked = 0
+            self._unsent += session.take()
+        if self._unsent:
+            try:
+                self._send()
+            except BlockingIOError:
+                self._watch(self._watched | selectors.EVENT_WRITE)
+                return
+            except OSError:              # gone: the next read would have told
+                self.close()
+                return
+        if self._watched & selectors.EVENT_WRITE:
+            self._watch(self._watched & ~selectors.EVENT_WRITE)
+        if session.out_bytes:
+            was_full = session.out_bytes > OUTPUT_LIMIT
+            session.out_bytes = 0
+            if was_full:
+                session.wake()
+        if session.closing:
+            self._finish()
+
+    def _send(self):
+        unsent = self._unsent
+        while unsent:
+            # Joining small answers is cheaper than a vector of them.
+            if len(unsent) == 1 or self.session.out_bytes < _BIG:
+                data = unsent[0] if len(unsent) == 1 else b"".join(unsent)
+                unsent[:] = [data]
+                count = self.sock.send(data)
+            else:
+                count = self.sock.sendmsg(unsent[:_MAX_VECTOR])
+            self.server.broker.stats.bytes_written += count
+            whole = 0
+            while whole < len(unsent) and count >= len(unsent[whole]):
+                count -= len(unsent[whole])
+                whole += 1
+            del unsent[:whole]
+            if count:
+                unsent[0] = memoryview(unsent[0])[count:]
+
+    def _finish(self):
+        """All has been said. The client is given a moment to read it: to close a socket
+        with unread input would take back what it has not read yet."""
+        self.session.close(self.server.now)
+        if self._at_end:
+            self.close()
+            return
+        self._at_end = True
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.close()
+            return
+        self._watch(selectors.EVENT_READ)
+        self.server.timers.at(self.server.mono + 1, self.close)
+
+    def close(self):
+        """Let go of the client; its open reads go back."""
+        if not self.closed:
+            self.closed = True
+            self.session.close(self.server.now)
+            self._watch(0)
+            if self._alarm:
+                self.server.timers.cancel(self._alarm)
+            self.sock.close()
+            self.server.connections.discard(self)
+            self.server.broker.stats.curr_connections -= 1
+
+    def _watch(self, mask):
+        selector = self.server.selector
+        if mask == self._watched:
+            return
+        if not mask:
+            selector.unregister(self.sock)
+        elif self._watched:
+            selector.modify(self.sock, mask, self)
+        else:
+            selector.register(self.sock, mask, self)
+        self._watched = mask
+
+
+class Listener:
+    """A port on which clients of one protocol come in."""
+
+    def __init__(self, server, sock, session_type):
+        self.server = server
+        self.sock = sock
+        self.session_type = session_type
+        self._start()
+
+    def is_waiting(self):
+        return False
+
+    def ready(self, mask):
+        """Clients are at the door."""
+        server = self.server
+        while True:
+            try:
+                sock, address = self.sock.accept()
+            except BlockingIOError:
+                return
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:     # no descriptors left, no memory
+                log.error("cannot accept connections for a second: %s", error.strerror)
+                server.selector.unregister(self.sock)
+                server.timers.at(server.mono + 1, self._start)
+                return
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            local = address[0] == "::1" or address[0].startswith(("127.", "::ffff:127."))
+            connection = Connection(server, sock, self.session_type(server.broker, local))
+            server.connections.add(connection)
+            server.broker.stats.curr_connections += 1
+            server.broker.stats.total_connections += 1
+            server.watch_idle(connection)
+
+    def _start(self):
+        self.server.selector.register(self.sock, selectors.EVENT_READ, self)
+
+
+class Server:
+    """The daemon: listeners, connections and the loop. Raises OSError when it cannot start.
+
+    After start() run() serves until the broker is told to stop; interrupt() may be called
+    from a signal handler or another thread.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.selector = selectors.DefaultSelector()
+        self.timers = Timers()
+        self.connections = set()
+        self.active = []                 # connections that may have something to send
+        self.woken = []                  # connections whose sessions can go on
+        self.mono = time.monotonic()
+        self.now = _now()
+        self.reload_wanted = False
+        self._planned = set()            # queues whose fsync has a time set
+        self._wanted = {}                # queue -> connections that wait for its next fsync
+        self._running = {}               # queue -> connections that wait for the one running
+        self._failing = {}               # queue -> whether a recovery is planned
+        address = (config.server.listen_address, config.server.memcache_port)
+        self._socket = _bind(*address)
+        self._spool = _lock_spool(os.path.abspath(config.server.queue_path))
+        log.info("kestrel.py %s, journals in %s", __version__,
+                 os.path.abspath(config.server.queue_path))
+        self.broker = Broker(config, self.later, self.now)
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self.selector.register(self._wake_in, selectors.EVENT_READ, self)
+        self._syncer = Syncer(self.interrupt)
+        try:
+            self._socket.listen(config.server.connection_backlog)
+        except OSError as error:         # another one has come first since
+            raise _cannot_listen(error, *address) from None
+        Listener(self, self._socket, MemcacheSession)
+        self.address = self._socket.getsockname()
+        log.info("listening on %s:%d for memcache clients; %d queues, %d items",
+                 self.address[0], self.address[1], len(self.broker.queues),
+                 sum(queue.count for queue in self.broker.queues.values()))
+        self._plan_sweep()
+
+    # -- one turn of the loop
+
+    def run(self):
+        """Serve until the broker is stopped, then stop cleanly."""
+        while not self.broker.stopping:
+            self.turn()
+        self._stop()
+
+    def turn(self):
+        """Wait for events and see to all of them."""
+        broker = self.broker
+        busy = broker.dirty or broker.chores or self.woken or self.active
+        events = self.selector.select(0 if busy else self.timers.wait(time.monotonic()))
+        self.mono = time.monotonic()
+        self.now = _now()
+        # Those that wait first: one that has hung up must not be given an item.
+        late = []
+        for key, mask in events:
+            if key.data.is_waiting():
+                key.data.ready(mask)
+            else:
+                late.append((key.data, mask))
+        for ready, mask in late:
+            ready.ready(mask)
+        self.timers.run(self.mono)
+        if broker.chores:
+            self._do_chore()
+        if self.reload_wanted:
+            self.reload_wanted = False
+            self._reload()
+        self._resume_woken()
+        self._commit()
+
+    def ready(self, mask):
+        """Somebody has called interrupt(); what for is seen to in its turn."""
+        with contextlib.suppress(BlockingIOError):
+            self._wake_in.recv(4096)
+
+    def is_waiting(self):
+        return False
+
+    def interrupt(self):
+        """Make the loop turn. From any thread, or a signal handler."""
+        with contextlib.suppress(BlockingIOError):     # full: it will turn
+            self._wake_out.send(b"\0")
+
+    def wakeup_fd(self):
+        """What signal.set_wakeup_fd() can be given."""
+        return self._wake_out.fileno()
+
+    def later(self, delay_ms, call):
+        """Make a call in that time; returns what cancels it."""
+        entry = self.timers.at(self.mono + delay_ms / 1000, call)
+        return functools.partial(self.timers.cancel, entry)
+
+    def watch_idle(self, connection):
+        """Close the connection once it has been idle for client_timeout."""
+        timeout = self.config.server.client_timeout
+        if timeout is None or connection.closed:
+            return
+        if connection.is_waiting() or connection.holds:
+            connection.last_read = self.mono
+        left = connection.last_read + timeout / 1000 - self.mono
+        if left <= 0:
+            connection.close()
+        else:
+            self.timers.at(self.mono + left, functools.partial(self.watch_idle, connection))
+
+    def _resume_woken(self):
+        for connection in self.woken:                  # which may wake others
+            connection.resume()
+        self.woken.clear()
+
+    def _do_chore(self):
+        chore = self.broker.chores.popleft()
+        if next(chore, self) is not self:              # there is more of it
+            self.broker.chores.append(chore)
+
+    def _plan_sweep(self):
+        frequency = self.config.server.expiration_timer_frequency
+        if frequency:
+            self.later(frequency, self._sweep)
+
+    def _sweep(self):
+        self.broker.chores.append(self._swept())
+
+    def _swept(self):
+        yield from self.broker.sweep(self.now)
+        self._plan_sweep()
+
+    def _reload(self):
+        try:
+            self.broker.reload()
+        except ConfigError as error:
+            log.error("reload: %s; nothing has been changed", error)
+
+    # -- writing, fsyncing, answering
+
+    def _commit(self):
+        written, failed = self.broker.commit(self.now)
+        durable = set()
+        for queue in written:
+            self._note_success(queue)
+            delay = queue.config.sync_journal
+            if delay == 0:
+                durable.add(queue)
+            elif delay is not None and queue not in self._planned:
+                self._planned.add(queue)
+                self.later(delay, functools.partial(self._sync_due, queue))
+        for queue, error in failed.items():
+            self._note_failure(queue, error)
+        self._answer(failed, durable)
+        while self._syncer.done:
+            call, error = self._syncer.done.popleft()
+            call(error)
+        self._start_syncs()
+
+    def _answer(self, failed, durable):
+        active, self.active = self.active, []
+        for connection in active:
+            if failed or durable:
+                connection.settle(failed, durable)
+            connection.flush()
+
+    def want_sync(self, queue, connection=None):
+        """Have the queue's journal fsynced, with all that has been written by now."""
+        waiting = self._wanted.setdefault(queue, [])
+        if connection:
+            waiting.append(connection)
+
+    def _sync_due(self, queue):
+        self._planned.discard(queue)
+        self.want_sync(queue)
+
+    def _start_syncs(self):
+        for queue in list(self._wanted):
+            if queue in self._running:
+                continue                               # one at a time, the next for all
+            self._running[queue] = self._wanted.pop(queue)
+            if queue.journal is None or queue.closed or queue.journal.broken:
+                self._synced(queue, 0, None)
+                continue
+            try:
+                fds, count = queue.begin_sync()
+            except OSError as error:
+                self._synced(queue, 0, error)
+            else:
+                self._syncer.submit(fds, functools.partial(self._synced, queue, count))
+
+    def _synced(self, queue, count, error):
+        connections = self._running.pop(queue)
+        if error and not queue.closed:
+            log.error("fsync of the journal of %s: %s; it is written anew", queue.name,
+                      error.strerror)
+            connections += self._wanted.pop(queue, [])
+            self.broker.sync_failed(queue)
+            self._rewrite(queue)
+        elif not queue.closed:
+            queue.synced(count)
+        for connection in connections:
+            connection.release(queue, error)
+
+    def _rewrite(self, queue):
+        """After a failed fsync: a fresh file, until one can be trusted."""
+        if queue.closed:
+            return
+        try:
+            fds = [os.dup(queue.rewrite())]
+        except OSError as error:
+            self._rewritten(queue, error)
+        else:
+            self._syncer.submit(fds, functools.partial(self._rewritten, queue))
+
+    def _rewritten(self, queue, error):
+        if queue.closed:
+            return
+        try:
+            if error:
+                raise error
+            queue.journal.adopt()
+        except OSError as failure:
+            self._note_failure(queue, failure)
+            with contextlib.suppress(OSError):         # deleted at the next start then
+                queue.journal.give_up_rewrite()
+            self.later(_RETRY_MS, functools.partial(self._rewrite, queue))
+        else:
+            self._note_success(queue)
+            self.want_sync(queue)                      # of the directory
+
+    def _note_failure(self, queue, error):
+        """Say that a journal cannot be written, once, and see to it in a while."""
+        if queue not in self._failing:
+            log.error("the journal of %s cannot be written: %s", queue.name, _why(error))
+        if not self._failing.get(queue):
+            self._failing[queue] = True
+            self.later(_RETRY_MS, functools.partial(self._recover, queue))
+
+    def _note_success(self, queue):
+        if self._failing.pop(queue, None) is not None:
+            log.info("the journal of %s is written again", queue.name)
+
+    def _recover(self, queue):
+        if queue in self._failing:
+            self._failing[queue] = False
+        if not queue.closed:
+            queue.recover(self.now)
+
+    # -- the end
+
+    def _stop(self):
+        """Answer those that wait, put open reads back, and leave all journals on the disk."""
+        self.selector.unregister(self._socket)
+        self._socket.close()
+        for queue in self.broker.queues.values():
+            queue.dismiss_waiters()
+        self._resume_woken()
+        self._commit()
+        self._syncer.stop()
+        self._commit()                                 # what it had still to say
+        for connection in list(self.connections):
+            connection.close()
+        self.broker.commit(self.now)
+        self.broker.commit(self.now)                   # expired items on their way
+        for queue in self.broker.queues.values():
+            try:
+                queue.close()
+            except OSError as error:
+                log.error("the journal of %s: %s", queue.name, _why(error))
+        self.selector.close()
+        self._wake_in.close()
+        self._wake_out.close()
+        os.close(self._spool)
+        log.info("stopped")
+
+
+def _cannot_listen(error, address, port):
+    return OSError(error.errno, "cannot listen on %s:%d: %s" % (address, port, error.strerror))
+
+
+def _bind(address, port):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((address, port))
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise _cannot_listen(error, address, port) from None
+    return sock
+
+
+def _lock_spool(path):
+    """Make the spool directory if need be and lock it; returns its descriptor."""
+    try:
+        os.makedirs(path, 0o700, exist_ok=True)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise OSError(error.errno, "cannot use the spool %s: %s" % (path, error.strerror)
+                      ) from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise OSError(error.errno, "the spool %s is held by another server" % path) from None
+    return fd
+
+
+# == 7. Command line ======================================================================
+#
+# What `python3 kestrel.py` does: arguments, logging, signals, exit status.
+
+
+def main(arguments=None):
+    """Run the daemon; returns the exit status. `arguments` default to the command line's."""
+    parser = argparse.ArgumentParser(
+        prog="kestrel.py", description="A tiny, durable queue that speaks memcache.")
+    parser.add_argument("-c", metavar="FILE", dest="config", help="the config file to read")
+    parser.add_argument("--listen", metavar="ADDRESS", dest="listen_address",
+                        help="the address to listen on (default 127.0.0.1)")
+    parser.add_argument("--port", dest="memcache_port",
+                        help="the port for memcache clients (default 22133)")
+    parser.add_argument("--spool", metavar="DIRECTORY", dest="queue_path",
+                        help="where the journals are (default ./spool)")
+    parser.add_argument("--check", action="store_true",
+                        help="check the config file, print the effective settings, and exit")
+    parser.add_argument("--version", action="version", version="kestrel.py " + __version__)
+    options = parser.parse_args(arguments)
+    overrides = {key: value for key, value in vars(options).items()
+                 if key in SERVER_SETTINGS and value is not None}
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr,
+                        format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        config = Config(options.config, overrides)
+        if options.check:
+            print("\n".join(config.lines()))
+            return 0
+        server = Server(config)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print("kestrel.py: %s" % (error.strerror or error), file=sys.stderr)
+        return 1
+    _handle_signals(server)
+    server.run()
+    return 0
+
+
+def _handle_signals(server):
+    def stop(number, frame):
+        log.info("%s: stopping", signal.Signals(number).name)
+        server.broker.stopping = True
+
+    def reload(number, frame):
+        server.reload_wanted = True
+
+    signal.set_wakeup_fd(server.wakeup_fd(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGHUP, reload)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
