@@ -908,7 +908,6 @@ class Queue:
             items, self.items = self.items, collections.deque()
             self.bytes = 0
             self._log(Journal.FLUSH, items)
-        return len(self.items)
 
     def discard_expired(self, now=None, limit=None):
         """Take expired items from the head, at most `limit` (default: max_expire_sweep),
@@ -978,7 +977,10 @@ class Queue:
             self._orphans.intersection_update(self.opens)
         if not self.items and not self.opens and (
                 journal.size >= self.config.default_journal_size):
-            journal.restart()
+            try:
+                journal.restart()
+            except OSError as error:       # what was to be written is written all the same
+                log.error("%s: cannot start over: %s", journal.path, error.strerror)
 
     def begin_sync(self):
         """What to fsync (descriptors, to be closed) and what to tell synced() then."""
