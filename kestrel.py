@@ -677,13 +677,13 @@ class Journal:
                 os.ftruncate(self.fd, self.size)
                 self._torn = False
             _write_all(self.fd, chunks, self.size)
-        except OSError:
+        except OSError as error:
             # Left alone, half a record would stand before the next good one.
             self._torn = True
             with contextlib.suppress(OSError):     # else before the next write
                 os.ftruncate(self.fd, self.size)
                 self._torn = False
-            raise
+            raise OSError(error.errno, error.strerror, self.path) from None
         self.size += sum(map(len, chunks))
         self.ops = []
 
@@ -2192,6 +2192,10 @@ class Connection:
     def is_waiting(self):
         return self.session.waiter is not None
 
+    def is_idle(self):
+        """Whether the next word is the client's."""
+        return not (self.session.waiter or self.session.out or self.holds or self._unsent)
+
     def ready(self, mask):
         """The socket can be read or written."""
         if mask & selectors.EVENT_WRITE:
@@ -2515,7 +2519,7 @@ class Server:
         timeout = self.config.server.client_timeout
         if timeout is None or connection.closed:
             return
-        if connection.is_waiting() or connection.holds:
+        if not connection.is_idle():
             connection.last_read = self.mono
         left = connection.last_read + timeout / 1000 - self.mono
         if left <= 0:

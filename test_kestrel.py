@@ -783,3 +783,1453 @@ def test_a_failed_fsync_undoes_what_waited_for_it_and_writes_the_rest_anew(tmp_p
     queue.write()
     assert contents_of(tmp_path) == [b"b", b"c", b"e"]
     queue.close()
+
+
+# == Broker ===============================================================================
+
+
+def broker_of(path, text="", **options):
+    return kestrel.Broker(config_of(path, text), now=NOW, **options)
+
+
+def put(broker, name, *data, expiry=0, now=NOW):
+    return [broker.put(broker.route(name.encode(), now), item, 0, expiry, now)
+            for item in data]
+
+
+def items_of(broker, name):
+    return data_of(broker.queues[name].items)
+
+
+def test_fanout_children_get_a_copy_of_what_comes_later(tmp_path):
+    broker = broker_of(tmp_path, "[queue fan+full]\nmax_items = 1\n")
+    put(broker, "fan", b"0")
+    broker.queue("fan+one", NOW)
+    put(broker, "fan", b"1")
+    broker.queue("fan+full", NOW)
+    assert put(broker, "fan", b"2", b"3") == [True, True]
+    put(broker, "fan+one", b"4")
+    assert items_of(broker, "fan") == [b"0", b"1", b"2", b"3"]
+    assert items_of(broker, "fan+one") == [b"1", b"2", b"3", b"4"]
+    assert items_of(broker, "fan+full") == [b"2"]
+    assert dict(broker.queue_stats(broker.queues["fan"]))["children"] == "fan+one,fan+full"
+    broker.delete(broker.queues["fan+one"])
+    put(broker, "fan", b"5")
+    assert "fan+one" not in broker.queues
+    broker.delete(broker.queues["fan"])
+    assert items_of(broker, "fan+full") == [b"2"]
+    assert put(broker, "fan+full", b"6") == [False]
+
+
+def test_fanout_only(tmp_path):
+    broker = broker_of(tmp_path, "[queue fan]\nfanout_only = true\n")
+    assert put(broker, "fan", b"0") == [True]
+    broker.queue("fan+one", NOW)
+    put(broker, "fan", b"1")
+    put(broker, "fan+one", b"2")
+    assert (items_of(broker, "fan"), items_of(broker, "fan+one")) == ([], [b"1", b"2"])
+
+
+def test_aliases(tmp_path):
+    broker = broker_of(tmp_path, """
+[alias all]
+destination_queues = a, b, c+x
+[queue b]
+max_items = 1
+""")
+    broker.queue("a+copy", NOW)
+    assert put(broker, "all", b"1", b"2") == [True, False]
+    assert {name: items_of(broker, name) for name in broker.queues} == {
+        "a": [b"1", b"2"], "a+copy": [b"1", b"2"], "b": [b"1"], "c+x": [b"1", b"2"]}
+    assert broker.queue("all", NOW) is None and broker.find("all") is None
+
+
+def settle(broker, now=NOW):
+    """Commit until nothing is on the way."""
+    while broker.dirty or broker._expired or broker._moved:
+        written, failed = broker.commit(now)
+        assert not failed
+    return broker
+
+
+def test_expired_items_move_to_expire_to_queue(tmp_path):
+    broker = broker_of(tmp_path, """
+[queue work]
+expire_to_queue = late
+max_age = 100ms
+[queue late]
+max_age = 50ms
+expire_to_queue = late
+""")
+    put(broker, "work", b"1", b"2", expiry=NOW + 10)
+    put(broker, "work", b"3")
+    assert broker.queues["work"].remove(now=NOW + 10).data == b"3"
+    settle(broker, NOW + 10)
+    late = broker.queues["late"]
+    assert data_of(late.items) == [b"1", b"2"]
+    assert contents_of(tmp_path / "spool", "work") == []
+    assert late.peek(NOW + 59).data == b"1"
+    assert late.peek(NOW + 60) is None       # it leads to itself: they are gone
+
+
+def test_a_move_loses_nothing_wherever_it_stops(tmp_path):
+    broker = broker_of(tmp_path, "[queue work]\nexpire_to_queue = late\n")
+    put(broker, "work", b"1", expiry=NOW + 10)
+    broker.commit(NOW)
+    broker.queues["work"].discard_expired(NOW + 10)
+    states = []
+    while broker.dirty or broker._expired or broker._moved:
+        broker.commit(NOW + 10)
+        spool = tmp_path / "spool"
+        states.append((contents_of(spool, "work"), contents_of(spool, "late")))
+    assert states == [([b"1"], []), ([b"1"], [b"1"]), ([], [b"1"])]
+
+
+def test_a_move_that_cannot_be_written_is_taken_back(tmp_path, disk):
+    broker = broker_of(tmp_path, "[queue work]\nexpire_to_queue = late\n")
+    put(broker, "work", b"1", expiry=NOW + 10)
+    broker.commit(NOW)
+    broker.queues["work"].discard_expired(NOW + 10)
+    broker.commit(NOW + 10)                  # open on record, now to be put into late
+    disk.failing = {"pwritev": errno.ENOSPC}
+    broker.commit(NOW + 10)
+    disk.failing = {}
+    settle(broker, NOW + 10)
+    assert items_of(broker, "work") == [b"1"] and items_of(broker, "late") == []
+
+
+def sweep(broker, now):
+    for _ in broker.sweep(now):
+        pass
+
+
+def test_sweep_drops_expired_items_and_old_queues(tmp_path):
+    broker = broker_of(tmp_path, """
+[queue]
+max_queue_age = 1m
+[queue a]
+max_expire_sweep = 2
+""")
+    put(broker, "a", b"1", b"2", b"3", expiry=NOW + 10)
+    put(broker, "b", b"1", b"2", b"3", expiry=NOW + 10)
+    broker.queue("idle", NOW)
+    broker.queue("waited", NOW).wait(kestrel.Waiter(lambda item: None))
+    sweep(broker, NOW + 10)
+    assert (broker.queues["a"].count, broker.queues["b"].count) == (1, 0)
+    assert len(broker.queues) == 4
+    settle(broker)
+    sweep(broker, NOW + 60000)
+    assert list(broker.queues) == ["waited"]
+    assert broker.stats.queue_expires == 3
+    assert os.listdir(str(tmp_path / "spool")) == ["waited"]
+
+
+def test_reload_changes_queues_at_once(tmp_path, caplog):
+    broker = broker_of(tmp_path, "")
+    put(broker, "a", b"1")
+    config_of(tmp_path, "[server]\nmemcache_port = 1\n[queue]\nmax_items = 1\n"
+                        "[alias all]\ndestination_queues = a b\n")
+    broker.reload()
+    assert put(broker, "a", b"2") == [False]
+    assert put(broker, "all", b"3") == [False]
+    assert items_of(broker, "b") == [b"3"]
+    assert "memcache_port changes with the next start only" in caplog.text
+    config_of(tmp_path, "[queue]\nmax_items = 5\n") and (
+        tmp_path / "kestrel.conf").write_text("[queue]\nmax_items = x\n")
+    with pytest.raises(kestrel.ConfigError):
+        broker.reload()
+    assert put(broker, "a", b"2") == [False]
+
+
+def test_a_spool_is_loaded_again(tmp_path):
+    broker = broker_of(tmp_path)
+    put(broker, "a", b"1", b"2")
+    put(broker, "a+b", b"3")
+    settle(broker)
+    for queue in broker.queues.values():
+        queue.close()
+    broker = broker_of(tmp_path)
+    assert sorted(broker.queues) == ["a", "a+b"]
+    put(broker, "a", b"4")
+    assert (items_of(broker, "a"), items_of(broker, "a+b")) == (
+        [b"1", b"2", b"4"], [b"3", b"4"])
+
+
+# == The memcache session =================================================================
+
+
+class Talk:
+    """Sessions of one broker: each call feeds one of them and gives its answers."""
+
+    def __init__(self, path, text=""):
+        self.broker = broker_of(path, text)
+        self.sessions = {}
+        self.now = NOW
+
+    def session(self, name="client", **options):
+        if name not in self.sessions:
+            self.sessions[name] = kestrel.MemcacheSession(self.broker, **options)
+        return self.sessions[name]
+
+    def __call__(self, text, name="client"):
+        session = self.session(name)
+        session.feed(text if isinstance(text, bytes) else text.encode(), self.now)
+        return self.heard(name)
+
+    def heard(self, name="client"):
+        """What was said meanwhile; everybody's journals are written first."""
+        assert not self.broker.commit(self.now)[1]
+        session = self.session(name)
+        session.resume(self.now)
+        answer = b"".join(session.take()).decode("latin-1")
+        session.out_bytes = 0
+        return answer + ("✂" if session.closing else "")
+
+
+@pytest.fixture
+def talk(tmp_path):
+    return Talk(tmp_path)
+
+
+def set_(queue, data, head="0 0"):
+    return "set %s %s %d\r\n%s\r\n" % (queue, head, len(data), data)
+
+
+ANSWERS = [
+    # set
+    ("set q 0 0 5\r\nhello\r\n", "STORED\r\n"),
+    ("set q 0 0 5\nhello\r\n", "STORED\r\n"),
+    ("SET q  0 0\t5  \r\nhello\r\n", "STORED\r\n"),
+    ("set q 0 0 0\r\n\r\n", "STORED\r\n"),
+    ("set q 0 0 5 noreply\r\nhello\r\nget q\r\n", "VALUE q 0 5\r\nhello\r\nEND\r\n"),
+    ("set q 4294967295 0 1\r\nx\r\nget q\r\n",
+     "STORED\r\nVALUE q 4294967295 1\r\nx\r\nEND\r\n"),
+    ("set q 0 0 5\r\nhello!\r\nversion\r\n", "CLIENT_ERROR bad data chunk\r\n✂"),
+    ("set q 0 0 5 noreply\r\nhello!\r\n", "✂"),
+    ("set q 0 0 x\r\n", "CLIENT_ERROR bad byte count\r\n✂"),
+    ("set q 0 0 -1\r\n", "CLIENT_ERROR bad byte count\r\n✂"),
+    ("set q 0 0 1e1\r\n", "CLIENT_ERROR bad byte count\r\n✂"),
+    ("set q 0 0\r\n", "CLIENT_ERROR set needs a queue, flags, expiry and byte count\r\n✂"),
+    ("set q x 0 2\r\nab\r\nversion\r\n", "CLIENT_ERROR bad flags\r\nVERSION 1.0.0\r\n"),
+    ("set q -1 0 2\r\nab\r\nversion\r\n", "CLIENT_ERROR bad flags\r\nVERSION 1.0.0\r\n"),
+    ("set q 4294967296 0 2\r\nab\r\n", "CLIENT_ERROR bad flags\r\n"),
+    ("set q 0 soon 2\r\nab\r\nversion\r\n", "CLIENT_ERROR bad expiry\r\nVERSION 1.0.0\r\n"),
+    ("set q x 0 2 noreply\r\nab\r\nversion\r\n", "VERSION 1.0.0\r\n"),
+    ("set q 0 0 134217729\r\n" + "x" * 99, "SERVER_ERROR object too large for cache\r\n"),
+    ("set a/b 0 0 7\r\nversion\r\nversion\r\n",
+     "CLIENT_ERROR '/' in the name of a queue\r\nVERSION 1.0.0\r\n"),
+    ("set a.b 0 0 1\r\nx\r\n", "CLIENT_ERROR '.' in the name of a queue\r\n"),
+    ("set a~b 0 0 1\r\nx\r\n", "CLIENT_ERROR '~' in the name of a queue\r\n"),
+    ("set a\x01b 0 0 1\r\nx\r\n", "CLIENT_ERROR '\\x01' in the name of a queue\r\n"),
+    ("set %s 0 0 1\r\nx\r\n" % ("n" * 236), "STORED\r\n"),
+    ("set %s 0 0 1\r\nx\r\n" % ("n" * 237),
+     "CLIENT_ERROR the name of a queue is longer than 236 bytes\r\n"),
+    # get
+    ("get q\r\n", "END\r\n"),
+    ("get  q  \n", "END\r\n"),
+    ("get q/t=0\r\n", "END\r\n"),
+    ("get q/t=-5\r\n", "END\r\n"),
+    ("get q/peek\r\n", "END\r\n"),
+    ("get q/close\r\n", "END\r\n"),
+    ("get q/abort\r\n", "END\r\n"),
+    ("get\r\n", "CLIENT_ERROR get needs the name of a queue\r\n"),
+    ("get q/t=x\r\nversion\r\n", "CLIENT_ERROR bad timeout\r\nVERSION 1.0.0\r\n"),
+    ("get q/t=\r\nversion\r\n", "CLIENT_ERROR bad timeout\r\nVERSION 1.0.0\r\n"),
+    ("get /open\r\n", "CLIENT_ERROR the name of a queue is empty\r\n"),
+    ("get a.b\r\n", "CLIENT_ERROR '.' in the name of a queue\r\n"),
+    ("get %s\r\n" % ("n" * 237),
+     "CLIENT_ERROR the name of a queue is longer than 236 bytes\r\n"),
+    *[("get q/%s\r\nversion\r\n" % options, "CLIENT_ERROR open, close, abort and peek do "
+       "not go together here\r\nVERSION 1.0.0\r\n") for options in (
+        "peek/open", "open/peek", "peek/close", "abort/open", "abort/close", "peek/abort")],
+    # the rest
+    ("delete q\r\n", "DELETED\r\n"),
+    ("delete q 0\r\n", "DELETED\r\n"),
+    ("delete q noreply\r\nversion\r\n", "VERSION 1.0.0\r\n"),
+    ("delete\r\n", "CLIENT_ERROR delete needs the name of a queue\r\n"),
+    ("flush q\r\n", "END\r\n"),
+    ("flush_all\r\n", "Flushed all queues.\r\n"),
+    ("flush_all 0 what\r\n", "Flushed all queues.\r\n"),
+    ("flush_all 0 noreply\r\nversion\r\n", "VERSION 1.0.0\r\n"),
+    ("flush_expired q\r\n", "0\r\n"),
+    ("flush_all_expired\r\n", "0\r\n"),
+    ("confirm q 1\r\n", "ERROR\r\n"),
+    ("confirm q x\r\n", "CLIENT_ERROR bad number of items\r\n"),
+    ("confirm q\r\n", "CLIENT_ERROR confirm needs a queue and a number of items\r\n"),
+    ("monitor q\r\n", "CLIENT_ERROR monitor needs a queue and a number of seconds\r\n"),
+    ("monitor q x\r\n", "CLIENT_ERROR bad number of seconds\r\n"),
+    ("monitor q 1 x\r\n", "CLIENT_ERROR bad number of items\r\n"),
+    ("reload\r\n", "Reloaded config.\r\n"),
+    ("status\r\n", "UP\r\n"),
+    ("status readonly\r\nstatus\r\n", "END\r\nREADONLY\r\n"),
+    ("status off\r\n", "CLIENT_ERROR 'off' is none of: up, writeavoid, readonly, quiescent\r\n"),
+    ("version\r\n", "VERSION 1.0.0\r\n"),
+    ("verbosity 1\r\n", "OK\r\n"),
+    ("verbosity 1 noreply\r\nversion\r\n", "VERSION 1.0.0\r\n"),
+    ("quit\r\nversion\r\n", "✂"),
+    ("shutdown\r\nversion\r\n", "✂"),
+    *[("%s q 0 0 7\r\nversion\r\nversion\r\n" % word,
+       "CLIENT_ERROR %s has no meaning for a queue\r\nVERSION 1.0.0\r\n" % word)
+      for word in ("add", "replace", "append", "prepend")],
+    ("cas q 0 0 7 99\r\nversion\r\nversion\r\n",
+     "CLIENT_ERROR cas has no meaning for a queue\r\nVERSION 1.0.0\r\n"),
+    ("add q 0 0 7 noreply\r\nversion\r\nversion\r\n", "VERSION 1.0.0\r\n"),
+    ("add q 0 0\r\n", "CLIENT_ERROR add needs a queue, flags, expiry and byte count\r\n✂"),
+    ("incr q 1\r\ndecr q 1\r\ntouch q 1\r\nwhat\r\n", "ERROR\r\n" * 4),
+    ("touch q 1 noreply\r\nversion\r\n", "VERSION 1.0.0\r\n"),
+    ("\r\n\n \r\nversion\r\n", "ERROR\r\n" * 3 + "VERSION 1.0.0\r\n"),
+    ("x" * 8192 + "\r\nversion\r\n", "ERROR\r\nVERSION 1.0.0\r\n"),
+    ("x" * 8193 + "\r\nversion\r\n", "CLIENT_ERROR line too long\r\n✂"),
+    ("x" * 8194, "CLIENT_ERROR line too long\r\n✂"),
+    ("\x80\x00\x00\x05\x00", "ERROR the binary protocol is not spoken here\r\n✂"),
+    ("\x80\x00\x00\n\x00", "ERROR the binary protocol is not spoken here\r\n✂"),
+]
+
+
+@pytest.mark.parametrize("sent, answer", ANSWERS)
+def test_answers(talk, sent, answer):
+    assert talk(sent.encode("latin-1")) == answer
+
+
+@pytest.mark.parametrize("sent, answer", ANSWERS)
+def test_answers_to_single_bytes(talk, sent, answer):
+    heard = ""
+    for byte in sent.encode("latin-1"):
+        heard = heard.rstrip("✂") + talk(bytes([byte]))
+    assert heard == answer
+
+
+def test_get_gives_back_key_flags_and_data(talk):
+    talk(set_("q", "one", "7 0") + set_("q", "two") + set_("q", "3\r\nEND\r\n"))
+    assert talk("get q\r\n") == "VALUE q 7 3\r\none\r\nEND\r\n"
+    assert talk("get q/t=10/what\r\n") == "VALUE q/t=10/what 0 3\r\ntwo\r\nEND\r\n"
+    assert talk("get q\r\n") == "VALUE q 0 8\r\n3\r\nEND\r\n\r\nEND\r\n"
+
+
+def test_keep_flags_off(tmp_path):
+    talk = Talk(tmp_path, "[queue q]\nkeep_flags = off\n")
+    assert talk(set_("q", "x", "7 0") + "get q\r\n") == "STORED\r\nVALUE q 0 1\r\nx\r\nEND\r\n"
+
+
+@pytest.mark.parametrize("expiry, lives", [
+    ("0", 10 ** 15), ("10", 10000), ("999999", 999999000), ("-1", 0),
+    (str(NOW // 1000 + 5), 5000), ("1000000", 0), ("99999999999999999999", 10 ** 15)])
+def test_expiration(talk, expiry, lives):
+    talk(set_("q", "x", "0 " + expiry))
+    if lives:
+        talk.now = NOW + lives - 1
+        assert talk("get q/peek\r\n") == "VALUE q/peek 0 1\r\nx\r\nEND\r\n"
+    if lives < 10 ** 15:
+        talk.now = NOW + lives
+        assert talk("get q\r\n") == "END\r\n"
+
+
+def test_not_stored(tmp_path):
+    talk = Talk(tmp_path, "[queue q]\nmax_items = 1\n[queue s]\nmax_item_size = 3\n")
+    assert talk(set_("q", "a") + set_("q", "version") + "version\r\n") == (
+        "STORED\r\nNOT_STORED\r\nVERSION 1.0.0\r\n")
+    assert talk(set_("s", "1234") + set_("s", "123")) == "NOT_STORED\r\nSTORED\r\n"
+
+
+def test_too_large_a_block_is_swallowed_without_being_kept(talk):
+    session = talk.session()
+    assert talk("set q 0 0 200000000\r\n") == "SERVER_ERROR object too large for cache\r\n"
+    block = b"version\r\n" * 8000
+    for _ in range(200000000 // len(block)):
+        session.feed(block, NOW)
+        assert session._size < 100 and not session.out
+    talk(b"x" * (200000000 % len(block)) + b"\r\n")
+    assert talk("version\r\n") == "VERSION 1.0.0\r\n"
+
+
+def test_gets_gives_each_item_a_number_of_its_own(talk):
+    talk(set_("q", "a") + set_("q", "b"))
+    first = talk("gets q/peek\r\n")
+    assert re.fullmatch(r"VALUE q/peek 0 1 \d+\r\na\r\nEND\r\n", first)
+    assert first.split()[4] == talk("gets q\r\n").split()[4]
+    assert first.split()[4] != talk("gets q\r\n").split()[4]
+
+
+def test_get_of_many_keys(talk):
+    talk(set_("a", "1") + set_("c", "3"))
+    assert talk("get a b c\r\n") == "VALUE a 0 1\r\n1\r\nVALUE c 0 1\r\n3\r\nEND\r\n"
+    assert talk("get a b c\r\n") == "END\r\n"
+    talk(set_("a", "1"))
+    assert "CLIENT_ERROR" in talk("get a b/t=x c\r\n")
+    assert talk("get a\r\n") == "VALUE a 0 1\r\n1\r\nEND\r\n"
+
+
+def test_get_of_many_keys_waits_for_one_after_the_other(talk):
+    assert talk("get a/t=50 b c/t=60\r\n") == ""
+    session = talk.session()
+    assert session.timeout == 50
+    session.timeout = None
+    talk(set_("c", "3"), "other")
+    talk(set_("a", "1"), "other")
+    assert talk.heard() == "VALUE a/t=50 0 1\r\n1\r\nVALUE c/t=60 0 1\r\n3\r\nEND\r\n"
+    assert session.timeout is None
+    assert talk("get a/t=50 c/t=60\r\n") == ""
+    session.time_out()
+    assert talk.heard() == "" and session.timeout == 60
+    session.time_out()
+    assert talk.heard() == "END\r\n"
+
+
+def test_waiting_get(talk):
+    assert talk("get q/t=500\r\nversion\r\n") == ""
+    assert talk.session().timeout == 500
+    assert talk(set_("q", "x"), "other") == "STORED\r\n"
+    assert talk.heard() == "VALUE q/t=500 0 1\r\nx\r\nEND\r\nVERSION 1.0.0\r\n"
+    talk("get q/t=500\r\nversion\r\n")
+    talk.session().time_out()
+    assert talk.heard() == "END\r\nVERSION 1.0.0\r\n"
+    assert not talk.broker.queues["q"].waiters
+
+
+def test_waiting_peek(talk):
+    talk(set_("q", "x") + "get q\r\n", "other")
+    assert talk("get q/peek/t=500\r\n") == ""
+    talk(set_("q", "x"), "other")
+    assert talk.heard() == "VALUE q/peek/t=500 0 1\r\nx\r\nEND\r\n"
+    assert talk("get q\r\n") == "VALUE q 0 1\r\nx\r\nEND\r\n"
+
+
+def test_a_waiter_that_has_gone_gets_nothing(talk):
+    talk("get q/t=500\r\n", "gone")
+    talk("get q/t=500\r\n", "next")
+    talk.session("gone").close(NOW)
+    talk(set_("q", "x"), "other")
+    assert talk.heard("next").startswith("VALUE q/t=500 0 1\r\nx")
+    assert talk.heard("gone") == "✂"
+
+
+def test_open_close_abort(talk):
+    talk(set_("q", "a") + set_("q", "b") + set_("q", "c"))
+    assert talk("get q/open\r\n") == "VALUE q/open 0 1\r\na\r\nEND\r\n"
+    assert talk("get q/peek\r\n", "other") == "VALUE q/peek 0 1\r\nb\r\nEND\r\n"
+    assert talk("get q/abort\r\n") == "END\r\n"
+    assert talk("get q/open/t=10\r\n") == "VALUE q/open/t=10 0 1\r\na\r\nEND\r\n"
+    assert talk("get q/close/open\r\n") == "VALUE q/close/open 0 1\r\nb\r\nEND\r\n"
+    assert talk("get q/t=100/open/close\r\n") == "VALUE q/t=100/open/close 0 1\r\nc\r\nEND\r\n"
+    assert talk("get q/close\r\n") == "END\r\n"
+    assert contents_of(talk.broker.spool) == []
+    assert talk.broker.queues["q"].transactions == 4
+
+
+def test_close_acts_on_the_oldest_open_read_of_that_queue(talk):
+    talk(set_("q", "a") + set_("q", "b") + set_("r", "c"))
+    talk("get q/open\r\nget r/open\r\nget q/open\r\n")
+    talk("get q/close\r\n")
+    assert [item.data for item in talk.broker.queues["q"].opens.values()] == [b"b"]
+    talk("get q/abort\r\nget q/close\r\n")
+    assert items_of(talk.broker, "q") == [b"b"]
+    assert len(talk.broker.queues["r"].opens) == 1
+
+
+def test_a_plain_get_with_a_read_open(talk):
+    talk(set_("q", "a") + "get q/open\r\n")
+    answer = talk("get q\r\nversion\r\n")
+    assert answer.startswith("ERROR ") and answer.endswith("\r\n✂")
+    talk.session().close(NOW)
+    assert items_of(talk.broker, "q") == [b"a"]
+
+
+def test_too_many_open_reads(tmp_path):
+    talk = Talk(tmp_path, "[server]\nmax_open_transactions = 2\n")
+    talk(set_("q", "a") * 4 + set_("r", "a") + "get q/open\r\nget q/open\r\nget r/open\r\n")
+    answer = talk("get q/open\r\nversion\r\n")
+    assert answer.startswith("ERROR too many open") and answer.endswith("limit=2\r\n✂")
+
+
+def test_open_reads_of_a_client_that_leaves_go_back_in_order(talk):
+    talk("".join(set_("q", data) for data in "abcdef"))
+    talk("get q/open\r\n" * 3)
+    talk("get q/open\r\n", "other")
+    talk.session().close(NOW)
+    assert items_of(talk.broker, "q") == [b"a", b"b", b"c", b"e", b"f"]
+    talk("get q/abort\r\n", "other")
+    talk("get q/open/t=100\r\n" * 6, "last")
+    talk("get q/open/t=100\r\n", "waiting")
+    talk.session("last").close(NOW)
+    assert talk.heard("waiting") == "VALUE q/open/t=100 0 1\r\nd\r\nEND\r\n"
+    assert contents_of(talk.broker.spool) == [b"d", b"a", b"b", b"c", b"e", b"f"]
+
+
+def test_reads_create_a_queue_and_the_rest_does_not(talk):
+    talk("get a\r\nget b+c/t=1\r\nmonitor d 0\r\nget e/close/open\r\n")
+    talk("flush f\r\ndelete g\r\nconfirm h 1\r\nget i/close\r\nget j/abort\r\nget k/peek\r\n"
+         "stats l\r\ndump_stats m\r\nflush_expired n\r\n")
+    talk.session().time_out()
+    talk.heard()
+    talk.session().time_out()
+    talk.heard()
+    assert sorted(talk.broker.queues) == ["a", "b+c", "d", "e"]
+    assert sorted(os.listdir(talk.broker.spool)) == ["a", "b+c", "d", "e"]
+
+
+def test_alias_over_the_wire(tmp_path):
+    talk = Talk(tmp_path, "[alias all]\ndestination_queues = a, b\n")
+    assert talk(set_("all", "x")) == "STORED\r\n"
+    assert talk("get all\r\nget all/t=100\r\nget all/open\r\nget all/peek\r\n") == "END\r\n" * 4
+    assert talk("flush all\r\ndelete all\r\n") == "END\r\nDELETED\r\n"
+    assert talk("get a b\r\n").count("VALUE") == 2
+
+
+def test_monitor_and_confirm(talk):
+    talk("".join(set_("q", data) for data in "abcd"))
+    assert talk("monitor q 10 2\r\nversion\r\n") == (
+        "VALUE q 0 1\r\na\r\nEND\r\nVALUE q 0 1\r\nb\r\nEND\r\nEND\r\nVERSION 1.0.0\r\n")
+    assert talk("confirm q 1\r\n") == "END\r\n"
+    assert talk("confirm q 5\r\n") == "END\r\n"
+    assert talk("confirm q 1\r\n") == "ERROR\r\n"
+    assert talk("monitor q 10\r\n").count("VALUE") == 2
+    assert talk.session().timeout == 10000
+    talk(set_("q", "e"), "other")
+    assert talk.heard() == "VALUE q 0 1\r\ne\r\nEND\r\n"
+    talk.session().time_out()
+    assert talk.heard() == "END\r\n"
+    assert talk("confirm q 3\r\n") == "END\r\n"
+    assert contents_of(talk.broker.spool) == []
+
+
+def test_monitor_ends_when_too_many_are_open(tmp_path):
+    talk = Talk(tmp_path, "[server]\nmax_open_transactions = 2\n")
+    talk("".join(set_("q", data) for data in "abcd"))
+    answer = talk("monitor q 10\r\n")
+    assert answer.count("VALUE") == 2 and answer.endswith("END\r\nEND\r\n")
+
+
+def test_flush_all_reply(tmp_path):
+    talk = Talk(tmp_path, "[server]\nflush_all_reply = memcached\n")
+    talk(set_("a", "x") + set_("b", "x"))
+    assert talk("flush_all\r\n") == "OK\r\n"
+    assert items_of(talk.broker, "a") == items_of(talk.broker, "b") == []
+
+
+def test_flush_and_delete(talk):
+    talk(set_("q", "a") + set_("q", "b"))
+    assert talk("flush q\r\nget q\r\n") == "END\r\nEND\r\n"
+    talk(set_("q", "a") + set_("q", "b") + "get q/open\r\n")
+    talk("get q/close\r\nget q/t=100\r\nget q/t=100\r\n", "other")
+    assert talk("delete q\r\nget q/close\r\n") == "DELETED\r\nEND\r\n"
+    assert "END\r\n" in talk.heard("other")
+    assert "queue_q_items" not in talk("stats\r\n")
+    assert talk("get q\r\n") == "END\r\n"
+
+
+def test_flush_expired(talk):
+    talk(set_("q", "a", "0 1") + set_("q", "b", "0 2") + set_("q", "c") + set_("r", "d", "0 1"))
+    talk.now += 1000
+    assert talk("flush_expired q\r\n") == "1\r\n"
+    talk.now += 1000
+    assert talk("flush_all_expired\r\n") == "2\r\n"
+    assert items_of(talk.broker, "q") == [b"c"]
+
+
+@pytest.mark.parametrize("status, reads, writes", [
+    ("up", True, True), ("writeavoid", True, True), ("readonly", True, False),
+    ("quiescent", False, False)])
+def test_status(talk, status, reads, writes):
+    talk(set_("q", "a") * 3 + "get q/open\r\n")
+    assert talk("status %s\r\nstatus\r\n" % status) == "END\r\n%s\r\n" % status.upper()
+    assert talk("get q/close\r\n") == "END\r\n"
+    for command, allowed in [
+            ("get q\r\n", reads), ("get q/peek\r\n", reads), ("monitor q 0\r\n", reads),
+            (set_("q", "b"), writes), ("flush q\r\n", writes), ("delete q\r\n", writes)]:
+        name = "client of " + command
+        answer = talk(command, name)
+        if allowed:
+            assert "ERROR" not in answer
+        else:
+            assert re.fullmatch(r"SERVER_ERROR the server is \w+: .+\r\n✂", answer)
+    assert talk("status up\r\nversion\r\n") == "END\r\nVERSION 1.0.0\r\n"
+
+
+def test_shutdown_is_for_this_machine(tmp_path):
+    talk = Talk(tmp_path)
+    talk.session("far", local=False)
+    assert talk("shutdown\r\n", "far").startswith("CLIENT_ERROR")
+    assert not talk.broker.stopping
+    assert talk("shutdown\r\n") == "✂" and talk.broker.stopping
+    talk = Talk(tmp_path / "..", "[server]\nallow_remote_shutdown = true\n")
+    talk.session("far", local=False)
+    assert talk("shutdown\r\n", "far") == "✂" and talk.broker.stopping
+
+
+def test_reload_with_a_mistake(talk, tmp_path):
+    (tmp_path / "kestrel.conf").write_text("[queue]\nmax_items = lots\n")
+    assert talk("reload\r\n") == (
+        "SERVER_ERROR %s/kestrel.conf:2: max_items: 'lots' is not a whole number from 1 to "
+        "%d\r\n" % (tmp_path, kestrel.UNLIMITED))
+
+
+QUEUE_STATS = """items bytes total_items logsize expired_items mem_items mem_bytes age discarded
+waiters open_transactions transactions canceled_transactions total_flushes journal_rewrites
+journal_rotations create_time""".split()
+SERVER_STATS = """uptime time version curr_items total_items bytes reserved_memory_ratio
+curr_connections total_connections cmd_get cmd_set cmd_peek get_hits get_misses bytes_read
+bytes_written queue_creates queue_deletes queue_expires""".split()
+
+
+def test_stats(talk):
+    talk(set_("fan", "abc") + "get fan+one\r\nget fan\r\nget fan\r\nget fan/peek\r\n")
+    talk.now = NOW + 5000
+    lines = talk("stats fan\r\n").split("\r\n")
+    assert lines[-2:] == ["END", ""]
+    names = [line.split(" ")[1] for line in lines[:-2]]
+    assert names[:len(SERVER_STATS)] == SERVER_STATS
+    rest = names[len(SERVER_STATS):]
+    fan = ["queue_fan_" + name for name in QUEUE_STATS]
+    assert rest[:len(fan)] == fan and rest[len(fan):].index("queue_fan_children") >= 0
+    assert rest[-len(QUEUE_STATS):] == ["queue_fan+one_" + name for name in QUEUE_STATS]
+    assert all(re.fullmatch(r"STAT \S+ \S+", line) for line in lines[:-2])
+    stats = dict(line.split(" ")[1:] for line in lines[:-2])
+    assert (stats["uptime"], stats["version"], stats["queue_fan_children"]) == (
+        "5", "1.0.0", "fan+one")
+    assert (stats["cmd_get"], stats["get_hits"], stats["get_misses"]) == ("3", "1", "2")
+    assert (stats["cmd_set"], stats["cmd_peek"], stats["queue_creates"]) == ("1", "1", "2")
+
+
+def test_age_is_how_long_the_item_read_last_had_waited(talk):
+    talk(set_("q", "a") + set_("q", "b"))
+    talk.now += 1234
+    talk("get q\r\n")
+    assert "STAT queue_q_age 1234\r\n" in talk("stats\r\n")
+    talk("get q\r\n")
+    assert "STAT queue_q_age 0\r\n" in talk("stats\r\n")
+
+
+def test_dump_stats_and_dump_config(talk):
+    talk(set_("b", "x") + set_("a", "x"))
+    answer = talk("dump_stats\r\n")
+    assert answer.startswith("queue 'a' {\r\n  items=1\r\n  bytes=1\r\n")
+    assert answer.index("queue 'b' {\r\n  items=1\r\n") > 0 and answer.endswith("}\r\nEND\r\n")
+    assert talk("dump_stats b nope\r\n").count("queue") == 1
+    answer = talk("dump_config a\r\n")
+    assert answer.startswith("queue 'a' {\r\n  max_items=unlimited\r\n")
+    assert "\r\n  sync_journal=100ms\r\n" in answer and answer.endswith("}\r\nEND\r\n")
+
+
+def test_a_queue_that_cannot_be_made_costs_only_itself(talk, disk):
+    talk(set_("good", "x"))
+    disk.failing = {"open": errno.EMFILE}
+    assert re.fullmatch("SERVER_ERROR .*Too many open files\r\nSTORED\r\n",
+                        talk(set_("new", "x") + set_("good", "y")))
+    assert talk("get new\r\nget good\r\n").startswith("SERVER_ERROR")
+    disk.failing = {}
+    assert talk(set_("new", "x")) == "STORED\r\n"
+
+
+def test_output_is_not_piled_up(talk):
+    data = "x" * 300000
+    talk(set_("q", data) * 8)
+    session = talk.session()
+    session.feed(b"get q\r\n" * 8, NOW)
+    assert talk.broker.queues["q"].count == 4
+    assert talk.heard().count("VALUE") == 4          # all sent: the next ones
+    assert talk.heard().count("VALUE") == 4
+
+
+def conversation(chances):
+    """A random stretch of what clients say."""
+    said = []
+    for _ in range(chances.randrange(1, 40)):
+        queue = chances.choice(["a", "b", "b+c"])
+        said.append(chances.choice([
+            set_(queue, "x" * chances.randrange(50), "%d 0" % chances.randrange(3)),
+            set_(queue, "y\r\nget b\r\n"),
+            "set %s 0 0 3 noreply\r\nabc\r\n" % queue,
+            "get %s\r\n" % queue, "get %s/close/open\r\n" % queue, "get a b b+c\r\n",
+            "get %s/abort\r\n" % queue, "get %s/peek\r\n" % queue, "what\r\n",
+            "confirm %s 2\r\n" % queue, "flush %s\r\n" % queue, "add x 0 0 2\r\nab\r\n"]))
+    return "".join(said).encode()
+
+
+def test_input_in_any_pieces_gives_the_same_answers(tmp_path):
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    chances = random.Random(seed)
+    for number in range(30):
+        sent = conversation(chances)
+        paths = [tmp_path / ("%s%d" % (kind, number)) for kind in ("whole", "pieces")]
+        for path in paths:
+            path.mkdir()
+        whole, pieces = map(Talk, paths)
+        expected = whole(sent)
+        heard = ""
+        while sent:
+            size = chances.randrange(1, 30)
+            heard = heard.rstrip("✂") + pieces(sent[:size])
+            sent = sent[size:]
+        assert heard == expected
+
+
+def test_the_data_block_of_a_large_item_is_not_joined_again_and_again(talk):
+    session = talk.session()
+    session.feed(b"set q 0 0 1000000\r\n", NOW)
+    joins = []
+    parse = session._parse
+    session._parse = lambda data, now: joins.append(len(data)) or parse(data, now)
+    for _ in range(1000):
+        session.feed(b"x" * 1000, NOW)
+    session.feed(b"\r\n", NOW)
+    assert len(joins) <= 2
+    assert talk.heard() == "STORED\r\n"
+
+
+# == The server, in a thread of this process ==============================================
+
+
+def test_timers():
+    timers = kestrel.Timers()
+    rung = []
+    assert timers.wait(0) is None
+    entries = [timers.at(when, lambda when=when: rung.append(when)) for when in (5, 3, 9, 3)]
+    assert timers.wait(1) == 2
+    timers.run(2.9)
+    assert rung == []
+    timers.cancel(entries[0])
+    timers.cancel(entries[0])
+    timers.run(8)
+    assert rung == [3, 3]
+    timers.run(100)
+    assert rung == [3, 3, 9] and timers.wait(0) is None
+    for _ in range(10000):
+        timers.cancel(timers.at(1000, lambda: None))
+    assert len(timers._heap) < 10
+
+
+class Client:
+    """A plain blocking connection to a server."""
+
+    def __init__(self, port, address="127.0.0.1"):
+        self.sock = socket.create_connection((address, port), timeout=20)
+        self.file = self.sock.makefile("rb")
+
+    def send(self, text):
+        self.sock.sendall(text if isinstance(text, bytes) else text.encode())
+
+    def line(self):
+        return self.file.readline().decode("latin-1")
+
+    def ask(self, text):
+        """Send a command and read its one line of answer."""
+        self.send(text)
+        return self.line()
+
+    def put(self, queue, data):
+        return self.ask(b"set %b 0 0 %d\r\n%b\r\n" % (queue.encode(), len(data), data))
+
+    def item(self):
+        """The data of the answer to a get, None if there is no item; errors are raised."""
+        line = self.line()
+        if line == "END\r\n":
+            return None
+        if not line.startswith("VALUE "):
+            raise ConnectionError("answered %r" % line)
+        data = self.file.read(int(line.split()[3]) + 2)
+        end = self.line()
+        if end != "END\r\n":
+            raise ConnectionError("answered %r" % end)
+        return data[:-2]
+
+    def get(self, key):
+        self.send("get %s\r\n" % key)
+        return self.item()
+
+    def stats(self):
+        self.send("stats\r\n")
+        return dict(line.split()[1:] for line in iter(self.line, "END\r\n"))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self.file.close()
+        self.sock.close()
+
+
+class ServerThread:
+    """A server on a free port, run by a thread."""
+
+    def __init__(self, path, text=""):
+        self.server = kestrel.Server(config_of(path, text, memcache_port="0"))
+        self.port = self.server.address[1]
+        self.clients = []
+        self.error = None
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self):
+        try:
+            self.server.run()
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def client(self):
+        self.clients.append(Client(self.port))
+        return self.clients[-1]
+
+    def stop(self):
+        self.server.broker.stopping = True
+        self.server.interrupt()
+        self.thread.join(20)
+        for client in self.clients:
+            client.close()
+        assert self.error is None and not self.thread.is_alive()
+
+
+@pytest.fixture
+def serve(tmp_path):
+    started = []
+
+    def start(text=""):
+        started.append(ServerThread(tmp_path, text))
+        return started[-1]
+
+    yield start
+    for server in started:
+        if server.thread.is_alive():
+            server.stop()
+
+
+def until(condition):
+    """Wait for something that another thread or process brings about."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.002)
+
+
+def test_put_and_get_over_a_socket(serve):
+    client = serve().client()
+    assert client.put("q", b"hello") == "STORED\r\n"
+    assert client.get("q") == b"hello"
+    assert client.get("q") is None
+
+
+def test_waiting_over_sockets(serve):
+    server = serve()
+    first, second, other = server.client(), server.client(), server.client()
+    first.send("get q/t=20000\r\n")
+    until(lambda: other.stats().get("queue_q_waiters") == "1")
+    second.send("get q/t=20000\r\n")
+    until(lambda: other.stats()["queue_q_waiters"] == "2")
+    other.put("q", b"1")
+    other.put("q", b"2")
+    assert (first.item(), second.item()) == (b"1", b"2")
+
+
+def test_a_timeout_is_kept_to(serve):
+    client = serve().client()
+    for wait in (30, 10, 60):                # also one that is sooner than the one before
+        start = time.monotonic()
+        assert client.get("q/t=%d" % wait) is None
+        assert time.monotonic() - start >= wait / 1000 - 0.001
+
+
+def test_a_client_that_hangs_up_while_it_waits_costs_nothing(serve):
+    server = serve()
+    gone, half, other = server.client(), server.client(), server.client()
+    gone.send("get q/t=20000\r\n")
+    half.send("get q/t=20000\r\n")
+    until(lambda: other.stats().get("queue_q_waiters") == "2")
+    half.sock.shutdown(socket.SHUT_WR)
+    assert half.line() == ""                 # closed, without an answer
+    gone.close()
+    until(lambda: other.stats()["queue_q_waiters"] == "0")
+    other.put("q", b"x")
+    assert other.get("q") == b"x"
+
+
+def test_hang_ups_of_a_turn_are_seen_before_its_items_are_handed_out(tmp_path):
+    """A waiter hangs up and an item is put in the very same turn of the loop."""
+    server = kestrel.Server(config_of(tmp_path, memcache_port="0"))
+    port = server.address[1]
+    clients = [Client(port) for _ in range(6)]
+    putter, waiters = clients[0], clients[1:]
+    for client in waiters:
+        client.send("get q/t=20000\r\n")
+    while len(server.broker.queue("q").waiters) < len(waiters):
+        server.turn()
+    for client in waiters[:-1]:
+        client.close()
+    putter.send(b"set q 0 0 1\r\nx\r\n")
+    time.sleep(0.05)                         # all of it is there before the loop looks
+    server.turn()
+    assert waiters[-1].item() == b"x"
+    server.broker.stopping = True
+    server.run()
+
+
+def test_open_reads_of_a_reset_connection_go_back(serve):
+    server = serve()
+    client, other = server.client(), server.client()
+    for data in (b"a", b"b"):
+        client.put("q", data)
+    assert [client.get("q/open"), client.get("q/open")] == [b"a", b"b"]
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    assert [other.get("q/t=20000"), other.get("q/t=20000")] == [b"a", b"b"]
+
+
+def test_an_answer_longer_than_the_socket_takes(serve):
+    server = serve()
+    client, other = server.client(), server.client()
+    data = os.urandom(5 << 20)
+    for _ in range(4):
+        assert client.put("q", data) == "STORED\r\n"
+    client.send("get q\r\n" * 4 + "version\r\n")
+    assert other.put("r", b"x") == "STORED\r\n"        # meanwhile the others are served
+    assert [client.item() for _ in range(4)] == [data] * 4
+    assert client.line() == "VERSION 1.0.0\r\n"
+
+
+def test_an_open_read_that_could_not_be_sent_goes_back(serve):
+    server = serve()
+    client, other = server.client(), server.client()
+    client.put("q", os.urandom(20 << 20))
+    client.send("get q/open\r\n")
+    until(lambda: other.stats()["queue_q_open_transactions"] == "1")
+    client.close()
+    until(lambda: other.stats()["queue_q_items"] == "1")
+    assert other.stats()["queue_q_open_transactions"] == "0"
+
+
+def test_a_closed_session_is_heard_to_the_end(serve):
+    client = serve().client()
+    client.send("x" * 100000 + "\r\nversion\r\n" * 20000)
+    assert client.line() == "CLIENT_ERROR line too long\r\n"
+    assert client.line() == ""
+
+
+def test_what_a_half_closed_client_asked_is_answered(serve):
+    client = serve("[queue]\nsync_journal = 0\n").client()
+    client.send("set q 0 0 1\r\nx\r\nget q\r\n")
+    client.sock.shutdown(socket.SHUT_WR)
+    assert client.file.read() == b"STORED\r\nVALUE q 0 1\r\nx\r\nEND\r\n"
+
+
+def test_input_behind_a_wait_is_bounded(serve):
+    server = serve()
+    client, other = server.client(), server.client()
+    client.sock.settimeout(0.2)
+    client.send("get q/t=20000\r\n")
+    with pytest.raises(OSError):             # the server reads no more, the socket fills
+        for _ in range(1000):
+            client.send("version\r\n" * 10000)
+    assert int(other.stats()["bytes_read"]) < 1 << 20
+    other.put("q", b"x")
+    client.sock.settimeout(20)
+    assert client.item() == b"x"
+    assert client.line() == "VERSION 1.0.0\r\n"
+
+
+def test_client_timeout(serve):
+    server = serve("[server]\nclient_timeout = 60ms\n")
+    idle, waiting = server.client(), server.client()
+    waiting.send("get q/t=300\r\n")
+    assert idle.line() == ""
+    assert waiting.item() is None
+    assert waiting.line() == ""
+
+
+def test_sweeps_run_by_themselves(serve):
+    server = serve("[server]\nexpiration_timer_frequency = 10ms\n"
+                   "[queue q]\nmax_age = 1ms\nexpire_to_queue = dead\n")
+    client = server.client()
+    client.put("q", b"x")
+    assert client.get("dead/t=20000") == b"x"
+    until(lambda: client.stats()["queue_q_open_transactions"] == "0")
+
+
+def test_open_transaction_timeout_over_a_socket(serve):
+    server = serve("[queue]\nopen_transaction_timeout = 50ms\n")
+    client, other = server.client(), server.client()
+    client.put("q", b"x")
+    assert client.get("q/open") == b"x"
+    assert other.get("q/t=20000") == b"x"
+    assert client.get("q/close") is None
+    stats = client.stats()
+    assert (stats["queue_q_items"], stats["queue_q_open_transactions"]) == ("0", "0")
+
+
+class HeldFsync:
+    """fsync waits until it is let go, then does what it is told: an errno, or None."""
+
+    def __init__(self, monkeypatch):
+        self.called, self.go = threading.Semaphore(0), threading.Semaphore(0)
+        self.count = 0
+        self.error = None
+        self.threads = set()             # that called it
+        self.armed = True
+        real = os.fsync
+
+        def fsync(fd):
+            self.threads.add(threading.current_thread().name)
+            if self.armed and threading.current_thread().name == "syncer":
+                self.count += 1
+                self.called.release()
+                assert self.go.acquire(timeout=20)
+                if self.error:
+                    raise OSError(self.error, os.strerror(self.error))
+            real(fd)
+
+        monkeypatch.setattr(kestrel.os, "fsync", fsync)
+
+    def disarm(self):
+        self.armed = False
+        for _ in range(1000):
+            self.go.release()
+
+
+def nothing_comes(client):
+    client.sock.settimeout(0.1)
+    with pytest.raises(OSError):
+        client.sock.recv(1)
+    client.sock.settimeout(20)
+    client.file = client.sock.makefile("rb")
+
+
+def test_with_sync_journal_0_answers_wait_for_the_fsync_and_share_it(serve, monkeypatch):
+    held = HeldFsync(monkeypatch)
+    server = serve("[queue]\nsync_journal = never\n[queue safe]\nsync_journal = 0\n")
+    clients = [server.client() for _ in range(20)]
+    other = server.client()
+    clients[0].send("set safe 0 0 1\r\nx\r\nversion\r\n")
+    assert held.called.acquire(timeout=20)
+    for client in clients[1:]:
+        client.send("set safe 0 0 1\r\nx\r\n")
+    until(lambda: other.stats()["queue_safe_items"] == "20")
+    assert other.put("fast", b"x") == "STORED\r\n"       # nobody else waits
+    assert other.get("fast") == b"x"
+    nothing_comes(clients[0])
+    nothing_comes(clients[1])
+    held.disarm()
+    assert [client.line() for client in clients] == ["STORED\r\n"] * 20
+    assert clients[0].line() == "VERSION 1.0.0\r\n"
+    assert held.threads == {"syncer"}
+    assert held.count <= 3                               # the directory's is one of them
+
+
+def test_a_plain_get_waits_for_the_fsync_of_its_record(serve, monkeypatch):
+    server = serve("[queue]\nsync_journal = 0\n")
+    client, waiting = server.client(), server.client()
+    client.put("q", b"1")
+    waiting.send("get r/t=20000\r\n")
+    until(lambda: client.stats().get("queue_r_waiters") == "1")
+    held = HeldFsync(monkeypatch)
+    client.send("get q\r\nset r 0 0 1\r\n2\r\n")
+    assert held.called.acquire(timeout=20)
+    nothing_comes(client)
+    held.disarm()
+    assert client.item() == b"1"
+    assert client.line() == "STORED\r\n"
+    assert waiting.item() == b"2"
+
+
+def test_a_failed_fsync_is_told_and_service_resumes(serve, monkeypatch, tmp_path):
+    server = serve("[queue]\nsync_journal = 0\n")
+    client, other = server.client(), server.client()
+    assert client.put("q", b"1") == "STORED\r\n"
+    held = HeldFsync(monkeypatch)
+    held.error = errno.EIO
+    client.send("set q 0 0 1\r\n2\r\nget q/open\r\n")
+    assert held.called.acquire(timeout=20)
+    other.send("set q 0 0 1\r\n3\r\n")
+    until(lambda: server.server.broker.stats.cmd_set >= 3)
+    held.go.release()
+    assert client.line().startswith("SERVER_ERROR ")
+    assert client.line().startswith("SERVER_ERROR ")
+    assert other.line().startswith("SERVER_ERROR ")
+    assert contents_of(tmp_path / "spool")[:1] == [b"1"]
+    held.error = None
+    held.disarm()
+    until(lambda: client.put("q", b"4") == "STORED\r\n")
+    assert [client.get("q/open"), client.get("q/close/open")] == [b"1", b"4"]
+    assert contents_of(tmp_path / "spool") == [b"4"]
+
+
+def test_a_failed_fsync_of_acknowledged_records_writes_them_anew(serve, disk, tmp_path):
+    server = serve("[queue]\nsync_journal = 1ms\n")
+    client = server.client()
+    disk.failing = {"fsync": errno.EIO}
+    assert client.put("q", b"1") == "STORED\r\n"
+    inode = os.stat(str(tmp_path / "spool" / "q")).st_ino
+    until(lambda: client.put("q", b"x").startswith("SERVER_ERROR"))
+    assert client.get("q/peek") == b"1"                  # readers go on where they can
+    disk.failing = {}
+    until(lambda: client.put("q", b"2") == "STORED\r\n")
+    assert os.stat(str(tmp_path / "spool" / "q")).st_ino != inode
+    assert contents_of(tmp_path / "spool")[:1] == [b"1"]
+
+
+def test_a_full_disk_costs_nothing_that_was_acknowledged(serve, disk, tmp_path, caplog):
+    caplog.set_level("INFO")
+    server = serve("[queue]\nsync_journal = never\n")
+    client, other = server.client(), server.client()
+    client.put("q", b"1")
+    client.put("q", b"2")
+    assert client.get("q/open") == b"1"
+    disk.failing = {"pwritev": errno.ENOSPC}
+    for _ in range(50):
+        assert client.put("q", b"3") == "SERVER_ERROR q: No space left on device\r\n"
+    client.send("get q/close\r\nget r/t=30\r\nget q/peek\r\n")
+    assert client.line().startswith("SERVER_ERROR")      # still open
+    assert client.item() is None
+    assert client.item() == b"2"
+    assert other.ask("get q\r\n").startswith("SERVER_ERROR")
+    client.send("set q 0 0 1 noreply\r\nx\r\nversion\r\n")
+    assert client.line() == "VERSION 1.0.0\r\n"
+    assert len([one for one in caplog.records if one.levelname == "ERROR"]) == 1
+    disk.failing = {}
+    assert client.put("q", b"4") == "STORED\r\n"
+    assert client.get("q/close") is None
+    assert [other.get("q"), other.get("q"), other.get("q")] == [b"2", b"4", None]
+    assert "written again" in caplog.text
+    assert contents_of(tmp_path / "spool") == []
+
+
+def test_get_of_many_keys_passes_over_a_queue_that_fails(serve, monkeypatch):
+    server = serve("[queue]\nsync_journal = never\n")
+    client = server.client()
+    for name in ("a", "b"):
+        client.put(name, name.encode())
+    real = os.pwritev
+    bad = server.server.broker.queues["a"].journal.fd
+
+    def pwritev(fd, *rest):
+        if fd == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, *rest)
+
+    monkeypatch.setattr(kestrel.os, "pwritev", pwritev)
+    client.send("get a b\r\n")
+    assert client.item() == b"b"
+    monkeypatch.setattr(kestrel.os, "pwritev", real)
+    assert client.get("a") == b"a"
+
+
+def test_open_reads_of_a_client_that_left_while_the_disk_was_full(serve, disk):
+    server = serve("[queue]\nsync_journal = never\n")
+    client, other = server.client(), server.client()
+    client.put("q", b"1")
+    client.get("q/open")
+    disk.failing = {"pwritev": errno.ENOSPC}
+    client.close()
+    until(lambda: server.server._failing)
+    disk.failing = {}
+    assert other.get("q/t=20000") == b"1"
+
+
+def test_running_out_of_descriptors_is_survived(serve, monkeypatch, caplog):
+    server = serve()
+    client = server.client()
+    client.put("q", b"x")
+    listener, = [key.data for key in server.server.selector.get_map().values()
+                 if isinstance(key.data, kestrel.Listener)]
+
+    class Exhausted:
+        def __init__(self, sock):
+            self.sock, self.fileno, self.left = sock, sock.fileno, 1
+
+        def accept(self):
+            if self.left:
+                self.left -= 1
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return self.sock.accept()
+
+    listener.sock = Exhausted(listener.sock)
+    late = server.client()                   # in the backlog meanwhile
+    assert client.get("q") == b"x"
+    assert late.put("q", b"y") == "STORED\r\n"
+    assert caplog.text.count("cannot accept") == 1
+    listener.sock = listener.sock.sock
+
+
+def test_stopping_answers_those_who_wait(serve, tmp_path):
+    server = serve("[queue]\nsync_journal = 0\n")
+    client, waiting, monitor = server.client(), server.client(), server.client()
+    for data in (b"1", b"2"):
+        client.put("q", data)
+    client.get("q/open")
+    waiting.send("get r/t=20000\r\n")
+    monitor.send("monitor s 20\r\n")
+    until(lambda: client.stats().get("queue_r_waiters") == "1")
+    until(lambda: client.stats().get("queue_s_waiters") == "1")
+    server.stop()
+    assert waiting.sock and contents_of(tmp_path / "spool") == [b"1", b"2"]
+
+
+# == The daemon, as a process =============================================================
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def command(*arguments):
+    return [sys.executable, os.path.join(HERE, "kestrel.py"), *map(str, arguments)]
+
+
+def run(*arguments, **options):
+    """Run the program to its end; its exit status and what it printed."""
+    done = subprocess.run(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True, timeout=60, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+class Daemon:
+    """kestrel.py as a process on a free port; its log is in `log`."""
+
+    def __init__(self, path, text=None, port=None, env=None):
+        self.path = path
+        self.port = port or free_port()
+        self.log = path / "log"
+        arguments = ["--port", self.port, "--spool", path / "spool"]
+        if text is not None:
+            (path / "kestrel.conf").write_text(text)
+            arguments += ["-c", path / "kestrel.conf"]
+        with open(str(self.log), "ab") as log:
+            self.process = subprocess.Popen(command(*arguments), stderr=log, cwd=str(path),
+                                            env=env)
+        until(self._is_up)
+
+    def _is_up(self):
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            Client(self.port).close()
+        except ConnectionRefusedError:
+            return False
+        return True
+
+    def client(self):
+        return Client(self.port)
+
+    def end(self, number):
+        """Send a signal that ends it; returns the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(20)
+
+
+@pytest.fixture
+def daemon(tmp_path):
+    started = []
+
+    def start(*arguments, **options):
+        started.append(Daemon(tmp_path, *arguments, **options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+
+
+def test_version():
+    assert run("--version") == (0, "kestrel.py 1.0.0\n", "")
+
+
+def test_it_starts_with_no_set_up(tmp_path):
+    """As `python3 kestrel.py` alone; on another port only where the usual one is taken."""
+    process = subprocess.Popen(command("--port", free_port()), cwd=str(tmp_path),
+                               stderr=subprocess.PIPE, universal_newlines=True)
+    lines = [process.stderr.readline() for _ in range(2)]
+    process.terminate()
+    assert process.wait(20) == 0
+    process.stderr.close()
+    assert "journals in %s" % (tmp_path.resolve() / "spool") in lines[0]
+    assert re.search(r"listening on 127\.0\.0\.1:\d+ ", lines[1])
+    assert kestrel.Config().server.memcache_port == 22133
+    assert (tmp_path / "spool").stat().st_mode & 0o777 == 0o700
+
+
+def test_check(tmp_path):
+    (tmp_path / "good").write_text("[queue q]\nmax_items = 7\n")
+    status, out, err = run("--check", "-c", tmp_path / "good", "--port", 5)
+    assert (status, err) == (0, "")
+    assert "memcache_port = 5\n" in out and "[queue q]\nmax_items = 7\n" in out
+    (tmp_path / "bad").write_text("[queue q]\n\nmax_items = many\n")
+    status, out, err = run("--check", "-c", tmp_path / "bad")
+    assert (status, out) == (1, "")
+    assert err.startswith("%s:3: max_items: 'many'" % (tmp_path / "bad"))
+    assert run("-c", tmp_path / "bad")[0] == 1
+
+
+def test_what_keeps_it_from_starting_is_told_in_one_line(daemon, tmp_path):
+    running = daemon()
+    (tmp_path / "file").write_text("")
+    for arguments, words in [
+            (["--port", running.port, "--spool", tmp_path / "other"], "in use"),
+            (["--port", free_port(), "--spool", tmp_path / "spool"], "held by another"),
+            (["--port", free_port(), "--spool", tmp_path / "file"], "cannot use the spool"),
+            (["--port", free_port(), "--spool", "/proc/spool"], "cannot use the spool"),
+            (["--listen", "192.0.2.1", "--port", free_port()], "cannot listen"),
+            (["--port", "x"], "memcache_port"),
+            (["-c", tmp_path / "missing"], "No such file")]:
+        status, out, err = run(*arguments, cwd=str(tmp_path))
+        lines = [line for line in err.splitlines() if " INFO " not in line]
+        assert status == 1 and len(lines) == 1 and words in lines[0], err
+
+
+def test_listen_addresses(tmp_path):
+    for address in ("127.0.0.1", "::1"):
+        try:
+            socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address
+                                 else socket.AF_INET).close()
+        except OSError:
+            continue                         # a machine without IPv6
+        port = free_port()
+        process = subprocess.Popen(
+            command("--listen", address, "--port", port, "--spool", tmp_path / "spool"),
+            stderr=subprocess.DEVNULL)
+        try:
+            def connected():
+                with contextlib.suppress(ConnectionRefusedError):
+                    return Client(port, address)
+            until(connected)
+            with connected() as client:
+                assert client.put("q", b"x") == "STORED\r\n"
+                client.send("shutdown\r\n")
+                assert client.line() == ""
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_clean_stop(daemon, tmp_path, number):
+    server = daemon()
+    with server.client() as client, server.client() as waiting, server.client() as opened:
+        client.put("q", b"1")
+        client.put("q", b"2")
+        assert opened.get("q/open") == b"1"
+        waiting.send("get r/t=20000\r\n")
+        until(lambda: client.stats().get("queue_r_waiters") == "1")
+        start = time.monotonic()
+        assert server.end(number) == 0
+        assert time.monotonic() - start < 2
+        assert waiting.item() is None and waiting.line() == ""
+    assert "stopped" in server.log.read_text() and "Traceback" not in server.log.read_text()
+    assert contents_of(tmp_path / "spool") == [b"1", b"2"]
+
+
+def test_shutdown_command_and_start_on_the_same_spool(daemon):
+    server = daemon()
+    with server.client() as client:
+        client.put("q", b"x")
+        client.send("shutdown\r\n")
+        assert client.line() == ""
+    assert server.process.wait(20) == 0
+    with daemon().client() as client:
+        assert client.get("q") == b"x"
+
+
+def test_sighup_reloads(daemon, tmp_path):
+    server = daemon("[queue]\nmax_items = 1\n")
+    with server.client() as client:
+        assert client.put("q", b"1") == "STORED\r\n"
+        assert client.put("q", b"2") == "NOT_STORED\r\n"
+        (tmp_path / "kestrel.conf").write_text("[queue]\nmax_items = 2\n")
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: "reloaded" in server.log.read_text())
+        assert client.put("q", b"2") == "STORED\r\n"
+        (tmp_path / "kestrel.conf").write_text("[queue]\nmax_items = x\n")
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: "kestrel.conf:2: max_items" in server.log.read_text())
+        assert client.put("q", b"3") == "NOT_STORED\r\n"
+
+
+def test_everything_is_loaded_before_the_port_opens(daemon, tmp_path):
+    (tmp_path / "spool").mkdir()
+    spool_of(tmp_path / "spool", q=addx(b"x" * 100) * 30000 + addx(b"last"))
+    server = daemon()
+    with server.client() as client:
+        assert client.stats()["queue_q_items"] == "30001"
+
+
+def test_nothing_acknowledged_is_lost_by_kill_9(daemon):
+    """Clients put numbered items and take them with open and close while the server is
+    killed at random moments and started again on the same spool."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    chances = random.Random(seed)
+    put, closed = set(), set()               # acknowledged
+    maybe_closed = set()                     # sent, without an answer
+    serials = [0] * 4
+    problems = []
+    port = free_port()
+
+    def produce(client, number):
+        while True:
+            item = b"%d-%d" % (number, serials[number])
+            serials[number] += 1
+            if client.put("q", item * 20) != "STORED\r\n":
+                return
+            put.add(item)
+
+    def consume(client, seen):
+        """`seen`: producer -> the last of its items that this life of the server gave."""
+        key, held = "q/open/t=50", None
+        while True:
+            client.send("get %s\r\n" % key)
+            if held:
+                maybe_closed.add(held)
+            data = client.item()             # raises when the server has gone
+            if held:
+                closed.add(held)
+            held = None
+            if data:
+                held = data[:len(data) // 20]
+                producer, serial = map(int, held.split(b"-"))
+                if held in closed:
+                    problems.append("%r came back" % held)
+                if serial <= seen.get(producer, -1):
+                    problems.append("%r came after %d" % (held, seen[producer]))
+                seen[producer] = serial
+                key = "q/close/open/t=50"
+            else:
+                key = "q/open/t=50"
+
+    def live(work, *arguments):
+        with contextlib.suppress(OSError), Client(port) as client:
+            work(client, *arguments)
+
+    for _ in range(int(os.environ.get("KESTREL_KILL_ROUNDS", 6))):
+        server = daemon(port=port)
+        threads = [threading.Thread(target=live, args=(produce, number)) for number in range(4)]
+        threads += [threading.Thread(target=live, args=(consume, {})) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        enough = len(closed) + chances.randrange(200, 1500)
+        until(lambda: len(closed) >= enough)
+        assert server.end(signal.SIGKILL) == -signal.SIGKILL
+        for thread in threads:
+            thread.join(20)
+    assert not problems, problems[:10]
+    with daemon(port=port).client() as client:
+        left = [data[:len(data) // 20] for data in iter(lambda: client.get("q"), None)]
+    assert len(left) == len(set(left)), "an item came twice"
+    assert not closed & set(left), "a closed item came back"
+    assert not put - closed - maybe_closed - set(left), "an acknowledged item is lost"
+    for number in range(4):
+        mine = [int(item.split(b"-")[1]) for item in left if item.startswith(b"%d-" % number)]
+        assert mine == sorted(mine), "out of order"
+
+
+def test_the_module_can_be_imported_without_effects(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.path.insert(0, %r); import kestrel" % HERE],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=str(tmp_path), timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"") and os.listdir(str(tmp_path)) == []
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main(["-q", *(sys.argv[1:] or [os.path.abspath(__file__)])]))
