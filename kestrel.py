@@ -615,7 +615,7 @@ class Journal:
         self.fd = _open_locked(self.path)
         self.size = os.lseek(self.fd, 0, os.SEEK_END)
         self.renamed = not self.size        # the directory is to be fsynced as well
-        self._torn = False
+        self.torn = False                   # what a failed write left is to be cut off
         self.broken = False                 # an fsync failed: only a rewrite helps
         self._fresh = None                  # the path and descriptor of a rewrite
 
@@ -673,16 +673,16 @@ class Journal:
             else:
                 chunks.append(_pack_xid(opcode, xid))
         try:
-            if self._torn:
+            if self.torn:
                 os.ftruncate(self.fd, self.size)
-                self._torn = False
+                self.torn = False
             _write_all(self.fd, chunks, self.size)
         except OSError as error:
             # Left alone, half a record would stand before the next good one.
-            self._torn = True
+            self.torn = True
             with contextlib.suppress(OSError):     # else before the next write
                 os.ftruncate(self.fd, self.size)
-                self._torn = False
+                self.torn = False
             raise OSError(error.errno, error.strerror, self.path) from None
         self.size += sum(map(len, chunks))
         self.ops = []
@@ -961,7 +961,7 @@ class Queue:
         undone. With sync_journal = 0 the changes are remembered until synced().
         """
         journal = self.journal
-        if journal is None or not journal.ops:
+        if journal is None or not (journal.ops or journal.torn):
             return
         ops = journal.ops
         try:
@@ -1017,6 +1017,8 @@ class Queue:
     def recover(self, now=None):
         """After a failed write: do what is still to be done and give waiters their items."""
         now = _now(now)
+        if self.journal and self.journal.torn:
+            self.dirty(self)
         orphans = [xid for xid in self.opens if xid in self._orphans]
         self.abort(*orphans, now=now, orphaned=True)
         self._serve(now)
