@@ -760,6 +760,17 @@ def test_reads_nobody_waits_for_are_put_back_after_a_failed_write(tmp_path, disk
     queue.close()
 
 
+def test_discarded_and_expired_items_are_off_the_record_too(tmp_path):
+    queue = load(tmp_path, max_items=2, discard_old_when_full=True)
+    fill(queue, b"a", b"b", b"c")
+    assert contents_of(tmp_path) == [b"b", b"c"]
+    fill(queue, b"d", b"e", expiry=NOW + 1)
+    assert queue.discard_expired(NOW + 1) == 2
+    fill(queue, b"f")
+    assert contents_of(tmp_path) == [b"f"]
+    queue.close()
+
+
 def test_a_failed_fsync_undoes_what_waited_for_it_and_writes_the_rest_anew(tmp_path, disk):
     queue = turn_queue(tmp_path, sync_journal=0)
     fill(queue, b"a", b"b", b"c")
@@ -779,6 +790,7 @@ def test_a_failed_fsync_undoes_what_waited_for_it_and_writes_the_rest_anew(tmp_p
         queue.write()
     queue.rewrite()
     queue.journal.adopt()
+    assert contents_of(tmp_path) == [b"a", b"b", b"c"]
     fill(queue, b"e")
     queue.confirm(item.xid)
     queue.write()
@@ -884,6 +896,28 @@ def test_a_move_loses_nothing_wherever_it_stops(tmp_path):
         spool = tmp_path / "spool"
         states.append((contents_of(spool, "work"), contents_of(spool, "late")))
     assert states == [([b"1"], []), ([b"1"], [b"1"]), ([], [b"1"])]
+
+
+def test_a_move_is_confirmed_when_it_is_as_safe_as_its_answer_must_be(tmp_path):
+    broker = broker_of(tmp_path, """
+[queue work]
+expire_to_queue = late
+[queue late]
+sync_journal = 0
+""")
+    put(broker, "work", b"1", expiry=NOW + 10)
+    broker.commit(NOW)
+    broker.queues["work"].discard_expired(NOW + 10)
+    for _ in range(5):
+        broker.commit(NOW + 10)
+    late, work = broker.queues["late"], broker.queues["work"]
+    fds, count = late.begin_sync()
+    assert len(work.opens) == late.count == 1
+    for fd in fds:
+        os.close(fd)
+    late.synced(count)
+    broker.commit(NOW + 10)
+    assert not work.opens
 
 
 def test_a_move_that_cannot_be_written_is_taken_back(tmp_path, disk):
@@ -1276,6 +1310,23 @@ def test_alias_over_the_wire(tmp_path):
     assert talk("get a b\r\n").count("VALUE") == 2
 
 
+def test_an_alias_hides_a_queue_of_its_name(tmp_path, caplog):
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    spool_of(spool, all=addx(b"x"))
+    talk = Talk(tmp_path, "[alias all]\ndestination_queues = a\n")
+    assert "hides" in caplog.text
+    assert talk("get all\r\nget all/peek\r\n") == "END\r\nEND\r\n"
+    assert talk("delete all\r\n") == "DELETED\r\n" and (spool / "all").exists()
+
+
+def test_a_child_made_after_the_first_set(talk):
+    talk(set_("fan", "1") + "get fan+one\r\n" + set_("fan", "2"))
+    assert talk("get fan+one\r\n") == "VALUE fan+one 0 1\r\n2\r\nEND\r\n"
+    talk("delete fan+one\r\n" + set_("fan", "3"))
+    assert talk("get fan+one\r\n") == "END\r\n"
+
+
 def test_monitor_and_confirm(talk):
     talk("".join(set_("q", data) for data in "abcd"))
     assert talk("monitor q 10 2\r\nversion\r\n") == (
@@ -1631,6 +1682,18 @@ def test_a_timeout_is_kept_to(serve):
         assert time.monotonic() - start >= wait / 1000 - 0.001
 
 
+def test_a_short_wait_after_a_long_one_that_was_served(serve):
+    server = serve()
+    client, other = server.client(), server.client()
+    client.send("get q/t=20000\r\n")
+    until(lambda: other.stats().get("queue_q_waiters") == "1")
+    other.put("q", b"x")
+    assert client.item() == b"x"
+    start = time.monotonic()
+    assert client.get("q/t=30") is None
+    assert time.monotonic() - start < 10
+
+
 def test_a_client_that_hangs_up_while_it_waits_costs_nothing(serve):
     server = serve()
     gone, half, other = server.client(), server.client(), server.client()
@@ -1655,10 +1718,12 @@ def test_hang_ups_of_a_turn_are_seen_before_its_items_are_handed_out(tmp_path):
         client.send("get q/t=20000\r\n")
     while len(server.broker.queue("q").waiters) < len(waiters):
         server.turn()
+    putter.send(b"set q 0 0 1\r\nx\r\n")
     for client in waiters[:-1]:
         client.close()
-    putter.send(b"set q 0 0 1\r\nx\r\n")
     time.sleep(0.05)                         # all of it is there before the loop looks
+    select = server.selector.select          # the put is heard of first: it was accepted first
+    server.selector.select = lambda timeout: sorted(select(timeout), key=lambda event: event[0].fd)
     server.turn()
     assert waiters[-1].item() == b"x"
     server.broker.stopping = True
@@ -1815,6 +1880,20 @@ def test_with_sync_journal_0_answers_wait_for_the_fsync_and_share_it(serve, monk
     assert held.count <= 3                               # the directory's is one of them
 
 
+def test_with_sync_journal_0_a_new_name_is_fsynced_too(serve, monkeypatch):
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(kestrel.os, "fsync",
+                        lambda fd: synced.append(os.readlink("/proc/self/fd/%d" % fd)) or real(fd))
+    server = serve("[queue]\nsync_journal = 0\n")
+    client = server.client()
+    spool = server.server.broker.spool
+    client.put("q", b"1")
+    assert synced == [spool + "/q", spool]
+    client.put("q", b"2")
+    assert synced[2:] == [spool + "/q"]
+
+
 def test_a_plain_get_waits_for_the_fsync_of_its_record(serve, monkeypatch):
     server = serve("[queue]\nsync_journal = 0\n")
     client, waiting = server.client(), server.client()
@@ -1934,20 +2013,25 @@ def test_running_out_of_descriptors_is_survived(serve, monkeypatch, caplog):
 
     class Exhausted:
         def __init__(self, sock):
-            self.sock, self.fileno, self.left = sock, sock.fileno, 1
+            self.sock, self.fileno, self.calls, self.over = sock, sock.fileno, 0, False
 
         def accept(self):
-            if self.left:
-                self.left -= 1
+            self.calls += 1
+            if not self.over:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             return self.sock.accept()
 
-    listener.sock = Exhausted(listener.sock)
+    listener.sock = exhausted = Exhausted(listener.sock)
     late = server.client()                   # in the backlog meanwhile
     assert client.get("q") == b"x"
+    until(lambda: exhausted.calls)
+    for _ in range(100):
+        client.get("q")
+    assert exhausted.calls == 1
+    exhausted.over = True
     assert late.put("q", b"y") == "STORED\r\n"
     assert caplog.text.count("cannot accept") == 1
-    listener.sock = listener.sock.sock
+    listener.sock = exhausted.sock
 
 
 def test_stopping_answers_those_who_wait(serve, tmp_path):
@@ -1967,12 +2051,6 @@ def test_stopping_answers_those_who_wait(serve, tmp_path):
 # == The daemon, as a process =============================================================
 
 
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 def command(*arguments):
     return [sys.executable, os.path.join(HERE, "kestrel.py"), *map(str, arguments)]
 
@@ -1987,26 +2065,21 @@ def run(*arguments, **options):
 class Daemon:
     """kestrel.py as a process on a free port; its log is in `log`."""
 
-    def __init__(self, path, text=None, port=None, env=None):
-        self.path = path
-        self.port = port or free_port()
+    def __init__(self, path, text=None):
         self.log = path / "log"
-        arguments = ["--port", self.port, "--spool", path / "spool"]
+        self.log.write_text("")
+        arguments = ["--port", 0, "--spool", path / "spool"]
         if text is not None:
             (path / "kestrel.conf").write_text(text)
             arguments += ["-c", path / "kestrel.conf"]
         with open(str(self.log), "ab") as log:
-            self.process = subprocess.Popen(command(*arguments), stderr=log, cwd=str(path),
-                                            env=env)
+            self.process = subprocess.Popen(command(*arguments), stderr=log, cwd=str(path))
         until(self._is_up)
+        self.port = int(re.search(r"listening on \S+:(\d+) ", self.log.read_text())[1])
 
     def _is_up(self):
         assert self.process.poll() is None, self.log.read_text()
-        try:
-            Client(self.port).close()
-        except ConnectionRefusedError:
-            return False
-        return True
+        return "listening on" in self.log.read_text()
 
     def client(self):
         return Client(self.port)
@@ -2021,8 +2094,8 @@ class Daemon:
 def daemon(tmp_path):
     started = []
 
-    def start(*arguments, **options):
-        started.append(Daemon(tmp_path, *arguments, **options))
+    def start(text=None):
+        started.append(Daemon(tmp_path, text))
         return started[-1]
 
     yield start
@@ -2036,8 +2109,8 @@ def test_version():
 
 
 def test_it_starts_with_no_set_up(tmp_path):
-    """As `python3 kestrel.py` alone; on another port only where the usual one is taken."""
-    process = subprocess.Popen(command("--port", free_port()), cwd=str(tmp_path),
+    """As `python3 kestrel.py` alone, but for the port, which may be taken here."""
+    process = subprocess.Popen(command("--port", 0), cwd=str(tmp_path),
                                stderr=subprocess.PIPE, universal_newlines=True)
     lines = [process.stderr.readline() for _ in range(2)]
     process.terminate()
@@ -2066,10 +2139,10 @@ def test_what_keeps_it_from_starting_is_told_in_one_line(daemon, tmp_path):
     (tmp_path / "file").write_text("")
     for arguments, words in [
             (["--port", running.port, "--spool", tmp_path / "other"], "in use"),
-            (["--port", free_port(), "--spool", tmp_path / "spool"], "held by another"),
-            (["--port", free_port(), "--spool", tmp_path / "file"], "cannot use the spool"),
-            (["--port", free_port(), "--spool", "/proc/spool"], "cannot use the spool"),
-            (["--listen", "192.0.2.1", "--port", free_port()], "cannot listen"),
+            (["--port", 0, "--spool", tmp_path / "spool"], "held by another"),
+            (["--port", 0, "--spool", tmp_path / "file"], "cannot use the spool"),
+            (["--port", 0, "--spool", "/proc/spool"], "cannot use the spool"),
+            (["--listen", "192.0.2.1", "--port", 0], "cannot listen"),
             (["--port", "x"], "memcache_port"),
             (["-c", tmp_path / "missing"], "No such file")]:
         status, out, err = run(*arguments, cwd=str(tmp_path))
@@ -2078,29 +2151,18 @@ def test_what_keeps_it_from_starting_is_told_in_one_line(daemon, tmp_path):
 
 
 def test_listen_addresses(tmp_path):
-    for address in ("127.0.0.1", "::1"):
-        try:
-            socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address
-                                 else socket.AF_INET).close()
-        except OSError:
-            continue                         # a machine without IPv6
-        port = free_port()
-        process = subprocess.Popen(
-            command("--listen", address, "--port", port, "--spool", tmp_path / "spool"),
-            stderr=subprocess.DEVNULL)
-        try:
-            def connected():
-                with contextlib.suppress(ConnectionRefusedError):
-                    return Client(port, address)
-            until(connected)
-            with connected() as client:
-                assert client.put("q", b"x") == "STORED\r\n"
-                client.send("shutdown\r\n")
-                assert client.line() == ""
-            assert process.wait(20) == 0
-        finally:
-            process.kill()
-            process.wait()
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        address = "::1"
+    except OSError:                          # a machine without IPv6
+        address = "127.0.0.1"
+    server = kestrel.Server(config_of(tmp_path, listen_address=address, memcache_port="0"))
+    with socket.create_connection(server.address[:2]) as client:
+        client.sendall(b"version\r\nshutdown\r\n")
+        while not server.broker.stopping:
+            server.turn()
+        server.run()
+        assert client.recv(100) == b"VERSION 1.0.0\r\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -2117,6 +2179,7 @@ def test_a_clean_stop(daemon, tmp_path, number):
         assert time.monotonic() - start < 2
         assert waiting.item() is None and waiting.line() == ""
     assert "stopped" in server.log.read_text() and "Traceback" not in server.log.read_text()
+    assert (tmp_path / "spool" / "q").read_bytes().endswith(xid_record(9, 1) + xid_record(5, 1))
     assert contents_of(tmp_path / "spool") == [b"1", b"2"]
 
 
@@ -2162,7 +2225,6 @@ def test_nothing_acknowledged_is_lost_by_kill_9(daemon):
     maybe_closed = set()                     # sent, without an answer
     serials = [0] * 4
     problems = []
-    port = free_port()
 
     def produce(client, number):
         while True:
@@ -2196,11 +2258,11 @@ def test_nothing_acknowledged_is_lost_by_kill_9(daemon):
                 key = "q/open/t=50"
 
     def live(work, *arguments):
-        with contextlib.suppress(OSError), Client(port) as client:
+        with contextlib.suppress(OSError), server.client() as client:
             work(client, *arguments)
 
     for _ in range(int(os.environ.get("KESTREL_KILL_ROUNDS", 6))):
-        server = daemon(port=port)
+        server = daemon()
         threads = [threading.Thread(target=live, args=(produce, number)) for number in range(4)]
         threads += [threading.Thread(target=live, args=(consume, {})) for _ in range(4)]
         for thread in threads:
@@ -2211,7 +2273,7 @@ def test_nothing_acknowledged_is_lost_by_kill_9(daemon):
         for thread in threads:
             thread.join(20)
     assert not problems, problems[:10]
-    with daemon(port=port).client() as client:
+    with daemon().client() as client:
         left = [data[:len(data) // 20] for data in iter(lambda: client.get("q"), None)]
     assert len(left) == len(set(left)), "an item came twice"
     assert not closed & set(left), "a closed item came back"
