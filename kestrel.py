@@ -512,15 +512,6 @@ def _only_zeros(data, file):
     return True
 
 
-def pack_record(opcode, item=None, xid=0):
-    """The bytes of one record of an opcode that this server writes, data included."""
-    if opcode == REMOVE:
-        return b"\1"
-    if opcode != ADDX:
-        return _pack_xid(opcode, xid)
-    return _pack_head(item) + item.data
-
-
 def _pack_head(item):
     size = len(item.data)
     if item.flags or item.deliveries:
@@ -1043,9 +1034,9 @@ class Queue:
         self.opens.clear()
         self.bytes = 0
         self.dismiss_waiters()
-        if self.journal:
-            self.journal.delete()
-            self.journal = None
+        journal, self.journal = self.journal, None
+        if journal:
+            journal.delete()
 
     def _write_now(self):
         """The `dirty` of a queue that is used alone."""
@@ -1502,7 +1493,7 @@ class Refused(Exception):
 ReadKey = collections.namedtuple("ReadKey", "text name wait open close abort peek")
 
 
-@functools.lru_cache(maxsize=10000)      # the same keys come again and again
+@functools.lru_cache(maxsize=4096)       # the same keys come again and again
 def parse_key(text):
     """The ReadKey of `q/t=500/open` and the like. Raises Refused."""
     name, *options = text.split(b"/")
@@ -2289,6 +2280,7 @@ class Connection:
             self.session.fail({queue: error})
         if not self.holds:
             self.session.held = False
+            self.flush()
             self.resume()
 
     def flush(self):
@@ -2663,9 +2655,11 @@ class Server:
             log.info("the journal of %s is written again", queue.name)
 
     def _recover(self, queue):
-        if queue in self._failing:
-            self._failing[queue] = False
-        if not queue.closed:
+        if queue.closed:
+            self._failing.pop(queue, None)
+        else:
+            if queue in self._failing:
+                self._failing[queue] = False
             queue.recover(self.now)
 
     # -- the end

@@ -2034,6 +2034,18 @@ def test_running_out_of_descriptors_is_survived(serve, monkeypatch, caplog):
     listener.sock = exhausted.sock
 
 
+def test_stopping_sends_what_an_fsync_has_held_up(serve, monkeypatch):
+    held = HeldFsync(monkeypatch)
+    server = serve("[queue]\nsync_journal = 0\n")
+    client = server.client()
+    client.send("set q 0 0 1\r\nx\r\n")
+    assert held.called.acquire(timeout=20)
+    server.server.broker.stopping = True
+    server.server.interrupt()
+    held.disarm()
+    assert client.line() == "STORED\r\n"
+
+
 def test_stopping_answers_those_who_wait(serve, tmp_path):
     server = serve("[queue]\nsync_journal = 0\n")
     client, waiting, monitor = server.client(), server.client(), server.client()
