@@ -42,6 +42,7 @@ import errno
 import fcntl
 import functools
 import heapq
+import io
 import itertools
 import logging
 import os
@@ -426,6 +427,20 @@ _pack_xid = struct.Struct("<Bi").pack
 
 _READ_SIZE = 1 << 20
 _MAX_VECTOR = 1024              # IOV_MAX: how many pieces one pwritev() takes
+_STEP_SIZE = 1 << 20            # how much of a long job is done at a time, in bytes
+
+
+def fsync_all(fds):
+    """fsync the descriptors and close them; returns the last OSError, None if all is well."""
+    failure = None
+    for fd in fds:
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            failure = error
+        finally:
+            os.close(fd)
+    return failure
 
 
 class Damage(Exception):
@@ -586,12 +601,54 @@ def find_journals(directory):
     return found
 
 
+_WAITING_AFTER = {REMOVE: -1, OPEN: -1, UNREMOVE: 1, CONFIRM: 0}
+
+
+def _encode(ops):
+    """The records of these operations, as a list of byte strings."""
+    chunks = []
+    for opcode, item, xid in ops:
+        if opcode == ADDX:
+            chunks.append(_pack_head(item))
+            chunks.append(item.data)
+        elif opcode == REMOVE:
+            chunks.append(b"\1")
+        elif opcode == Journal.FLUSH:
+            chunks.append(b"\1" * xid)
+        else:
+            chunks.append(_pack_xid(opcode, xid))
+    return chunks
+
+
+class JournalFile:
+    """One file of a journal. number: None for the current one. waiting: how many of the
+    items that wait are accounted to it, see Journal."""
+
+    __slots__ = ("path", "number", "size", "waiting", "fd", "torn")
+
+    def __init__(self, path, number, size=0, fd=None):
+        self.path = path
+        self.number = number
+        self.size = size
+        self.waiting = 0
+        self.fd = fd                     # held while something may be written to it
+        self.torn = False                # what a failed write left is to be cut off
+
+
 class Journal:
     """The files of one queue.
 
     Operations are collected in `ops` and reach the kernel together in write(). Each is a
-    tuple (opcode, item, xid); FLUSH, a list of items in place of one, stands for as many
-    REMOVEs.
+    tuple (opcode, item, xid); the xid of FLUSH is the number of REMOVEs that it stands for.
+
+    Items are added to the last of `files`. What is done to the head of the queue is written
+    to the first one, in which the head item stands, or to which it was put back; the files
+    are read again in order, so that comes to the same. When nothing that waits is accounted
+    to the first file any more it has been passed: it moves to `passed`, the next one takes
+    its place, and no operation will ever speak of what is in it but for the reads that are
+    open at that moment. pack() puts these into one small file in place of all that have
+    been passed. So the files on the disk follow the backlog and not its history, and a
+    queue of one file, the usual case, has one write a turn.
     """
 
     FLUSH = -1
@@ -601,154 +658,390 @@ class Journal:
         self.name = name
         self.path = os.path.join(directory, name)
         self.ops = []
-        self.older = [(number, os.path.getsize("%s.%d" % (self.path, number)))
-                      for number in older]
-        self.fd = _open_locked(self.path)
-        self.size = os.lseek(self.fd, 0, os.SEEK_END)
-        self.renamed = not self.size        # the directory is to be fsynced as well
-        self.torn = False                   # what a failed write left is to be cut off
-        self.broken = False                 # an fsync failed: only a rewrite helps
-        self._fresh = None                  # the path and descriptor of a rewrite
+        self.passed = []
+        self.files = [JournalFile("%s.%d" % (self.path, number), number) for number in older]
+        self.files.append(JournalFile(self.path, None, fd=_open_locked(self.path)))
+        for file in self.files:
+            file.size = os.path.getsize(file.path)
+        self.renamed = not self.files[-1].size      # the directory is to be fsynced as well
+        self.broken = False                  # an fsync failed: written anew before all else
+        self.torn = False                    # a file of them is
+        self._unsynced = set()               # files written to since descriptors()
+        self.wanted = None                  # what pack() is to do next
+
+    @property
+    def current(self):
+        """The file to which items are added."""
+        return self.files[-1]
 
     def total_size(self):
         """Bytes of all files of the queue together."""
-        return self.size + sum(size for _, size in self.older)
+        return sum(file.size for file in self.passed) + sum(file.size for file in self.files)
 
-    def replay(self):
-        """Yield the records of all files in order, as read_records does.
+    # -- reading
+
+    def read(self, file):
+        """Yield the records of one file, as read_records does.
 
         What cannot be read is first saved to lost+found and then cut off.
         """
-        paths = ["%s.%d" % (self.path, number) for number, _ in self.older] + [self.path]
-        for path in paths:
-            with open(path, "rb") as file:
-                try:
-                    yield from read_records(file)
-                except Damage as damage:
-                    self._cut(path, damage)
-        self.older = [(number, os.path.getsize("%s.%d" % (self.path, number)))
-                      for number, _ in self.older]
-        self.size = os.lseek(self.fd, 0, os.SEEK_END)
+        with open(file.path, "rb") as source:
+            try:
+                yield from read_records(source)
+            except Damage as damage:
+                self._cut(file, damage)
 
-    def _cut(self, path, damage):
+    def _cut(self, file, damage):
         lost = os.path.join(self.directory, "lost+found")
         os.makedirs(lost, 0o700, exist_ok=True)
-        kept = os.path.join(lost, "%s.%d.%d" % (os.path.basename(path), damage.offset,
+        kept = os.path.join(lost, "%s.%d.%d" % (os.path.basename(file.path), damage.offset,
                                                 _now()))
-        with open(path, "rb") as source, open(kept, "xb") as target:
+        with open(file.path, "rb") as source, open(kept, "xb") as target:
             source.seek(damage.offset)
             shutil.copyfileobj(source, target)
             target.flush()
             os.fsync(target.fileno())
             count = target.tell()
-        os.truncate(path, damage.offset)
-        log.warning("%s: %s; %d bytes cut off and kept in %s", path, damage, count, kept)
+        os.truncate(file.path, damage.offset)
+        file.size = damage.offset
+        log.warning("%s: %s; %d bytes cut off and kept in %s", file.path, damage, count, kept)
 
-    def write(self):
-        """Hand the collected operations to the kernel: one write, as a rule.
+    def account(self, added, last_head, count):
+        """After a replay: what waits in which file. added: how many items each file adds.
+        last_head: the index of the last file that does something to the head of the queue.
+        count: how many items wait."""
+        self.passed, self.files = self.files[:last_head], self.files[last_head:]
+        for file, number in zip(self.files, added[last_head:]):
+            file.waiting = number
+        self.files[0].waiting = count - sum(file.waiting for file in self.files[1:])
 
-        Raises OSError when that fails; the file then ends where it ended before, and the
-        operations are still in `ops`.
+    # -- writing
+
+    def write(self, opens):
+        """Hand the collected operations to the kernel: one write a file.
+
+        opens: the reads open after them, xid -> item. Returns whether files have been
+        passed. Raises OSError when it fails; the files then end where they ended before,
+        and the operations are still in `ops`.
         """
         if self.broken:
             raise OSError(errno.EIO, "to be written anew after a failed fsync", self.path)
-        chunks = []
-        for opcode, item, xid in self.ops:
-            if opcode == ADDX:
-                chunks.append(_pack_head(item))
-                chunks.append(item.data)
-            elif opcode == REMOVE:
-                chunks.append(b"\1")
-            elif opcode == Journal.FLUSH:
-                chunks.append(b"\1" * len(item))
-            else:
-                chunks.append(_pack_xid(opcode, xid))
-        try:
-            if self.torn:
-                os.ftruncate(self.fd, self.size)
-                self.torn = False
-            _write_all(self.fd, chunks, self.size)
-        except OSError as error:
-            # Left alone, half a record would stand before the next good one.
-            self.torn = True
-            with contextlib.suppress(OSError):     # else before the next write
-                os.ftruncate(self.fd, self.size)
-                self.torn = False
-            raise OSError(error.errno, error.strerror, self.path) from None
-        self.size += sum(map(len, chunks))
+        if len(self.files) == 1:
+            shares, waiting, crossing = [self.ops], [0], None
+        else:
+            shares, waiting, crossing = self._share_out()
+        written = []
+        for file, ops in zip(self.files, shares):
+            if ops or file.torn:
+                written.append((file, file.size))
+                try:
+                    self._append(file, _encode(ops))
+                except OSError as error:
+                    for file, size in written:
+                        self._cut_back(file, size)
+                    raise OSError(error.errno, error.strerror, file.path) from None
+        self.torn = False
+        self._unsynced.update(file for file, _ in written)
+        for file, number in zip(self.files, waiting):
+            file.waiting = number
+        if crossing is not None:
+            passed, after = crossing
+            self._pass(passed, _opens_before(opens, self.ops[after:]))
         self.ops = []
+        return crossing is not None
 
-    def restart(self):
-        """Start over with an empty file, for a queue that holds nothing. Raises OSError.
+    def _share_out(self):
+        """Which operations go to which file; how many items wait in each then; and, if files
+        have been passed, how many and after how many operations."""
+        files = self.files
+        waiting = [file.waiting for file in files]
+        shares = [[] for _ in files]
+        at = 0
+        crossing = None
+        for index, op in enumerate(self.ops):
+            opcode, item, xid = op
+            if opcode == ADDX:
+                shares[-1].append(op)
+                waiting[-1] += 1
+            elif opcode == Journal.FLUSH:
+                for number, count in enumerate(waiting):
+                    shares[number].append((opcode, item, count))
+                    waiting[number] = 0
+            else:
+                shares[at].append(op)
+                waiting[at] += _WAITING_AFTER[opcode]
+            while not waiting[at] and at < len(files) - 1:
+                at += 1
+                crossing = at, index + 1
+        return shares, waiting, crossing
 
-        A crash on the way leaves a suffix of the operations of a queue that ended empty,
-        and any suffix of those leaves it empty too.
-        """
-        self._remove_older()
-        os.ftruncate(self.fd, 0)
-        self.size = 0
+    def _append(self, file, chunks):
+        if file.fd is None:
+            file.fd = _open_locked(file.path)
+        if file.torn:
+            os.ftruncate(file.fd, file.size)
+            file.torn = False
+        _write_all(file.fd, chunks, file.size)
+        file.size += sum(map(len, chunks))
 
-    def rewrite(self, last_xid, opens, items):
-        """Write what is alive to a fresh file; adopt() puts it in the others' place once
-        its descriptor, which is returned, has been fsynced. Raises OSError."""
-        path = "%s~~%d" % (self.path, _now())
-        fd = _open_locked(path, os.O_TRUNC)
-        self._fresh = path, fd
-        chunks = [_pack_xid(SAVE_XID, last_xid)]
-        for xid, item in opens.items():
-            chunks += (_pack_head(item), item.data, _pack_xid(OPEN, xid))
-        for item in items:
-            chunks += (_pack_head(item), item.data)
-        _write_all(fd, chunks, 0)
-        return fd
+    def _cut_back(self, file, size):
+        # Left alone, half a record would stand before the next good one.
+        file.size = size
+        file.torn = True
+        if file.fd is not None:
+            with contextlib.suppress(OSError):     # else before the next write
+                os.ftruncate(file.fd, size)
+                file.torn = False
+        self.torn = any(file.torn for file in self.files)
 
-    def adopt(self):
-        """Let the fresh file be the only one. Raises OSError."""
-        path, fd = self._fresh
-        os.rename(path, self.path)
-        os.close(self.fd)
-        self.fd, self._fresh, self.broken = fd, None, False
-        self.size = os.lseek(fd, 0, os.SEEK_END)
-        self.renamed = True
-        self._remove_older()
+    def checkpoint(self):
+        """What go_back() needs to undo all that is written from now on."""
+        return [(file, file.size, file.waiting) for file in self.files]
 
-    def give_up_rewrite(self):
-        """Remove the fresh file again, if there is one."""
-        if self._fresh:
-            path, fd = self._fresh
-            self._fresh = None
-            os.close(fd)
-            os.unlink(path)
+    def go_back(self, checkpoint, count):
+        """Cut the files back to a checkpoint, at which `count` items waited."""
+        files = [file for file, _, _ in checkpoint]
+        self.passed = [file for file in self.passed if file not in files]
+        added = [file for file in self.files if file not in files]
+        for file, size, waiting in checkpoint + [(file, 0, 0) for file in added]:
+            file.waiting = waiting
+            if size < file.size:
+                self._cut_back(file, size)
+        self.files = files + added
+        if len(files) == 1:
+            files[0].waiting = count
+
+    # -- fsync
 
     def descriptors(self):
-        """Duplicates of what has to be fsynced for all that was written; close them."""
-        fds = [os.dup(self.fd)]
+        """Duplicates of what has to be fsynced for all that was written; to be closed."""
+        fds = []
+        for file in self._unsynced:
+            fds.append(os.dup(file.fd))
+            if file not in (self.files[0], self.current):
+                os.close(file.fd)
+                file.fd = None
+        self._unsynced.clear()
         if self.renamed:
-            fds.append(os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC))
+            fds.append(self.directory_fd())
         self.renamed = False
         return fds
 
-    def close(self):
-        self.give_up_rewrite()
-        os.close(self.fd)
+    def directory_fd(self):
+        return os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC)
 
-    def _remove_older(self):
-        while self.older:
-            os.unlink("%s.%d" % (self.path, self.older[0][0]))
-            del self.older[0]
+    # -- new files for old
+
+    def restart(self):
+        """Start over with an empty file, for a queue that holds nothing. Raises OSError."""
+        os.ftruncate(self.current.fd, 0)
+        self.current.size = 0
+
+    def rotate(self, count):
+        """Go on with a fresh current file. count: how many items wait. Raises OSError, and
+        then nothing has changed."""
+        old = self.current
+        last = max((file.number or 0 for file in self.passed + self.files), default=0)
+        number = max(_now(), last + 1)
+        fresh = "%s~~%d" % (self.path, number)
+        fd = _open_locked(fresh)
+        try:
+            os.rename(self.path, "%s.%d" % (self.path, number))
+            try:
+                os.rename(fresh, self.path)
+            except OSError:
+                os.rename("%s.%d" % (self.path, number), self.path)
+                raise
+        except OSError:
+            os.close(fd)
+            os.unlink(fresh)
+            raise
+        old.path, old.number = "%s.%d" % (self.path, number), number
+        if len(self.files) == 1:
+            old.waiting = count
+        self.files.append(JournalFile(self.path, None, fd=fd))
+        self.renamed = True
+
+    def _pass(self, number, opens, items=()):
+        """The first files are done with: these open reads and items are to stay of them."""
+        self.passed += self.files[:number]
+        self.files = self.files[number:]
+        self.wanted = self.passed[-1].number, opens, items
+
+    def start_over(self, opens, items):
+        """Have everything written anew: pack() will put the open reads and all items that
+        wait into one file in place of all there are now. Raises OSError."""
+        self.rotate(len(items))
+        self.current.waiting = len(items)
+        self._pass(len(self.files) - 1, dict(opens), list(items))
+
+    def pack(self, last_xid):
+        """A chore that puts one file in place of those that have been passed.
+
+        A generator that does a bounded piece of work at each step. Where it yields
+        descriptors they are to be fsynced and closed before it is resumed, an OSError to be
+        thrown into it. Raises OSError; what it was to do stays to be done.
+        """
+        wanted = self.wanted
+        number, opens, items = wanted
+        if opens or items:
+            yield from self._write_pack(number, last_xid, opens, items)
+        else:
+            # Nothing is left of them. The oldest goes first: whatever is done to items
+            # that are not there, a queue that ended empty ends empty.
+            for file in [file for file in self.passed if file.number <= number]:
+                self._remove(file)
+                yield [self.directory_fd()]
+        if self.wanted is wanted:
+            self.wanted = None
+
+    def _write_pack(self, number, last_xid, opens, items):
+        path = "%s~~%d" % (self.path, number)
+        pack = JournalFile(path, number, fd=_open_locked(path, os.O_TRUNC))
+        try:
+            self._append(pack, [_pack_xid(SAVE_XID, last_xid)])
+            records = itertools.chain(
+                ([_pack_head(item), item.data, _pack_xid(OPEN, xid)]
+                 for xid, item in opens.items()),
+                ([_pack_head(item), item.data] for item in items))
+            while True:
+                chunks, size = [], 0
+                for record in records:
+                    chunks += record
+                    size += sum(map(len, record))
+                    if size >= _STEP_SIZE:
+                        break
+                if not chunks:
+                    break
+                self._append(pack, chunks)
+                yield None
+            yield [os.dup(pack.fd)]
+            os.rename(path, "%s.%d.pack" % (self.path, number))
+        except BaseException:                # also when the queue is deleted meanwhile
+            os.close(pack.fd)
+            os.unlink(path)
+            raise
+        os.close(pack.fd)
+        pack.fd = None
+        pack.path = "%s.%d.pack" % (self.path, number)
+        old = [file for file in self.passed if file.number <= number]
+        self.passed.insert(len(old), pack)
+        yield [self.directory_fd()]
+        for file in old:
+            self._remove(file)
+        os.rename(pack.path, "%s.%d" % (self.path, number))
+        pack.path = "%s.%d" % (self.path, number)
+        yield [self.directory_fd()]
+
+    def _remove(self, file):
+        if file.fd is not None:
+            os.close(file.fd)
+            file.fd = None
+        self._unsynced.discard(file)
+        os.unlink(file.path)
+        self.passed.remove(file)
+
+    def copy_anew(self):
+        """A chore like pack(): copy every file that may not have reached the disk to a fresh
+        one that will, after a failed fsync."""
+        for file in [file for file in self.files if file.fd is not None]:
+            path = "%s~~%d" % (self.path, _now())
+            fd = _open_locked(path, os.O_TRUNC)
+            try:
+                for offset in range(0, file.size, _STEP_SIZE):
+                    size = min(_STEP_SIZE, file.size - offset)
+                    _write_all(fd, [os.pread(file.fd, size, offset)], offset)
+                    yield None
+                yield [os.dup(fd)]
+                os.rename(path, file.path)
+            except BaseException:
+                os.close(fd)
+                os.unlink(path)
+                raise
+            os.close(file.fd)
+            file.fd = fd
+            file.torn = False
+        yield [self.directory_fd()]
+
+    # -- the end
+
+    def close(self):
+        for file in self.passed + self.files:
+            if file.fd is not None:
+                os.close(file.fd)
+                file.fd = None
 
     def delete(self):
         """Close and remove the files, the oldest first. Raises OSError."""
         self.close()
-        self._remove_older()
-        os.unlink(self.path)
+        for file in self.passed + self.files:
+            os.unlink(file.path)
 
+
+class ReadBehind:
+    """Reads the items that a queue does not hold in memory from its journal, forward: those
+    that follow byte `offset` of `file`, but for the first `skip` of them."""
+
+    def __init__(self, journal, file, offset, skip=0):
+        self._journal = journal
+        self._file = file
+        self._offset = offset
+        self._skip = skip
+
+    def read(self, most, size):
+        """The next items, at most `most` of them, from a piece of about `size` bytes of the
+        journal. There must be some. Raises OSError."""
+        items = []
+        while not items:
+            files = self._journal.passed + self._journal.files
+            if self._file not in files:      # packed since; there was nothing left in it
+                self._file, self._offset = self._journal.files[0], 0
+            fd = os.open(self._file.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                data = os.pread(fd, size, self._offset)
+            finally:
+                os.close(fd)
+            done = 0
+            try:
+                for _, _, item, done in read_records(io.BytesIO(data)):
+                    if item is not None and self._skip:
+                        self._skip -= 1
+                    elif item is not None:
+                        items.append(item)
+                        if len(items) == most:
+                            break
+            except Damage as damage:
+                if not damage.torn:
+                    raise OSError(errno.EIO, str(damage), self._file.path) from None
+            self._offset += done
+            if done:
+                continue
+            if len(data) < size:
+                self._file, self._offset = files[files.index(self._file) + 1], 0
+            else:
+                size *= 2                    # a record larger than the piece
+        return items
+
+
+def _opens_before(opens, ops):
+    """The reads that were open before these operations, as they are `opens` after them."""
+    opens = dict(opens)
+    for opcode, item, xid in reversed(ops):
+        if opcode == OPEN:
+            del opens[xid]
+        elif opcode in (CONFIRM, UNREMOVE):
+            opens[xid] = item
+    return dict(sorted(opens.items()))
 
 # == 3. Queue =============================================================================
 #
 # One queue: items in order, open reads, waiters, limits, expiry, and the journal that
 # records each change. Can be used alone. Knows no sockets, no protocols, no other queues:
 # what expires is handed to `bury`, what is to be written is announced through `dirty`.
+
+
+# How long after a failed write the next try is made without a client asking for it.
+RETRY_MS = 1000
 
 
 class Waiter:
@@ -772,22 +1065,29 @@ class Queue:
     it is None. Used alone, each change is in the kernel's hands when the method returns,
     and on the disk too if sync_journal is 0; a change that cannot be written is undone
     and raises OSError. A server collects the changes of a turn instead: it gives `dirty`,
-    which is called with the queue when there is something for write() to do, and `later`
-    (milliseconds, call), which runs a call in that time and returns what cancels it.
+    which is called with the queue when there is something for write() to do, `later`
+    (milliseconds, call), which runs a call in that time and returns what cancels it, and
+    `start`, which takes the queue and a chore, see Journal.pack.
+
+    Past max_memory_size only the head of the queue is in memory; the rest is read from the
+    journal as it drains.
     """
 
     def __init__(self, name, path=None, config=None, older=(), dirty=None, later=None,
-                 now=None):
+                 start=None, now=None):
         self.name = check_name(name)
         self.config = config or QueueConfig()
         self.path = path
         self.dirty = dirty or Queue._write_now
         self.later = later
-        self.bury = None                     # takes an expired item as (self, xid, item)
-        self.items = collections.deque()     # what waits, the head first
+        self.start = start or Queue._run_now
+        self.bury = None                     # takes an expired item as (self, item)
+        self.items = collections.deque()     # what waits, the head first, as far as in memory
         self.opens = {}                      # xid -> item, the oldest open read first
         self.waiters = collections.OrderedDict()     # in order of coming; an ordered set
+        self.count = 0                       # how many items wait; open reads do not count
         self.bytes = 0                       # data of the waiting items
+        self.memory = 0                      # data of those in memory
         self.xid = 0                         # the last one used
         self.closed = False
         self.create_time = _now(now)
@@ -798,16 +1098,19 @@ class Queue:
         self._orphans = set()                # see abort()
         self._unsynced = []                  # see write(); how many ever, how many done:
         self.remembered = self.safe = 0
+        self._checkpoint = self._next_checkpoint = None
         self._alarms = {}                    # xid -> what cancels its timeout
+        self._behind = None                  # the ReadBehind of what is not in memory
+        self._fresh = collections.deque()    # added since the last write, while behind
+        self._chore = None                   # the one that packs the journal, or copies it
+        self._resting = False                # too soon for the next compaction,
+        self._floor = 0                      # or, used alone, too little since this size
+        self._pack_mark = 0                  # what `safe` must have reached for packing
+        self._started_over = False           # renew() has got so far
         self.journal = None
         if path is not None and self.config.keep_journal:
             self.journal = Journal(path, name, older)
             self._replay()
-
-    @property
-    def count(self):
-        """The number of items that wait; open reads do not count."""
-        return len(self.items)
 
     # -- adding and taking
 
@@ -823,15 +1126,21 @@ class Queue:
         size = len(data)
         if size > config.max_item_size:
             return False
-        if len(self.items) >= config.max_items or self.bytes >= config.max_size:
+        if self.count >= config.max_items or self.bytes >= config.max_size:
             self.discard_expired(now)
-            while len(self.items) >= config.max_items or self.bytes >= config.max_size:
-                if not config.discard_old_when_full or not self.items:
+            while self.count >= config.max_items or self.bytes >= config.max_size:
+                if not config.discard_old_when_full or not self.count:
                     return False
                 self.discarded += 1
                 self._log(REMOVE, self._pop())
         item = Item(data, now, expiry, flags if config.keep_flags else 0)
-        self.items.append(item)
+        if self._behind or (self.memory + size > config.max_memory_size
+                            and self._fall_behind()):
+            self._fresh.append(item)
+        else:
+            self.items.append(item)
+            self.memory += size
+        self.count += 1
         self.bytes += size
         self.total_items += 1
         self._log(ADDX, item)
@@ -844,11 +1153,11 @@ class Queue:
         the number by which it is to be confirmed or aborted."""
         if now is None:
             now = _now()
-        if not self.items:
+        if not self.count:
             return None
-        if self._is_expired(self.items[0], now):
+        if self._is_expired(self._head(), now):
             self.discard_expired(now, UNLIMITED)
-            if not self.items:
+            if not self.count:
                 return None
         item = self._pop()
         self.age = max(0, now - item.add_time)
@@ -862,9 +1171,9 @@ class Queue:
     def peek(self, now=None):
         """The head item, which stays where it is, or None."""
         now = _now(now)
-        if self.items and self._is_expired(self.items[0], now):
+        if self.count and self._is_expired(self._head(), now):
             self.discard_expired(now, UNLIMITED)
-        return self.items[0] if self.items else None
+        return self._head() if self.count else None
 
     def confirm(self, xid):
         """Finish an open read; False when there is none of that number."""
@@ -895,10 +1204,11 @@ class Queue:
     def flush(self):
         """Drop all waiting items. Open reads stay open."""
         self.total_flushes += 1
-        if self.items:
-            items, self.items = self.items, collections.deque()
-            self.bytes = 0
-            self._log(Journal.FLUSH, items)
+        if self.count:
+            held = self.items, self._fresh, self._behind, self.count, self.bytes, self.memory
+            self.items, self._fresh, self._behind = collections.deque(), collections.deque(), None
+            self.count = self.bytes = self.memory = 0
+            self._log(Journal.FLUSH, held, held[3])
 
     def discard_expired(self, now=None, limit=None):
         """Take expired items from the head, at most `limit` (default: max_expire_sweep),
@@ -907,7 +1217,7 @@ class Queue:
         count = 0
         if limit is None:
             limit = self.config.max_expire_sweep
-        while count < limit and self.items and self._is_expired(self.items[0], now):
+        while count < limit and self.count and self._is_expired(self._head(), now):
             count += 1
             item = self._pop()
             if self.bury:
@@ -952,35 +1262,41 @@ class Queue:
         undone. With sync_journal = 0 the changes are remembered until synced().
         """
         journal = self.journal
-        if journal is None or not (journal.ops or journal.torn):
+        if journal is None:
             return
         ops = journal.ops
-        try:
-            journal.write()
-        except OSError:
-            journal.ops = []
-            self._undo(ops)
-            raise
-        if self.config.sync_journal == 0 or self._unsynced:
-            self._unsynced += ops
-            self.remembered += len(ops)
-        if self._orphans:
-            self._orphans.intersection_update(self.opens)
-        if not self.items and not self.opens and (
-                journal.size >= self.config.default_journal_size):
+        if ops or journal.torn:
+            if self.config.sync_journal == 0 and not self._unsynced:
+                self._checkpoint = journal.checkpoint()
             try:
-                journal.restart()
-            except OSError as error:       # what was to be written is written all the same
-                log.error("%s: cannot start over: %s", journal.path, error.strerror)
+                passed = journal.write(self.opens)
+            except OSError:
+                journal.ops = []
+                self._undo(ops)
+                raise
+            self._fresh.clear()
+            if self.config.sync_journal == 0 or self._unsynced:
+                self._unsynced += ops
+                self.remembered += len(ops)
+            if passed:
+                self._pack_mark = self.remembered
+            if self._orphans:
+                self._orphans.intersection_update(self.opens)
+        if self._chore is None:
+            self._compact()
 
     def begin_sync(self):
         """What to fsync (descriptors, to be closed) and what to tell synced() then."""
+        self._next_checkpoint = self.journal.checkpoint()
         return self.journal.descriptors(), len(self._unsynced)
 
     def synced(self, count):
         """The first `count` of the remembered changes are on the disk."""
         del self._unsynced[:count]
         self.safe += count
+        self._checkpoint = self._next_checkpoint
+        if self._chore is None:
+            self._compact()
 
     def mark(self):
         """What `safe` will have reached when the changes so far are as safe as the answers
@@ -990,20 +1306,35 @@ class Queue:
         return self.remembered + len(self.journal.ops)
 
     def sync_failed(self):
-        """An fsync failed: undo the changes that were to wait for it. The kernel may have
-        dropped any of the rest, so nothing can be written before a rewrite()."""
-        ops = self._unsynced + self.journal.ops
+        """An fsync failed: undo the changes that were to wait for it, and have the rest
+        written anew, since the kernel may have dropped any of it."""
         self.safe += len(self._unsynced)
+        undone = bool(self._unsynced)
+        ops = self._unsynced + self.journal.ops
         self._unsynced = []
         self.journal.ops = []
         self._undo(ops)
+        if undone and self._behind:
+            self.journal.go_back(self._checkpoint, self.count)
         self.journal.broken = True
+        self.renew()
 
-    def rewrite(self):
-        """Write what is alive to a fresh file; returns its descriptor, to be fsynced before
-        journal.adopt(). Raises OSError."""
+    def renew(self):
+        """Have the journal written anew: from memory, or from what can be read of it. Until
+        that is done nothing can be written."""
+        self._end_chore()
         self.journal_rewrites += 1
-        return self.journal.rewrite(self.xid, self.opens, self.items)
+        try:
+            if self._behind:
+                chore = self.journal.copy_anew()
+            else:
+                if not self._started_over:
+                    self.journal.start_over(self.opens, self.items)
+                    self._started_over = True
+                chore = self.journal.pack(self.xid)
+            self._begin(chore)
+        except OSError as error:
+            self._chore_failed(error)
 
     def recover(self, now=None):
         """After a failed write: do what is still to be done and give waiters their items."""
@@ -1023,17 +1354,24 @@ class Queue:
         if self.journal:
             try:
                 self.write()
-                os.fsync(self.journal.fd)
+                self._end_chore()
+                error = fsync_all(self.journal.descriptors())
+                if error:
+                    raise error
             finally:
+                self._end_chore()
                 self.journal.close()
 
     def delete(self):
         """Forget all items and remove the files. Raises OSError."""
         self.closed = True
         self.items.clear()
+        self._fresh.clear()
+        self._behind = None
         self.opens.clear()
-        self.bytes = 0
+        self.count = self.bytes = self.memory = 0
         self.dismiss_waiters()
+        self._end_chore()
         journal, self.journal = self.journal, None
         if journal:
             journal.delete()
@@ -1042,61 +1380,204 @@ class Queue:
         """The `dirty` of a queue that is used alone."""
         self.write()
         if self.config.sync_journal == 0:
-            try:
-                os.fsync(self.journal.fd)
-            except OSError:
+            fds, count = self.begin_sync()
+            error = fsync_all(fds)
+            if error:
                 self.sync_failed()
-                os.fsync(self.rewrite())
-                self.journal.adopt()
-                raise
-            self.synced(len(self._unsynced))
+                raise error
+            self.synced(count)
+
+    def _run_now(self, chore):
+        """The `start` of a queue that is used alone."""
+        error = None
+        with contextlib.suppress(StopIteration):
+            while True:
+                fds = chore.throw(error) if error else next(chore)
+                error = fsync_all(fds or ())
 
     def _replay(self):
-        items, opens = self.items, self.opens
+        opens = self.opens
+        journal = self.journal
         carried = {}                    # id(item) -> the xid it brought along
         ignored = 0
-        for opcode, xid, item, _ in self.journal.replay():
-            if item is not None:
-                if opcode == CONTINUE:
-                    ignored += opens.pop(xid, None) is None
-                elif opcode == ADD_XID:
-                    carried[id(item)] = xid
-                items.append(item)
-            elif opcode == REMOVE and items:
-                items.popleft()
-            elif opcode == OPEN and items:
-                opens[xid] = items.popleft()
-                self.xid = xid
-            elif opcode == OPEN_NEXT and items:
-                item = items.popleft()
-                xid = carried.pop(id(item), 0) or self._next_xid()
-                opens[xid] = item
-                self.xid = xid
-            elif opcode == CONFIRM and xid in opens:
-                del opens[xid]
-            elif opcode == UNREMOVE and xid in opens:
-                items.appendleft(opens.pop(xid))
-            elif opcode == SAVE_XID:
-                self.xid = xid
-            else:
-                ignored += 1
+        added = []                      # how many items each file adds
+        last_head = 0                   # the last file that does something to the head
+        for number, file in enumerate(journal.files):
+            added.append(0)
+            offset = 0
+            for opcode, xid, item, end in journal.read(file):
+                if item is not None:
+                    added[-1] += 1
+                    if opcode == CONTINUE:
+                        last_head = number
+                        ignored += opens.pop(xid, None) is None
+                    elif opcode == ADD_XID:
+                        carried[id(item)] = xid
+                    self._load(item, file, offset)
+                    offset = end
+                    continue
+                offset = end
+                last_head = number
+                if opcode == REMOVE and self.count:
+                    self._pop()
+                elif opcode == OPEN and self.count:
+                    opens[xid] = self._pop()
+                    self.xid = xid
+                elif opcode == OPEN_NEXT and self.count:
+                    item = self._pop()
+                    xid = carried.pop(id(item), 0) or self._next_xid()
+                    opens[xid] = item
+                    self.xid = xid
+                elif opcode == CONFIRM and xid in opens:
+                    del opens[xid]
+                elif opcode == UNREMOVE and xid in opens:
+                    self._push(opens.pop(xid))
+                elif opcode == SAVE_XID:
+                    self.xid = xid
+                else:
+                    ignored += 1
         if ignored:
             log.warning("%s: %d operations on items that are not there, ignored",
-                        self.journal.path, ignored)
-        self.bytes = sum(len(item.data) for item in items)
+                        journal.path, ignored)
+        journal.account(added, last_head, self.count)
         self.abort(*opens)
         self.canceled_transactions = 0
 
+    def _load(self, item, file, offset):
+        """Append an item that stands at `offset` of a file of the journal."""
+        size = len(item.data)
+        if self._behind is None and self.memory + size > self.config.max_memory_size:
+            self._behind = ReadBehind(self.journal, file, offset)
+        if self._behind is None:
+            self.items.append(item)
+            self.memory += size
+        self.count += 1
+        self.bytes += size
+
+    # -- compaction and read-behind
+
+    def _compact(self):
+        """See to it that the journal does not outgrow what it stands for."""
+        journal = self.journal
+        config = self.config
+        current = journal.current
+        alone = len(journal.files) == 1 and not journal.passed
+        total = current.size if alone else journal.total_size()
+        try:
+            if journal.broken:
+                return
+            if not self.count and not self.opens and not self._unsynced:
+                if total >= config.default_journal_size:
+                    if alone:
+                        journal.restart()
+                    else:
+                        journal.start_over({}, ())
+            elif current.size > config.max_memory_size:
+                journal.rotate(self.count)
+                self.journal_rotations += 1
+            elif (total > config.max_journal_size and not self._behind
+                    and not self._resting and (self.later or total > 2 * self._floor)):
+                journal.start_over(self.opens, self.items)
+                self.journal_rewrites += 1
+                self._rest(config.min_journal_compact_delay)
+            if journal.wanted and self.safe >= self._pack_mark:
+                self._begin(journal.pack(self.xid))
+        except OSError as error:
+            log.error("%s: cannot be compacted: %s", journal.path, error.strerror)
+
+    def _rest(self, delay):
+        """No other compaction for so many milliseconds."""
+        if self.later:
+            self._resting = True
+            self.later(delay, self._rested)
+
+    def _rested(self):
+        self._resting = False
+
+    def _begin(self, chore):
+        self._chore = self._attend(chore)
+        self.start(self, self._chore)
+
+    def _attend(self, chore):
+        """The chore, and what is to be seen to when it is done."""
+        try:
+            yield from chore
+        except OSError as error:
+            self._chore_failed(error)
+        else:
+            self.journal.broken = self._started_over = False
+            self._chore = None
+            self._floor = self.journal.total_size()
+            self._compact()
+
+    def _chore_failed(self, error):
+        log.error("%s: not rewritten: %s", self.journal.path, error.strerror)
+        if self.later:
+            self.later(RETRY_MS, self._try_again)
+
+    def _try_again(self):
+        if not self.closed:
+            self._chore = None
+            if self.journal.broken:
+                self.renew()
+            else:
+                self._compact()
+
+    def _end_chore(self):
+        chore, self._chore = self._chore, None
+        if chore:
+            chore.close()
+
+    def _fall_behind(self):
+        """From here on the items are left in the journal, if there is one; else False."""
+        if not self.journal or not self.items:
+            return False
+        journal = self.journal
+        pending = sum(op[0] == ADDX for op in journal.ops)     # written behind what is there
+        self._behind = ReadBehind(journal, journal.current, journal.current.size, pending)
+        return True
+
+    def _refill(self):
+        """Read more of the items that are not in memory. Raises OSError."""
+        most = self.count - len(self.items) - len(self._fresh)
+        if most:
+            half = self.config.max_memory_size // 2
+            for item in self._behind.read(most, max(4096, min(_STEP_SIZE, half))):
+                self.items.append(item)
+                self.memory += len(item.data)
+        if self.count == len(self.items) + len(self._fresh):
+            self._catch_up()
+
+    def _catch_up(self):
+        """All that waits is in memory again."""
+        self.items.extend(self._fresh)
+        self.memory += sum(len(item.data) for item in self._fresh)
+        self._fresh.clear()
+        self._behind = None
+
     # -- single steps
 
+    def _head(self):
+        if not self.items:
+            self._refill()
+        return self.items[0]
+
     def _pop(self):
+        if self._behind and self.memory <= self.config.max_memory_size // 2:
+            self._refill()
         item = self.items.popleft()
-        self.bytes -= len(item.data)
+        size = len(item.data)
+        self.count -= 1
+        self.bytes -= size
+        self.memory -= size
         return item
 
     def _push(self, item):
+        size = len(item.data)
         self.items.appendleft(item)
-        self.bytes += len(item.data)
+        self.count += 1
+        self.bytes += size
+        self.memory += size
 
     def _is_expired(self, item, now):
         expiry = item.expiry
@@ -1139,7 +1620,12 @@ class Queue:
     def _undo(self, ops):
         for opcode, item, xid in reversed(ops):
             if opcode == ADDX:
-                self.items.pop()
+                if self._fresh:
+                    self._fresh.pop()
+                elif self.count == len(self.items):
+                    self.items.pop()
+                    self.memory -= len(item.data)
+                self.count -= 1
                 self.bytes -= len(item.data)
                 self.total_items -= 1
             elif opcode == REMOVE:
@@ -1154,21 +1640,23 @@ class Queue:
                 self.opens[xid] = item
                 self._start_alarm(xid)
             else:
-                for one in reversed(item):
-                    self._push(one)
+                (self.items, self._fresh, self._behind, self.count, self.bytes,
+                 self.memory) = item
+        if self._behind and self.count == len(self.items) + len(self._fresh):
+            self._catch_up()
         self.opens = dict(sorted(self.opens.items()))      # the oldest first, as before
 
     def stats(self):
         """What there is to know of it, as (name, value) pairs under Kestrel's names."""
         return [
-            ("items", len(self.items)),
+            ("items", self.count),
             ("bytes", self.bytes),
             ("total_items", self.total_items),
             ("logsize", self.journal.total_size() if self.journal else 0),
             ("expired_items", self.expired_items),
             ("mem_items", len(self.items)),
-            ("mem_bytes", self.bytes),
-            ("age", self.age if self.items else 0),
+            ("mem_bytes", self.memory),
+            ("age", self.age if self.count else 0),
             ("discarded", self.discarded),
             ("waiters", len(self.waiters)),
             ("open_transactions", len(self.opens)),
@@ -1198,9 +1686,6 @@ STATUSES = {
     "READONLY": (False, True),
     "QUIESCENT": (True, True),
 }
-
-# How long after a failed write the next try is made without a client asking for it.
-_RETRY_MS = 1000
 
 # How many items or queues a sweep looks at before other work gets its turn.
 _SWEEP_STEP = 1000
@@ -1276,7 +1761,8 @@ class Broker:
 
     def _create(self, name, now):
         queue = Queue(name, self.spool, self.config.queue(name),
-                      self._unloaded.get(name, ()), self.dirty.append, self.later, now)
+                      self._unloaded.get(name, ()), self.dirty.append, self.later,
+                      self._start, now)
         self._unloaded.pop(name, None)
         self._configure(queue)
         self.queues[name] = queue
@@ -1356,7 +1842,7 @@ class Broker:
                 yield
             max_age = queue.config.max_queue_age
             if max_age and queue.create_time + max_age <= now and not (
-                    queue.items or queue.opens or queue.waiters or queue.closed):
+                    queue.count or queue.opens or queue.waiters or queue.closed):
                 log.info("queue %s deleted: empty, and older than max_queue_age", queue.name)
                 try:
                     self.delete(queue)
@@ -1411,6 +1897,9 @@ class Broker:
         self._moved = [move for move in self._moved if move[2] is not queue]
         queue.sync_failed()
 
+    def _start(self, queue, chore):
+        self.chores.append(chore)
+
     def _bury(self, queue, item):
         self._expired.append((queue, item))
 
@@ -1429,7 +1918,7 @@ class Broker:
         fails makes it go round and round."""
         back = functools.partial(source.abort, xid, orphaned=True)
         if self.later:
-            self.later(_RETRY_MS, back)
+            self.later(RETRY_MS, back)
         else:
             back()
 
@@ -2152,15 +2641,7 @@ class Syncer:
 
     def _run(self):
         for fds, call in iter(self._jobs.get, None):
-            failure = None
-            for fd in fds:
-                try:
-                    os.fsync(fd)
-                except OSError as error:
-                    failure = error
-                finally:
-                    os.close(fd)
-            self.done.append((call, failure))
+            self.done.append((call, fsync_all(fds)))
             self._wake()
 
 
@@ -2428,7 +2909,7 @@ class Server:
         self.now = _now()
         self.reload_wanted = False
         self._planned = set()            # queues whose fsync has a time set
-        self._wanted = {}                # queue -> connections that wait for its next fsync
+        self.wanted = {}                # queue -> connections that wait for its next fsync
         self._running = {}               # queue -> connections that wait for the one running
         self._failing = {}               # queue -> whether a recovery is planned
         address = (config.server.listen_address, config.server.memcache_port)
@@ -2479,7 +2960,7 @@ class Server:
             ready.ready(mask)
         self.timers.run(self.mono)
         if broker.chores:
-            self._do_chore()
+            self._step(self.broker.chores.popleft())
         if self.reload_wanted:
             self.reload_wanted = False
             self._reload()
@@ -2526,9 +3007,16 @@ class Server:
             connection.resume()
         self.woken.clear()
 
-    def _do_chore(self):
-        chore = self.broker.chores.popleft()
-        if next(chore, self) is not self:              # there is more of it
+    def _step(self, chore, error=None):
+        """Do the next piece of a chore; `error` is what became of the fsync it asked for."""
+        try:
+            # A chore that was closed meanwhile, with its queue, has no frame any more.
+            fds = chore.throw(error) if error and chore.gi_frame else next(chore)
+        except StopIteration:
+            return
+        if fds:
+            self._syncer.submit(fds, functools.partial(self._step, chore))
+        else:
             self.broker.chores.append(chore)
 
     def _plan_sweep(self):
@@ -2579,7 +3067,7 @@ class Server:
 
     def want_sync(self, queue, connection=None):
         """Have the queue's journal fsynced, with all that has been written by now."""
-        waiting = self._wanted.setdefault(queue, [])
+        waiting = self.wanted.setdefault(queue, [])
         if connection:
             waiting.append(connection)
 
@@ -2588,10 +3076,10 @@ class Server:
         self.want_sync(queue)
 
     def _start_syncs(self):
-        for queue in list(self._wanted):
+        for queue in list(self.wanted):
             if queue in self._running:
                 continue                               # one at a time, the next for all
-            self._running[queue] = self._wanted.pop(queue)
+            self._running[queue] = self.wanted.pop(queue)
             if queue.journal is None or queue.closed or queue.journal.broken:
                 self._synced(queue, 0, None)
                 continue
@@ -2607,40 +3095,12 @@ class Server:
         if error and not queue.closed:
             log.error("fsync of the journal of %s: %s; it is written anew", queue.name,
                       error.strerror)
-            connections += self._wanted.pop(queue, [])
+            connections += self.wanted.pop(queue, [])
             self.broker.sync_failed(queue)
-            self._rewrite(queue)
         elif not queue.closed:
             queue.synced(count)
         for connection in connections:
             connection.release(queue, error)
-
-    def _rewrite(self, queue):
-        """After a failed fsync: a fresh file, until one can be trusted."""
-        if queue.closed:
-            return
-        try:
-            fds = [os.dup(queue.rewrite())]
-        except OSError as error:
-            self._rewritten(queue, error)
-        else:
-            self._syncer.submit(fds, functools.partial(self._rewritten, queue))
-
-    def _rewritten(self, queue, error):
-        if queue.closed:
-            return
-        try:
-            if error:
-                raise error
-            queue.journal.adopt()
-        except OSError as failure:
-            self._note_failure(queue, failure)
-            with contextlib.suppress(OSError):         # deleted at the next start then
-                queue.journal.give_up_rewrite()
-            self.later(_RETRY_MS, functools.partial(self._rewrite, queue))
-        else:
-            self._note_success(queue)
-            self.want_sync(queue)                      # of the directory
 
     def _note_failure(self, queue, error):
         """Say that a journal cannot be written, once, and see to it in a while."""
@@ -2648,7 +3108,7 @@ class Server:
             log.error("the journal of %s cannot be written: %s", queue.name, _why(error))
         if not self._failing.get(queue):
             self._failing[queue] = True
-            self.later(_RETRY_MS, functools.partial(self._recover, queue))
+            self.later(RETRY_MS, functools.partial(self._recover, queue))
 
     def _note_success(self, queue):
         if self._failing.pop(queue, None) is not None:
