@@ -314,7 +314,7 @@ class Config:
             interpolation=None, default_section="", inline_comment_prefixes=("#",),
             empty_lines_in_values=False)
         try:
-            with open(self.path, encoding="utf-8") as file:
+            with open(self.path, encoding="utf-8-sig") as file:
                 self._lines = file.read().split("\n")
             parser.read_file(iter(line + "\n" for line in self._lines), self.path)
         except OSError as error:
@@ -328,7 +328,7 @@ class Config:
             raise self._error("%s is set twice in [%s]" % (error.option, error.section),
                               line=error.lineno) from None
         except configparser.MissingSectionHeaderError as error:
-            raise self._error("a setting before the first [section]",
+            raise self._error("neither a [section] nor a setting in one",
                               line=error.lineno) from None
         except configparser.ParsingError as error:
             raise self._error("neither [section] nor key = value",
@@ -622,15 +622,17 @@ def _encode(ops):
 
 class JournalFile:
     """One file of a journal. number: None for the current one. waiting: how many of the
-    items that wait are accounted to it, see Journal."""
+    items that wait are accounted to it, see Journal. packed: it stands for others and holds
+    nothing that is not in memory."""
 
-    __slots__ = ("path", "number", "size", "waiting", "fd", "torn")
+    __slots__ = ("path", "number", "size", "waiting", "packed", "fd", "torn")
 
     def __init__(self, path, number, size=0, fd=None):
         self.path = path
         self.number = number
         self.size = size
         self.waiting = 0
+        self.packed = False
         self.fd = fd                     # held while something may be written to it
         self.torn = False                # what a failed write left is to be cut off
 
@@ -758,8 +760,13 @@ class Journal:
         shares = [[] for _ in files]
         at = 0
         crossing = None
-        for index, op in enumerate(self.ops):
+        for index, op in enumerate(self.ops + [(None, None, 0)]):
+            while not waiting[at] and at < len(files) - 1:
+                at += 1
+                crossing = at, index
             opcode, item, xid = op
+            if opcode is None:               # the end
+                break
             if opcode == ADDX:
                 shares[-1].append(op)
                 waiting[-1] += 1
@@ -770,9 +777,6 @@ class Journal:
             else:
                 shares[at].append(op)
                 waiting[at] += _WAITING_AFTER[opcode]
-            while not waiting[at] and at < len(files) - 1:
-                at += 1
-                crossing = at, index + 1
         return shares, waiting, crossing
 
     def _append(self, file, chunks):
@@ -898,6 +902,7 @@ class Journal:
     def _write_pack(self, number, last_xid, opens, items):
         path = "%s~~%d" % (self.path, number)
         pack = JournalFile(path, number, fd=_open_locked(path, os.O_TRUNC))
+        pack.packed = True
         try:
             self._append(pack, [_pack_xid(SAVE_XID, last_xid)])
             records = itertools.chain(
@@ -993,9 +998,8 @@ class ReadBehind:
         journal. There must be some. Raises OSError."""
         items = []
         while not items:
-            files = self._journal.passed + self._journal.files
-            if self._file not in files:      # packed since; there was nothing left in it
-                self._file, self._offset = self._journal.files[0], 0
+            if self._file not in self._journal.passed + self._journal.files:
+                self._next_file()            # packed since; there was nothing left in it
             fd = os.open(self._file.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 data = os.pread(fd, size, self._offset)
@@ -1017,10 +1021,17 @@ class ReadBehind:
             if done:
                 continue
             if len(data) < size:
-                self._file, self._offset = files[files.index(self._file) + 1], 0
+                self._next_file()
             else:
                 size *= 2                    # a record larger than the piece
         return items
+
+    def _next_file(self):
+        last = self._file.number
+        self._offset = 0
+        self._file = next(
+            file for file in self._journal.passed + self._journal.files
+            if not file.packed and (file.number is None or file.number > last))
 
 
 def _opens_before(opens, ops):
@@ -1100,6 +1111,7 @@ class Queue:
         self.remembered = self.safe = 0
         self._checkpoint = self._next_checkpoint = None
         self._alarms = {}                    # xid -> what cancels its timeout
+        self._overdue = []                   # xids whose time is over
         self._behind = None                  # the ReadBehind of what is not in memory
         self._fresh = collections.deque()    # added since the last write, while behind
         self._chore = None                   # the one that packs the journal, or copies it
@@ -1463,9 +1475,9 @@ class Queue:
         current = journal.current
         alone = len(journal.files) == 1 and not journal.passed
         total = current.size if alone else journal.total_size()
+        if journal.broken or journal.ops:    # the next write will see to it
+            return
         try:
-            if journal.broken:
-                return
             if not self.count and not self.opens and not self._unsynced:
                 if total >= config.default_journal_size:
                     if alone:
@@ -1603,8 +1615,17 @@ class Queue:
     def _start_alarm(self, xid):
         timeout = self.config.open_transaction_timeout
         if timeout and self.later:
-            self._alarms[xid] = self.later(timeout, functools.partial(
-                self.abort, xid, orphaned=True))
+            self._alarms[xid] = self.later(timeout, functools.partial(self._time_out, xid))
+
+    def _time_out(self, xid):
+        # Those that time out soon after go back together with it, to be in their order.
+        self._overdue.append(xid)
+        if len(self._overdue) == 1:
+            self.later(self.config.open_transaction_timeout // 10, self._abort_overdue)
+
+    def _abort_overdue(self):
+        overdue, self._overdue = self._overdue, []
+        self.abort(*overdue, orphaned=True)
 
     def _stop_alarm(self, xid):
         if self._alarms:
@@ -1711,7 +1732,7 @@ class Broker:
         self.dirty = []                   # queues with something to write
         self.chores = collections.deque()
         self._expired = []                # (source, item) on the way to expire_to_queue
-        self._moved = []                  # (source, xid, target, mark) on arrival there
+        self._moved = []                  # (source, xid, [(target, mark)]) on arrival there
         self.stopping = False
         self.started = _now(now)
         self.stats = types.SimpleNamespace(
@@ -1874,10 +1895,10 @@ class Broker:
         if self._moved:
             moved, self._moved = self._moved, []
             for move in moved:
-                source, xid, target, mark = move
-                if target in failed:
+                source, xid, marks = move
+                if any(queue in failed for queue, _ in marks):
                     self._give_back(source, xid)
-                elif target.safe >= mark:
+                elif all(queue.safe >= mark for queue, mark in marks):
                     source.confirm(xid)
                 else:
                     self._moved.append(move)
@@ -1891,10 +1912,12 @@ class Broker:
 
     def sync_failed(self, queue):
         """An fsync of the queue's journal failed: see Queue.sync_failed."""
-        for source, xid, target, _ in self._moved:
-            if target is queue:
-                self._give_back(source, xid)
-        self._moved = [move for move in self._moved if move[2] is not queue]
+        moved, self._moved = self._moved, []
+        for move in moved:
+            if any(target is queue for target, _ in move[2]):
+                self._give_back(*move[:2])
+            else:
+                self._moved.append(move)
         queue.sync_failed()
 
     def _start(self, queue, chore):
@@ -1904,14 +1927,17 @@ class Broker:
         self._expired.append((queue, item))
 
     def _move(self, source, item, now):
+        key = os.fsencode(source.config.expire_to_queue)
         try:
-            target = self.queue(source.config.expire_to_queue, now)
+            route = self.routes.get(key) or self.route(key, now)
         except OSError as error:
             log.error("queue %s cannot be made: %s", source.config.expire_to_queue, error)
             self._give_back(source, item.xid)
             return
-        target.add(item.data, item.flags, 0, now)
-        self._moved.append((source, item.xid, target, target.mark()))
+        queues = route.targets + route.copies
+        for queue in queues:
+            queue.add(item.data, item.flags, 0, now)
+        self._moved.append((source, item.xid, [(queue, queue.mark()) for queue in queues]))
 
     def _give_back(self, source, xid):
         """Put an expired item back that could not be moved; in a while, lest a disk that
@@ -1986,6 +2012,7 @@ ReadKey = collections.namedtuple("ReadKey", "text name wait open close abort pee
 def parse_key(text):
     """The ReadKey of `q/t=500/open` and the like. Raises Refused."""
     name, *options = text.split(b"/")
+    options = [option.lower() for option in options]
     wait = 0
     for option in options:
         if option.startswith(b"t="):
@@ -2526,6 +2553,7 @@ class MemcacheSession:
     def _shutdown(self, words, now):
         if not (self.local or self.broker.config.server.allow_remote_shutdown):
             raise Refused("CLIENT_ERROR shutdown is taken from this machine only")
+        log.info("told to shut down")
         self.closing = self.broker.stopping = True
 
     def _quit(self, words, now):
@@ -2602,8 +2630,9 @@ class Timers:
             self._cancelled = 0
 
     def wait(self, mono):
-        """Seconds until there is something to do, None if there is nothing."""
-        return max(0, self._heap[0][0] - mono) if self._heap else None
+        """Seconds until there may be something to do, None if there is nothing."""
+        # An hour at most: select() cannot wait for years.
+        return min(max(0, self._heap[0][0] - mono), 3600) if self._heap else None
 
     def run(self, mono):
         """Make the calls that are due."""
@@ -2654,7 +2683,7 @@ class Connection:
         self.session = session
         session.wake = functools.partial(server.woken.append, self)
         self.holds = set()               # queues whose fsync the answers wait for
-        self.last_read = server.mono
+        self.last_active = server.mono
         self._unsent = []
         self._watched = selectors.EVENT_READ
         self._checked = 0                # entries of session.touched seen by settle()
@@ -2690,7 +2719,7 @@ class Connection:
             self._hang_up()
             return
         server.broker.stats.bytes_read += len(data)
-        self.last_read = server.mono
+        self.last_active = server.mono
         if self._at_end:                 # we have said all that we will
             return
         session.feed(data, server.now)
@@ -2802,6 +2831,7 @@ class Connection:
             else:
                 count = self.sock.sendmsg(unsent[:_MAX_VECTOR])
             self.server.broker.stats.bytes_written += count
+            self.last_active = self.server.mono
             whole = 0
             while whole < len(unsent) and count >= len(unsent[whole]):
                 count -= len(unsent[whole])
@@ -2995,8 +3025,8 @@ class Server:
         if timeout is None or connection.closed:
             return
         if not connection.is_idle():
-            connection.last_read = self.mono
-        left = connection.last_read + timeout / 1000 - self.mono
+            connection.last_active = self.mono
+        left = connection.last_active + timeout / 1000 - self.mono
         if left <= 0:
             connection.close()
         else:
@@ -3134,6 +3164,8 @@ class Server:
         self._commit()
         self._syncer.stop()
         self._commit()                                 # what it had still to say
+        for queue in self.broker.queues.values():
+            queue.abort(*queue.opens)        # in the order of all, not connection by connection
         for connection in list(self.connections):
             connection.close()
         self.broker.commit(self.now)

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 
 try:
     import pytest
@@ -133,7 +134,7 @@ sync_journal = never
     ("[queue a]\nmax_age = 5\n[queue b]\nmax_age = 1h\n", 2, "max_age: '5' is not a time"),
     ("[queue b]\nmax_age = 1h\n[queue a]\nMax_Age: soon\n", 4, "max_age: 'soon'"),
     ("[queue a/b]\n", 1, "'/' in the name"),
-    ("max_items = 5\n", 1, "before the first [section]"),
+    ("max_items = 5\n", 1, "neither a [section] nor a setting in one"),
     ("[queue]\nwhat\n", 2, "neither"),
     ("[alias a]\n", 1, "destination_queues is missing"),
     ("[alias a]\ndestination_queues = b, c d\n[queue a]\n", 1, "both an alias and a queue"),
@@ -436,6 +437,11 @@ def test_a_large_item_is_written_without_being_copied(tmp_path):
     queue.close()
 
 
+def test_a_mark_at_the_start_of_the_config_file(tmp_path):
+    (tmp_path / "conf").write_bytes(b"\xef\xbb\xbf[queue]\nmax_items = 3\n")
+    assert kestrel.Config(str(tmp_path / "conf")).queue("q").max_items == 3
+
+
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     real = os.pwritev
     monkeypatch.setattr(kestrel.os, "pwritev", lambda fd, chunks, offset: real(
@@ -628,6 +634,7 @@ def test_open_transaction_timeout():
     assert cancelled == [calls[1][1]]
     assert calls[0][0] == 500
     calls[0][1]()
+    calls[2][1]()                            # soon after, with those that are late too
     assert not queue.confirm(late.xid)
     assert queue.remove(now=NOW).data == b"a"
 
@@ -887,6 +894,25 @@ expire_to_queue = late
     assert late.peek(NOW + 60) is None       # it leads to itself: they are gone
 
 
+def test_expired_items_move_along_aliases_and_to_fanout_children(tmp_path):
+    broker = broker_of(tmp_path, """
+[queue work]
+expire_to_queue = all
+[queue only]
+fanout_only = true
+[alias all]
+destination_queues = late, only
+""")
+    broker.queue("late+copy", NOW)
+    broker.queue("only+copy", NOW)
+    put(broker, "work", b"1", expiry=NOW + 10)
+    broker.queues["work"].discard_expired(NOW + 10)
+    settle(broker, NOW + 10)
+    assert [items_of(broker, name) for name in ("late", "late+copy", "only+copy", "work")] == [
+        [b"1"], [b"1"], [b"1"], []]
+    assert "only" not in broker.queues or items_of(broker, "only") == []
+
+
 def test_a_move_loses_nothing_wherever_it_stops(tmp_path):
     broker = broker_of(tmp_path, "[queue work]\nexpire_to_queue = late\n")
     put(broker, "work", b"1", expiry=NOW + 10)
@@ -1066,6 +1092,8 @@ ANSWERS = [
     ("get  q  \n", "END\r\n"),
     ("get q/t=0\r\n", "END\r\n"),
     ("get q/t=-5\r\n", "END\r\n"),
+    ("set q 0 0 1\r\nx\r\nget q/OPEN\r\nget q/Abort\r\n",
+     "STORED\r\nVALUE q/OPEN 0 1\r\nx\r\nEND\r\nEND\r\n"),
     ("get q/peek\r\n", "END\r\n"),
     ("get q/close\r\n", "END\r\n"),
     ("get q/abort\r\n", "END\r\n"),
@@ -1804,6 +1832,53 @@ def test_client_timeout(serve):
     assert waiting.line() == ""
 
 
+def test_client_timeout_starts_with_the_answer(tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(monotonic=lambda: clock.now, time_ns=time.time_ns, now=100.0)
+    monkeypatch.setattr(kestrel, "time", clock)
+    server = kestrel.Server(config_of(tmp_path, memcache_port="0", client_timeout="60s"))
+
+    def turns(now):
+        clock.now = now
+        server.interrupt()                   # so that no turn waits
+        server.turn()
+        server.interrupt()
+        server.turn()
+
+    with Client(server.address[1]) as client, Client(server.address[1]) as other:
+        turns(100)
+        client.send("get q/t=600000\r\n")
+        turns(101)
+        turns(170)
+        other.close()
+        other = Client(server.address[1])
+        turns(250)
+        other.send("set q 0 0 1\r\nx\r\n")
+        turns(251)
+        assert client.item() == b"x"
+        turns(305)
+        client.send("version\r\n")
+        turns(306)
+        assert client.line() == "VERSION 1.0.0\r\n"
+        turns(360)
+        turns(367)
+        assert client.line() == ""
+        other.close()
+    server.broker.stopping = True
+    server.run()
+
+
+def test_very_long_times(serve):
+    server = serve("[server]\nclient_timeout = 365d\nexpiration_timer_frequency = 100d\n"
+                   "[queue]\nsync_journal = 30d\nopen_transaction_timeout = 99d\n")
+    client, other = server.client(), server.client()
+    client.put("q", b"x")
+    assert client.get("q/open") == b"x"
+    other.send("get r/t=99999999999999\r\n")
+    until(lambda: client.stats().get("queue_r_waiters") == "1")
+    client.put("r", b"y")
+    assert other.item() == b"y"
+
+
 def test_sweeps_run_by_themselves(serve):
     server = serve("[server]\nexpiration_timer_frequency = 10ms\n"
                    "[queue q]\nmax_age = 1ms\nexpire_to_queue = dead\n")
@@ -1816,9 +1891,10 @@ def test_sweeps_run_by_themselves(serve):
 def test_open_transaction_timeout_over_a_socket(serve):
     server = serve("[queue]\nopen_transaction_timeout = 50ms\n")
     client, other = server.client(), server.client()
-    client.put("q", b"x")
-    assert client.get("q/open") == b"x"
-    assert other.get("q/t=20000") == b"x"
+    for data in (b"1", b"2", b"3"):
+        client.put("q", data)
+    assert [client.get("q/open") for _ in range(3)] == [b"1", b"2", b"3"]
+    assert [other.get("q/t=20000") for _ in range(3)] == [b"1", b"2", b"3"]
     assert client.get("q/close") is None
     stats = client.stats()
     assert (stats["queue_q_items"], stats["queue_q_open_transactions"]) == ("0", "0")
@@ -2186,6 +2262,9 @@ def test_a_clean_stop(daemon, tmp_path, number):
         client.put("q", b"1")
         client.put("q", b"2")
         assert opened.get("q/open") == b"1"
+        client.put("q", b"3")
+        client.put("q", b"4")
+        assert [client.get("q/open"), opened.get("q/open")] == [b"2", b"3"]
         waiting.send("get r/t=20000\r\n")
         until(lambda: client.stats().get("queue_r_waiters") == "1")
         start = time.monotonic()
@@ -2193,8 +2272,9 @@ def test_a_clean_stop(daemon, tmp_path, number):
         assert time.monotonic() - start < 2
         assert waiting.item() is None and waiting.line() == ""
     assert "stopped" in server.log.read_text() and "Traceback" not in server.log.read_text()
-    assert (tmp_path / "spool" / "q").read_bytes().endswith(xid_record(9, 1) + xid_record(5, 1))
-    assert contents_of(tmp_path / "spool") == [b"1", b"2"]
+    assert (tmp_path / "spool" / "q").read_bytes().endswith(
+        b"".join(xid_record(5, xid) for xid in (3, 2, 1)))
+    assert contents_of(tmp_path / "spool") == [b"1", b"2", b"3", b"4"]
 
 
 def test_shutdown_command_and_start_on_the_same_spool(daemon):
