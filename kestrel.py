@@ -818,9 +818,11 @@ class Journal:
     # -- fsync
 
     def descriptors(self):
-        """Duplicates of what has to be fsynced for all that was written; to be closed."""
+        """Duplicates of what has to be fsynced, in that order, for all that was written; they
+        are to be closed."""
         fds = []
-        for file in self._unsynced:
+        # The oldest first: what is done to the head in one file builds on those before it.
+        for file in [file for file in self.passed + self.files if file in self._unsynced]:
             fds.append(os.dup(file.fd))
             if file not in (self.files[0], self.current):
                 os.close(file.fd)
@@ -934,6 +936,7 @@ class Journal:
         yield [self.directory_fd()]
         for file in old:
             self._remove(file)
+        yield [self.directory_fd()]
         os.rename(pack.path, "%s.%d" % (self.path, number))
         pack.path = "%s.%d" % (self.path, number)
         yield [self.directory_fd()]

@@ -9,8 +9,11 @@ bytes that go in and come out), then the server in a thread of this process with
 injected, and last the daemon as a process, over sockets, with signals and kill -9.
 """
 
+import collections
 import contextlib
+import copy
 import errno
+import functools
 import os
 import random
 import re
@@ -805,6 +808,317 @@ def test_a_failed_fsync_undoes_what_waited_for_it_and_writes_the_rest_anew(tmp_p
     queue.write()
     assert contents_of(tmp_path) == [b"b", b"c", b"e"]
     queue.close()
+
+
+# == The journal over a queue's life ======================================================
+
+
+class Life:
+    """A queue with tiny limits, what it should hold, and the chores it has started."""
+
+    def __init__(self, path, chances):
+        self.path = str(path)
+        self.chances = chances
+        self.settings = dict(
+            max_memory_size=chances.choice([300, 1000, 5000]),
+            default_journal_size=chances.choice([200, 1000]),
+            max_journal_size=chances.choice([1500, 5000, 20000]),
+            min_journal_compact_delay=0, sync_journal=chances.choice([None, 0]))
+        self.serial = 0
+        self.bias = 0.5
+        self.waiting, self.opens = collections.deque(), {}
+        self.rotations = self.rewrites = 0
+        self.open()
+
+    def open(self):
+        self.chores = []
+        self.queue = kestrel.Queue(
+            "q", self.path, kestrel.QueueConfig(**self.settings),
+            kestrel.find_journals(self.path).get("q", ()), dirty=lambda queue: None,
+            later=lambda delay, call: lambda: None,
+            start=lambda queue, chore: self.chores.append(chore), now=NOW)
+
+    def change(self):
+        chances, queue, waiting, opens = self.chances, self.queue, self.waiting, self.opens
+        action = chances.random()
+        if action < self.bias * 0.7:
+            self.serial += 1
+            data = b"%d-%b" % (self.serial, b"x" * chances.randrange(chances.choice([5, 60, 200])))
+            queue.add(data, now=NOW)
+            waiting.append(data)
+        elif action < 0.8:
+            opening = chances.random() < 0.5
+            item = queue.remove(opening, now=NOW)
+            assert (item and item.data) == (waiting.popleft() if waiting else None)
+            if item and opening:
+                opens[item.xid] = item.data
+        elif action < 0.97 and opens:
+            xid = chances.choice(list(opens))
+            if chances.random() < 0.6:
+                assert queue.confirm(xid)
+                del opens[xid]
+            else:
+                queue.abort(xid)
+                waiting.appendleft(opens.pop(xid))
+        elif action > 0.995:
+            queue.flush()
+            waiting.clear()
+
+    def write(self):
+        self.queue.write()
+        if self.settings["sync_journal"] == 0 and self.chances.random() < 0.5:
+            fds, count = self.queue.begin_sync()
+            assert kestrel.fsync_all(fds) is None
+            self.queue.synced(count)
+
+    def step(self):
+        """A step of the oldest chore; False when there is none."""
+        if not self.chores:
+            return False
+        chore = self.chores.pop(0)
+        with contextlib.suppress(StopIteration):
+            assert kestrel.fsync_all(next(chore) or ()) is None
+            self.chores.append(chore)
+        return True
+
+    def check(self):
+        queue = self.queue
+        assert queue.count == len(self.waiting)
+        assert queue.bytes == sum(map(len, self.waiting))
+        assert queue.memory == sum(len(item.data) for item in queue.items)
+        assert queue.memory <= self.settings["max_memory_size"] + sum(
+            len(item.data) for item in queue.opens.values()) + 5000
+
+    def check_disk(self):
+        assert contents_of(self.path) == list(self.opens.values()) + list(self.waiting)
+
+    def state(self):
+        """What waits and what is open, without what has expired; the last item's number."""
+        return ([data for data in self.waiting if not data.endswith(b"expired")],
+                list(self.opens.values()), self.serial)
+
+    def restart(self):
+        self.queue.close()
+        self.waiting.extendleft(reversed(list(self.opens.values())))
+        self.opens.clear()
+        self.open()
+
+
+def test_a_queue_with_tiny_limits_lives_as_one_in_memory_would(tmp_path):
+    """Random changes, through read-behind, rotation, packing, rewriting and restarts; at
+    any moment the files alone tell what the queue holds."""
+    chances = seeded()
+    rotations = rewrites = 0
+    for number in range(int(os.environ.get("KESTREL_LIVES", 25))):
+        path = tmp_path / str(number)
+        path.mkdir()
+        life = Life(path, chances)
+        for _ in range(chances.randrange(50, 300)):
+            if chances.random() < 0.05:
+                life.bias = chances.random()
+            for _ in range(chances.randrange(12)):
+                life.change()
+            life.check()
+            if chances.random() < 0.9:
+                life.write()
+                for _ in range(chances.randrange(3)):
+                    if life.step() and chances.random() < 0.5:
+                        life.check_disk()
+            if chances.random() < 0.01:
+                rotations += life.queue.journal_rotations
+                rewrites += life.queue.journal_rewrites
+                life.queue.write()
+                life.restart()
+        life.write()
+        life.check_disk()
+        rotations += life.queue.journal_rotations
+        rewrites += life.queue.journal_rewrites
+        life.queue.close()
+        shutil.rmtree(str(path))
+    assert rotations and rewrites
+
+
+class Recorder:
+    """Notes every call that changes the disk, so that the directory can be rebuilt as it
+    was, or may have been, after each."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        self.files = {}                      # descriptor -> number of the file, "dir"
+        self.names = {}                      # path -> number of the file
+        self.serial = 0
+        for name in ("open", "close", "pwritev", "ftruncate", "rename", "unlink", "fsync", "dup"):
+            monkeypatch.setattr(kestrel.os, name, functools.partial(
+                getattr(self, "_" + name), getattr(os, name)))
+
+    def _open(self, real, path, flags, *mode):
+        fd = real(path, flags, *mode)
+        if flags & os.O_DIRECTORY or os.path.isdir(path):
+            self.files[fd] = "dir"
+        else:
+            if path not in self.names:
+                self.serial += 1
+                self.names[path] = self.serial
+                self.calls.append(("create", path, self.serial))
+            self.files[fd] = self.names[path]
+        return fd
+
+    def _dup(self, real, fd):
+        copy = real(fd)
+        self.files[copy] = self.files[fd]
+        return copy
+
+    def _close(self, real, fd):
+        self.files.pop(fd, None)
+        real(fd)
+
+    def _pwritev(self, real, fd, chunks, offset):
+        self.calls.append(("write", self.files[fd], offset, b"".join(chunks)))
+        return real(fd, chunks, offset)
+
+    def _ftruncate(self, real, fd, size):
+        self.calls.append(("truncate", self.files[fd], size))
+        real(fd, size)
+
+    def _rename(self, real, old, new):
+        self.calls.append(("rename", old, new))
+        self.names[new] = self.names.pop(old)
+        real(old, new)
+
+    def _unlink(self, real, path):
+        self.calls.append(("unlink", path))
+        del self.names[path]
+        real(path)
+
+    def _fsync(self, real, fd):
+        self.calls.append(("fsync", self.files[fd]))
+
+
+class Disk:
+    """What is on the disk after the recorded calls, and what would be after a power cut."""
+
+    def __init__(self):
+        self.names, self.data = {}, collections.defaultdict(bytes)
+        self.safe_names, self.safe_data = {}, collections.defaultdict(bytes)
+
+    def apply(self, call, cut=None):
+        kind, *rest = call
+        if kind == "create":
+            self.names[rest[0]] = rest[1]
+        elif kind == "write":
+            number, offset, data = rest
+            old = self.data[number].ljust(offset, b"\0")
+            data = data[:cut]
+            self.data[number] = old[:offset] + data + old[offset + len(data):]
+        elif kind == "truncate":
+            self.data[rest[0]] = self.data[rest[0]][:rest[1]]
+        elif kind == "rename":
+            self.names[rest[1]] = self.names.pop(rest[0])
+        elif kind == "unlink":
+            del self.names[rest[0]]
+        elif rest[0] == "dir":
+            self.safe_names = dict(self.names)
+        else:
+            self.safe_data[rest[0]] = self.data[rest[0]]
+
+    def found(self, names, data):
+        """What a server finds in a directory like that."""
+        path = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        try:
+            for name, number in names.items():
+                with open(os.path.join(path, os.path.basename(name)), "wb") as file:
+                    file.write(data[number])
+            return contents(load(path))
+        finally:
+            shutil.rmtree(path)
+
+
+def check_found(found, before, after):
+    """Between two states (waiting, open, serial of the last item added), `found` is what a
+    crash may leave: nothing lost that was there all the time, nothing back that was gone,
+    in order."""
+    alive = [set(waiting) | set(opens) for waiting, opens, _ in (before, after)]
+    assert len(found) == len(set(found)), "an item came twice"
+    assert not (alive[0] & alive[1]) - set(found), "lost"
+    for data in set(found) - alive[0]:
+        assert int(data.split(b"-")[0]) > before[2], "%r came back" % data
+    stayed = set(before[0]) & set(after[0])
+    orders = [[data for data in waiting if data in stayed] for waiting in (before[0], after[0])]
+    if orders[0] == orders[1]:
+        assert [data for data in found if data in stayed] == orders[0], "out of order"
+
+
+def test_a_crash_after_any_call_loses_nothing(tmp_path, monkeypatch, caplog):
+    """A queue lives through adds, reads, expiry, rotation, packing, rewriting and
+    read-behind. The directory is rebuilt as after a crash at each call that changed it, the
+    last write also cut short, and, with sync_journal = 0, as a power cut would leave it."""
+    caplog.set_level("ERROR")
+    chances = seeded()
+    everything = "KESTREL_ALL_CRASHES" in os.environ
+    checked = 0
+    for number in range(200 if everything else 12):
+        path = tmp_path / str(number)
+        path.mkdir()
+        with monkeypatch.context() as patch:
+            recorder = Recorder(patch)
+            life = Life(path, chances)
+            calls = recorder.calls
+            for _ in range(60):
+                for _ in range(chances.randrange(12)):
+                    life.change()
+                    if chances.random() < 0.05:
+                        life.serial += 1
+                        life.queue.add(b"%d-expired" % life.serial, expiry=1, now=0)
+                        life.waiting.append(b"%d-expired" % life.serial)
+                    while life.waiting and life.waiting[0].endswith(b"expired"):
+                        life.waiting.popleft()
+                        assert life.queue.discard_expired(NOW, 1) == 1
+                calls.append(("reached", life.state()))
+                life.queue.write()
+                calls.append(("acknowledged", life.state()))
+                if life.settings["sync_journal"] == 0 and chances.random() < 0.5:
+                    fds, count = life.queue.begin_sync()
+                    kestrel.fsync_all(fds)
+                    life.queue.synced(count)
+                    calls.append(("durable", life.state()))
+                for _ in range(chances.randrange(3)):
+                    life.step()
+            for chore in life.chores:
+                chore.close()
+            life.queue.journal.close()
+        disk = Disk()
+        before = after = durable = ([], [], 0)
+        share = 1 if everything else 0.08
+        for call in calls:
+            if call[0] == "reached":
+                after = call[1]
+                continue
+            if call[0] == "acknowledged":
+                before = call[1]
+                continue
+            if call[0] == "durable":
+                durable = call[1]
+                continue
+            if call[0] == "write":
+                length = len(call[3])
+                cuts = {1, length // 2, length - 1, *(chances.randrange(length + 1)
+                                                      for _ in range(3))}
+                for cut in cuts:
+                    if chances.random() < share:
+                        torn = copy.deepcopy(disk)
+                        torn.apply(call, cut)
+                        check_found(disk.found(torn.names, torn.data), before, after)
+                        checked += 1
+            disk.apply(call)
+            if chances.random() < share:
+                check_found(disk.found(disk.names, disk.data), before, after)
+                checked += 1
+            if life.settings["sync_journal"] == 0 and chances.random() < share:
+                check_found(disk.found(disk.safe_names, disk.safe_data), durable, after)
+                check_found(disk.found(disk.names, disk.safe_data), durable, after)
+                checked += 2
+    print(checked, "states")
+    assert checked > 500
 
 
 # == Broker ===============================================================================
