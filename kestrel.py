@@ -92,6 +92,8 @@ def check_name(name):
         raise ValueError("the name of a queue is empty")
     if len(os.fsencode(name)) > MAX_NAME:
         raise ValueError("the name of a queue is longer than %d bytes" % MAX_NAME)
+    if name == "lost+found":
+        raise ValueError("lost+found is where damaged journals are kept")
     for char in name:
         if char in "./~" or char <= " " or char == "\x7f":
             raise ValueError("%s in the name of a queue" % ascii(char))
@@ -404,8 +406,8 @@ class Item:
         self.cas = None
 
 
-# The opcodes. What this server writes is ADDX, REMOVE, OPEN, CONFIRM, UNREMOVE, and ADDF
-# where flags or deliveries need it; the others it only reads.
+# The opcodes. What this server writes is ADDX, REMOVE, SAVE_XID, OPEN, CONFIRM, UNREMOVE,
+# and ADDF where flags or deliveries need it; the others it only reads.
 ADD, REMOVE, ADDX, OPEN_NEXT, SAVE_XID = 0, 1, 2, 3, 4
 UNREMOVE, CONFIRM, ADD_XID, CONTINUE, OPEN, ADDF = 5, 6, 7, 8, 9, 10
 
@@ -435,11 +437,12 @@ def fsync_all(fds):
     failure = None
     for fd in fds:
         try:
-            os.fsync(fd)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
         except OSError as error:
             failure = error
-        finally:
-            os.close(fd)
     return failure
 
 
@@ -551,16 +554,15 @@ def _write_all(fd, chunks, offset):
     # Up to a megabyte joining is cheaper than a long vector; copying more is not.
     if sum(map(len, chunks)) < 1 << 20:
         chunks = [b"".join(chunks)]
-    while chunks:
-        count = os.pwritev(fd, chunks[:_MAX_VECTOR], offset)
+    at = 0
+    while at < len(chunks):
+        count = os.pwritev(fd, chunks[at:at + _MAX_VECTOR], offset)
         offset += count
-        whole = 0
-        while whole < len(chunks) and count >= len(chunks[whole]):
-            count -= len(chunks[whole])
-            whole += 1
-        chunks = chunks[whole:]
+        while at < len(chunks) and count >= len(chunks[at]):
+            count -= len(chunks[at])
+            at += 1
         if count:
-            chunks[0] = memoryview(chunks[0])[count:]
+            chunks[at] = memoryview(chunks[at])[count:]
 
 
 def find_journals(directory):
@@ -574,7 +576,7 @@ def find_journals(directory):
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         if entry.is_dir():
             continue
-        match = re.fullmatch(r"([^.~]+)(?:\.([0-9]+)(\.pack)?|~~[0-9]+)?", entry.name, re.S)
+        match = re.fullmatch(r"([^.~]+)(?:\.(0|-?[1-9][0-9]*)(\.pack)?|~~[0-9]+)?", entry.name, re.S)
         try:
             name = check_name(match[1] if match else "")
         except ValueError:
@@ -822,14 +824,21 @@ class Journal:
         are to be closed."""
         fds = []
         # The oldest first: what is done to the head in one file builds on those before it.
-        for file in [file for file in self.passed + self.files if file in self._unsynced]:
-            fds.append(os.dup(file.fd))
+        files = [file for file in self.passed + self.files if file in self._unsynced]
+        try:
+            for file in files:
+                fds.append(os.dup(file.fd))
+            if self.renamed:
+                fds.append(self.directory_fd())
+        except OSError:                      # no descriptors left
+            for fd in fds:
+                os.close(fd)
+            raise
+        for file in files:
             if file not in (self.files[0], self.current):
                 os.close(file.fd)
                 file.fd = None
         self._unsynced.clear()
-        if self.renamed:
-            fds.append(self.directory_fd())
         self.renamed = False
         return fds
 
@@ -847,7 +856,7 @@ class Journal:
         """Go on with a fresh current file. count: how many items wait. Raises OSError, and
         then nothing has changed."""
         old = self.current
-        last = max((file.number or 0 for file in self.passed + self.files), default=0)
+        last = max(file.number or 0 for file in self.passed + self.files)
         number = max(_now(), last + 1)
         fresh = "%s~~%d" % (self.path, number)
         fd = _open_locked(fresh)
@@ -931,8 +940,10 @@ class Journal:
         os.close(pack.fd)
         pack.fd = None
         pack.path = "%s.%d.pack" % (self.path, number)
-        old = [file for file in self.passed if file.number <= number]
-        self.passed.insert(len(old), pack)
+        rest = [file for file in self.passed if file.number > number]
+        old = [file for file in self.passed
+               if file.number <= number and file.path != pack.path]     # of an earlier try
+        self.passed = old + [pack] + rest
         yield [self.directory_fd()]
         for file in old:
             self._remove(file)
@@ -946,7 +957,8 @@ class Journal:
             os.close(file.fd)
             file.fd = None
         self._unsynced.discard(file)
-        os.unlink(file.path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(file.path)
         self.passed.remove(file)
 
     def copy_anew(self):
@@ -983,7 +995,8 @@ class Journal:
         """Close and remove the files, the oldest first. Raises OSError."""
         self.close()
         for file in self.passed + self.files:
-            os.unlink(file.path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file.path)
 
 
 class ReadBehind:
@@ -1122,10 +1135,15 @@ class Queue:
         self._floor = 0                      # or, used alone, too little since this size
         self._pack_mark = 0                  # what `safe` must have reached for packing
         self._started_over = False           # renew() has got so far
+        self._failed_chore = False           # to be tried again after the next write
         self.journal = None
         if path is not None and self.config.keep_journal:
             self.journal = Journal(path, name, older)
-            self._replay()
+            try:
+                self._replay()
+            except BaseException:
+                self.journal.close()         # which others may open then
+                raise
 
     # -- adding and taking
 
@@ -1288,16 +1306,20 @@ class Queue:
             except OSError:
                 journal.ops = []
                 self._undo(ops)
+                if self._failed_chore or journal.broken and not self.later:
+                    self._try_again()
                 raise
             self._fresh.clear()
             if self.config.sync_journal == 0 or self._unsynced:
                 self._unsynced += ops
                 self.remembered += len(ops)
+            elif self._orphans:
+                self._orphans.clear()
             if passed:
                 self._pack_mark = self.remembered
-            if self._orphans:
-                self._orphans.intersection_update(self.opens)
-        if self._chore is None:
+        if self._failed_chore:
+            self._try_again()
+        elif self._chore is None:
             self._compact()
 
     def begin_sync(self):
@@ -1309,9 +1331,15 @@ class Queue:
         """The first `count` of the remembered changes are on the disk."""
         del self._unsynced[:count]
         self.safe += count
+        if not self._unsynced:
+            self._orphans.clear()
         self._checkpoint = self._next_checkpoint
         if self._chore is None:
             self._compact()
+
+    def is_unsafe(self):
+        """Whether there are remembered changes."""
+        return bool(self._unsynced)
 
     def mark(self):
         """What `safe` will have reached when the changes so far are as safe as the answers
@@ -1366,6 +1394,7 @@ class Queue:
             return
         self.closed = True
         self.dismiss_waiters()
+        self.dirty = Queue._refuse_closed
         if self.journal:
             try:
                 self.write()
@@ -1402,6 +1431,10 @@ class Queue:
                 raise error
             self.synced(count)
 
+    def _refuse_closed(self):
+        self.journal.ops.clear()
+        raise ValueError("the queue %s is closed" % self.name)
+
     def _run_now(self, chore):
         """The `start` of a queue that is used alone."""
         error = None
@@ -1413,7 +1446,6 @@ class Queue:
     def _replay(self):
         opens = self.opens
         journal = self.journal
-        carried = {}                    # id(item) -> the xid it brought along
         ignored = 0
         added = []                      # how many items each file adds
         last_head = 0                   # the last file that does something to the head
@@ -1427,7 +1459,7 @@ class Queue:
                         last_head = number
                         ignored += opens.pop(xid, None) is None
                     elif opcode == ADD_XID:
-                        carried[id(item)] = xid
+                        item.xid = xid       # that the OPEN_NEXT of it will have
                     self._load(item, file, offset)
                     offset = end
                     continue
@@ -1440,7 +1472,7 @@ class Queue:
                     self.xid = xid
                 elif opcode == OPEN_NEXT and self.count:
                     item = self._pop()
-                    xid = carried.pop(id(item), 0) or self._next_xid()
+                    xid = item.xid or self._next_xid()
                     opens[xid] = item
                     self.xid = xid
                 elif opcode == CONFIRM and xid in opens:
@@ -1520,10 +1552,13 @@ class Queue:
         except OSError as error:
             self._chore_failed(error)
         else:
+            was_broken = self.journal.broken
             self.journal.broken = self._started_over = False
             self._chore = None
             self._floor = self.journal.total_size()
             self._compact()
+            if was_broken:
+                self.recover()
 
     def _chore_failed(self, error):
         log.error("%s: not rewritten: %s", self.journal.path, error.strerror)
@@ -1531,7 +1566,11 @@ class Queue:
             self.later(RETRY_MS, self._try_again)
 
     def _try_again(self):
-        if not self.closed:
+        if self.closed:
+            return
+        # What is in memory must be what has been written: else write() comes back to it.
+        self._failed_chore = bool(self.journal.ops)
+        if not self._failed_chore:
             self._chore = None
             if self.journal.broken:
                 self.renew()
@@ -1777,7 +1816,8 @@ class Broker:
         targets = [self.queue(other, now) for other in self.config.aliases.get(name, [name])]
         copies = [self.queue(child, now)
                   for parent in dict.fromkeys([name] + [queue.name for queue in targets])
-                  for child in self.children.get(parent, ())]
+                  for child in self.children.get(parent, ())
+                  if child not in self.config.aliases]
         route = Route([queue for queue in targets
                        if not queue.config.fanout_only or "+" in queue.name], copies)
         self.routes[key] = route
@@ -1901,7 +1941,8 @@ class Broker:
                 source, xid, marks = move
                 if any(queue in failed for queue, _ in marks):
                     self._give_back(source, xid)
-                elif all(queue.safe >= mark for queue, mark in marks):
+                elif all(queue.safe >= mark or queue.closed or not queue.is_unsafe()
+                         for queue, mark in marks):
                     source.confirm(xid)
                 else:
                     self._moved.append(move)
@@ -1930,11 +1971,11 @@ class Broker:
         self._expired.append((queue, item))
 
     def _move(self, source, item, now):
-        key = os.fsencode(source.config.expire_to_queue)
+        key = os.fsencode(source.config.expire_to_queue or "")
         try:
             route = self.routes.get(key) or self.route(key, now)
-        except OSError as error:
-            log.error("queue %s cannot be made: %s", source.config.expire_to_queue, error)
+        except (OSError, ValueError) as error:       # or there is none since a reload
+            log.error("queue %s: items that expired cannot be moved: %s", source.name, error)
             self._give_back(source, item.xid)
             return
         queues = route.targets + route.copies
@@ -1982,7 +2023,7 @@ class Broker:
 # case can be tried without one. What the server reads of a session:
 #
 #   out        byte strings to be sent, in order; take() takes them
-#   out_bytes  roughly how much that is; set to 0 by the server when all has been sent
+#   out_bytes  roughly how much that is, set to 0 by the server when all has been sent
 #   touched    (queue, index in out, count, whole) of each answer that rests on a journal
 #   held       set by the server while answers wait for an fsync: nothing more is parsed
 #   timeout    milliseconds from now at which time_out() is to be called, then None again
@@ -2164,6 +2205,7 @@ class MemcacheSession:
         """Answer a command, one that changed these queues."""
         for queue in queues:
             self.touched.append((queue, len(self.out), 1, True))
+        self.out_bytes += len(answer)
         self.out.append(answer)
 
     def _reply(self, words, answer, *queues):
@@ -2182,14 +2224,25 @@ class MemcacheSession:
         {queue: OSError}. since: which entry of `touched` is the first to look at."""
         for queue, index, count, whole in self.touched[since:]:
             if queue in failed:
+                if index == len(self.out) and count:   # a close whose next read still waits
+                    self._give_up_read()
                 error = "SERVER_ERROR %s\r\n" % _why(failed[queue])
                 # In a get of many keys a queue that failed is passed over instead.
                 self.out[index:index + count] = (
                     [os.fsencode(error) if whole else b""] + [b""] * (count - 1))
         for queue in failed:
             mine = [xid for other, xid in self._ended if other is queue]
-            mine += self.open_reads.get(queue, ())
-            self.open_reads[queue] = [xid for xid in mine if xid in queue.opens]
+            mine += self.open_reads.pop(queue, ())
+            mine = [xid for xid in mine if xid in queue.opens]
+            if mine:
+                self.open_reads[queue] = mine
+
+    def _give_up_read(self):
+        """Leave the get that waits unanswered."""
+        self.queue.cancel(self.waiter)
+        self.waiter = None
+        self._keys = []
+        self.out.append(b"")
 
     def take(self):
         """What is to be sent, which is then off the session's hands."""
@@ -2266,6 +2319,7 @@ class MemcacheSession:
                 self.touched.append((queue, answer, 1, True))
             for queue in route.copies:
                 self.touched.append((queue, answer, 1, True))
+            self.out_bytes += 8
             self.out.append(b"STORED\r\n" if stored else b"NOT_STORED\r\n")
 
     def _check_writes(self):
@@ -2285,7 +2339,7 @@ class MemcacheSession:
             raise Refused("CLIENT_ERROR get needs the name of a queue")
         self._keys = [parse_key(word) for word in words[:0:-1]]
         self._whole = len(words) == 2
-        self._with_cas = words[0] in (b"gets", b"GETS")
+        self._with_cas = len(words[0]) == 4            # gets
         self._read_keys(now)
 
     def _read_keys(self, now):
@@ -2342,7 +2396,9 @@ class MemcacheSession:
         return item
 
     def _check_opens(self, key, reads):
-        if not key.open:
+        # Some may have timed out, which the client cannot know.
+        reads = [xid for xid in reads if xid in self.queue.opens]
+        if reads and not key.open:
             raise Refused("ERROR close the open read of %s first" % key.name, close=True)
         if len(reads) >= self.broker.config.server.max_open_transactions:
             raise Refused("ERROR too many open reads of %s; limit=%d" % (
@@ -2356,6 +2412,8 @@ class MemcacheSession:
         if not reads:
             self.open_reads.pop(queue, None)
         self._ended += [(queue, xid) for xid in xids]
+        # The answer that is to come rests on it, but in a get of many keys.
+        self.touched.append((queue, len(self.out), int(self._whole), self._whole))
         if confirm:
             return sum([queue.confirm(xid) for xid in xids])
         return queue.abort(*xids, now=now)
@@ -2366,8 +2424,7 @@ class MemcacheSession:
         queue = self.queue
         if item is None:
             if self._whole:
-                if key.close or key.abort:
-                    self.touched.append((queue, len(out), 1, True))
+                self.out_bytes += 5
                 out.append(b"END\r\n")
             return
         if key.open:
@@ -2456,10 +2513,9 @@ class MemcacheSession:
             raise Refused("CLIENT_ERROR confirm needs a queue and a number of items")
         queue = self.broker.find(_name(words[1]))
         count = max(0, _number(words[2], "number of items"))
-        if queue and self._end_reads(queue, count, True, now):
-            self._say(b"END\r\n", queue)
-        else:
-            self._say(b"ERROR\r\n")
+        self._whole = True
+        ended = queue and self._end_reads(queue, count, True, now)
+        self._say(b"END\r\n" if ended else b"ERROR\r\n")
 
     # -- administration
 
@@ -2685,12 +2741,12 @@ class Connection:
         self.sock = sock
         self.session = session
         session.wake = functools.partial(server.woken.append, self)
-        self.holds = set()               # queues whose fsync the answers wait for
+        self.holds = collections.Counter()     # fsyncs that answers wait for, by queue
         self.last_active = server.mono
         self._unsent = []
         self._watched = selectors.EVENT_READ
         self._checked = 0                # entries of session.touched seen by settle()
-        self._deadline = self._alarm = None
+        self._deadline = self._alarm = self.idle_alarm = None
         self._at_end = False             # the client will send no more
         self.closed = False
         server.selector.register(sock, self._watched, self)
@@ -2745,6 +2801,8 @@ class Connection:
             # One entry on the heap serves one wait after the other, as a rule.
             if self._alarm is None or self._deadline < self._alarm[0]:
                 self._set_alarm()
+        elif session.waiter and self._alarm is None:   # a monitor that waits once more
+            self._set_alarm()
         paused = session.backlog() > _CHUNK
         if paused == bool(self._watched & selectors.EVENT_READ):
             self._watch(self._watched ^ selectors.EVENT_READ)
@@ -2778,15 +2836,15 @@ class Connection:
         session = self.session
         session.fail(failed, self._checked)
         for queue in {entry[0] for entry in session.touched[self._checked:]} & durable:
-            if queue not in self.holds:
-                self.holds.add(queue)
+            self.holds[queue] += 1
             self.server.want_sync(queue, self)
         self._checked = len(session.touched)
         session.held = bool(self.holds)
 
     def release(self, queue, error):
         """The fsync that answers waited for is done, or has failed."""
-        self.holds.discard(queue)
+        self.holds[queue] -= 1
+        self.holds += collections.Counter()            # drops what is down to 0
         if self.closed:
             return
         if error:
@@ -2794,14 +2852,16 @@ class Connection:
         if not self.holds:
             self.session.held = False
             self.flush()
-            self.resume()
+            self.session.wake()              # in the next turn: others are being released
 
     def flush(self):
         """Send the answers, as far as the kernel takes them."""
         session = self.session
-        if self.closed or self.holds:
+        if self.closed:
             return
-        if session.out:
+        if self.holds:
+            self._checked = len(session.touched)
+        elif session.out:
             self._checked = 0
             self._unsent += session.take()
         if self._unsent:
@@ -2820,7 +2880,7 @@ class Connection:
             session.out_bytes = 0
             if was_full:
                 session.wake()
-        if session.closing:
+        if session.closing and not self.holds:
             self._finish()
 
     def _send(self):
@@ -2865,8 +2925,8 @@ class Connection:
             self.closed = True
             self.session.close(self.server.now)
             self._watch(0)
-            if self._alarm:
-                self.server.timers.cancel(self._alarm)
+            for alarm in filter(None, (self._alarm, self.idle_alarm)):
+                self.server.timers.cancel(alarm)
             self.sock.close()
             self.server.connections.discard(self)
             self.server.broker.stats.curr_connections -= 1
@@ -2921,7 +2981,8 @@ class Listener:
             server.watch_idle(connection)
 
     def _start(self):
-        self.server.selector.register(self.sock, selectors.EVENT_READ, self)
+        if self.sock.fileno() >= 0:
+            self.server.selector.register(self.sock, selectors.EVENT_READ, self)
 
 
 class Server:
@@ -3025,7 +3086,7 @@ class Server:
     def watch_idle(self, connection):
         """Close the connection once it has been idle for client_timeout."""
         timeout = self.config.server.client_timeout
-        if timeout is None or connection.closed:
+        if timeout is None:
             return
         if not connection.is_idle():
             connection.last_active = self.mono
@@ -3033,7 +3094,8 @@ class Server:
         if left <= 0:
             connection.close()
         else:
-            self.timers.at(self.mono + left, functools.partial(self.watch_idle, connection))
+            connection.idle_alarm = self.timers.at(
+                self.mono + left, functools.partial(self.watch_idle, connection))
 
     def _resume_woken(self):
         for connection in self.woken:                  # which may wake others
@@ -3078,8 +3140,9 @@ class Server:
         for queue in written:
             self._note_success(queue)
             delay = queue.config.sync_journal
-            if delay == 0:
+            if delay == 0 or queue.is_unsafe():
                 durable.add(queue)
+                self.want_sync(queue)
             elif delay is not None and queue not in self._planned:
                 self._planned.add(queue)
                 self.later(delay, functools.partial(self._sync_due, queue))
@@ -3118,8 +3181,9 @@ class Server:
                 continue
             try:
                 fds, count = queue.begin_sync()
-            except OSError as error:
-                self._synced(queue, 0, error)
+            except OSError as error:                   # no descriptors left: later
+                self._note_failure(queue, error)
+                self._wanted[queue] = self._running.pop(queue)
             else:
                 self._syncer.submit(fds, functools.partial(self._synced, queue, count))
 
@@ -3159,7 +3223,8 @@ class Server:
 
     def _stop(self):
         """Answer those that wait, put open reads back, and leave all journals on the disk."""
-        self.selector.unregister(self._socket)
+        with contextlib.suppress(KeyError):            # out of descriptors at the moment
+            self.selector.unregister(self._socket)
         self._socket.close()
         for queue in self.broker.queues.values():
             queue.dismiss_waiters()
