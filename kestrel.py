@@ -3002,8 +3002,9 @@ class Server:
         self.mono = time.monotonic()
         self.now = _now()
         self.reload_wanted = False
+        self._synced_some = False
         self._planned = set()            # queues whose fsync has a time set
-        self.wanted = {}                # queue -> connections that wait for its next fsync
+        self._wanted = {}                # queue -> connections that wait for its next fsync
         self._running = {}               # queue -> connections that wait for the one running
         self._failing = {}               # queue -> whether a recovery is planned
         address = (config.server.listen_address, config.server.memcache_port)
@@ -3039,7 +3040,7 @@ class Server:
     def turn(self):
         """Wait for events and see to all of them."""
         broker = self.broker
-        busy = broker.dirty or broker.chores or self.woken or self.active
+        busy = broker.dirty or broker.chores or self.woken or self.active or self._synced_some
         events = self.selector.select(0 if busy else self.timers.wait(time.monotonic()))
         self.mono = time.monotonic()
         self.now = _now()
@@ -3149,6 +3150,7 @@ class Server:
         for queue, error in failed.items():
             self._note_failure(queue, error)
         self._answer(failed, durable)
+        self._synced_some = bool(self._syncer.done)    # what waited for it may go on
         while self._syncer.done:
             call, error = self._syncer.done.popleft()
             call(error)
@@ -3163,7 +3165,7 @@ class Server:
 
     def want_sync(self, queue, connection=None):
         """Have the queue's journal fsynced, with all that has been written by now."""
-        waiting = self.wanted.setdefault(queue, [])
+        waiting = self._wanted.setdefault(queue, [])
         if connection:
             waiting.append(connection)
 
@@ -3172,10 +3174,10 @@ class Server:
         self.want_sync(queue)
 
     def _start_syncs(self):
-        for queue in list(self.wanted):
+        for queue in list(self._wanted):
             if queue in self._running:
                 continue                               # one at a time, the next for all
-            self._running[queue] = self.wanted.pop(queue)
+            self._running[queue] = self._wanted.pop(queue)
             if queue.journal is None or queue.closed or queue.journal.broken:
                 self._synced(queue, 0, None)
                 continue
@@ -3192,7 +3194,7 @@ class Server:
         if error and not queue.closed:
             log.error("fsync of the journal of %s: %s; it is written anew", queue.name,
                       error.strerror)
-            connections += self.wanted.pop(queue, [])
+            connections += self._wanted.pop(queue, [])
             self.broker.sync_failed(queue)
         elif not queue.closed:
             queue.synced(count)

@@ -505,6 +505,15 @@ def test_aborted_reads_go_back_in_the_order_given(order):
     assert queue.canceled_transactions == 3
 
 
+def test_a_closed_queue_takes_nothing(tmp_path):
+    queue = kestrel.Queue("work", path=str(tmp_path))
+    queue.add(b"x")
+    queue.close()
+    with pytest.raises(ValueError, match="closed"):
+        queue.add(b"y")
+    assert contents_of(tmp_path, "work") == [b"x"]
+
+
 def test_xids_wrap_and_skip_open_ones():
     queue = memory_queue()
     fill(queue, *[b"x"] * 5)
@@ -1398,6 +1407,8 @@ ANSWERS = [
     ("set a.b 0 0 1\r\nx\r\n", "CLIENT_ERROR '.' in the name of a queue\r\n"),
     ("set a~b 0 0 1\r\nx\r\n", "CLIENT_ERROR '~' in the name of a queue\r\n"),
     ("set a\x01b 0 0 1\r\nx\r\n", "CLIENT_ERROR '\\x01' in the name of a queue\r\n"),
+    ("set lost+found 0 0 1\r\nx\r\n",
+     "CLIENT_ERROR lost+found is where damaged journals are kept\r\n"),
     ("set %s 0 0 1\r\nx\r\n" % ("n" * 236), "STORED\r\n"),
     ("set %s 0 0 1\r\nx\r\n" % ("n" * 237),
      "CLIENT_ERROR the name of a queue is longer than 236 bytes\r\n"),
@@ -1824,6 +1835,38 @@ def test_output_is_not_piled_up(talk):
     assert talk.broker.queues["q"].count == 4
     assert talk.heard().count("VALUE") == 4          # all sent: the next ones
     assert talk.heard().count("VALUE") == 4
+
+
+def test_small_answers_are_not_piled_up_either(talk):
+    session = talk.session()
+    session.feed(b"dump_stats q\r\n" * 10 + b"stats\r\n" * 10000, NOW)
+    assert len(b"".join(session.out)) < 2 * kestrel.OUTPUT_LIMIT
+    assert session.is_stalled()
+
+
+def test_a_read_that_timed_out_does_not_stand_in_the_way(talk):
+    talk(set_("q", "a") + set_("q", "b") + "get q/open\r\n")
+    queue = talk.broker.queues["q"]
+    queue.abort(*queue.opens)                # as its timeout does
+    assert talk("get q\r\n") == "VALUE q 0 1\r\na\r\nEND\r\n"
+
+
+def test_an_alias_that_hides_a_fanout_child(tmp_path):
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    spool_of(spool, **{"orders+audit": addx(b"x")})
+    talk = Talk(tmp_path, "[alias orders+audit]\ndestination_queues = a\n")
+    assert talk(set_("orders", "1")) == "STORED\r\n"
+
+
+def test_expire_to_queue_taken_away_while_items_are_on_the_way(talk, tmp_path):
+    (tmp_path / "kestrel.conf").write_text("[queue work]\nexpire_to_queue = late\n")
+    talk("reload\r\n" + set_("work", "1", "0 -1"))
+    (tmp_path / "kestrel.conf").write_text("")
+    assert talk("flush_expired work\r\nreload\r\n") == "1\r\nReloaded config.\r\n"
+    for _ in range(5):
+        talk.heard()
+    assert items_of(talk.broker, "work") == [b"1"]
 
 
 def conversation(chances):
@@ -2424,6 +2467,163 @@ def test_running_out_of_descriptors_is_survived(serve, monkeypatch, caplog):
     assert late.put("q", b"y") == "STORED\r\n"
     assert caplog.text.count("cannot accept") == 1
     listener.sock = exhausted.sock
+
+
+def test_an_earlier_fsync_does_not_release_later_answers(serve, monkeypatch):
+    """An item is delivered to a client whose earlier answers are held already."""
+    server = serve("[queue]\nsync_journal = 0\n")
+    client, other = server.client(), server.client()
+    client.put("q", b"1")
+    client.put("r", b"1")
+    client.get("r")
+    held = HeldFsync(monkeypatch)
+    client.send("set q 0 0 1\r\n2\r\nget r/t=20000\r\n")
+    assert held.called.acquire(timeout=20)           # of q
+    other.send("set r 0 0 1\r\n3\r\n")               # delivered to the held client
+    until(lambda: server.server.broker.queues["r"].count == 0)
+    held.go.release()
+    assert held.called.acquire(timeout=20)           # of r
+    nothing_comes(other)
+    nothing_comes(client)
+    held.disarm()
+    assert client.line() == "STORED\r\n" and client.item() == b"3"
+    assert other.line() == "STORED\r\n"
+
+
+def test_what_nobody_waits_for_is_fsynced_too(serve):
+    server = serve("[queue]\nsync_journal = 0\nexpire_to_queue = late\n"
+                   "[queue late]\nsync_journal = 0\n")
+    client = server.client()
+    queue = server.server.broker.queue
+    client.send("set q 0 0 1 noreply\r\nx\r\n" * 100)
+    until(lambda: queue("q").count == 100 and not queue("q").is_unsafe())
+    client.send("set r 0 -1 1\r\nx\r\nget r\r\n")
+    assert (client.line(), client.item()) == ("STORED\r\n", None)
+    until(lambda: queue("late").count == 1 and not queue("r").opens)
+
+
+def test_a_close_rests_on_its_record_though_the_next_read_waits(serve, monkeypatch, disk):
+    server = serve("[queue]\nsync_journal = never\n")
+    client, other = server.client(), server.client()
+    client.put("q", b"1")
+    assert client.get("q/open") == b"1"
+    disk.failing = {"pwritev": errno.ENOSPC}
+    client.send("get q/close/open/t=20000\r\n")
+    assert client.line().startswith("SERVER_ERROR")
+    disk.failing = {}
+    assert client.get("q/close/open/t=10") is None   # still its own, and now closed
+    assert other.stats()["queue_q_open_transactions"] == "0"
+    assert other.get("q") is None
+
+
+def test_a_failed_fsync_of_what_a_client_left_behind(serve, monkeypatch):
+    server = serve("[queue]\nsync_journal = 0\n")
+    client, other = server.client(), server.client()
+    client.put("q", b"1")
+    assert client.get("q/open") == b"1"
+    held = HeldFsync(monkeypatch)
+    held.error = errno.EIO
+    client.close()
+    assert held.called.acquire(timeout=20)
+    held.go.release()
+    held.error = None
+    held.disarm()
+    assert other.get("q/t=20000") == b"1"
+
+
+def test_answers_in_hand_are_not_taken_back_by_a_later_failure(serve, monkeypatch, disk):
+    """A held client's answer rests on a record that is written; the next write fails."""
+    server = serve("[queue]\nsync_journal = never\n[queue safe]\nsync_journal = 0\n")
+    client, other = server.client(), server.client()
+    client.put("safe", b"1")
+    held = HeldFsync(monkeypatch)
+    client.send("set safe 0 0 1\r\n2\r\nget q/t=20000\r\n")
+    assert held.called.acquire(timeout=20)
+    assert other.put("q", b"x") == "STORED\r\n"      # delivered to the held client
+    disk.failing = {"pwritev": errno.ENOSPC}
+    assert other.put("q", b"y").startswith("SERVER_ERROR")
+    disk.failing = {}
+    held.disarm()
+    assert client.line() == "STORED\r\n" and client.item() == b"x"
+
+
+def test_the_loop_rests_while_answers_are_held(serve, monkeypatch):
+    server = serve("[queue]\nsync_journal = 0\n")
+    client, other = server.client(), server.client()
+    data = os.urandom(900000)
+    client.put("q", data)
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.settimeout(20)
+    slow.connect(("127.0.0.1", server.port))
+    answer = b"VALUE q/peek 0 900000\r\n" + data + b"\r\nEND\r\n"
+    owed = 0
+    while not any(connection._unsent for connection in list(server.server.connections)):
+        slow.sendall(b"get q/peek\r\n")                # until the socket takes no more
+        client.stats()
+        owed += len(answer)
+    held = HeldFsync(monkeypatch)
+    slow.sendall(b"set q 0 0 1\r\nx\r\n")
+    assert held.called.acquire(timeout=20)
+    while owed:                                        # what is safe is sent all the same
+        owed -= len(slow.recv(min(owed, 1 << 20)))
+    turns = []
+    turn = server.server.turn
+    server.server.turn = lambda: turns.append(1) or turn()
+    server.server.interrupt()
+    time.sleep(0.2)
+    assert len(turns) < 100
+    held.disarm()
+    assert slow.recv(100) == b"STORED\r\n"
+    slow.close()
+
+
+def test_running_out_of_descriptors_delays_an_fsync(serve, monkeypatch, caplog):
+    server = serve("[queue]\nsync_journal = 0\n")
+    client = server.client()
+    client.put("q", b"1")
+    real = os.dup
+
+    def dup(fd):
+        monkeypatch.setattr(kestrel.os, "dup", real)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(kestrel.os, "dup", dup)
+    assert client.put("q", b"2") == "STORED\r\n"
+    assert [client.get("q"), client.get("q")] == [b"1", b"2"]
+
+
+def test_a_monitor_keeps_its_time_though_it_was_held(serve, monkeypatch):
+    server = serve("[queue]\nsync_journal = 0\n")
+    client, other = server.client(), server.client()
+    client.put("q", b"1")
+    held = HeldFsync(monkeypatch)
+    client.send("monitor q 1\r\n")                   # opens 1, and is held beyond its time
+    assert held.called.acquire(timeout=20)
+    time.sleep(1.1)
+    held.disarm()
+    assert client.item() == b"1"
+    assert client.item() is None
+
+
+def test_idle_timers_go_with_their_connection(serve):
+    server = serve("[server]\nclient_timeout = 1h\n")
+    client = server.client()
+    for _ in range(50):
+        server.client().close()
+    until(lambda: client.stats()["curr_connections"] == "1")
+    assert len(server.server.timers._heap) < 10
+
+
+def test_a_queue_deleted_under_the_server(serve, tmp_path):
+    server = serve()
+    client = server.client()
+    client.put("q", b"x")
+    os.unlink(str(tmp_path / "spool" / "q"))
+    client.send("set q 0 0 1\r\ny\r\ndelete q\r\nset r 0 0 1\r\nz\r\n")
+    assert [client.line() for _ in range(3)] == ["STORED\r\n", "DELETED\r\n", "STORED\r\n"]
+    assert (tmp_path / "spool" / "r").read_bytes().endswith(b"\0z")
+    assert client.get("r") == b"z"
 
 
 def test_stopping_sends_what_an_fsync_has_held_up(serve, monkeypatch):
