@@ -2550,13 +2550,13 @@ def test_answers_in_hand_are_not_taken_back_by_a_later_failure(serve, monkeypatc
 def test_the_loop_rests_while_answers_are_held(serve, monkeypatch):
     server = serve("[queue]\nsync_journal = 0\n")
     client, other = server.client(), server.client()
-    data = os.urandom(300000)
+    data = os.urandom(50000)
     client.put("q", data)
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     slow.settimeout(20)
     slow.connect(("127.0.0.1", server.port))
-    answer = b"VALUE q/peek 0 300000\r\n" + data + b"\r\nEND\r\n"
+    answer = b"VALUE q/peek 0 50000\r\n" + data + b"\r\nEND\r\n"
     owed = 0
     while not any(connection._unsent for connection in list(server.server.connections)):
         slow.sendall(b"get q/peek\r\n")                # until the socket takes no more
