@@ -947,6 +947,156 @@ def test_a_queue_with_tiny_limits_lives_as_one_in_memory_would(tmp_path):
     assert rotations and rewrites
 
 
+def flow(queue, chores, turns, opened=None):
+    """A steady flow: each turn puts ten items and takes ten, by open and close."""
+    largest = 0
+    for _ in range(turns):
+        for _ in range(10):
+            queue.add(b"x" * 100, now=NOW)
+            item = queue.remove(open=True, now=NOW)
+            if opened is not None and not opened:
+                opened.append(item.xid)
+            else:
+                queue.confirm(item.xid)
+        queue.write()
+        if chores:
+            chore = chores.pop(0)
+            with contextlib.suppress(StopIteration):
+                assert kestrel.fsync_all(next(chore) or ()) is None
+                chores.append(chore)
+        largest = max(largest, queue.journal.total_size())
+    return largest
+
+
+@pytest.mark.parametrize("backlog", [0, 50, 2000])
+def test_disk_use_follows_the_backlog_and_not_its_history(tmp_path, backlog):
+    """Five hundred times max_memory_size goes through; one read stays open all the time."""
+    chores, opened = [], []
+    queue = kestrel.Queue(
+        "q", str(tmp_path), kestrel.QueueConfig(
+            max_memory_size=20000, max_journal_size=80000, default_journal_size=4000,
+            sync_journal=None),
+        dirty=lambda queue: None, later=lambda delay, call: lambda: None,
+        start=lambda queue, chore: chores.append(chore), now=NOW)
+    for _ in range(backlog // 50):
+        fill(queue, *[b"x" * 100] * 50)
+        queue.write()
+    largest = flow(queue, chores, 10000, opened)
+    assert queue.total_items * 100 > 480 * 20000
+    assert largest < backlog * 121 + 80000 + 2 * 20000
+    assert len(os.listdir(str(tmp_path))) < backlog * 121 / 20000 + 6
+    assert queue.memory <= 20000 + 4096
+    queue.confirm(opened[0])
+    while queue.count:
+        queue.remove(now=NOW)
+        flow(queue, chores, 1)
+    for _ in range(50):
+        flow(queue, chores, 1)
+    assert queue.journal.total_size() < 4000 + 20 * 130
+    queue.close()
+
+
+def test_a_deep_queue_is_opened_and_drained_within_its_memory(tmp_path):
+    settings = dict(max_memory_size=100000)
+    queue = load(tmp_path, **settings)
+    for number in range(10000):
+        queue.add(b"%d" % number + b"x" * 100, now=NOW)
+    queue.close()
+    queue = load(tmp_path, **settings)
+    assert queue.count == 10000 and queue.memory <= 100000
+    for number in range(10000):
+        assert queue.remove(now=NOW).data.startswith(b"%dx" % number)
+        assert queue.memory <= 100000
+    assert queue.count == queue.bytes == queue.memory == 0
+    queue.close()
+
+
+def test_read_behind_reads_in_large_pieces(tmp_path, monkeypatch):
+    queue = turn_queue(tmp_path, max_memory_size=1 << 20)
+    for number in range(5000):
+        queue.add(b"x" * 1000, now=NOW)
+    queue.write()
+    reads = []
+    real = os.pread
+    monkeypatch.setattr(kestrel.os, "pread",
+                        lambda fd, size, offset: reads.append(size) or real(fd, size, offset))
+    assert len(take(queue, 5000)) == 5000
+    assert len(reads) < 20 and min(reads) >= 1 << 19
+    queue.write()
+    queue.close()
+
+
+def test_items_larger_than_a_piece_are_read_behind(tmp_path):
+    queue = load(tmp_path, max_memory_size=5000)
+    data = [bytes([number]) * (number * 3000) for number in range(10)]
+    fill(queue, *data)
+    assert queue.memory < 10000
+    assert data_of(take(queue, 11)) == data + [None]
+    queue.close()
+
+
+def test_going_back_only_what_kestrel_reads_is_written(tmp_path):
+    """A life without flags leaves nothing that Kestrel 2.4 does not know."""
+    chances = seeded()
+    for number in range(8):
+        path = tmp_path / str(number)
+        path.mkdir()
+        life = Life(path, chances)
+        for _ in range(150):
+            for _ in range(chances.randrange(12)):
+                life.change()
+            life.write()
+            life.step()
+            for name in os.listdir(str(path)):
+                assert re.fullmatch(r"q|q\.[0-9]+(\.pack)?|q~~[0-9]+", name)
+                if "~" not in name:
+                    with open(str(path / name), "rb") as file:
+                        for opcode, _, _, _ in kestrel.read_records(file):
+                            assert opcode in (1, 2, 4, 5, 6, 9)
+        life.queue.close()
+
+
+def test_a_pack_that_cannot_be_finished_is_tried_again(tmp_path, disk):
+    """At each of its steps, and nothing is lost by it."""
+    for failing in ("open", "pwritev", "fsync", "rename", "unlink"):
+        for good_steps in range(8):
+            path = tmp_path / ("%s%d" % (failing, good_steps))
+            path.mkdir()
+            chores, calls = [], []
+            queue = kestrel.Queue(
+                "q", str(path), kestrel.QueueConfig(max_memory_size=1000, sync_journal=None),
+                dirty=lambda queue: None, later=lambda delay, call: calls.append(call),
+                start=lambda queue, chore: chores.append(chore), now=NOW)
+            fill(queue, *[b"%d" % number * 30 for number in range(100, 140)])
+            queue.write()
+            opened = queue.remove(open=True, now=NOW)
+            queue.write()
+            while not chores:
+                queue.add(b"y" * 90, now=NOW)
+                queue.remove(now=NOW)
+                queue.write()
+            steps = 0
+            with contextlib.suppress(StopIteration):
+                while True:
+                    disk.failing = {failing: errno.EIO} if steps >= good_steps else {}
+                    error = None
+                    for fd in next(chores[0]) or ():
+                        error = kestrel.fsync_all([fd]) or error
+                    if error:
+                        chores[0].throw(error)
+                    steps += 1
+            disk.failing = {}
+            for call in calls:
+                call()
+            before = [opened.data] + [item.data for item in queue.items]
+            assert contents_of(path)[:len(before)] == before
+            while chores:
+                kestrel.Queue._run_now(queue, chores.pop(0))
+            assert contents_of(path)[:len(before)] == before
+            assert len(queue.journal.passed) <= 1
+            queue.close()
+
+
 class Recorder:
     """Notes every call that changes the disk, so that the directory can be rebuilt as it
     was, or may have been, after each."""
