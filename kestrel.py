@@ -44,6 +44,7 @@ import functools
 import heapq
 import io
 import itertools
+import json
 import logging
 import os
 import queue as queues
@@ -606,6 +607,35 @@ def find_journals(directory):
 _WAITING_AFTER = {REMOVE: -1, OPEN: -1, UNREMOVE: 1, CONFIRM: 0}
 
 
+OPCODE_NAMES = {
+    ADD: "ADD", REMOVE: "REMOVE", ADDX: "ADDX", OPEN_NEXT: "REMOVE_TENTATIVE",
+    SAVE_XID: "SAVE_XID", UNREMOVE: "UNREMOVE", CONFIRM: "CONFIRM_REMOVE", ADD_XID: "ADD_XID",
+    CONTINUE: "CONTINUE", OPEN: "REMOVE_TENTATIVE_XID", ADDF: "ADDF",
+}
+
+
+def dump_records(path):
+    """Yield each record of a journal file as a dict, and what is damaged in it as one with
+    the key `damage`. The file is only read. Raises OSError."""
+    with open(path, "rb") as file:
+        offset = 0
+        try:
+            for opcode, xid, item, end in read_records(file):
+                record = {"offset": offset, "operation": OPCODE_NAMES[opcode]}
+                if opcode in (OPEN, CONFIRM, UNREMOVE, SAVE_XID, ADD_XID, CONTINUE):
+                    record["xid"] = xid
+                if item is not None:
+                    record.update(add_time=item.add_time, expiry=item.expiry,
+                                  size=len(item.data), data=repr(item.data[:40])[1:])
+                    if opcode == ADDF:
+                        record.update(flags=item.flags, deliveries=item.deliveries)
+                yield record
+                offset = end
+        except Damage as damage:
+            yield {"offset": damage.offset, "damage": str(damage),
+                   "bytes": os.path.getsize(path) - damage.offset}
+
+
 def _encode(ops):
     """The records of these operations, as a list of byte strings."""
     chunks = []
@@ -952,6 +982,17 @@ class Journal:
         pack.path = "%s.%d" % (self.path, number)
         yield [self.directory_fd()]
 
+    def adopt_pack(self):
+        """Let the packed file be the current one, which nothing has been written to."""
+        if self.passed:
+            pack, = self.passed
+            os.rename(pack.path, self.path)
+            self.close()
+            pack.path, pack.number, pack.waiting = self.path, None, self.current.waiting
+            pack.fd = _open_locked(self.path)
+            self.passed, self.files = [], [pack]
+            self.renamed = True
+
     def _remove(self, file):
         if file.fd is not None:
             os.close(file.fd)
@@ -1069,6 +1110,9 @@ def _opens_before(opens, ops):
 
 # How long after a failed write the next try is made without a client asking for it.
 RETRY_MS = 1000
+
+# How often the log says how far the loading of a queue has got.
+_PROGRESS_SECONDS = 3
 
 
 class Waiter:
@@ -1379,6 +1423,15 @@ class Queue:
         except OSError as error:
             self._chore_failed(error)
 
+    def pack(self):
+        """Write what the queue holds as one minimal file in place of all its files, at once.
+        For a queue that is used alone. Raises OSError."""
+        self.journal.start_over(self.opens, self.items)
+        self._begin(self.journal.pack(self.xid))
+        if self.journal.wanted:
+            raise OSError(errno.EIO, "not packed, see the log", self.journal.path)
+        self.journal.adopt_pack()
+
     def recover(self, now=None):
         """After a failed write: do what is still to be done and give waiters their items."""
         now = _now(now)
@@ -1449,10 +1502,19 @@ class Queue:
         ignored = 0
         added = []                      # how many items each file adds
         last_head = 0                   # the last file that does something to the head
+        total = journal.total_size()
+        told = time.monotonic()
+        done = 0                        # bytes of the files before this one
+        records = 0
         for number, file in enumerate(journal.files):
             added.append(0)
             offset = 0
             for opcode, xid, item, end in journal.read(file):
+                records += 1
+                if not records % 10000 and time.monotonic() > told + _PROGRESS_SECONDS:
+                    told = time.monotonic()
+                    log.info("loading %s: %d %%, %d items", self.name,
+                             100 * (done + offset) // total, self.count)
                 if item is not None:
                     added[-1] += 1
                     if opcode == CONTINUE:
@@ -1483,6 +1545,7 @@ class Queue:
                     self.xid = xid
                 else:
                     ignored += 1
+            done += file.size
         if ignored:
             log.warning("%s: %d operations on items that are not there, ignored",
                         journal.path, ignored)
@@ -3302,6 +3365,13 @@ def main(arguments=None):
                         help="the port for memcache clients (default 22133)")
     parser.add_argument("--spool", metavar="DIRECTORY", dest="queue_path",
                         help="where the journals are (default ./spool)")
+    parser.add_argument("--dump", metavar="JOURNAL", nargs="+",
+                        help="print the records of journal files, a line each, and exit")
+    parser.add_argument("--json", action="store_true",
+                        help="with --dump: a JSON object for each record")
+    parser.add_argument("--pack", metavar="SPOOL/QUEUE",
+                        help="write the journals of a queue that no server holds as one "
+                             "minimal file, and exit")
     parser.add_argument("--check", action="store_true",
                         help="check the config file, print the effective settings, and exit")
     parser.add_argument("--version", action="version", version="kestrel.py " + __version__)
@@ -3311,6 +3381,10 @@ def main(arguments=None):
     logging.basicConfig(level=logging.INFO, stream=sys.stderr,
                         format="%(asctime)s %(levelname)s %(message)s")
     try:
+        if options.dump:
+            return _dump(options.dump, options.json)
+        if options.pack:
+            return _pack(options.pack)
         config = Config(options.config, overrides)
         if options.check:
             print("\n".join(config.lines()))
@@ -3324,6 +3398,43 @@ def main(arguments=None):
         return 1
     _handle_signals(server)
     server.run()
+    return 0
+
+
+def _dump(paths, as_json):
+    """Print what is in journal files; the exit status is 1 if one of them is damaged."""
+    status = 0
+    for path in paths:
+        for record in dump_records(path):
+            if "damage" in record:
+                status = 1
+            if as_json:
+                print(json.dumps({"file": path, **record}))
+            elif "damage" in record:
+                print("%10d %s: %s; the last %d bytes are not read" % (
+                    record["offset"], path, record["damage"], record["bytes"]))
+            else:
+                print("%10d %-20s %s" % (record.pop("offset"), record.pop("operation"), " ".join(
+                    "%s=%s" % pair for pair in record.items())))
+    return status
+
+
+def _pack(path):
+    """Write the journals of an unused queue as one file, which takes their place."""
+    directory, name = os.path.split(os.path.abspath(path))
+    spool = _lock_spool(directory)
+    try:
+        older = find_journals(directory).get(name)
+        if older is None:
+            raise OSError(errno.ENOENT, "%s: there is no such queue" % path)
+        queue = Queue(name, directory, QueueConfig(max_memory_size=UNLIMITED), older)
+        before = queue.journal.total_size()
+        queue.pack()
+        log.info("%s: %d items, %d bytes before, %d bytes now", path, queue.count, before,
+                 queue.journal.total_size())
+        queue.close()
+    finally:
+        os.close(spool)
     return 0
 
 

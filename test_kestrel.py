@@ -14,6 +14,7 @@ import contextlib
 import copy
 import errno
 import functools
+import json
 import os
 import random
 import re
@@ -1009,6 +1010,16 @@ def test_a_deep_queue_is_opened_and_drained_within_its_memory(tmp_path):
         assert queue.memory <= 100000
     assert queue.count == queue.bytes == queue.memory == 0
     queue.close()
+
+
+def test_loading_a_large_queue_tells_how_far_it_is(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(kestrel, "_PROGRESS_SECONDS", -1)
+    spool_of(tmp_path, q__1=addx(b"x") * 30000, q=b"\1" * 1000 + addx(b"x") * 10000)
+    load(tmp_path).close()
+    told = [record.getMessage() for record in caplog.records]
+    assert told[0] == "loading q: 24 %, 9999 items" and len(told) == 4
+    assert told == sorted(told)
 
 
 def test_read_behind_reads_in_large_pieces(tmp_path, monkeypatch):
@@ -2886,6 +2897,48 @@ def test_check(tmp_path):
     assert (status, out) == (1, "")
     assert err.startswith("%s:3: max_items: 'many'" % (tmp_path / "bad"))
     assert run("-c", tmp_path / "bad")[0] == 1
+
+
+def test_dump(tmp_path):
+    good = addx(b"a\r\nb", NOW, NOW + 5) + xid_record(9, 7) + b"\1" + struct.pack(
+        "<BiqqII", 10, 25, NOW, 0, 9, 2) + b"x"
+    spool_of(tmp_path, q=good, bad=good + b"\xff" * 10)
+    status, out, err = run("--dump", tmp_path / "q")
+    assert (status, err) == (0, "")
+    assert [line.split() for line in out.splitlines()] == [
+        ["0", "ADDX", "add_time=%d" % NOW, "expiry=%d" % (NOW + 5), "size=4",
+         "data='a\\r\\nb'"],
+        ["25", "REMOVE_TENTATIVE_XID", "xid=7"], ["30", "REMOVE"],
+        ["31", "ADDF", "add_time=%d" % NOW, "expiry=0", "size=1", "data='x'", "flags=9",
+         "deliveries=2"]]
+    status, out, err = run("--json", "--dump", tmp_path / "q", tmp_path / "bad")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert status == 1 and len(records) == 9
+    assert records[1] == {"file": str(tmp_path / "q"), "offset": 25, "xid": 7,
+                          "operation": "REMOVE_TENTATIVE_XID"}
+    assert records[-1]["offset"] == len(good) and records[-1]["bytes"] == 10
+    assert (tmp_path / "bad").read_bytes() == good + b"\xff" * 10
+    assert run("--dump", tmp_path / "none")[0] == 1
+
+
+def test_pack_a_queue_that_is_not_in_use(daemon, tmp_path):
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    spool_of(spool, q__5=addx(b"a") + addx(b"b") + addx(b"c"), q__9=b"\1" + addx(b"d"),
+             q=xid_record(9, 3) + xid_record(6, 3), empty=addx(b"x") + b"\1")
+    status, out, err = run("--pack", spool / "q")
+    assert status == 0 and "2 items" in err
+    assert sorted(os.listdir(str(spool))) == ["empty", "q"]
+    assert (spool / "q").read_bytes() == xid_record(4, 3) + addx(b"c") + addx(b"d")
+    assert run("--pack", spool / "empty")[0] == 0
+    assert (spool / "empty").read_bytes() == b""
+    assert run("--pack", spool / "none")[0] == 1
+    server = daemon()
+    status, out, err = run("--pack", spool / "q")
+    assert status == 1 and "held by another server" in err
+    assert run("--dump", spool / "q")[0] == 0
+    with server.client() as client:
+        assert [client.get("q"), client.get("q"), client.get("q")] == [b"c", b"d", None]
 
 
 def test_what_keeps_it_from_starting_is_told_in_one_line(daemon, tmp_path):
