@@ -46,6 +46,7 @@ import io
 import itertools
 import json
 import logging
+import mmap
 import os
 import queue as queues
 import re
@@ -447,6 +448,15 @@ def fsync_all(fds):
     return failure
 
 
+# What stands in a repaired journal for an item that was lost; nobody is ever given it.
+LOST = Item(b"", 0, 1)
+
+
+def is_lost(item):
+    """Whether it is such a stand-in."""
+    return item.expiry == 1 and not item.add_time and not item.data
+
+
 class Damage(Exception):
     """A journal does not go on with a whole record at `offset`. `torn`: it just ends early."""
 
@@ -521,6 +531,94 @@ def read_records(file):
         item = Item(data[start:end], add_time, expiry, flags, deliveries)
         pos = end
         yield opcode, xid, item, base + pos
+
+
+# What a time must lie between to be believed after damage: 2005 and 2100.
+_TIMES_BELIEVED = range(1104537600000, 4102444800000)
+
+# So many good records in a row, the first one an item, are no accident.
+_RUN_BELIEVED = 3
+
+
+# Where a record that adds an item may begin: opcode, (xid,) size, a time to be believed.
+_LIKELY_START = re.compile(rb"(?=[\x02\x0a].{9}[\1-\3]\0\0|[\x07\x08].{13}[\1-\3]\0\0)", re.S)
+
+
+def _is_believable(opcode, xid, item):
+    if item is None:
+        return opcode in (REMOVE, OPEN_NEXT) or xid > 0
+    return opcode in (ADDX, ADDF, ADD_XID, CONTINUE) and (is_lost(item) or (
+        item.add_time in _TIMES_BELIEVED and item.deliveries < 1000000
+        and (item.expiry == 0 or item.expiry in _TIMES_BELIEVED)))
+
+
+def _is_good_run(data, start, past=0):
+    """Whether records can be read from data[start] on that are believable: to the end, where
+    the last one may be cut short, or at least a few of them, and beyond data[past]. The first
+    one adds an item."""
+    count = 0
+    try:
+        for opcode, xid, item, end in read_records(_Slice(data, start)):
+            if not _is_believable(opcode, xid, item) or count == 0 and item is None:
+                return False
+            count += 1
+            if count >= _RUN_BELIEVED and start + end > past:
+                return True
+    except Damage as damage:
+        return count > 0 and damage.torn
+    return count > 0
+
+
+class _Slice:
+    """Reads bytes from a position on, no more at a time than a run of records needs."""
+
+    def __init__(self, data, position):
+        self._data = data
+        self._position = position
+
+    def read(self, size):
+        piece = self._data[self._position:self._position + min(size, 4096)]
+        self._position += len(piece)
+        return piece
+
+
+def find_damage(data, damage):
+    """Where damaged bytes begin and end: (begin, end, how many items may stand in them).
+
+    data: a whole journal file. damage: what reading it came upon. The end is where records
+    can be read again, or the end of the file. The record before may be to blame: a size that
+    was changed leads the reader astray.
+    """
+    begin = damage.offset
+    last, last_end, last_item, offset, sizes = None, 0, None, 0, []
+    with contextlib.suppress(Damage):
+        for opcode, _, item, end in read_records(io.BytesIO(data)):
+            if item is not None:
+                last, last_end, last_item = offset if opcode == ADDX else None, end, item
+                sizes.append(end - offset)
+            offset = end
+    if last is not None:                     # it may have run over good ones
+        for match in _LIKELY_START.finditer(data, last + 1, begin + 17):
+            if match.start() < begin and _is_good_run(data, match.start(), past=begin):
+                return last, match.start(), 1
+    if data[begin] not in _HEADS and len(data) - begin > 21:      # its opcode alone is wrong
+        jump = begin + 5 + struct.unpack_from("<i", data, begin + 1)[0]
+        if begin + 21 <= jump < len(data) and _is_good_run(data, jump):
+            return begin, jump, 1
+    end = next((match.start() for match in _LIKELY_START.finditer(data, begin + 1)
+                if _is_good_run(data, match.start())), len(data))
+    if end < len(data) and last is not None and last_end == begin:
+        # Is this the rest of its data, its size being one bit wrong? Of the head of another
+        # record a time would be left as a rule.
+        size, = struct.unpack_from("<i", data, last + 1)
+        if not _is_believable(ADDX, 0, last_item) or (
+                bin(size ^ (end - last - 5)).count("1") == 1
+                and not re.search(rb"[\1-\3]\0\0", data[begin:min(begin + 40, end)])):
+            return last, end, 1
+    if damage.torn and end == len(data) or end - begin < 21:
+        return begin, end, 0
+    mean = sum(sizes) // len(sizes) if sizes else end - begin
+    return begin, end, max(1, (end - begin) // mean)
 
 
 def _only_zeros(data, file):
@@ -715,30 +813,64 @@ class Journal:
     # -- reading
 
     def read(self, file):
-        """Yield the records of one file, as read_records does.
+        """Yield the records of one file, as read_records does. Raises Damage."""
+        with open(file.path, "rb") as source:
+            yield from read_records(source)
 
-        What cannot be read is first saved to lost+found and then cut off.
+    def repair(self, file, damage):
+        """Cut what is damaged out of a file, and keep it in lost+found.
+
+        In its place come records of items that have expired already, as many as may have
+        been lost: each REMOVE of a lost item will take one of them, and not a good item.
         """
         with open(file.path, "rb") as source:
-            try:
-                yield from read_records(source)
-            except Damage as damage:
-                self._cut(file, damage)
+            with mmap.mmap(source.fileno(), 0, prot=mmap.PROT_READ) as data:
+                begin, end, lost = find_damage(data, damage)
+                kept = self._keep(file, data[begin:end], begin)
+                rest = data[end:]
+        stand_ins = _pack_head(LOST) * lost
+        where = "%d bytes cut off" % (end - begin)
+        if not rest and not lost:
+            os.truncate(file.path, begin)
+        else:
+            where = "%d bytes from byte %d on cut out" % (end - begin, begin)
+            if lost:
+                where += ", where %d items may have been," % lost
+            self._replace(file, begin, stand_ins + rest)
+        file.size = begin + len(stand_ins) + len(rest)
+        log.warning("%s: %s; %s and kept in %s", file.path, damage, where, kept)
 
-    def _cut(self, file, damage):
-        lost = os.path.join(self.directory, "lost+found")
-        os.makedirs(lost, 0o700, exist_ok=True)
-        kept = os.path.join(lost, "%s.%d.%d" % (os.path.basename(file.path), damage.offset,
-                                                _now()))
-        with open(file.path, "rb") as source, open(kept, "xb") as target:
-            source.seek(damage.offset)
-            shutil.copyfileobj(source, target)
+    def _keep(self, file, data, begin):
+        directory = os.path.join(self.directory, "lost+found")
+        os.makedirs(directory, 0o700, exist_ok=True)
+        for serial in itertools.count():
+            kept = os.path.join(directory, "%s.%d.%d" % (
+                os.path.basename(file.path), begin, _now() + serial))
+            with contextlib.suppress(FileExistsError), open(kept, "xb") as target:
+                target.write(data)
+                target.flush()
+                os.fsync(target.fileno())
+                return kept
+
+    def _replace(self, file, begin, rest):
+        """Put a file with other bytes from `begin` on in the place of one."""
+        path = "%s~~%d" % (self.path, _now())
+        fd = _open_locked(path, os.O_TRUNC)
+        with open(file.path, "rb") as source, open(path, "wb") as target:
+            left = begin
+            while left:
+                piece = source.read(min(left, _READ_SIZE))
+                target.write(piece)
+                left -= len(piece)
+            target.write(rest)
             target.flush()
             os.fsync(target.fileno())
-            count = target.tell()
-        os.truncate(file.path, damage.offset)
-        file.size = damage.offset
-        log.warning("%s: %s; %d bytes cut off and kept in %s", file.path, damage, count, kept)
+        os.rename(path, file.path)
+        if file.fd is not None:
+            os.close(file.fd)
+            file.fd = fd
+        else:
+            os.close(fd)
 
     def account(self, added, last_head, count):
         """After a replay: what waits in which file. added: how many items each file adds.
@@ -1184,7 +1316,7 @@ class Queue:
         if path is not None and self.config.keep_journal:
             self.journal = Journal(path, name, older)
             try:
-                self._replay()
+                self._load()
             except BaseException:
                 self.journal.close()         # which others may open then
                 raise
@@ -1297,7 +1429,7 @@ class Queue:
         while count < limit and self.count and self._is_expired(self._head(), now):
             count += 1
             item = self._pop()
-            if self.bury:
+            if self.bury and not is_lost(item):
                 # Open until it is safe elsewhere, so that a crash cannot lose it.
                 self._open(item)
                 self.bury(self, item)
@@ -1496,7 +1628,23 @@ class Queue:
                 fds = chore.throw(error) if error else next(chore)
                 error = fsync_all(fds or ())
 
+    def _load(self):
+        """Read the journal, as often as it takes to repair it."""
+        while True:
+            file = None
+            try:
+                for file in self._replay():
+                    pass
+                return
+            except Damage as damage:
+                self.journal.repair(file, damage)
+                self.items.clear()
+                self.opens.clear()
+                self._behind = None
+                self.count = self.bytes = self.memory = self.xid = 0
+
     def _replay(self):
+        """Do what the journal says; yields each file before it is read. Raises Damage."""
         opens = self.opens
         journal = self.journal
         ignored = 0
@@ -1507,6 +1655,7 @@ class Queue:
         done = 0                        # bytes of the files before this one
         records = 0
         for number, file in enumerate(journal.files):
+            yield file
             added.append(0)
             offset = 0
             for opcode, xid, item, end in journal.read(file):
@@ -1522,7 +1671,7 @@ class Queue:
                         ignored += opens.pop(xid, None) is None
                     elif opcode == ADD_XID:
                         item.xid = xid       # that the OPEN_NEXT of it will have
-                    self._load(item, file, offset)
+                    self._append(item, file, offset)
                     offset = end
                     continue
                 offset = end
@@ -1553,7 +1702,7 @@ class Queue:
         self.abort(*opens)
         self.canceled_transactions = 0
 
-    def _load(self, item, file, offset):
+    def _append(self, item, file, offset):
         """Append an item that stands at `offset` of a file of the journal."""
         size = len(item.data)
         if self._behind is None and self.memory + size > self.config.max_memory_size:

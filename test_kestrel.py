@@ -380,6 +380,78 @@ def test_zeros_at_the_end_are_a_torn_tail(tmp_path, caplog):
     assert "zeros" in caplog.text and "5000 bytes" in caplog.text
 
 
+def damaged(kind, journal, place):
+    if kind == "flip":
+        return journal[:place] + bytes([journal[place] ^ 0xff]) + journal[place + 1:]
+    if kind == "zero":
+        return (journal[:place] + bytes(8) + journal[place + 8:])[:len(journal)]
+    if kind == "cut":
+        return journal[:place] + journal[place + 5:]
+    return journal[:place] + b"\xee\x11\xee" + journal[place:]
+
+
+@pytest.mark.parametrize("kind", ["flip", "zero", "cut", "insert"])
+def test_damage_at_any_place_costs_what_stands_there(tmp_path, caplog, kind):
+    """Everything but the record that is damaged, and at the worst its neighbours, is given,
+    in order; what was cut out is kept, and a second start finds nothing to repair."""
+    caplog.set_level("WARNING")
+    items = [b"item%02d-" % number + b"abc\1\2\x09z" * (number % 4) for number in range(12)]
+    journal = b"".join(map(addx, items))
+    ends = [len(b"".join(map(addx, items[:number + 1]))) for number in range(len(items))]
+    for place in range(0, len(journal), 1 if kind == "flip" else 3):
+        path = tmp_path / str(place)
+        path.mkdir()
+        spool_of(path, q=damaged(kind, journal, place))
+        caplog.clear()
+        found = contents(load(path))
+        hit = next(number for number, end in enumerate(ends) if place < end)
+        near = items[max(0, hit - 1):hit + 2]
+        assert [item for item in found if item in items and item not in near] == [
+            item for item in items if item not in near], place
+        if kind == "flip" and place < ends[hit] - len(items[hit]):       # in the head
+            lost = [item for item in items if item not in found]
+            assert lost in ([], [items[hit]]) and set(found) <= set(items), place
+        if "cut o" in caplog.text:
+            assert os.listdir(str(path / "lost+found"))
+            caplog.clear()
+            load(path).close()
+            assert not caplog.text
+
+
+def test_what_follows_damage_stays_in_step(tmp_path):
+    """An item that is lost still takes the REMOVE that was meant for it."""
+    good = [addx(b"item%d" % number) for number in range(10)]
+    broken = good[1][:5] + b"\xff" * 8 + good[1][13:]
+    broken = b"\xfd" + broken[1:]
+    spool_of(tmp_path, q=good[0] + broken + b"".join(good[2:]) + b"\1\1\1")
+    assert contents(load(tmp_path)) == [b"item%d" % number for number in range(3, 10)]
+
+
+def test_two_damaged_places_in_two_files(tmp_path, caplog):
+    good = [addx(b"item%d" % number) for number in range(30)]
+    files = []
+    for number in (0, 10, 20):
+        part = good[number:number + 10]
+        part[3] = b"\xee" * len(part[3])
+        part[7] = part[7][:9]
+        files.append(b"".join(part))
+    spool_of(tmp_path, q__1=files[0], q__2=files[1], q=files[2])
+    assert contents(load(tmp_path)) == [
+        b"item%d" % number for number in range(30) if number % 10 not in (3, 7)]
+    assert len(os.listdir(str(tmp_path / "lost+found"))) == 6
+    assert caplog.text.count("kept in") == 6
+
+
+def test_stand_ins_for_lost_items_are_given_to_nobody(tmp_path):
+    spool_of(tmp_path, q=addx(b"a") + b"\xee" * 100 + addx(b"b") + addx(b"c"))
+    queue = load(tmp_path)
+    buried = []
+    queue.bury = lambda queue, item: buried.append(item)
+    assert data_of(take(queue, 4)) == [b"a", b"b", b"c", None]
+    assert not buried and not queue.opens
+    queue.close()
+
+
 def test_records_over_the_bounds_of_a_read(tmp_path, monkeypatch):
     monkeypatch.setattr(kestrel, "_READ_SIZE", 64)
     chances = random.Random(5)
