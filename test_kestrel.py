@@ -2795,6 +2795,7 @@ def test_the_loop_rests_while_answers_are_held(serve, monkeypatch):
         slow.sendall(b"get q/peek\r\n")                # until the socket takes no more
         client.stats()
         owed += len(answer)
+    until(lambda: int(client.stats()["cmd_peek"]) * len(answer) == owed)
     held = HeldFsync(monkeypatch)
     slow.sendall(b"set q 0 0 1\r\nx\r\n")
     assert held.called.acquire(timeout=20)
