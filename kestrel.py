@@ -466,8 +466,9 @@ class Damage(Exception):
         self.torn = torn
 
 
-def read_records(file):
-    """Yield (opcode, xid, item, end offset) for each record of the open binary `file`.
+def read_records(file, piece=_READ_SIZE):
+    """Yield (opcode, xid, item, end offset) for each record of the open binary `file`, which
+    is read in pieces of so many bytes.
 
     The item is None and the xid 0 where the record has none. Raises Damage at the first
     byte from which no whole record can be read.
@@ -476,7 +477,7 @@ def read_records(file):
     addx = _HEADS[ADDX]
     while True:
         if len(data) - pos < _LONGEST_HEAD:
-            data = data[pos:] + file.read(_READ_SIZE)
+            data = data[pos:] + file.read(piece)
             base += pos
             pos = 0
             if not data:
@@ -523,7 +524,7 @@ def read_records(file):
             zeros = opcode == ADD and _only_zeros(data[pos:], file)
             raise Damage(base + pos, "zeros" if zeros else "impossible size %d" % size, zeros)
         if end > len(data):
-            more = file.read(max(_READ_SIZE, end - len(data)))
+            more = file.read(max(piece, end - len(data)))
             data = data[pos:] + more
             start, end, base, pos = start - pos, end - pos, base + pos, 0
             if end > len(data):
@@ -557,8 +558,9 @@ def _is_good_run(data, start, past=0):
     the last one may be cut short, or at least a few of them, and beyond data[past]. The first
     one adds an item."""
     count = 0
+    data.seek(start)
     try:
-        for opcode, xid, item, end in read_records(_Slice(data, start)):
+        for opcode, xid, item, end in read_records(data, 4096):
             if not _is_believable(opcode, xid, item) or count == 0 and item is None:
                 return False
             count += 1
@@ -569,34 +571,37 @@ def _is_good_run(data, start, past=0):
     return count > 0
 
 
-class _Slice:
-    """Reads bytes from a position on, no more at a time than a run of records needs."""
+def find_damage(data):
+    """Yield (begin, end, how many items may have been there, why) of each damaged piece of a
+    journal file, which `data` is an mmap of."""
+    start = 0
+    while True:
+        last, offset, items, size = None, start, 0, 0
+        data.seek(start)
+        try:
+            for opcode, _, item, end in read_records(data):
+                if item is not None:
+                    last = offset if opcode == ADDX else None
+                    items += 1
+                    size += start + end - offset
+                offset = start + end
+            return
+        except Damage as damage:
+            torn = damage.torn
+            why = str(damage)
+        begin, end, lost = _delimit(data, offset, last, torn, size // items if items else 0)
+        yield begin, end, lost, why
+        start = end
 
-    def __init__(self, data, position):
-        self._data = data
-        self._position = position
 
-    def read(self, size):
-        piece = self._data[self._position:self._position + min(size, 4096)]
-        self._position += len(piece)
-        return piece
+def _delimit(data, begin, last, torn, mean):
+    """Where damaged bytes that reading came upon at `begin` begin and end, and how many items
+    may have stood there. last: where the last record that adds an item begins, if that is an
+    ADDX. mean: how long such records are here.
 
-
-def find_damage(data, damage):
-    """Where damaged bytes begin and end: (begin, end, how many items may stand in them).
-
-    data: a whole journal file. damage: what reading it came upon. The end is where records
-    can be read again, or the end of the file. The record before may be to blame: a size that
-    was changed leads the reader astray.
+    The end is where records can be read again, or the end of the file. That last record may
+    be to blame: a size that was changed leads the reader astray.
     """
-    begin = damage.offset
-    last, last_end, last_item, offset, sizes = None, 0, None, 0, []
-    with contextlib.suppress(Damage):
-        for opcode, _, item, end in read_records(io.BytesIO(data)):
-            if item is not None:
-                last, last_end, last_item = offset if opcode == ADDX else None, end, item
-                sizes.append(end - offset)
-            offset = end
     if last is not None:                     # it may have run over good ones
         for match in _LIKELY_START.finditer(data, last + 1, begin + 17):
             if match.start() < begin and _is_good_run(data, match.start(), past=begin):
@@ -607,18 +612,17 @@ def find_damage(data, damage):
             return begin, jump, 1
     end = next((match.start() for match in _LIKELY_START.finditer(data, begin + 1)
                 if _is_good_run(data, match.start())), len(data))
-    if end < len(data) and last is not None and last_end == begin:
+    if end < len(data) and last is not None:
         # Is this the rest of its data, its size being one bit wrong? Of the head of another
         # record a time would be left as a rule.
-        size, = struct.unpack_from("<i", data, last + 1)
-        if not _is_believable(ADDX, 0, last_item) or (
-                bin(size ^ (end - last - 5)).count("1") == 1
-                and not re.search(rb"[\1-\3]\0\0", data[begin:min(begin + 40, end)])):
+        size, add_time, expiry = _HEADS[ADDX].unpack_from(data, last + 1)
+        if begin == last + 5 + size and not _is_believable(ADDX, 0, Item(b"", add_time, expiry)
+                ) or bin(size ^ (end - last - 5)).count("1") == 1 and not re.search(
+                    rb"[\1-\3]\0\0", data[begin:min(begin + 40, end)]):
             return last, end, 1
-    if damage.torn and end == len(data) or end - begin < 21:
+    if torn and end == len(data) or end - begin < 21:
         return begin, end, 0
-    mean = sum(sizes) // len(sizes) if sizes else end - begin
-    return begin, end, max(1, (end - begin) // mean)
+    return begin, end, max(1, (end - begin) // (mean or end - begin))
 
 
 def _only_zeros(data, file):
@@ -627,6 +631,11 @@ def _only_zeros(data, file):
             return False
         data = file.read(_READ_SIZE)
     return True
+
+
+def _copy(data, begin, end, target):
+    for offset in range(begin, end, _STEP_SIZE):
+        target.write(data[offset:min(end, offset + _STEP_SIZE)])
 
 
 def _pack_head(item):
@@ -817,60 +826,55 @@ class Journal:
         with open(file.path, "rb") as source:
             yield from read_records(source)
 
-    def repair(self, file, damage):
+    def repair(self, file):
         """Cut what is damaged out of a file, and keep it in lost+found.
 
         In its place come records of items that have expired already, as many as may have
         been lost: each REMOVE of a lost item will take one of them, and not a good item.
         """
-        with open(file.path, "rb") as source:
-            with mmap.mmap(source.fileno(), 0, prot=mmap.PROT_READ) as data:
-                begin, end, lost = find_damage(data, damage)
-                kept = self._keep(file, data[begin:end], begin)
-                rest = data[end:]
-        stand_ins = _pack_head(LOST) * lost
-        where = "%d bytes cut off" % (end - begin)
-        if not rest and not lost:
-            os.truncate(file.path, begin)
-        else:
-            where = "%d bytes from byte %d on cut out" % (end - begin, begin)
-            if lost:
-                where += ", where %d items may have been," % lost
-            self._replace(file, begin, stand_ins + rest)
-        file.size = begin + len(stand_ins) + len(rest)
-        log.warning("%s: %s; %s and kept in %s", file.path, damage, where, kept)
+        with open(file.path, "rb") as source, mmap.mmap(
+                source.fileno(), 0, prot=mmap.PROT_READ) as data:
+            cuts = list(find_damage(data))
+            for begin, end, lost, why in cuts:
+                log.warning(
+                    "%s: %s; %d bytes cut out%s and kept in %s", file.path, why, end - begin,
+                    ", where %d items may have been," % lost if lost else "",
+                    self._keep(file, data, begin, end))
+            if len(cuts) == 1 and end == len(data) and not lost:      # a torn tail
+                os.truncate(file.path, begin)
+                file.size = begin
+            else:
+                self._cut_out(file, data, cuts)
 
-    def _keep(self, file, data, begin):
+    def _cut_out(self, file, data, cuts):
+        """Put what is left of the data in the place of a file."""
+        path = "%s~~%d" % (self.path, _now())
+        with open(path, "wb") as target:
+            done = 0
+            for begin, end, lost, _ in cuts:
+                _copy(data, done, begin, target)
+                target.write(_pack_head(LOST) * lost)
+                done = end
+            _copy(data, done, len(data), target)
+            file.size = target.tell()
+            target.flush()
+            os.fsync(target.fileno())
+        os.rename(path, file.path)
+        if file.fd is not None:
+            os.close(file.fd)
+            file.fd = _open_locked(file.path)
+
+    def _keep(self, file, data, begin, end):
         directory = os.path.join(self.directory, "lost+found")
         os.makedirs(directory, 0o700, exist_ok=True)
         for serial in itertools.count():
             kept = os.path.join(directory, "%s.%d.%d" % (
                 os.path.basename(file.path), begin, _now() + serial))
             with contextlib.suppress(FileExistsError), open(kept, "xb") as target:
-                target.write(data)
+                _copy(data, begin, end, target)
                 target.flush()
                 os.fsync(target.fileno())
                 return kept
-
-    def _replace(self, file, begin, rest):
-        """Put a file with other bytes from `begin` on in the place of one."""
-        path = "%s~~%d" % (self.path, _now())
-        fd = _open_locked(path, os.O_TRUNC)
-        with open(file.path, "rb") as source, open(path, "wb") as target:
-            left = begin
-            while left:
-                piece = source.read(min(left, _READ_SIZE))
-                target.write(piece)
-                left -= len(piece)
-            target.write(rest)
-            target.flush()
-            os.fsync(target.fileno())
-        os.rename(path, file.path)
-        if file.fd is not None:
-            os.close(file.fd)
-            file.fd = fd
-        else:
-            os.close(fd)
 
     def account(self, added, last_head, count):
         """After a replay: what waits in which file. added: how many items each file adds.
@@ -1636,8 +1640,8 @@ class Queue:
                 for file in self._replay():
                     pass
                 return
-            except Damage as damage:
-                self.journal.repair(file, damage)
+            except Damage:
+                self.journal.repair(file)
                 self.items.clear()
                 self.opens.clear()
                 self._behind = None
@@ -3236,15 +3240,15 @@ class Server:
             raise _cannot_listen(error, *address) from None
         Listener(self, self._socket, MemcacheSession)
         self.address = self._socket.getsockname()
-        log.info("listening on %s:%d for memcache clients; %d queues, %d items",
-                 self.address[0], self.address[1], len(self.broker.queues),
-                 sum(queue.count for queue in self.broker.queues.values()))
         self._plan_sweep()
 
     # -- one turn of the loop
 
     def run(self):
         """Serve until the broker is stopped, then stop cleanly."""
+        log.info("listening on %s:%d for memcache clients; %d queues, %d items",
+                 self.address[0], self.address[1], len(self.broker.queues),
+                 sum(queue.count for queue in self.broker.queues.values()))
         while not self.broker.stopping:
             self.turn()
         self._stop()

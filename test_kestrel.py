@@ -369,7 +369,7 @@ def test_a_torn_tail_is_cut_off_and_kept(tmp_path, caplog, kept):
     queue.add(b"third", now=NOW)
     assert contents(queue) == [b"first", b"third"]
     if torn:
-        assert "%d bytes cut off" % kept in caplog.text
+        assert "%d bytes cut out" % kept in caplog.text
         lost, = (tmp_path / "lost+found").iterdir()
         assert lost.name.startswith("q.%d." % len(good)) and lost.read_bytes() == torn
 
