@@ -429,6 +429,9 @@ _pack_addx = struct.Struct("<Biqq").pack
 _pack_addf = struct.Struct("<BiqqII").pack
 _pack_xid = struct.Struct("<Bi").pack
 
+# Nobody has been handed an item so often.
+_DELIVERIES_BELIEVED = 1000000
+
 _READ_SIZE = 1 << 20
 _MAX_VECTOR = 1024              # IOV_MAX: how many pieces one pwritev() takes
 _STEP_SIZE = 1 << 20            # how much of a long job is done at a time, in bytes
@@ -463,6 +466,7 @@ class Damage(Exception):
     def __init__(self, offset, why, torn):
         super().__init__("%s at byte %d" % (why, offset))
         self.offset = offset
+        self.why = why
         self.torn = torn
 
 
@@ -510,6 +514,8 @@ def read_records(file, piece=_READ_SIZE):
                 head = _HEADS[ADDF]
                 size, add_time, expiry, flags, deliveries = head.unpack_from(data, pos + 1)
                 smallest = 24
+                if deliveries >= _DELIVERIES_BELIEVED:       # an ADDX with a flipped bit
+                    raise Damage(base + pos, "impossible count of deliveries", torn=False)
             elif opcode in _HEADS:
                 head = _HEADS[opcode]
                 xid, size, add_time, expiry = head.unpack_from(data, pos + 1)
@@ -537,10 +543,6 @@ def read_records(file, piece=_READ_SIZE):
 # What a time must lie between to be believed after damage: 2005 and 2100.
 _TIMES_BELIEVED = range(1104537600000, 4102444800000)
 
-# So many good records in a row, the first one an item, are no accident.
-_RUN_BELIEVED = 3
-
-
 # Where a record that adds an item may begin: opcode, (xid,) size, a time to be believed.
 _LIKELY_START = re.compile(rb"(?=[\x02\x0a].{9}[\1-\3]\0\0|[\x07\x08].{13}[\1-\3]\0\0)", re.S)
 
@@ -549,26 +551,23 @@ def _is_believable(opcode, xid, item):
     if item is None:
         return opcode in (REMOVE, OPEN_NEXT) or xid > 0
     return opcode in (ADDX, ADDF, ADD_XID, CONTINUE) and (is_lost(item) or (
-        item.add_time in _TIMES_BELIEVED and item.deliveries < 1000000
+        item.add_time in _TIMES_BELIEVED
         and (item.expiry == 0 or item.expiry in _TIMES_BELIEVED)))
 
 
-def _is_good_run(data, start, past=0):
-    """Whether records can be read from data[start] on that are believable: to the end, where
-    the last one may be cut short, or at least a few of them, and beyond data[past]. The first
-    one adds an item."""
-    count = 0
+def _is_good(data, start, past=0):
+    """Whether records can be read from data[start] on that are believable, up to one that ends
+    beyond data[past] or the end of the file. The first one adds an item."""
     data.seek(start)
-    try:
+    first = True
+    with contextlib.suppress(Damage):
         for opcode, xid, item, end in read_records(data, 4096):
-            if not _is_believable(opcode, xid, item) or count == 0 and item is None:
+            if not _is_believable(opcode, xid, item) or first and item is None:
                 return False
-            count += 1
-            if count >= _RUN_BELIEVED and start + end > past:
+            if start + end > past:
                 return True
-    except Damage as damage:
-        return count > 0 and damage.torn
-    return count > 0
+            first = False
+    return False
 
 
 def find_damage(data):
@@ -579,16 +578,16 @@ def find_damage(data):
         last, offset, items, size = None, start, 0, 0
         data.seek(start)
         try:
-            for opcode, _, item, end in read_records(data):
+            for opcode, xid, item, end in read_records(data):
                 if item is not None:
-                    last = offset if opcode == ADDX else None
+                    last = offset, start + end, _is_believable(opcode, xid, item)
                     items += 1
                     size += start + end - offset
                 offset = start + end
             return
         except Damage as damage:
             torn = damage.torn
-            why = str(damage)
+            why = damage.why
         begin, end, lost = _delimit(data, offset, last, torn, size // items if items else 0)
         yield begin, end, lost, why
         start = end
@@ -596,29 +595,31 @@ def find_damage(data):
 
 def _delimit(data, begin, last, torn, mean):
     """Where damaged bytes that reading came upon at `begin` begin and end, and how many items
-    may have stood there. last: where the last record that adds an item begins, if that is an
-    ADDX. mean: how long such records are here.
+    may have stood there. last: of the last record that adds an item, if there is one, where it
+    begins and ends and whether it is believable. mean: how long such records are here.
 
     The end is where records can be read again, or the end of the file. That last record may
     be to blame: a size that was changed leads the reader astray.
     """
-    if last is not None:                     # it may have run over good ones
+    if last:                                 # it may have run over good ones
+        last, last_end, believable = last
         for match in _LIKELY_START.finditer(data, last + 1, begin + 17):
-            if match.start() < begin and _is_good_run(data, match.start(), past=begin):
+            if match.start() < begin and _is_good(data, match.start(),
+                                                  begin if believable else last):
                 return last, match.start(), 1
     if data[begin] not in _HEADS and len(data) - begin > 21:      # its opcode alone is wrong
         jump = begin + 5 + struct.unpack_from("<i", data, begin + 1)[0]
-        if begin + 21 <= jump < len(data) and _is_good_run(data, jump):
+        if begin + 21 <= jump < len(data) and _is_good(data, jump):
             return begin, jump, 1
     end = next((match.start() for match in _LIKELY_START.finditer(data, begin + 1)
-                if _is_good_run(data, match.start())), len(data))
+                if _is_good(data, match.start())), len(data))
     if end < len(data) and last is not None:
         # Is this the rest of its data, its size being one bit wrong? Of the head of another
         # record a time would be left as a rule.
-        size, add_time, expiry = _HEADS[ADDX].unpack_from(data, last + 1)
-        if begin == last + 5 + size and not _is_believable(ADDX, 0, Item(b"", add_time, expiry)
-                ) or bin(size ^ (end - last - 5)).count("1") == 1 and not re.search(
-                    rb"[\1-\3]\0\0", data[begin:min(begin + 40, end)]):
+        size, = struct.unpack_from("<i", data, last + 1)
+        if last_end == begin and not believable or (
+                data[last] == ADDX and bin(size ^ (end - last - 5)).count("1") == 1
+                and not re.search(rb"[\1-\3]\0\0", data[begin:min(begin + 40, end)])):
             return last, end, 1
     if torn and end == len(data) or end - begin < 21:
         return begin, end, 0
@@ -837,7 +838,8 @@ class Journal:
             cuts = list(find_damage(data))
             for begin, end, lost, why in cuts:
                 log.warning(
-                    "%s: %s; %d bytes cut out%s and kept in %s", file.path, why, end - begin,
+                    "%s: %s at byte %d; %d bytes cut out%s and kept in %s", file.path, why,
+                    begin, end - begin,
                     ", where %d items may have been," % lost if lost else "",
                     self._keep(file, data, begin, end))
             if len(cuts) == 1 and end == len(data) and not lost:      # a torn tail

@@ -9,11 +9,13 @@ bytes that go in and come out), then the server in a thread of this process with
 injected, and last the daemon as a process, over sockets, with signals and kill -9.
 """
 
+import bisect
 import collections
 import contextlib
 import copy
 import errno
 import functools
+import itertools
 import json
 import os
 import random
@@ -427,6 +429,33 @@ def test_what_follows_damage_stays_in_step(tmp_path):
     assert contents(load(tmp_path)) == [b"item%d" % number for number in range(3, 10)]
 
 
+def test_damage_at_random_places_of_a_large_journal(tmp_path):
+    """What was not hit is given, in order; of what was hit at most its own data is changed."""
+    chance = seeded()
+    items = [b"%06d" % number + bytes(chance.getrandbits(8) for _ in range(
+        int(2 ** chance.uniform(0, 14)))) for number in range(600)]
+    journal = bytearray(b"".join(map(addx, items)))
+    ends = list(itertools.accumulate(len(addx(item)) for item in items))
+    hit = set()
+    for place in sorted(chance.sample(range(1000, len(journal) - 200), 40), reverse=True):
+        length = chance.choice([1, 2, 8, 64])
+        hit.update(range(bisect.bisect(ends, place), bisect.bisect(ends, place + length) + 1))
+        kind = chance.choice(["flip", "zero", "cut", "insert"])
+        noise = bytes(chance.randrange(1, 256) for _ in range(length))
+        if kind == "flip":
+            noise = bytes(a ^ b for a, b in zip(noise, journal[place:]))
+        journal[place:place + length * (kind != "insert")] = {
+            "zero": bytes(length), "cut": b""}.get(kind, noise)
+    spool_of(tmp_path, q=bytes(journal))
+    found = contents(load(tmp_path))
+    numbers = [int(item[:6]) for item in found if item in set(items)]
+    assert numbers == sorted(set(numbers))
+    # A byte that was put in may read as a REMOVE, which takes one from the head.
+    assert set(range(3, len(items))) - set(numbers) <= hit
+    changed = [item for item in found if item not in set(items)]
+    assert len(changed) <= len(hit)
+
+
 def test_two_damaged_places_in_two_files(tmp_path, caplog):
     good = [addx(b"item%d" % number) for number in range(30)]
     files = []
@@ -440,6 +469,8 @@ def test_two_damaged_places_in_two_files(tmp_path, caplog):
         b"item%d" % number for number in range(30) if number % 10 not in (3, 7)]
     assert len(os.listdir(str(tmp_path / "lost+found"))) == 6
     assert caplog.text.count("kept in") == 6
+    for name in os.listdir(str(tmp_path / "lost+found")):
+        assert " at byte %s; " % name.split(".")[-2] in caplog.text
 
 
 def test_stand_ins_for_lost_items_are_given_to_nobody(tmp_path):
