@@ -998,7 +998,7 @@ class Life:
         queue = self.queue
         assert queue.count == len(self.waiting)
         assert queue.bytes == sum(map(len, self.waiting))
-        assert queue.memory == sum(len(item.data) for item in queue.items)
+        assert queue.memory == sum(len(item.data) + kestrel.ITEM_COST for item in queue.items)
         assert queue.memory <= self.settings["max_memory_size"] + sum(
             len(item.data) for item in queue.opens.values()) + 5000
 
