@@ -1000,7 +1000,7 @@ class Life:
         assert queue.bytes == sum(map(len, self.waiting))
         assert queue.memory == sum(len(item.data) + kestrel.ITEM_COST for item in queue.items)
         assert queue.memory <= self.settings["max_memory_size"] + sum(
-            len(item.data) for item in queue.opens.values()) + 5000
+            len(item.data) for item in queue.opens.values()) + 8000
 
     def check_disk(self):
         assert contents_of(self.path) == list(self.opens.values()) + list(self.waiting)
@@ -1126,16 +1126,16 @@ def test_loading_a_large_queue_tells_how_far_it_is(tmp_path, monkeypatch, caplog
 
 
 def test_read_behind_reads_in_large_pieces(tmp_path, monkeypatch):
-    queue = turn_queue(tmp_path, max_memory_size=1 << 20)
-    for number in range(5000):
+    queue = turn_queue(tmp_path, max_memory_size=4 << 20)
+    for number in range(15000):
         queue.add(b"x" * 1000, now=NOW)
     queue.write()
     reads = []
     real = os.pread
     monkeypatch.setattr(kestrel.os, "pread",
                         lambda fd, size, offset: reads.append(size) or real(fd, size, offset))
-    assert len(take(queue, 5000)) == 5000
-    assert len(reads) < 20 and min(reads) >= 1 << 19
+    assert len(take(queue, 15000)) == 15000
+    assert len(reads) < 20 and min(reads) >= 1 << 20
     queue.write()
     queue.close()
 
