@@ -999,8 +999,9 @@ class Life:
         assert queue.count == len(self.waiting)
         assert queue.bytes == sum(map(len, self.waiting))
         assert queue.memory == sum(len(item.data) + kestrel.ITEM_COST for item in queue.items)
-        assert queue.memory <= self.settings["max_memory_size"] + sum(
-            len(item.data) for item in queue.opens.values()) + 8000
+        assert sum(map(len, (item.data for item in queue.items))) <= (
+            self.settings["max_memory_size"] + 5000 + sum(
+                len(item.data) for item in queue.opens.values()))
 
     def check_disk(self):
         assert contents_of(self.path) == list(self.opens.values()) + list(self.waiting)
