@@ -41,6 +41,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import heapq
 import io
 import itertools
@@ -1295,6 +1296,7 @@ class Queue:
         self.later = later
         self.start = start or Queue._run_now
         self.bury = None                     # takes an expired item as (self, item)
+        self.sweep_limit = UNLIMITED         # how many expired ones a read drops at once
         self.items = collections.deque()     # what waits, the head first, as far as in memory
         self.opens = {}                      # xid -> item, the oldest open read first
         self.waiters = collections.OrderedDict()     # in order of coming; an ordered set
@@ -1346,7 +1348,7 @@ class Queue:
         if size > config.max_item_size:
             return False
         if self.count >= config.max_items or self.bytes >= config.max_size:
-            self.discard_expired(now)
+            self.discard_expired(now, min(config.max_expire_sweep, self.sweep_limit))
             while self.count >= config.max_items or self.bytes >= config.max_size:
                 if not config.discard_old_when_full or not self.count:
                     return False
@@ -1369,15 +1371,14 @@ class Queue:
 
     def remove(self, open=False, now=None):
         """Take the head item, or return None. `open`: only for a while; item.xid is then
-        the number by which it is to be confirmed or aborted."""
+        the number by which it is to be confirmed or aborted.
+
+        With a sweep_limit, None though there are items (`count`) means that so many at the
+        head have expired that it is to be called again."""
         if now is None:
             now = _now()
-        if not self.count:
+        if not self.count or self._is_expired(self._head(), now) and not self._sweep(now):
             return None
-        if self._is_expired(self._head(), now):
-            self.discard_expired(now, UNLIMITED)
-            if not self.count:
-                return None
         item = self._pop()
         self.age = max(0, now - item.add_time)
         if open:
@@ -1388,11 +1389,16 @@ class Queue:
         return item
 
     def peek(self, now=None):
-        """The head item, which stays where it is, or None."""
+        """The head item, which stays where it is, or None, as remove()."""
         now = _now(now)
-        if self.count and self._is_expired(self._head(), now):
-            self.discard_expired(now, UNLIMITED)
-        return self._head() if self.count else None
+        if not self.count or self._is_expired(self._head(), now) and not self._sweep(now):
+            return None
+        return self._head()
+
+    def _sweep(self, now):
+        """Drop what has expired before a read; whether there is an item for it then."""
+        self.discard_expired(now, self.sweep_limit)
+        return self.count and not self._is_expired(self._head(), now)
 
     def confirm(self, xid):
         """Finish an open read; False when there is none of that number."""
@@ -1467,10 +1473,11 @@ class Queue:
         while self.waiters:
             waiter = next(iter(self.waiters))
             item = self.peek(now) if waiter.peek else self.remove(waiter.open, now)
-            if item is None:
+            if item is not None:
+                del self.waiters[waiter]
+                waiter.deliver(item)
+            elif not self.count:             # else a run of expired ones went on
                 return
-            del self.waiters[waiter]
-            waiter.deliver(item)
 
     # -- the journal
 
@@ -1975,8 +1982,8 @@ STATUSES = {
     "QUIESCENT": (True, True),
 }
 
-# How many items or queues a sweep looks at before other work gets its turn.
-_SWEEP_STEP = 1000
+# How many items or queues a long job looks at before other work gets its turn.
+SWEEP_STEP = 1000
 
 
 class Broker:
@@ -2053,6 +2060,7 @@ class Broker:
                       self._unloaded.get(name, ()), self.dirty.append, self.later,
                       self._start, now)
         self._unloaded.pop(name, None)
+        queue.sweep_limit = SWEEP_STEP
         self._configure(queue)
         self.queues[name] = queue
         if "+" in name:
@@ -2119,15 +2127,20 @@ class Broker:
             self._configure(queue)
         log.info("reloaded %s", config.path or "the default settings")
 
+    def discard_expired(self, queue, now, limit=UNLIMITED):
+        """A long job: drop what has expired at the head of a queue. Yields how many, after
+        each piece of it."""
+        while limit > 0 and not queue.closed:
+            dropped = queue.discard_expired(now, min(limit, SWEEP_STEP))
+            if not dropped:
+                break
+            limit -= dropped
+            yield dropped
+
     def sweep(self, now):
         """A chore: drop what has expired, and queues older than their max_queue_age."""
         for count, queue in enumerate(list(self.queues.values()), 1):
-            left = queue.config.max_expire_sweep
-            while left > 0 and not queue.closed:
-                dropped = queue.discard_expired(now, min(left, _SWEEP_STEP))
-                if not dropped:
-                    break
-                left -= dropped
+            for _ in self.discard_expired(queue, now, queue.config.max_expire_sweep):
                 yield
             max_age = queue.config.max_queue_age
             if max_age and queue.create_time + max_age <= now and not (
@@ -2139,7 +2152,7 @@ class Broker:
                     log.error("queue %s: %s", queue.name, error)
                 self.stats.queue_expires += 1
                 self.stats.queue_deletes -= 1
-            if count % _SWEEP_STEP == 0:
+            if count % SWEEP_STEP == 0:
                 yield
 
     # -- what is to be written
@@ -2252,6 +2265,7 @@ class Broker:
 #   touched    (queue, index in out, count, whole) of each answer that rests on a journal
 #   held       set by the server while answers wait for an fsync: nothing more is parsed
 #   timeout    milliseconds from now at which time_out() is to be called, then None again
+#   job        a long command in hand, of which resume() does a piece; for the next turn
 #   closing    nothing more is parsed; close when `out` has been sent
 
 # The longest command line, without its end, in bytes.
@@ -2332,6 +2346,7 @@ class MemcacheSession:
         self.timeout = None
         self.held = False
         self.closing = False
+        self.job = None
         self.waiter = None              # the Waiter, and the queue it waits for
         self.queue = None
         self.open_reads = {}            # queue -> its open xids here, the oldest first
@@ -2356,10 +2371,14 @@ class MemcacheSession:
             self.resume(now)
 
     def resume(self, now):
-        """Go on with what can be done, after a wait or with new input."""
-        if self.is_stalled():
+        """Go on with what can be done: in the next turn, after a wait, or with new input."""
+        if self.held or self.closing:
             return
         try:
+            if self.job:
+                self._work()
+            if self.is_stalled():
+                return
             if self._keys:
                 self._read_keys(now)
             elif self._monitor:
@@ -2377,8 +2396,22 @@ class MemcacheSession:
 
     def is_stalled(self):
         """Whether the next command has to wait."""
-        return (self.waiter is not None or self.held or self.closing
+        return (self.waiter is not None or self.job is not None or self.held or self.closing
                 or self.out_bytes > OUTPUT_LIMIT)
+
+    def _begin(self, job):
+        """Do a command in pieces, each in a turn of its own: `job` is a generator."""
+        self.job = job
+        self._work()
+
+    def _work(self):
+        try:
+            next(self.job)
+        except StopIteration:
+            self.job = None
+        except OSError:
+            self.job = None
+            raise
 
     def backlog(self):
         """Bytes that came and have not been parsed, though they could be but for a wait."""
@@ -2388,7 +2421,7 @@ class MemcacheSession:
         """Run the commands in `data`; the position up to which it has been used."""
         pos = 0
         words = []
-        while not (self.waiter or self.held or self.closing
+        while not (self.waiter or self.job or self.held or self.closing
                    or self.out_bytes > OUTPUT_LIMIT):
             try:
                 if self._block:
@@ -2449,8 +2482,8 @@ class MemcacheSession:
         {queue: OSError}. since: which entry of `touched` is the first to look at."""
         for queue, index, count, whole in self.touched[since:]:
             if queue in failed:
-                if index == len(self.out) and count:   # a close whose next read still waits
-                    self._give_up_read()
+                if index == len(self.out) and count:   # of a command that is still in hand
+                    self._give_up()
                 error = "SERVER_ERROR %s\r\n" % _why(failed[queue])
                 # In a get of many keys a queue that failed is passed over instead.
                 self.out[index:index + count] = (
@@ -2462,10 +2495,12 @@ class MemcacheSession:
             if mine:
                 self.open_reads[queue] = mine
 
-    def _give_up_read(self):
-        """Leave the get that waits unanswered."""
-        self.queue.cancel(self.waiter)
-        self.waiter = None
+    def _give_up(self):
+        """End the command in hand, a read that waits or a job, without its answer."""
+        if self.waiter:
+            self.queue.cancel(self.waiter)
+            self.waiter = None
+        self.job = None
         self._keys = []
         self.out.append(b"")
 
@@ -2479,6 +2514,7 @@ class MemcacheSession:
     def close(self, now):
         """The client has gone: its open reads go back to their queues."""
         self.closing = True
+        self.job = None
         if self.waiter:
             self.queue.cancel(self.waiter)
             self.waiter = None
@@ -2578,7 +2614,7 @@ class MemcacheSession:
                         raise
                     log.error("get of many keys: %s", _why(error))
                     item = None
-                if self.waiter:
+                if self.waiter or self.job:
                     return
                 self._give(self._keys.pop(), item)
         except (Refused, OSError):
@@ -2588,7 +2624,8 @@ class MemcacheSession:
             self.out.append(b"END\r\n")
 
     def _read(self, key, now):
-        """Do what one key asks for. Returns the item or None; sets `waiter` for a wait."""
+        """Do what one key asks for. Returns the item or None; sets `waiter` for a wait, `job`
+        to be called again."""
         broker = self.broker
         if key.close or key.abort:
             self.queue = queue = broker.find(key.name)
@@ -2599,11 +2636,9 @@ class MemcacheSession:
         if broker.refuses_reads:
             self._check_reads()
         if key.peek:
-            broker.stats.cmd_peek += 1
             self.queue = queue = broker.find(key.name)
             item = queue.peek(now) if queue else None
         else:
-            broker.stats.cmd_get += 1
             self.queue = queue = broker.queues.get(key.name) or broker.queue(key.name, now)
             if queue is None or key.name in broker.config.aliases:
                 return None
@@ -2611,6 +2646,14 @@ class MemcacheSession:
             if reads:
                 self._check_opens(key, reads)
             item = queue.remove(key.open, now)
+        if item is None and queue and queue.count:     # a long run of expired ones
+            self.job = broker.discard_expired(queue, now)
+            self._keys[-1] = key._replace(close=False, abort=False)
+            return None
+        if key.peek:
+            broker.stats.cmd_peek += 1
+        else:
+            broker.stats.cmd_get += 1
         if item is not None:
             broker.stats.get_hits += not key.peek
         elif key.wait > 0 and queue:
@@ -2716,8 +2759,11 @@ class MemcacheSession:
                     len(self.open_reads.get(self.queue, ())) >= limit):
                 self._show(None)
                 return
-            self.broker.stats.cmd_get += 1
             item = self.queue.remove(True, now)
+            if item is None and self.queue.count:      # a long run of expired ones
+                self.job = self.broker.discard_expired(self.queue, now)
+                return
+            self.broker.stats.cmd_get += 1
             if item is None:
                 self._wait(True)
                 return
@@ -2766,32 +2812,45 @@ class MemcacheSession:
 
     def _flush_all(self, words, now):
         self._check_writes()
-        queues = list(self.broker.queues.values())
-        for queue in queues:
-            queue.flush()
+        self._begin(self._flush_each(words))
+
+    def _flush_each(self, words):
+        for queue in list(self.broker.queues.values()):
+            if queue.count:
+                queue.flush()
+                self._rest_on(queue)
+                yield
         stock = self.broker.config.server.flush_all_reply == "memcached"
-        self._reply(words, b"OK\r\n" if stock else b"Flushed all queues.\r\n", *queues)
+        self._reply(words, b"OK\r\n" if stock else b"Flushed all queues.\r\n")
 
     def _flush_expired(self, words, now):
         queue = self._queue_of(words)
         self._check_writes()
-        self._discard_expired([queue] if queue else [], now)
+        self._begin(self._discard_expired([queue] if queue else [], now))
 
     def _flush_all_expired(self, words, now):
         self._check_writes()
-        self._discard_expired(list(self.broker.queues.values()), now)
+        self._begin(self._discard_expired(list(self.broker.queues.values()), now))
 
     def _discard_expired(self, queues, now):
-        count = sum([queue.discard_expired(now, UNLIMITED) for queue in queues])
-        self._say(b"%d\r\n" % count, *queues)
+        total = 0
+        for queue in queues:
+            for dropped in self.broker.discard_expired(queue, now):
+                total += dropped
+                self._rest_on(queue)
+                if dropped >= SWEEP_STEP:
+                    yield
+        self._say(b"%d\r\n" % total)
+
+    def _rest_on(self, queue):
+        """The answer that is to come rests on the journal of a queue."""
+        self.touched.append((queue, len(self.out), 1, True))
 
     def _stats(self, words, now):
-        broker = self.broker
-        lines = broker.server_stats(now)
-        for name, queue in sorted(broker.queues.items()):
-            lines += [("queue_%s_%s" % (name, key), value)
-                      for key, value in broker.queue_stats(queue)]
-        self._say(_lines("STAT %s %s" % line for line in lines))
+        self._say_pairs("STAT %s %s", self.broker.server_stats(now))
+        self._begin(self._list(sorted(self.broker.queues), lambda queue: self._say_pairs(
+            "STAT queue_%s_%%s %%s" % queue.name.replace("%", "%%"),
+            self.broker.queue_stats(queue))))
 
     def _dump_stats(self, words, now):
         self._dump(words, self.broker.queue_stats)
@@ -2801,14 +2860,25 @@ class MemcacheSession:
             line.split(" = ", 1) for line in queue.config.lines()])
 
     def _dump(self, words, pairs):
-        lines = []
+        def dump(queue):
+            self._say(os.fsencode("queue '%s' {\r\n" % queue.name))
+            self._say_pairs("  %s=%s", pairs(queue))
+            self._say(b"}\r\n")
         names = [os.fsdecode(word) for word in words[1:]] or sorted(self.broker.queues)
-        for name in names:
-            queue = self.broker.find(name)
-            if queue:
-                lines += ["queue '%s' {" % name, *("  %s=%s" % tuple(pair)
-                                                  for pair in pairs(queue)), "}"]
-        self._say(_lines(lines))
+        self._begin(self._list(names, dump))
+
+    def _list(self, names, say):
+        """A job: say something of each of these queues, some in each turn."""
+        for count, name in enumerate(names, 1):
+            queue = self.broker.queues.get(name)
+            if queue and name not in self.broker.config.aliases:
+                say(queue)
+            if count % (SWEEP_STEP // 10) == 0:
+                yield
+        self._say(b"END\r\n")
+
+    def _say_pairs(self, line, pairs):
+        self._say(os.fsencode("".join([(line + "\r\n") % tuple(pair) for pair in pairs])))
 
     def _reload(self, words, now):
         try:
@@ -2847,10 +2917,6 @@ class MemcacheSession:
         if words and words[0].startswith(b"\x80"):
             raise Refused("ERROR the binary protocol is not spoken here", close=True)
         self._reply(words, b"ERROR\r\n")
-
-
-def _lines(lines):
-    return os.fsencode("".join(line + "\r\n" for line in [*lines, "END"]))
 
 
 _COMMANDS = {
@@ -2981,7 +3047,8 @@ class Connection:
 
     def is_idle(self):
         """Whether the next word is the client's."""
-        return not (self.session.waiter or self.session.out or self.holds or self._unsent)
+        return not (self.session.waiter or self.session.job or self.session.out or self.holds
+                    or self._unsent)
 
     def ready(self, mask):
         """The socket can be read or written."""
@@ -3028,6 +3095,8 @@ class Connection:
                 self._set_alarm()
         elif session.waiter and self._alarm is None:   # a monitor that waits once more
             self._set_alarm()
+        if session.job:
+            self.server.working.append(self)
         paused = session.backlog() > _CHUNK
         if paused == bool(self._watched & selectors.EVENT_READ):
             self._watch(self._watched ^ selectors.EVENT_READ)
@@ -3149,6 +3218,7 @@ class Connection:
         if not self.closed:
             self.closed = True
             self.session.close(self.server.now)
+            self.session.wake = None         # no cycle is left for a garbage collector
             self._watch(0)
             for alarm in filter(None, (self._alarm, self.idle_alarm)):
                 self.server.timers.cancel(alarm)
@@ -3224,6 +3294,7 @@ class Server:
         self.connections = set()
         self.active = []                 # connections that may have something to send
         self.woken = []                  # connections whose sessions can go on
+        self.working = []                # connections whose sessions have a job in hand
         self.mono = time.monotonic()
         self.now = _now()
         self.reload_wanted = False
@@ -3265,7 +3336,8 @@ class Server:
     def turn(self):
         """Wait for events and see to all of them."""
         broker = self.broker
-        busy = broker.dirty or broker.chores or self.woken or self.active or self._synced_some
+        busy = (broker.dirty or broker.chores or self.woken or self.working or self.active
+                or self._synced_some)
         events = self.selector.select(0 if busy else self.timers.wait(time.monotonic()))
         self.mono = time.monotonic()
         self.now = _now()
@@ -3284,6 +3356,9 @@ class Server:
         if self.reload_wanted:
             self.reload_wanted = False
             self._reload()
+        working, self.working = self.working, []
+        for connection in working:
+            connection.resume()
         self._resume_woken()
         self._commit()
 
@@ -3559,6 +3634,9 @@ def main(arguments=None):
         print("kestrel.py: %s" % (error.strerror or error), file=sys.stderr)
         return 1
     _handle_signals(server)
+    # A collection looks at every item in memory, for a tenth of a second with half a million
+    # of them, and finds nothing: what is let go of here is in no cycle.
+    gc.disable()
     server.run()
     return 0
 

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import errno
 import functools
+import gc
 import itertools
 import json
 import os
@@ -1632,6 +1633,8 @@ class Talk:
         assert not self.broker.commit(self.now)[1]
         session = self.session(name)
         session.resume(self.now)
+        while session.job:
+            session.resume(self.now)
         answer = b"".join(session.take()).decode("latin-1")
         session.out_bytes = 0
         return answer + ("✂" if session.closing else "")
@@ -2122,6 +2125,76 @@ def test_an_alias_that_hides_a_fanout_child(tmp_path):
     spool_of(spool, **{"orders+audit": addx(b"x")})
     talk = Talk(tmp_path, "[alias orders+audit]\ndestination_queues = a\n")
     assert talk(set_("orders", "1")) == "STORED\r\n"
+
+
+@pytest.mark.parametrize("ask, answer", [
+    ("get q\r\n", "VALUE q 0 4\r\nlast\r\nEND\r\n"),
+    ("get q/t=50\r\n", "VALUE q/t=50 0 4\r\nlast\r\nEND\r\n"),
+    ("get q/peek\r\n", "VALUE q/peek 0 4\r\nlast\r\nEND\r\n"),
+    ("get none q/open\r\n", "VALUE q/open 0 4\r\nlast\r\nEND\r\n"),
+    ("monitor q 0 1\r\n", "VALUE q 0 4\r\nlast\r\nEND\r\nEND\r\n"),
+    ("flush_expired q\r\n", "2500\r\n"),
+    ("flush_all_expired\r\n", "2500\r\n"),
+])
+def test_a_mass_expiry_is_dropped_some_in_each_turn(talk, monkeypatch, ask, answer):
+    """However many have expired, no turn drops more than a thousand, and a read that meets
+    them is answered with what is behind them."""
+    talk("get none\r\n")
+    route = talk.broker.route(b"q", NOW)
+    for number in range(2500):
+        talk.broker.put(route, b"%d" % number, 0, NOW + 1, NOW)
+    talk.broker.put(route, b"last", 0, 0, NOW)
+    talk.broker.commit(NOW)
+    talk.now += 10
+    session = talk.session()
+    session.feed(ask.encode(), talk.now)
+    queue = talk.broker.queues["q"]
+    dropped = [2501 - queue.count]
+    while session.job:
+        assert not talk.broker.commit(talk.now)[1]
+        before = queue.count
+        session.resume(talk.now)
+        dropped.append(before - queue.count)
+    assert max(dropped) <= 1001 and sum(dropped) >= 2500
+    assert talk("version\r\n") == answer + "VERSION 1.0.0\r\n"
+    assert talk.broker.stats.cmd_get == 1 + ask.startswith(("get", "monitor")) * (
+        "peek" not in ask) + ask.startswith("get none")
+
+
+def test_a_get_that_closes_meets_a_mass_expiry(talk):
+    """The read that it closes is closed once, though the get goes on in later turns."""
+    for data in ("1", "2"):
+        talk(set_("q", data) + "get q/open\r\n")
+    route = talk.broker.route(b"q", NOW)
+    for number in range(2500):
+        talk.broker.put(route, b"late", 0, NOW + 1, NOW)
+    talk.now += 10
+    assert talk("get q/close/open\r\n") == "END\r\n"
+    assert [item.data for item in talk.broker.queues["q"].opens.values()] == [b"2"]
+
+
+def test_a_flush_of_many_queues_of_which_one_fails(talk, disk):
+    for name in "abc":
+        talk(set_(name, "1"))
+    session = talk.session()
+    session.feed(b"flush_all\r\n", NOW)
+    for failing in ({}, {"pwritev": errno.ENOSPC}, {}):
+        disk.failing = failing
+        session.fail(talk.broker.commit(NOW)[1])
+        session.resume(NOW)
+    assert b"".join(session.take()) == b"SERVER_ERROR b: No space left on device\r\n"
+    assert [items_of(talk.broker, name) for name in "abc"] == [[], [b"1"], [b"1"]]
+
+
+def test_a_client_that_leaves_amid_a_job(talk):
+    for number in range(150):
+        talk("get q%d\r\n" % number)
+    session = talk.session("other")
+    session.feed(b"stats\r\n", NOW)
+    assert session.job
+    session.close(NOW)
+    session.resume(NOW)
+    assert not session.job
 
 
 def test_expire_to_queue_taken_away_while_items_are_on_the_way(talk, tmp_path):
@@ -2879,6 +2952,37 @@ def test_idle_timers_go_with_their_connection(serve):
         server.client().close()
     until(lambda: client.stats()["curr_connections"] == "1")
     assert len(server.server.timers._heap) < 10
+
+
+def test_what_clients_leave_behind_is_in_no_cycle(serve):
+    """The daemon runs without the garbage collector."""
+    server = serve()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for _ in range(3):
+            leaver, stayer = server.client(), server.client()
+            assert stayer.put("q", b"1") == "STORED\r\n"
+            assert leaver.get("q/open") == b"1"
+            leaver.close()
+            assert stayer.get("q/t=5000") == b"1"
+            assert stayer.get("q/t=5") is None
+            assert stayer.ask("nonsense\r\n") == "ERROR\r\n"
+            assert stayer.ask("delete q\r\n") == "DELETED\r\n"
+            stayer.send("get q/t=5000\r\n")
+            until(lambda: "q" in server.server.broker.queues
+                  and server.server.broker.queues["q"].waiters)
+            stayer.close()
+            until(lambda: not server.server.connections)
+        gc.collect()
+        kept = {type(thing).__name__ for thing in gc.garbage
+                if type(thing).__module__ == "kestrel"}
+        assert not kept
+    finally:
+        gc.enable()
+        gc.set_debug(0)
+        gc.garbage.clear()
 
 
 def test_a_queue_deleted_under_the_server(serve, tmp_path):
