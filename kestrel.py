@@ -2949,6 +2949,9 @@ _COMMANDS = {
 # Sockets, time, fsync, signals: the loop that feeds the sessions and sends their answers.
 # Knows nothing of records or of command words.
 
+# How long a journal must have been written without a failure to be called well.
+_CALM_SECONDS = 3
+
 # How much is read from a socket at a time, and how much unparsed input a session that
 # waits may pile up before its socket is left alone.
 _CHUNK = 1 << 16
@@ -3218,7 +3221,7 @@ class Connection:
         if not self.closed:
             self.closed = True
             self.session.close(self.server.now)
-            self.session.wake = None         # no cycle is left for a garbage collector
+            self.session.wake = lambda: None     # no cycle is left for a garbage collector
             self._watch(0)
             for alarm in filter(None, (self._alarm, self.idle_alarm)):
                 self.server.timers.cancel(alarm)
@@ -3302,7 +3305,8 @@ class Server:
         self._planned = set()            # queues whose fsync has a time set
         self._wanted = {}                # queue -> connections that wait for its next fsync
         self._running = {}               # queue -> connections that wait for the one running
-        self._failing = {}               # queue -> whether a recovery is planned
+        self._failing = {}               # queue -> when writing its journal failed last
+        self._recovering = set()         # queues whose recovery is planned
         address = (config.server.listen_address, config.server.memcache_port)
         self._socket = _bind(*address)
         self._spool = _lock_spool(os.path.abspath(config.server.queue_path))
@@ -3505,20 +3509,22 @@ class Server:
         """Say that a journal cannot be written, once, and see to it in a while."""
         if queue not in self._failing:
             log.error("the journal of %s cannot be written: %s", queue.name, _why(error))
-        if not self._failing.get(queue):
-            self._failing[queue] = True
+        self._failing[queue] = self.mono
+        if queue not in self._recovering:
+            self._recovering.add(queue)
             self.later(RETRY_MS, functools.partial(self._recover, queue))
 
     def _note_success(self, queue):
-        if self._failing.pop(queue, None) is not None:
+        # With a disk on the brink, one write fails and the next does not, over and over.
+        if self._failing and self.mono > self._failing.get(queue, self.mono) + _CALM_SECONDS:
+            del self._failing[queue]
             log.info("the journal of %s is written again", queue.name)
 
     def _recover(self, queue):
+        self._recovering.discard(queue)
         if queue.closed:
             self._failing.pop(queue, None)
         else:
-            if queue in self._failing:
-                self._failing[queue] = False
             queue.recover(self.now)
 
     # -- the end
