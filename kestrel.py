@@ -659,6 +659,12 @@ def _open_locked(path, flags=0):
     return fd
 
 
+def _discard(path):
+    """Delete an unfinished file. What stays, on a disk that fails, goes at the next start."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 def _write_all(fd, chunks, offset):
     """Write the byte strings `chunks` at `offset`, however often the kernel stops short."""
     # Up to a megabyte joining is cheaper than a long vector; copying more is not.
@@ -810,6 +816,7 @@ class Journal:
         self.broken = False                  # an fsync failed: written anew before all else
         self.torn = False                    # a file of them is
         self._unsynced = set()               # files written to since descriptors()
+        self._in_doubt = []                  # those that were to be fsynced last
         self.wanted = None                  # what pack() is to do next
 
     @property
@@ -971,20 +978,24 @@ class Journal:
 
     def checkpoint(self):
         """What go_back() needs to undo all that is written from now on."""
-        return [(file, file.size, file.waiting) for file in self.files]
+        return self.wanted, {file: (file.size, file.waiting) for file in self.files}
 
     def go_back(self, checkpoint, count):
         """Cut the files back to a checkpoint, at which `count` items waited."""
-        files = [file for file, _, _ in checkpoint]
-        self.passed = [file for file in self.passed if file not in files]
-        added = [file for file in self.files if file not in files]
-        for file, size, waiting in checkpoint + [(file, 0, 0) for file in added]:
-            file.waiting = waiting
+        wanted, known = checkpoint
+        files = self.passed + self.files
+        # Those that pack() has replaced since are not needed any more.
+        first = min((files.index(file) for file in known if file in files),
+                    default=len(self.passed))
+        if first < len(self.passed):
+            self.wanted = wanted
+        self.passed, self.files = files[:first], files[first:]
+        for file in self.files:
+            size, file.waiting = known.get(file, (0, 0))
             if size < file.size:
                 self._cut_back(file, size)
-        self.files = files + added
-        if len(files) == 1:
-            files[0].waiting = count
+        if len(known) == 1:
+            self.files[0].waiting = count
 
     # -- fsync
 
@@ -994,6 +1005,7 @@ class Journal:
         fds = []
         # The oldest first: what is done to the head in one file builds on those before it.
         files = [file for file in self.passed + self.files if file in self._unsynced]
+        self._in_doubt = files
         try:
             for file in files:
                 fds.append(os.dup(file.fd))
@@ -1038,7 +1050,7 @@ class Journal:
                 raise
         except OSError:
             os.close(fd)
-            os.unlink(fresh)
+            _discard(fresh)
             raise
         old.path, old.number = "%s.%d" % (self.path, number), number
         if len(self.files) == 1:
@@ -1104,7 +1116,7 @@ class Journal:
             os.rename(path, "%s.%d.pack" % (self.path, number))
         except BaseException:                # also when the queue is deleted meanwhile
             os.close(pack.fd)
-            os.unlink(path)
+            _discard(path)
             raise
         os.close(pack.fd)
         pack.fd = None
@@ -1144,24 +1156,32 @@ class Journal:
     def copy_anew(self):
         """A chore like pack(): copy every file that may not have reached the disk to a fresh
         one that will, after a failed fsync."""
-        for file in [file for file in self.files if file.fd is not None]:
+        for file in self.passed + self.files:
+            if file not in self._unsynced and file not in self._in_doubt:
+                continue
             path = "%s~~%d" % (self.path, _now())
-            fd = _open_locked(path, os.O_TRUNC)
+            source = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                for offset in range(0, file.size, _STEP_SIZE):
-                    size = min(_STEP_SIZE, file.size - offset)
-                    _write_all(fd, [os.pread(file.fd, size, offset)], offset)
-                    yield None
-                yield [os.dup(fd)]
-                os.rename(path, file.path)
-            except BaseException:
-                os.close(fd)
-                os.unlink(path)
-                raise
-            os.close(file.fd)
+                fd = _open_locked(path, os.O_TRUNC)
+                try:
+                    for offset in range(0, file.size, _STEP_SIZE):
+                        size = min(_STEP_SIZE, file.size - offset)
+                        _write_all(fd, [os.pread(source, size, offset)], offset)
+                        yield None
+                    yield [os.dup(fd)]
+                    os.rename(path, file.path)
+                except BaseException:
+                    os.close(fd)
+                    _discard(path)
+                    raise
+            finally:
+                os.close(source)
+            if file.fd is not None:
+                os.close(file.fd)
             file.fd = fd
             file.torn = False
         yield [self.directory_fd()]
+        self._unsynced.clear()
 
     # -- the end
 
@@ -1196,16 +1216,17 @@ class ReadBehind:
         while not items:
             if self._file not in self._journal.passed + self._journal.files:
                 self._next_file()            # packed since; there was nothing left in it
+            left = self._file.size - self._offset        # what a failed write left may follow
             fd = os.open(self._file.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                data = os.pread(fd, size, self._offset)
+                data = os.pread(fd, min(size, left), self._offset)
             finally:
                 os.close(fd)
-            done = 0
+            done, skip = 0, self._skip
             try:
                 for _, _, item, done in read_records(io.BytesIO(data)):
-                    if item is not None and self._skip:
-                        self._skip -= 1
+                    if item is not None and skip:
+                        skip -= 1
                     elif item is not None:
                         items.append(item)
                         if len(items) == most:
@@ -1213,10 +1234,11 @@ class ReadBehind:
             except Damage as damage:
                 if not damage.torn:
                     raise OSError(errno.EIO, str(damage), self._file.path) from None
+            self._skip = skip
             self._offset += done
             if done:
                 continue
-            if len(data) < size:
+            if len(data) == left:
                 self._next_file()
             else:
                 size *= 2                    # a record larger than the piece
@@ -1318,12 +1340,14 @@ class Queue:
         self._overdue = []                   # xids whose time is over
         self._behind = None                  # the ReadBehind of what is not in memory
         self._fresh = collections.deque()    # added since the last write, while behind
+        self._troubled = False               # a chore has failed, and none has not since
         self._chore = None                   # the one that packs the journal, or copies it
         self._resting = False                # too soon for the next compaction,
         self._floor = 0                      # or, used alone, too little since this size
         self._pack_mark = 0                  # what `safe` must have reached for packing
         self._started_over = False           # renew() has got so far
-        self._failed_chore = False           # to be tried again after the next write
+        self._retry = None                   # a chore has failed; stands for its next try,
+        self._retry_due = False              # which comes after the next write
         self.journal = None
         if path is not None and self.config.keep_journal:
             self.journal = Journal(path, name, older)
@@ -1499,8 +1523,8 @@ class Queue:
             except OSError:
                 journal.ops = []
                 self._undo(ops)
-                if self._failed_chore or journal.broken and not self.later:
-                    self._try_again()
+                if self._retry_due or self._retry and not self.later:
+                    self._try_again(self._retry)
                 raise
             self._fresh.clear()
             if self.config.sync_journal == 0 or self._unsynced:
@@ -1510,9 +1534,9 @@ class Queue:
                 self._orphans.clear()
             if passed:
                 self._pack_mark = self.remembered
-        if self._failed_chore:
-            self._try_again()
-        elif self._chore is None:
+        if self._retry_due:
+            self._try_again(self._retry)
+        else:
             self._compact()
 
     def begin_sync(self):
@@ -1527,8 +1551,7 @@ class Queue:
         if not self._unsynced:
             self._orphans.clear()
         self._checkpoint = self._next_checkpoint
-        if self._chore is None:
-            self._compact()
+        self._compact()
 
     def is_unsafe(self):
         """Whether there are remembered changes."""
@@ -1544,6 +1567,7 @@ class Queue:
     def sync_failed(self):
         """An fsync failed: undo the changes that were to wait for it, and have the rest
         written anew, since the kernel may have dropped any of it."""
+        self._end_chore()
         self.safe += len(self._unsynced)
         undone = bool(self._unsynced)
         ops = self._unsynced + self.journal.ops
@@ -1740,8 +1764,8 @@ class Queue:
         current = journal.current
         alone = len(journal.files) == 1 and not journal.passed
         total = current.size if alone else journal.total_size()
-        if journal.broken or journal.ops:    # the next write will see to it
-            return
+        if self._chore or self._retry or journal.broken or journal.ops:
+            return                           # the next write, or the end of that, comes here
         try:
             if not self.count and not self.opens and not self._unsynced:
                 if total >= config.default_journal_size:
@@ -1785,23 +1809,28 @@ class Queue:
             was_broken = self.journal.broken
             self.journal.broken = self._started_over = False
             self._chore = None
+            self._troubled = False
             self._floor = self.journal.total_size()
             self._compact()
             if was_broken:
                 self.recover()
 
     def _chore_failed(self, error):
-        log.error("%s: not rewritten: %s", self.journal.path, error.strerror)
+        if not self._troubled:
+            log.error("%s: not rewritten: %s", self.journal.path, error.strerror)
+        self._troubled = True
+        self._chore = None
+        self._retry = object()
         if self.later:
-            self.later(RETRY_MS, self._try_again)
+            self.later(RETRY_MS, functools.partial(self._try_again, self._retry))
 
-    def _try_again(self):
-        if self.closed:
+    def _try_again(self, retry):
+        if self.closed or retry is not self._retry:
             return
         # What is in memory must be what has been written: else write() comes back to it.
-        self._failed_chore = bool(self.journal.ops)
-        if not self._failed_chore:
-            self._chore = None
+        self._retry_due = bool(self.journal.ops)
+        if not self._retry_due:
+            self._retry = None
             if self.journal.broken:
                 self.renew()
             else:
@@ -1809,6 +1838,8 @@ class Queue:
 
     def _end_chore(self):
         chore, self._chore = self._chore, None
+        self._retry = None
+        self._retry_due = False
         if chore:
             chore.close()
 
@@ -1851,6 +1882,9 @@ class Queue:
     def _pop(self):
         if self._behind and self.memory <= self.config.max_memory_size // 2:
             self._refill()
+        return self._take()
+
+    def _take(self):
         item = self.items.popleft()
         size = len(item.data)
         self.count -= 1
@@ -1929,7 +1963,7 @@ class Queue:
                 self._push(self.opens.pop(xid))
                 self._stop_alarm(xid)
             elif opcode == UNREMOVE:
-                self.opens[xid] = self._pop()
+                self.opens[xid] = self._take()
                 self._start_alarm(xid)
             elif opcode == CONFIRM:
                 self.opens[xid] = item
@@ -3487,9 +3521,8 @@ class Server:
                 continue
             try:
                 fds, count = queue.begin_sync()
-            except OSError as error:                   # no descriptors left: later
-                self._note_failure(queue, error)
-                self._wanted[queue] = self._running.pop(queue)
+            except OSError as error:                   # no descriptors left
+                self._synced(queue, 0, error)
             else:
                 self._syncer.submit(fds, functools.partial(self._synced, queue, count))
 
