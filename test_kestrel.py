@@ -2883,7 +2883,8 @@ def test_what_nobody_waits_for_is_fsynced_too(serve):
     server = serve("[queue]\nsync_journal = 0\nexpire_to_queue = late\n"
                    "[queue late]\nsync_journal = 0\n")
     client = server.client()
-    queue = server.server.broker.queue
+    assert [client.get(name) for name in ("q", "r", "late")] == [None] * 3
+    queue = server.server.broker.queues.get
     client.send("set q 0 0 1 noreply\r\nx\r\n" * 100)
     until(lambda: queue("q").count == 100 and not queue("q").is_unsafe())
     client.send("set r 0 -1 1\r\nx\r\nget r\r\n")
