@@ -2363,11 +2363,16 @@ def _number(word, what, close=False):
 Block = collections.namedtuple("Block", "key flags expiry size words")
 
 
-class MemcacheSession:
-    """One client of the memcache text protocol, as Kestrel speaks it.
+class Session:
+    """One client, in whatever protocol: its input, its answers, its open reads and waits.
 
     broker: a Broker. local: whether the client is on this machine. wake: called when the
     session has something to do or to say though it was not fed.
+
+    A protocol has _parse(data, now), which runs the commands in `data` and returns how far it
+    has got, _go_on(now), which goes on with a command that had to wait, _received(item), which
+    takes the item that a read has waited for or None, and _failure(why, answer), the bytes
+    that take the place of an answer.
     """
 
     def __init__(self, broker, local=True, wake=lambda: None):
@@ -2388,12 +2393,6 @@ class MemcacheSession:
         self._pieces = []               # input that has not been parsed,
         self._size = 0                  # its length, and the length from which on it is
         self._needed = 0                # worth looking at again
-        self._skip = 0                  # bytes of a refused data block still to come
-        self._block = None              # the Block of a command without its data yet
-        self._keys = []                 # ReadKeys still to be answered, the first one last
-        self._whole = True              # the get in hand has one key only
-        self._with_cas = False
-        self._monitor = None            # [name, number of items still wanted]
 
     # -- input
 
@@ -2413,10 +2412,7 @@ class MemcacheSession:
                 self._work()
             if self.is_stalled():
                 return
-            if self._keys:
-                self._read_keys(now)
-            elif self._monitor:
-                self._watch(now)
+            self._go_on(now)
         except (Refused, OSError) as error:
             self._refuse(error)
         if self._pieces and not self.is_stalled():
@@ -2450,6 +2446,131 @@ class MemcacheSession:
     def backlog(self):
         """Bytes that came and have not been parsed, though they could be but for a wait."""
         return self._size if self.is_stalled() else 0
+
+    # -- output
+
+    def _say(self, answer, *queues):
+        """Answer a command, one that changed these queues."""
+        for queue in queues:
+            self.touched.append((queue, len(self.out), 1, True))
+        self.out_bytes += len(answer)
+        self.out.append(answer)
+
+    def fail(self, failed, since=0):
+        """Answer with an error where a journal could not be written or fsynced. failed:
+        {queue: OSError}. since: which entry of `touched` is the first to look at."""
+        for queue, index, count, whole in self.touched[since:]:
+            if queue in failed:
+                if index == len(self.out) and count:   # of a command that is still in hand
+                    self._give_up()
+                # In a get of many keys a queue that failed is passed over instead.
+                if count:
+                    error = self._failure(_why(failed[queue]), self.out[index])
+                    self.out[index:index + count] = [
+                        error if whole else b""] + [b""] * (count - 1)
+        for queue in failed:
+            mine = [xid for other, xid in self._ended if other is queue]
+            mine += self.open_reads.pop(queue, ())
+            mine = [xid for xid in mine if xid in queue.opens]
+            if mine:
+                self.open_reads[queue] = mine
+
+    def _give_up(self):
+        """End the command in hand, a read that waits or a job, without its answer."""
+        if self.waiter:
+            self.queue.cancel(self.waiter)
+            self.waiter = None
+        self.job = None
+        self._forget()
+        self.out.append(b"")
+
+    def take(self):
+        """What is to be sent, which is then off the session's hands."""
+        out, self.out = self.out, []
+        self.touched.clear()
+        self._ended.clear()
+        return out
+
+    def close(self, now):
+        """The client has gone: its open reads go back to their queues."""
+        self.closing = True
+        self.job = None
+        if self.waiter:
+            self.queue.cancel(self.waiter)
+            self.waiter = None
+        for queue, xids in self.open_reads.items():
+            queue.abort(*xids, now=now, orphaned=True)
+        self.open_reads.clear()
+
+    # -- reads and writes
+
+    def _check_writes(self):
+        if self.broker.refuses_writes:
+            raise Refused("SERVER_ERROR the server is %s: nothing can be written"
+                          % self.broker.status.lower(), close=True)
+
+    def _check_reads(self):
+        if self.broker.refuses_reads:
+            raise Refused("SERVER_ERROR the server is %s: nothing can be read"
+                          % self.broker.status.lower(), close=True)
+
+    def _check_opens(self, plain=False):
+        """Whether the client may open one more read of the queue in hand, or read it plainly."""
+        # Some may have timed out, which the client cannot know.
+        reads = [xid for xid in self.open_reads.get(self.queue, ()) if xid in self.queue.opens]
+        limit = self.broker.config.server.max_open_transactions
+        if reads and plain:
+            raise Refused("ERROR close the open read of %s first" % self.queue.name, close=True)
+        if len(reads) >= limit:
+            raise Refused("ERROR too many open reads of %s; limit=%d" % (self.queue.name, limit),
+                          close=True)
+
+    def _end_reads(self, queue, count, confirm, now, whole=True):
+        """Close or abort the oldest open reads of a queue here; the number that were open."""
+        reads = self.open_reads.get(queue, [])
+        xids = reads[:count]
+        del reads[:count]
+        if not reads:
+            self.open_reads.pop(queue, None)
+        self._ended += [(queue, xid) for xid in xids]
+        self._rest_on(queue, whole)
+        if confirm:
+            return sum([queue.confirm(xid) for xid in xids])
+        return queue.abort(*xids, now=now)
+
+    def _rest_on(self, queue, whole=True):
+        """The answer that is to come rests on the journal of a queue; unless `whole`, as in a
+        get of many keys, it is not to blame if that fails."""
+        self.touched.append((queue, len(self.out), int(whole), whole))
+
+    def _wait(self, opening, peek=False):
+        self.waiter = Waiter(self._deliver, opening, peek)
+        self.queue.wait(self.waiter)
+
+    def _deliver(self, item):
+        """An item for the waiting read, or None if the wait is over without one."""
+        waiter, self.waiter = self.waiter, None
+        self._received(item, waiter.peek)
+        self.wake()
+
+    def time_out(self):
+        """The time that was asked for is over."""
+        if self.waiter:
+            self.queue.cancel(self.waiter)
+            self._deliver(None)
+
+
+class MemcacheSession(Session):
+    """One client of the memcache text protocol, as Kestrel speaks it."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self._skip = 0                  # bytes of a refused data block still to come
+        self._block = None              # the Block of a command without its data yet
+        self._keys = []                 # ReadKeys still to be answered, the first one last
+        self._whole = True              # the get in hand has one key only
+        self._with_cas = False
+        self._monitor = None            # [name, number of items still wanted]
 
     def _parse(self, data, now):
         """Run the commands in `data`; the position up to which it has been used."""
@@ -2491,14 +2612,14 @@ class MemcacheSession:
                 self._refuse(error, words)
         return pos
 
-    # -- output
+    def _go_on(self, now):
+        if self._keys:
+            self._read_keys(now)
+        elif self._monitor:
+            self._watch(now)
 
-    def _say(self, answer, *queues):
-        """Answer a command, one that changed these queues."""
-        for queue in queues:
-            self.touched.append((queue, len(self.out), 1, True))
-        self.out_bytes += len(answer)
-        self.out.append(answer)
+    def _forget(self):
+        self._keys = []
 
     def _reply(self, words, answer, *queues):
         """Answer a command that may have asked for silence."""
@@ -2511,50 +2632,8 @@ class MemcacheSession:
         self._reply(words, error.answer)
         self.closing = self.closing or error.close
 
-    def fail(self, failed, since=0):
-        """Answer SERVER_ERROR where a journal could not be written or fsynced. failed:
-        {queue: OSError}. since: which entry of `touched` is the first to look at."""
-        for queue, index, count, whole in self.touched[since:]:
-            if queue in failed:
-                if index == len(self.out) and count:   # of a command that is still in hand
-                    self._give_up()
-                error = "SERVER_ERROR %s\r\n" % _why(failed[queue])
-                # In a get of many keys a queue that failed is passed over instead.
-                self.out[index:index + count] = (
-                    [os.fsencode(error) if whole else b""] + [b""] * (count - 1))
-        for queue in failed:
-            mine = [xid for other, xid in self._ended if other is queue]
-            mine += self.open_reads.pop(queue, ())
-            mine = [xid for xid in mine if xid in queue.opens]
-            if mine:
-                self.open_reads[queue] = mine
-
-    def _give_up(self):
-        """End the command in hand, a read that waits or a job, without its answer."""
-        if self.waiter:
-            self.queue.cancel(self.waiter)
-            self.waiter = None
-        self.job = None
-        self._keys = []
-        self.out.append(b"")
-
-    def take(self):
-        """What is to be sent, which is then off the session's hands."""
-        out, self.out = self.out, []
-        self.touched.clear()
-        self._ended.clear()
-        return out
-
-    def close(self, now):
-        """The client has gone: its open reads go back to their queues."""
-        self.closing = True
-        self.job = None
-        if self.waiter:
-            self.queue.cancel(self.waiter)
-            self.waiter = None
-        for queue, xids in self.open_reads.items():
-            queue.abort(*xids, now=now, orphaned=True)
-        self.open_reads.clear()
+    def _failure(self, why, answer):
+        return b"SERVER_ERROR %b\r\n" % os.fsencode(why)
 
     # -- storing
 
@@ -2617,16 +2696,6 @@ class MemcacheSession:
             self.out_bytes += 8
             self.out.append(b"STORED\r\n" if stored else b"NOT_STORED\r\n")
 
-    def _check_writes(self):
-        if self.broker.refuses_writes:
-            raise Refused("SERVER_ERROR the server is %s: nothing can be written"
-                          % self.broker.status.lower(), close=True)
-
-    def _check_reads(self):
-        if self.broker.refuses_reads:
-            raise Refused("SERVER_ERROR the server is %s: nothing can be read"
-                          % self.broker.status.lower(), close=True)
-
     # -- reading
 
     def _get(self, words, now):
@@ -2664,7 +2733,7 @@ class MemcacheSession:
         if key.close or key.abort:
             self.queue = queue = broker.find(key.name)
             if queue:
-                self._end_reads(queue, 1, key.close, now)
+                self._end_reads(queue, 1, key.close, now, self._whole)
             if not key.open:
                 return None
         if broker.refuses_reads:
@@ -2676,9 +2745,8 @@ class MemcacheSession:
             self.queue = queue = broker.queues.get(key.name) or broker.queue(key.name, now)
             if queue is None or key.name in broker.config.aliases:
                 return None
-            reads = self.open_reads.get(queue)
-            if reads:
-                self._check_opens(key, reads)
+            if queue in self.open_reads:
+                self._check_opens(plain=not key.open)
             item = queue.remove(key.open, now)
         if item is None and queue and queue.count:     # a long run of expired ones
             self.job = broker.discard_expired(queue, now)
@@ -2696,29 +2764,6 @@ class MemcacheSession:
         else:
             broker.stats.get_misses += not key.peek
         return item
-
-    def _check_opens(self, key, reads):
-        # Some may have timed out, which the client cannot know.
-        reads = [xid for xid in reads if xid in self.queue.opens]
-        if reads and not key.open:
-            raise Refused("ERROR close the open read of %s first" % key.name, close=True)
-        if len(reads) >= self.broker.config.server.max_open_transactions:
-            raise Refused("ERROR too many open reads of %s; limit=%d" % (
-                key.name, self.broker.config.server.max_open_transactions), close=True)
-
-    def _end_reads(self, queue, count, confirm, now):
-        """Close or abort the oldest open reads of a queue here; the number that were open."""
-        reads = self.open_reads.get(queue, [])
-        xids = reads[:count]
-        del reads[:count]
-        if not reads:
-            self.open_reads.pop(queue, None)
-        self._ended += [(queue, xid) for xid in xids]
-        # The answer that is to come rests on it, but in a get of many keys.
-        self.touched.append((queue, len(self.out), int(self._whole), self._whole))
-        if confirm:
-            return sum([queue.confirm(xid) for xid in xids])
-        return queue.abort(*xids, now=now)
 
     def _give(self, key, item):
         """The answer to one key of the get in hand; the item is None if there is none."""
@@ -2746,31 +2791,18 @@ class MemcacheSession:
             self.touched.append((queue, len(out), 3, self._whole))
             out += (head, data, end)
 
-    def _wait(self, opening, peek=False):
-        self.waiter = Waiter(self._deliver, opening, peek)
-        self.queue.wait(self.waiter)
-
-    def _deliver(self, item):
-        """An item for the waiting read, or None if the wait is over without one."""
-        waiter, self.waiter = self.waiter, None
+    def _received(self, item, peek):
         if self._monitor:
             self._show(item)
+            return
+        stats = self.broker.stats
+        if item is None:
+            stats.get_misses += not peek
         else:
-            stats = self.broker.stats
-            if item is None:
-                stats.get_misses += not waiter.peek
-            else:
-                stats.get_hits += not waiter.peek
-            self._give(self._keys.pop(), item)
-            if not self._keys and not self._whole:
-                self.out.append(b"END\r\n")
-        self.wake()
-
-    def time_out(self):
-        """The time that was asked for is over."""
-        if self.waiter:
-            self.queue.cancel(self.waiter)
-            self._deliver(None)
+            stats.get_hits += not peek
+        self._give(self._keys.pop(), item)
+        if not self._keys and not self._whole:
+            self.out.append(b"END\r\n")
 
     def _start_monitor(self, words, now):
         # monitor <queue> <seconds> [<items>]
@@ -2818,7 +2850,6 @@ class MemcacheSession:
             raise Refused("CLIENT_ERROR confirm needs a queue and a number of items")
         queue = self.broker.find(_name(words[1]))
         count = max(0, _number(words[2], "number of items"))
-        self._whole = True
         ended = queue and self._end_reads(queue, count, True, now)
         self._say(b"END\r\n" if ended else b"ERROR\r\n")
 
@@ -2875,10 +2906,6 @@ class MemcacheSession:
                 if dropped >= SWEEP_STEP:
                     yield
         self._say(b"%d\r\n" % total)
-
-    def _rest_on(self, queue):
-        """The answer that is to come rests on the journal of a queue."""
-        self.touched.append((queue, len(self.out), 1, True))
 
     def _stats(self, words, now):
         self._say_pairs("STAT %s %s", self.broker.server_stats(now))
