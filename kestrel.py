@@ -187,6 +187,7 @@ NAME = Kind(_parse_name_or_none, lambda name: name or "")
 NAMES = Kind(_parse_names, ", ".join)
 SIZE_LIMIT = _or("unlimited", UNLIMITED, SIZE)
 COUNT_LIMIT = _or("unlimited", UNLIMITED, COUNT)
+PORT_OR_OFF = _or("off", None, PORT)
 TIME_OR_NEVER = _or("never", None, TIME)
 # Kestrel's older configurations say 0 where they mean that a thing never times out.
 TIMEOUT = Kind(lambda text: TIME_OR_NEVER.parse(text) or None, TIME_OR_NEVER.show)
@@ -195,6 +196,7 @@ TIMEOUT = Kind(lambda text: TIME_OR_NEVER.parse(text) or None, TIME_OR_NEVER.sho
 SERVER_SETTINGS = {
     "listen_address": (TEXT, "127.0.0.1"),
     "memcache_port": (PORT, "22133"),
+    "text_port": (PORT_OR_OFF, "off"),
     "queue_path": (TEXT, "spool"),
     "client_timeout": (TIMEOUT, "never"),
     "connection_backlog": (COUNT, "1024"),
@@ -2559,6 +2561,17 @@ class Session:
             self.queue.cancel(self.waiter)
             self._deliver(None)
 
+    # -- what all protocols have
+
+    def _shutdown(self, words, now):
+        if not (self.local or self.broker.config.server.allow_remote_shutdown):
+            raise Refused("CLIENT_ERROR shutdown is taken from this machine only")
+        log.info("told to shut down")
+        self.closing = self.broker.stopping = True
+
+    def _quit(self, words, now):
+        self.closing = True
+
 
 class MemcacheSession(Session):
     """One client of the memcache text protocol, as Kestrel speaks it."""
@@ -2965,15 +2978,6 @@ class MemcacheSession(Session):
     def _verbosity(self, words, now):
         self._reply(words, b"OK\r\n")
 
-    def _shutdown(self, words, now):
-        if not (self.local or self.broker.config.server.allow_remote_shutdown):
-            raise Refused("CLIENT_ERROR shutdown is taken from this machine only")
-        log.info("told to shut down")
-        self.closing = self.broker.stopping = True
-
-    def _quit(self, words, now):
-        self.closing = True
-
     def _unknown(self, words, now):
         if words and words[0].startswith(b"\x80"):
             raise Refused("ERROR the binary protocol is not spoken here", close=True)
@@ -3002,6 +3006,226 @@ _COMMANDS = {
     b"quit": MemcacheSession._quit,
     **dict.fromkeys([b"add", b"replace", b"append", b"prepend", b"cas"],
                     MemcacheSession._set_nothing),
+}
+
+
+# The longest item that can be put as a line of text, and how many with one put.
+MAX_TEXT_ITEM = 1 << 20
+MAX_TEXT_ITEMS = 1024
+
+
+class TextSession(Session):
+    """One client of Kestrel's text protocol (net.lag.kestrel.TextHandler): lines that end in
+    a newline, items without one."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self._put = None                # [command words, items so far] of a put
+        self._left = 0                  # items that the read in hand may still give
+        self._peeking = self._watching = False
+
+    def _parse(self, data, now):
+        pos = 0
+        while not self.is_stalled():
+            limit = MAX_LINE if self._put is None else MAX_TEXT_ITEM
+            eol = data.find(b"\n", pos, pos + limit + 2)
+            try:
+                if eol < 0:
+                    if len(data) - pos > limit + 1:
+                        raise Refused("CLIENT_ERROR Line too long.", close=True)
+                    break
+                line = data[pos:eol]
+                pos = eol + 1
+                if self._put is None:
+                    self._command(line.split(), now)
+                elif line not in (b"", b"\r"):
+                    self._put[1].append(line)
+                else:
+                    (words, items), self._put = self._put, None
+                    self._store(words, items, now)
+                if self._put and len(self._put[1]) > MAX_TEXT_ITEMS:
+                    raise Refused("CLIENT_ERROR Too many items; limit=%d" % MAX_TEXT_ITEMS,
+                                  close=True)
+            except (Refused, OSError) as error:
+                self._refuse(error)
+        return pos
+
+    def _command(self, words, now):
+        if words and words[-1].endswith(b":"):             # items follow
+            words[-1] = words[-1][:-1]
+            self._put = [list(filter(None, words)), []]
+            return
+        command = _TEXT_COMMANDS.get(words[0].lower()) if words else None
+        if command is None:
+            raise Refused("CLIENT_ERROR Unknown command: %s" % os.fsdecode(b" ".join(words[:1])))
+        command(self, words, now)
+
+    def _refuse(self, error):
+        why = error.answer.split(b" ", 1)[1].strip() if isinstance(error, Refused) else (
+            os.fsencode(_why(error)))
+        self._say(self._failure(os.fsdecode(why), b""))
+        self.closing = self.closing or isinstance(error, Refused) and error.close
+
+    def _failure(self, why, answer):
+        return b"-%b\n" % os.fsencode(why)
+
+    def _forget(self):
+        self._left = 0
+
+    def _name_in(self, words):
+        if len(words) < 2:
+            raise Refused("CLIENT_ERROR Queue name required.")
+        return _name(words[1])
+
+    def _milliseconds(self, word, what):
+        try:
+            return int(word)
+        except ValueError:
+            raise Refused("CLIENT_ERROR Error parsing %s." % what) from None
+
+    # -- commands
+
+    def _store(self, words, items, now):
+        # put <queue> [<milliseconds>]: and the items, up to an empty line
+        if not words or words[0].lower() != b"put":
+            self._command(words, now)
+            return
+        self._name_in(words)
+        expiry = self._milliseconds(words[2], "expiration time") if len(words) > 2 else None
+        self._check_writes()
+        route = self.broker.routes.get(words[1]) or self.broker.route(words[1], now)
+        count = sum([self.broker.put(route, item, 0, 0 if expiry is None else now + expiry, now)
+                     for item in items])
+        self._say(b"+%d\n" % count, *route.targets, *route.copies)
+
+    def _put_nothing(self, words, now):
+        self._name_in(words)
+        self._say(b"+0\n")
+
+    def _get(self, words, now):
+        # get <queue> [<milliseconds>]: finishes the read before and opens the next
+        self._begin_read(words, 1, now)
+        if self.queue:
+            self._end_reads(self.queue, 1, True, now)
+        self._go_on(now)
+
+    def _peek(self, words, now):
+        self._begin_read(words, 1, now)
+        self._peeking = True
+        self._go_on(now)
+
+    def _monitor(self, words, now):
+        # monitor <queue> <milliseconds> [<items>]
+        self._begin_read(words, self._milliseconds(words[3], "count") if len(words) > 3
+                         else UNLIMITED, now)
+        self._watching = True
+        self._go_on(now)
+
+    def _begin_read(self, words, count, now):
+        name = self._name_in(words)
+        wait = self._milliseconds(words[2], "timeout") if len(words) > 2 else 0
+        self._check_reads()
+        peek = words[0].lower() == b"peek"
+        self.queue = self.broker.find(name) if peek else self.broker.queue(name, now)
+        self._left = max(count, 1)
+        self._waits = wait > 0
+        self._peeking = self._watching = False
+        if self._waits:
+            self.timeout = wait
+
+    def _go_on(self, now):
+        limit = self.broker.config.server.max_open_transactions
+        while self._left:
+            queue = self.queue
+            if queue and not self._peeking and len(
+                    [xid for xid in self.open_reads.get(queue, ()) if xid in queue.opens]) >= limit:
+                self._left = 0
+                if not self._watching:
+                    raise Refused("CLIENT_ERROR Too many open transactions; limit=%d" % limit)
+                self._say(b"*\n")
+                return
+            item = queue and (queue.peek(now) if self._peeking else queue.remove(True, now))
+            if item is None and queue and queue.count:     # a long run of expired ones
+                self.job = self.broker.discard_expired(queue, now)
+                return
+            if item is None and queue and self._waits:
+                self._wait(not self._peeking, self._peeking)
+                return
+            self._received(item, self._peeking)
+
+    def _received(self, item, peek):
+        stats = self.broker.stats
+        if peek:
+            stats.cmd_peek += 1
+        else:
+            stats.cmd_get += 1
+            stats.get_hits += item is not None
+            stats.get_misses += item is None
+        if item is None:
+            self._left = 0
+            self._say(b"*\n")
+            return
+        if not peek:
+            self.open_reads.setdefault(self.queue, []).append(item.xid)
+        self._left -= 1
+        self._say(b":%b\n" % item.data, self.queue)
+        if self._watching and not self._left:
+            self._say(b"*\n")
+
+    def _confirm(self, words, now):
+        # confirm <queue> <count>
+        if len(words) < 3 or not words[2].isdigit():
+            raise Refused("CLIENT_ERROR Queue name & count required.")
+        queue = self.broker.find(_name(words[1]))
+        count = int(words[2])
+        reads = [xid for xid in self.open_reads.get(queue, ()) if xid in queue.opens]
+        if len(reads) < count:
+            raise Refused("CLIENT_ERROR Not that many transactions open.")
+        if count:
+            self.open_reads[queue] = reads
+            self._end_reads(queue, count, True, now)
+        self._say(b"+%d\n" % count)
+
+    def _flush(self, words, now):
+        queue = self.broker.find(self._name_in(words))
+        self._check_writes()
+        if queue:
+            queue.flush()
+        self._say(b"+0\n", *filter(None, [queue]))
+
+    def _delete(self, words, now):
+        queue = self.broker.find(self._name_in(words))
+        self._check_writes()
+        if queue:
+            self.broker.delete(queue)
+        self._say(b"+0\n")
+
+    def _status(self, words, now):
+        if len(words) < 2:
+            self._say(b":%b\n" % self.broker.status.encode())
+            return
+        try:
+            self.broker.set_status(words[1].decode("ascii", "replace"))
+        except ValueError as error:
+            raise Refused("CLIENT_ERROR %s" % error) from None
+        self._say(b"+0\n")
+
+    def _version(self, words, now):
+        self._say(b":%b\n" % __version__.encode())
+
+
+_TEXT_COMMANDS = {
+    b"put": TextSession._put_nothing,
+    b"get": TextSession._get,
+    b"peek": TextSession._peek,
+    b"monitor": TextSession._monitor,
+    b"confirm": TextSession._confirm,
+    b"flush": TextSession._flush,
+    b"delete": TextSession._delete,
+    b"status": TextSession._status,
+    b"version": TextSession._version,
+    b"shutdown": TextSession._shutdown,
+    b"quit": TextSession._quit,
 }
 
 
@@ -3304,12 +3528,18 @@ class Connection:
 
 
 class Listener:
-    """A port on which clients of one protocol come in."""
+    """A port on which clients of one protocol come in. Raises OSError."""
 
-    def __init__(self, server, sock, session_type):
+    def __init__(self, server, sock, protocol, session_type):
         self.server = server
         self.sock = sock
+        self.protocol = protocol
         self.session_type = session_type
+        self.address = sock.getsockname()
+        try:
+            sock.listen(server.config.server.connection_backlog)
+        except OSError as error:         # another one has come first since
+            raise _cannot_listen(error, *self.address[:2]) from None
         self._start()
 
     def is_waiting(self):
@@ -3343,6 +3573,11 @@ class Listener:
         if self.sock.fileno() >= 0:
             self.server.selector.register(self.sock, selectors.EVENT_READ, self)
 
+    def close(self):
+        with contextlib.suppress(KeyError):            # out of descriptors at the moment
+            self.server.selector.unregister(self.sock)
+        self.sock.close()
+
 
 class Server:
     """The daemon: listeners, connections and the loop. Raises OSError when it cannot start.
@@ -3368,8 +3603,10 @@ class Server:
         self._running = {}               # queue -> connections that wait for the one running
         self._failing = {}               # queue -> when writing its journal failed last
         self._recovering = set()         # queues whose recovery is planned
-        address = (config.server.listen_address, config.server.memcache_port)
-        self._socket = _bind(*address)
+        host = config.server.listen_address
+        sockets = [(_bind(host, port), protocol, session) for port, protocol, session in (
+            (config.server.memcache_port, "memcache", MemcacheSession),
+            (config.server.text_port, "text", TextSession)) if port is not None]
         self._spool = _lock_spool(os.path.abspath(config.server.queue_path))
         log.info("kestrel.py %s, journals in %s", __version__,
                  os.path.abspath(config.server.queue_path))
@@ -3379,21 +3616,18 @@ class Server:
         self._wake_out.setblocking(False)
         self.selector.register(self._wake_in, selectors.EVENT_READ, self)
         self._syncer = Syncer(self.interrupt)
-        try:
-            self._socket.listen(config.server.connection_backlog)
-        except OSError as error:         # another one has come first since
-            raise _cannot_listen(error, *address) from None
-        Listener(self, self._socket, MemcacheSession)
-        self.address = self._socket.getsockname()
+        self.listeners = [
+            Listener(self, sock, protocol, session) for sock, protocol, session in sockets]
         self._plan_sweep()
 
     # -- one turn of the loop
 
     def run(self):
         """Serve until the broker is stopped, then stop cleanly."""
-        log.info("listening on %s:%d for memcache clients; %d queues, %d items",
-                 self.address[0], self.address[1], len(self.broker.queues),
-                 sum(queue.count for queue in self.broker.queues.values()))
+        for listener in self.listeners:
+            log.info("listening on %s:%d for %s clients; %d queues, %d items",
+                     *listener.address[:2], listener.protocol, len(self.broker.queues),
+                     sum(queue.count for queue in self.broker.queues.values()))
         while not self.broker.stopping:
             self.turn()
         self._stop()
@@ -3437,7 +3671,7 @@ class Server:
 
     def interrupt(self):
         """Make the loop turn. From any thread, or a signal handler."""
-        with contextlib.suppress(BlockingIOError):     # full: it will turn
+        with contextlib.suppress(OSError):   # full: it will turn; closed: it has stopped
             self._wake_out.send(b"\0")
 
     def wakeup_fd(self):
@@ -3591,9 +3825,8 @@ class Server:
 
     def _stop(self):
         """Answer those that wait, put open reads back, and leave all journals on the disk."""
-        with contextlib.suppress(KeyError):            # out of descriptors at the moment
-            self.selector.unregister(self._socket)
-        self._socket.close()
+        for listener in self.listeners:
+            listener.close()
         for queue in self.broker.queues.values():
             queue.dismiss_waiters()
         self._resume_woken()

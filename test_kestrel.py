@@ -1613,14 +1613,15 @@ def test_a_spool_is_loaded_again(tmp_path):
 class Talk:
     """Sessions of one broker: each call feeds one of them and gives its answers."""
 
-    def __init__(self, path, text=""):
+    def __init__(self, path, text="", session_type=kestrel.MemcacheSession):
         self.broker = broker_of(path, text)
+        self.session_type = session_type
         self.sessions = {}
         self.now = NOW
 
     def session(self, name="client", **options):
         if name not in self.sessions:
-            self.sessions[name] = kestrel.MemcacheSession(self.broker, **options)
+            self.sessions[name] = self.session_type(self.broker, **options)
         return self.sessions[name]
 
     def __call__(self, text, name="client"):
@@ -2252,6 +2253,115 @@ def test_the_data_block_of_a_large_item_is_not_joined_again_and_again(talk):
     assert talk.heard() == "STORED\r\n"
 
 
+# == The text session =====================================================================
+
+
+@pytest.fixture
+def text(tmp_path):
+    return Talk(tmp_path, "[server]\nmax_open_transactions = 3\n[queue small]\nmax_items = 2\n",
+                kestrel.TextSession)
+
+
+TEXT_ANSWERS = [
+    ("put work:\none\ntwo\n\n", "+2\n"),
+    ("PUT work:\none\n\nget work\n", "+1\n:one\n"),
+    ("put work:\none\n\r\nget work\r\n", "+1\n:one\n"),
+    ("put work:\n\n", "+0\n"),
+    ("put work\n", "+0\n"),
+    ("put small:\none\ntwo\nthree\n\n", "+2\n"),
+    ("put work 5000:\none\n\nget work\n", "+1\n:one\n"),
+    ("put work 0:\none\n\nget work\n", "+1\n*\n"),
+    ("put work soon:\none\n\nget work\n", "-Error parsing expiration time.\n*\n"),
+    ("put:\none\n\n", "-Queue name required.\n"),
+    ("put a.b:\none\n\n", "-'.' in the name of a queue\n"),
+    ("get work\n", "*\n"),
+    ("get work 0\nget work -5\n", "*\n*\n"),
+    ("get\n", "-Queue name required.\n"),
+    ("get work soon\n", "-Error parsing timeout.\n"),
+    ("put work:\none\n\npeek work\npeek work\npeek none\n", "+1\n:one\n:one\n*\n"),
+    ("put work:\n1\n2\n3\n4\n\nmonitor work 0 2\nconfirm work 2\n", "+4\n:1\n:2\n*\n+2\n"),
+    ("put work:\n1\n\nmonitor work 0\n", "+1\n:1\n*\n"),
+    ("put work:\n1\n2\n3\n4\n\nmonitor work 0\nget work\n",
+     "+4\n:1\n:2\n:3\n*\n:4\n"),
+    ("confirm work 1\n", "-Not that many transactions open.\n"),
+    ("confirm work\nconfirm\nconfirm work x\n", "-Queue name & count required.\n" * 3),
+    ("put work:\n1\n\nflush work\nget work\n", "+1\n+0\n*\n"),
+    ("put work:\n1\n\ndelete work\ndelete work\nget work\n", "+1\n+0\n+0\n*\n"),
+    ("flush\n", "-Queue name required.\n"),
+    ("status\nstatus readonly\nstatus\n", ":UP\n+0\n:READONLY\n"),
+    ("status odd\n", "-'odd' is none of: up, writeavoid, readonly, quiescent\n"),
+    ("status readonly\nput work:\n1\n\n",
+     "+0\n-the server is readonly: nothing can be written\n✂"),
+    ("version\n", ":1.0.0\n"),
+    ("nonsense here\n", "-Unknown command: nonsense\n"),
+    ("\n", "-Unknown command:\n"),
+    ("strange work:\nitem\n\nversion\n", "-Unknown command: strange\n:1.0.0\n"),
+    ("quit\nversion\n", "✂"),
+    ("x" * 9000, "-Line too long.\n✂"),
+    ("put work:\n" + "x\n" * 1025 + "\n", "-Too many items; limit=1024\n✂"),
+    ("put work:\n" + "x\n" * 1024 + "\n", "+1024\n"),
+]
+
+
+@pytest.mark.parametrize("sent, answer", TEXT_ANSWERS)
+def test_text_answers(text, sent, answer):
+    assert text(sent) == answer
+
+
+@pytest.mark.parametrize("sent, answer", TEXT_ANSWERS[:30])
+def test_text_answers_to_single_bytes(text, sent, answer):
+    heard = "".join(text(byte) for byte in sent)
+    assert heard.replace("✂", "") == answer.replace("✂", "")
+
+
+def test_a_text_get_finishes_the_one_before(text):
+    text("put work:\n1\n2\n3\n\n")
+    queue = text.broker.queues["work"]
+    assert text("get work\nget work\n") == ":1\n:2\n"
+    assert data_of(queue.opens.values()) == [b"2"]
+    text.session().close(NOW)
+    assert items_of(text.broker, "work") == [b"2", b"3"]
+
+
+def test_too_many_open_reads_of_a_text_client(text):
+    text("put work:\n1\n2\n3\n4\n5\n\nmonitor work 0\n")
+    text.broker.config.server.max_open_transactions = 2
+    assert text("get work\n") == "-Too many open transactions; limit=2\n"
+
+
+def test_text_clients_wait(text):
+    assert text("get work 1000\nversion\n", "one") == ""
+    assert text.session("one").timeout == 1000
+    assert text("put work:\nit\n\n") == "+1\n"
+    assert text.heard("one") == ":it\n:1.0.0\n"
+    assert text("monitor work 1000 2\n", "one") == ""
+    text("put work:\n1\n\n")
+    assert text.heard("one") == ":1\n"
+    text.session("one").time_out()
+    assert text.heard("one") == "*\n"
+
+
+def test_a_text_client_over_a_failing_disk(text, disk):
+    text("put work:\n1\n\n")
+    disk.failing = {"pwritev": errno.ENOSPC}
+    session = text.session()
+    session.feed(b"put work:\n2\n\nget work\nversion\n", NOW)
+    session.fail(text.broker.commit(NOW)[1])
+    assert b"".join(session.take()) == (
+        b"-work: No space left on device\n" * 2 + b":1.0.0\n")
+    disk.failing = {}
+    assert text("get work\n") == ":1\n"
+
+
+def test_a_text_get_of_an_alias(tmp_path):
+    text = Talk(tmp_path, "[alias all]\ndestination_queues = a, b\n", kestrel.TextSession)
+    assert text("put all:\n1\n\nget all 100\nget b\n") == "+1\n*\n:1\n"
+
+
+def test_shutdown_of_a_text_client(text):
+    assert text("shutdown\n") == "✂" and text.broker.stopping
+
+
 # == The server, in a thread of this process ==============================================
 
 
@@ -2332,7 +2442,7 @@ class ServerThread:
 
     def __init__(self, path, text=""):
         self.server = kestrel.Server(config_of(path, text, memcache_port="0"))
-        self.port = self.server.address[1]
+        self.port = self.server.listeners[0].address[1]
         self.clients = []
         self.error = None
         self.thread = threading.Thread(target=self._run)
@@ -2387,6 +2497,15 @@ def test_put_and_get_over_a_socket(serve):
     assert client.get("q") is None
 
 
+def test_text_clients_have_a_port_of_their_own(serve):
+    server = serve("[server]\ntext_port = 0\n")
+    with Client(server.server.listeners[1].address[1]) as text:
+        text.send("get q 10000\n")
+        assert server.client().put("q", b"one") == "STORED\r\n"
+        assert text.line() == ":one\n"
+        assert text.ask("version\n") == ":1.0.0\n"
+
+
 def test_waiting_over_sockets(serve):
     server = serve()
     first, second, other = server.client(), server.client(), server.client()
@@ -2436,7 +2555,7 @@ def test_a_client_that_hangs_up_while_it_waits_costs_nothing(serve):
 def test_hang_ups_of_a_turn_are_seen_before_its_items_are_handed_out(tmp_path):
     """A waiter hangs up and an item is put in the very same turn of the loop."""
     server = kestrel.Server(config_of(tmp_path, memcache_port="0"))
-    port = server.address[1]
+    port = server.listeners[0].address[1]
     clients = [Client(port) for _ in range(6)]
     putter, waiters = clients[0], clients[1:]
     for client in waiters:
@@ -2539,13 +2658,13 @@ def test_client_timeout_starts_with_the_answer(tmp_path, monkeypatch):
         server.interrupt()
         server.turn()
 
-    with Client(server.address[1]) as client, Client(server.address[1]) as other:
+    with Client(server.listeners[0].address[1]) as client, Client(server.listeners[0].address[1]) as other:
         turns(100)
         client.send("get q/t=600000\r\n")
         turns(101)
         turns(170)
         other.close()
-        other = Client(server.address[1])
+        other = Client(server.listeners[0].address[1])
         turns(250)
         other.send("set q 0 0 1\r\nx\r\n")
         turns(251)
@@ -3226,7 +3345,7 @@ def test_listen_addresses(tmp_path):
     except OSError:                          # a machine without IPv6
         address = "127.0.0.1"
     server = kestrel.Server(config_of(tmp_path, listen_address=address, memcache_port="0"))
-    with socket.create_connection(server.address[:2]) as client:
+    with socket.create_connection(server.listeners[0].address[:2]) as client:
         client.sendall(b"version\r\nshutdown\r\n")
         while not server.broker.stopping:
             server.turn()
