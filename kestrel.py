@@ -52,10 +52,11 @@ import os
 import queue as queues
 import re
 import selectors
-import shutil
+import shlex
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -183,6 +184,8 @@ COUNT = Kind(_parse_integer(1, UNLIMITED), str)
 PORT = Kind(_parse_integer(0, 65535), str)
 FLAG = Kind(_parse_flag, lambda flag: "true" if flag else "false")
 TEXT = Kind(_parse_text, str)
+TEXT_OR_NONE = Kind(str, str)
+STATUS = Kind(_parse_word("up", "writeavoid", "readonly", "quiescent"), str)
 NAME = Kind(_parse_name_or_none, lambda name: name or "")
 NAMES = Kind(_parse_names, ", ".join)
 SIZE_LIMIT = _or("unlimited", UNLIMITED, SIZE)
@@ -202,6 +205,13 @@ SERVER_SETTINGS = {
     "connection_backlog": (COUNT, "1024"),
     "expiration_timer_frequency": (TIMEOUT, "never"),
     "max_open_transactions": (COUNT, "100"),
+    "connection_limit_refuse_writes": (COUNT_LIMIT, "unlimited"),
+    "connection_limit_refuse_reads": (COUNT_LIMIT, "unlimited"),
+    "default_status": (STATUS, "up"),
+    "status_file": (TEXT_OR_NONE, ""),
+    "status_change_grace_period": (TIME, "0"),
+    "status_command": (TEXT_OR_NONE, ""),
+    "enable_session_trace": (FLAG, "false"),
     "flush_all_reply": (Kind(_parse_word("kestrel", "memcached"), str), "kestrel"),
     "allow_remote_shutdown": (FLAG, "false"),
 }
@@ -223,6 +233,7 @@ QUEUE_SETTINGS = {
     "max_queue_age": (TIMEOUT, "never"),
     "open_transaction_timeout": (TIMEOUT, "never"),
     "keep_flags": (FLAG, "true"),
+    "enable_trace": (FLAG, "false"),
 }
 ALIAS_SETTINGS = {
     "destination_queues": (NAMES, None),
@@ -1314,7 +1325,6 @@ class Queue:
     def __init__(self, name, path=None, config=None, older=(), dirty=None, later=None,
                  start=None, now=None):
         self.name = check_name(name)
-        self.config = config or QueueConfig()
         self.path = path
         self.dirty = dirty or Queue._write_now
         self.later = later
@@ -1351,6 +1361,8 @@ class Queue:
         self._retry = None                   # a chore has failed; stands for its next try,
         self._retry_due = False              # which comes after the next write
         self.journal = None
+        self.config = config or QueueConfig()
+        self._trace_if_wanted()
         if path is not None and self.config.keep_journal:
             self.journal = Journal(path, name, older)
             try:
@@ -1358,6 +1370,47 @@ class Queue:
             except BaseException:
                 self.journal.close()         # which others may open then
                 raise
+
+    def configure(self, config):
+        """Go on with other settings."""
+        keep_journal = self.config.keep_journal
+        self.config = config
+        self._trace_if_wanted()
+        if self.path is None or config.keep_journal == keep_journal:
+            return
+        try:
+            if config.keep_journal:
+                self.journal = Journal(self.path, self.name, sorted(
+                    int(name.rpartition(".")[2]) for name in os.listdir(self.path)
+                    if re.fullmatch(re.escape(self.name) + r"\.-?[0-9]+", name)))
+                self.renew()                 # puts all that there is in place of what it held
+            else:
+                self._give_up_journal()
+        except OSError as error:
+            log.error("keep_journal of %s: %s", self.name, error.strerror)
+        self.config.keep_journal = self.journal is not None
+
+    def _give_up_journal(self):
+        if self._behind:
+            log.warning("keep_journal of %s stays: the queue is larger than its memory; "
+                        "reload when it has shrunk", self.name)
+            return
+        self._end_chore()
+        self.safe += len(self._unsynced)
+        self._unsynced.clear()
+        journal, self.journal = self.journal, None
+        journal.delete()
+
+    def _trace_if_wanted(self):
+        self.__dict__.pop("_log", None)
+        if self.config.enable_trace:         # costs nothing where it is off
+            self._log = self._log_and_tell
+
+    def _log_and_tell(self, opcode, item, xid=0):
+        log.info("queue %s: %s%s", self.name, OPCODE_NAMES.get(opcode, "FLUSH"),
+                 " %d items" % xid if opcode == Journal.FLUSH
+                 else " xid=%d" % xid if xid else " %d bytes" % len(item.data))
+        Queue._log(self, opcode, item, xid)
 
     # -- adding and taking
 
@@ -1548,6 +1601,8 @@ class Queue:
 
     def synced(self, count):
         """The first `count` of the remembered changes are on the disk."""
+        if self.journal is None:             # a reload has taken it away
+            return
         del self._unsynced[:count]
         self.safe += count
         if not self._unsynced:
@@ -2049,7 +2104,10 @@ class Broker:
             curr_connections=0, total_connections=0, cmd_get=0, cmd_set=0, cmd_peek=0,
             get_hits=0, get_misses=0, bytes_read=0, bytes_written=0, queue_creates=0,
             queue_deletes=0, queue_expires=0)
-        self.set_status("UP")
+        self.announce = lambda status: None       # told of each change of the status
+        self._refusing = None             # what the status refuses when its time has come
+        self._end_grace = lambda: None    # cancels that time
+        self._restore_status()
         self.spool = os.path.abspath(config.server.queue_path)
         self._unloaded = find_journals(self.spool)
         for name in sorted(self._unloaded):
@@ -2142,7 +2200,62 @@ class Broker:
         if word.upper() not in STATUSES:
             raise ValueError("%r is none of: %s" % (word, ", ".join(STATUSES).lower()))
         self.status = word.upper()
-        self.refuses_reads, self.refuses_writes = STATUSES[self.status]
+        log.info("the status is %s", self.status)
+        grace = self.config.server.status_change_grace_period
+        # What it lets in it lets in at once; what it refuses, once clients could hear of it.
+        self._refusing = STATUSES[self.status]
+        self._end_grace()
+        if grace and self.later:
+            self._end_grace = self.later(grace, self.update_refusals)
+        self.update_refusals(at_once=not (grace and self.later))
+        self._save_status()
+        self.announce(self.status)
+
+    def count_connection(self, change):
+        """A client has come (1) or gone (-1)."""
+        self.stats.curr_connections += change
+        self.stats.total_connections += change > 0
+        self.update_refusals(at_once=False)
+
+    def update_refusals(self, at_once=True):
+        """Find out what is refused: `refuses_reads` and `refuses_writes` say why, or are
+        empty. Asked when the status changes and when a connection comes or goes."""
+        self._refused = [new and (at_once or old)
+                         for new, old in zip(self._refusing, self._refused)]
+        server = self.config.server
+        limits = server.connection_limit_refuse_reads, server.connection_limit_refuse_writes
+        self.refuses_reads, self.refuses_writes = [
+            "the server is %s" % self.status.lower() if refused
+            else "there are more than %d connections" % limit
+            if self.stats.curr_connections > limit else ""
+            for refused, limit in zip(self._refused, limits)]
+
+    def _restore_status(self):
+        word = self.config.server.default_status
+        path = self.config.server.status_file
+        if path:
+            try:
+                with open(path, encoding="ascii", errors="replace") as file:
+                    word = file.read().strip()
+                STATUSES[word.upper()]
+            except FileNotFoundError:
+                pass
+            except (OSError, KeyError) as error:
+                word = self.config.server.default_status
+                log.error("status_file %s: %s; the status is %s", path, error, word)
+        self.status = word.upper()
+        self._refusing = self._refused = STATUSES[self.status]
+        self.update_refusals()
+
+    def _save_status(self):
+        path = self.config.server.status_file
+        if path:
+            try:
+                with open(path + "~", "w", encoding="ascii") as file:
+                    file.write(self.status + "\n")
+                os.replace(path + "~", path)
+            except OSError as error:
+                log.error("status_file %s: %s", path, error.strerror)
 
     def reload(self):
         """Read the config file again. Raises ConfigError; then nothing has changed."""
@@ -2154,12 +2267,7 @@ class Broker:
         self.config = config
         self.routes.clear()
         for queue in self.queues.values():
-            keep_journal = queue.config.keep_journal
-            queue.config = config.queue(queue.name)
-            if queue.config.keep_journal != keep_journal:
-                log.warning("reload: keep_journal of %s changes with the next start only",
-                            queue.name)
-                queue.config.keep_journal = keep_journal
+            queue.configure(config.queue(queue.name))
             self._configure(queue)
         log.info("reloaded %s", config.path or "the default settings")
 
@@ -2508,13 +2616,13 @@ class Session:
 
     def _check_writes(self):
         if self.broker.refuses_writes:
-            raise Refused("SERVER_ERROR the server is %s: nothing can be written"
-                          % self.broker.status.lower(), close=True)
+            raise Refused("SERVER_ERROR %s: nothing can be written" % self.broker.refuses_writes,
+                          close=True)
 
     def _check_reads(self):
         if self.broker.refuses_reads:
-            raise Refused("SERVER_ERROR the server is %s: nothing can be read"
-                          % self.broker.status.lower(), close=True)
+            raise Refused("SERVER_ERROR %s: nothing can be read" % self.broker.refuses_reads,
+                          close=True)
 
     def _check_opens(self, plain=False):
         """Whether the client may open one more read of the queue in hand, or read it plainly."""
@@ -3234,6 +3342,9 @@ _TEXT_COMMANDS = {
 # Sockets, time, fsync, signals: the loop that feeds the sessions and sends their answers.
 # Knows nothing of records or of command words.
 
+# How long a status_command may run.
+_ANNOUNCE_SECONDS = 30
+
 # How long a journal must have been written without a failure to be called well.
 _CALM_SECONDS = 3
 
@@ -3312,6 +3423,16 @@ class Syncer:
             self._wake()
 
 
+def _announce_all(command, endpoints, statuses):
+    """Run the status_command with each status that comes; in a thread of its own."""
+    for status in iter(statuses.get, None):
+        try:
+            subprocess.run([*shlex.split(command), status, *endpoints], check=True,
+                           timeout=_ANNOUNCE_SECONDS, stdin=subprocess.DEVNULL)
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            log.error("status_command: %s", error)
+
+
 class Connection:
     """A client's socket and the session on it."""
 
@@ -3328,6 +3449,7 @@ class Connection:
         self._deadline = self._alarm = self.idle_alarm = None
         self._at_end = False             # the client will send no more
         self.closed = False
+        self.trace = None                # who it is, if the log is to tell what is said
         server.selector.register(sock, self._watched, self)
 
     def is_waiting(self):
@@ -3361,6 +3483,8 @@ class Connection:
         self.last_active = server.mono
         if self._at_end:                 # we have said all that we will
             return
+        if self.trace:
+            log.info("%s: says %r", self.trace, data[:200])
         session.feed(data, server.now)
         server.active.append(self)
         self.after_feed()
@@ -3445,6 +3569,8 @@ class Connection:
             self._checked = len(session.touched)
         elif session.out:
             self._checked = 0
+            if self.trace:
+                log.info("%s: is told %r", self.trace, b"".join(session.out)[:200])
             self._unsent += session.take()
         if self._unsent:
             try:
@@ -3512,7 +3638,9 @@ class Connection:
                 self.server.timers.cancel(alarm)
             self.sock.close()
             self.server.connections.discard(self)
-            self.server.broker.stats.curr_connections -= 1
+            self.server.broker.count_connection(-1)
+            if self.trace:
+                log.info("%s: closed", self.trace)
 
     def _watch(self, mask):
         selector = self.server.selector
@@ -3564,9 +3692,11 @@ class Listener:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             local = address[0] == "::1" or address[0].startswith(("127.", "::ffff:127."))
             connection = Connection(server, sock, self.session_type(server.broker, local))
+            if server.config.server.enable_session_trace:
+                connection.trace = "%s client %s:%d" % (self.protocol, *address[:2])
+                log.info("%s: connected", connection.trace)
             server.connections.add(connection)
-            server.broker.stats.curr_connections += 1
-            server.broker.stats.total_connections += 1
+            server.broker.count_connection(1)
             server.watch_idle(connection)
 
     def _start(self):
@@ -3618,6 +3748,14 @@ class Server:
         self._syncer = Syncer(self.interrupt)
         self.listeners = [
             Listener(self, sock, protocol, session) for sock, protocol, session in sockets]
+        if config.server.status_command:
+            statuses = queues.SimpleQueue()
+            self.broker.announce = statuses.put
+            threading.Thread(target=_announce_all, name="announcer", daemon=True, args=(
+                config.server.status_command,
+                ["%s=%s:%d" % (one.protocol, *one.address[:2]) for one in self.listeners],
+                statuses)).start()
+            statuses.put(self.broker.status)
         self._plan_sweep()
 
     # -- one turn of the loop
@@ -3789,7 +3927,9 @@ class Server:
 
     def _synced(self, queue, count, error):
         connections = self._running.pop(queue)
-        if error and not queue.closed:
+        if queue.closed or queue.journal is None:
+            error = None                     # nothing rests on it any more
+        if error:
             log.error("fsync of the journal of %s: %s; it is written anew", queue.name,
                       error.strerror)
             connections += self._wanted.pop(queue, [])

@@ -2256,6 +2256,136 @@ def test_the_data_block_of_a_large_item_is_not_joined_again_and_again(talk):
 # == The text session =====================================================================
 
 
+class Clock:
+    """The `later` of a broker, with a time that is set by hand, in milliseconds."""
+
+    def __init__(self):
+        self.time = 0
+        self.calls = []
+
+    def __call__(self, delay, call):
+        entry = (self.time + delay, len(self.calls), call)
+        self.calls.append(entry)
+        return lambda: entry in self.calls and self.calls.remove(entry)
+
+    def reach(self, time):
+        self.time = time
+        for entry in sorted(self.calls)[:]:
+            if entry[0] <= time:
+                self.calls.remove(entry)
+                entry[2]()
+
+
+def refusals(broker):
+    return bool(broker.refuses_reads), bool(broker.refuses_writes)
+
+
+def test_a_status_refuses_after_its_grace(tmp_path):
+    clock = Clock()
+    broker = broker_of(tmp_path, "[server]\nstatus_change_grace_period = 5s\n", later=clock)
+    broker.set_status("readonly")
+    assert broker.status == "READONLY" and refusals(broker) == (False, False)
+    clock.reach(4000)
+    broker.set_status("quiescent")                # the time of readonly starts anew with it
+    clock.reach(5000)
+    assert refusals(broker) == (False, False)
+    clock.reach(9000)
+    assert refusals(broker) == (True, True)
+    broker.set_status("readonly")                 # lets reads in at once, refuses writes still
+    assert refusals(broker) == (False, True)
+    broker.set_status("up")
+    assert refusals(broker) == (False, False)
+    clock.reach(99000)
+    assert refusals(broker) == (False, False)
+
+
+def test_the_status_is_kept_in_a_file(tmp_path, caplog):
+    file = tmp_path / "status"
+    settings = "[server]\ndefault_status = readonly\nstatus_file = %s\n" % file
+    broker = broker_of(tmp_path, settings)
+    assert broker.status == "READONLY" and refusals(broker) == (False, True)
+    broker.set_status("quiescent")
+    assert file.read_text() == "QUIESCENT\n"
+    assert broker_of(tmp_path, settings).status == "QUIESCENT"
+    file.write_text("nonsense")
+    assert broker_of(tmp_path, settings).status == "READONLY"
+    assert "status_file" in caplog.text
+    caplog.clear()
+    broker = broker_of(tmp_path, "[server]\nstatus_file = %s/none/status\n" % tmp_path)
+    broker.set_status("readonly")
+    assert broker.status == "READONLY" and "No such file" in caplog.text
+
+
+def test_connection_limits(tmp_path):
+    talk = Talk(tmp_path, "[server]\nconnection_limit_refuse_writes = 2\n"
+                          "connection_limit_refuse_reads = 3\n")
+    for expected in ((False, False), (False, False), (False, True), (True, True)):
+        talk.broker.count_connection(1)
+        assert refusals(talk.broker) == expected
+    assert talk("get q\r\n") == (
+        "SERVER_ERROR there are more than 3 connections: nothing can be read\r\n✂")
+    talk.broker.count_connection(-1)
+    talk.broker.count_connection(-1)
+    assert refusals(talk.broker) == (False, False)
+    assert talk(set_("q", "1"), "other") == "STORED\r\n"
+
+
+def test_open_reads_can_be_closed_while_quiescent(talk):
+    talk(set_("q", "1") + set_("q", "2") + "get q/open\r\nstatus quiescent\r\n")
+    assert talk("get q/close\r\n") == "END\r\n"
+    assert not talk.broker.queues["q"].opens
+    assert talk("get q/close/open\r\n").startswith("SERVER_ERROR the server is quiescent")
+
+
+def test_what_is_done_to_a_queue_can_be_logged(tmp_path, caplog):
+    caplog.set_level("INFO")
+    talk = Talk(tmp_path, "[queue q]\nenable_trace = true\n")
+    caplog.clear()
+    talk(set_("q", "12") + set_("r", "12") + "get q/open\r\nget q/abort\r\nflush q\r\n")
+    assert [record.getMessage() for record in caplog.records] == [
+        "queue q: ADDX 2 bytes", "queue q: REMOVE_TENTATIVE_XID xid=1", "queue q: UNREMOVE xid=1",
+        "queue q: FLUSH 1 items"]
+    (tmp_path / "kestrel.conf").write_text("")
+    talk("reload\r\n")
+    caplog.clear()
+    talk(set_("q", "12"))
+    assert not caplog.records
+
+
+def test_keep_journal_changes_at_once(tmp_path, caplog):
+    spool = tmp_path / "spool"
+    talk = Talk(tmp_path)
+    talk(set_("q", "1") + set_("q", "2") + "get q/open\r\n")
+
+    def reload(settings):
+        (tmp_path / "kestrel.conf").write_text(settings)
+        assert talk("reload\r\n") == "Reloaded config.\r\n"
+
+    reload("[queue q]\nkeep_journal = false\n")
+    assert not (spool / "q").exists()
+    assert talk(set_("q", "3") + "get q/close\r\nget q/open\r\n").endswith("2\r\nEND\r\n")
+    reload("[queue q]\nkeep_journal = true\n")
+    talk(set_("q", "4"))
+    for chore in talk.broker.chores:
+        kestrel.Queue._run_now(talk.broker.queues["q"], chore)
+    assert talk(set_("q", "5")) == "STORED\r\n"
+    assert contents_of(spool) == [b"2", b"3", b"4", b"5"]
+    assert talk("get q/close\r\n") == "END\r\n"
+    assert contents_of(spool) == [b"3", b"4", b"5"]
+    reload("[queue q]\nkeep_journal = false\n")
+    assert os.listdir(str(spool)) == []
+
+
+def test_a_deep_queue_keeps_its_journal(tmp_path, caplog):
+    talk = Talk(tmp_path, "[queue]\nmax_memory_size = 1kb\n")
+    talk("".join(set_("q", "x" * 100 + str(number)) for number in range(20)))
+    (tmp_path / "kestrel.conf").write_text("[queue]\nmax_memory_size = 1kb\nkeep_journal=false\n")
+    talk("reload\r\n")
+    assert "keep_journal of q stays" in caplog.text
+    assert talk.broker.queues["q"].count == 20
+    assert contents_of(tmp_path / "spool") == [b"x" * 100 + b"%d" % one for one in range(20)]
+
+
 @pytest.fixture
 def text(tmp_path):
     return Talk(tmp_path, "[server]\nmax_open_transactions = 3\n[queue small]\nmax_items = 2\n",
@@ -2504,6 +2634,45 @@ def test_text_clients_have_a_port_of_their_own(serve):
         assert server.client().put("q", b"one") == "STORED\r\n"
         assert text.line() == ":one\n"
         assert text.ask("version\n") == ":1.0.0\n"
+
+
+def test_what_connections_say_can_be_logged(serve, caplog):
+    caplog.set_level("INFO")
+    server = serve("[server]\nenable_session_trace = true\n")
+    with server.client() as client:
+        port = client.sock.getsockname()[1]
+        assert client.get("q") is None
+    until(lambda: "closed" in caplog.text)
+    assert [record.getMessage() for record in caplog.records if "client" in record.getMessage()
+            ][1:] == ["memcache client 127.0.0.1:%d: %s" % (port, what) for what in (
+                "connected", "says b'get q\\r\\n'", "is told b'END\\r\\n'", "closed")]
+
+
+def test_a_status_command_is_told_of_each_change(serve, tmp_path, caplog):
+    script = tmp_path / "publish"
+    script.write_text("#!/bin/sh\necho \"$*\" >> %s/told\n[ $2 != QUIESCENT ]\n" % tmp_path)
+    script.chmod(0o755)
+    told = tmp_path / "told"
+    server = serve("[server]\nstatus_command = %s 'site one'\n" % script)
+    client = server.client()
+    for word in ("readonly", "quiescent", "up"):
+        assert client.ask("status %s\r\n" % word) == "END\r\n"
+    until(lambda: told.exists() and len(told.read_text().splitlines()) == 4)
+    assert told.read_text() == "".join(
+        "site one %s memcache=127.0.0.1:%d\n" % (word, server.port)
+        for word in ("UP", "READONLY", "QUIESCENT", "UP"))
+    until(lambda: "status_command" in caplog.text)
+
+
+def test_a_status_command_that_hangs_or_is_not_there(serve, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(kestrel, "_ANNOUNCE_SECONDS", 0.2)
+    server = serve("[server]\nstatus_command = sh -c 'exec sleep 60'\n")
+    assert server.client().put("q", b"1") == "STORED\r\n"
+    until(lambda: "timed out" in caplog.text)
+    server.stop()
+    server = serve("[server]\nstatus_command = /no/such/program\n")
+    until(lambda: "No such file" in caplog.text)
+    assert server.client().get("q") == b"1"
 
 
 def test_waiting_over_sockets(serve):
