@@ -200,6 +200,7 @@ SERVER_SETTINGS = {
     "listen_address": (TEXT, "127.0.0.1"),
     "memcache_port": (PORT, "22133"),
     "text_port": (PORT_OR_OFF, "off"),
+    "thrift_port": (PORT_OR_OFF, "off"),
     "queue_path": (TEXT, "spool"),
     "client_timeout": (TIMEOUT, "never"),
     "connection_backlog": (COUNT, "1024"),
@@ -1977,16 +1978,22 @@ class Queue:
         self._start_alarm(xid)
         self._log(OPEN, item, xid)
 
-    def _start_alarm(self, xid):
-        timeout = self.config.open_transaction_timeout
-        if timeout and self.later:
-            self._alarms[xid] = self.later(timeout, functools.partial(self._time_out, xid))
+    def limit(self, xid, timeout):
+        """Have an open read aborted in so many milliseconds, whatever the settings say."""
+        self._stop_alarm(xid)
+        self._start_alarm(xid, timeout)
 
-    def _time_out(self, xid):
+    def _start_alarm(self, xid, timeout=None):
+        timeout = timeout or self.config.open_transaction_timeout
+        if timeout and self.later:
+            self._alarms[xid] = self.later(
+                timeout, functools.partial(self._time_out, xid, timeout // 10))
+
+    def _time_out(self, xid, delay):
         # Those that time out soon after go back together with it, to be in their order.
         self._overdue.append(xid)
         if len(self._overdue) == 1:
-            self.later(self.config.open_transaction_timeout // 10, self._abort_overdue)
+            self.later(delay, self._abort_overdue)
 
     def _abort_overdue(self):
         overdue, self._overdue = self._overdue, []
@@ -2671,6 +2678,15 @@ class Session:
 
     # -- what all protocols have
 
+    def _flush_each(self, answer, *arguments):
+        """A job: flush every queue, one in each turn, then call `answer`."""
+        for queue in list(self.broker.queues.values()):
+            if queue.count:
+                queue.flush()
+                self._rest_on(queue)
+                yield
+        answer(*arguments)
+
     def _shutdown(self, words, now):
         if not (self.local or self.broker.config.server.allow_remote_shutdown):
             raise Refused("CLIENT_ERROR shutdown is taken from this machine only")
@@ -2998,16 +3014,9 @@ class MemcacheSession(Session):
 
     def _flush_all(self, words, now):
         self._check_writes()
-        self._begin(self._flush_each(words))
-
-    def _flush_each(self, words):
-        for queue in list(self.broker.queues.values()):
-            if queue.count:
-                queue.flush()
-                self._rest_on(queue)
-                yield
         stock = self.broker.config.server.flush_all_reply == "memcached"
-        self._reply(words, b"OK\r\n" if stock else b"Flushed all queues.\r\n")
+        self._begin(self._flush_each(
+            self._reply, words, b"OK\r\n" if stock else b"Flushed all queues.\r\n"))
 
     def _flush_expired(self, words, now):
         queue = self._queue_of(words)
@@ -3334,6 +3343,326 @@ _TEXT_COMMANDS = {
     b"version": TextSession._version,
     b"shutdown": TextSession._shutdown,
     b"quit": TextSession._quit,
+}
+
+
+# The types and kinds of messages of Thrift's binary protocol.
+_BOOL, _BYTE, _DOUBLE, _I16, _I32, _I64, _STRING, _STRUCT, _MAP, _SET, _LIST = (
+    2, 3, 4, 6, 8, 10, 11, 12, 13, 14, 15)
+_CALL, _REPLY, _EXCEPTION, _ONEWAY = 1, 2, 3, 4
+_UNKNOWN_METHOD, _INTERNAL_ERROR, _PROTOCOL_ERROR = 1, 6, 7
+_STRICT = -0x7fff0000                    # 0x80010000, and the kind of message
+_THRIFT_NUMBERS = {_BOOL: struct.Struct(">b"), _BYTE: struct.Struct(">b"),
+                   _DOUBLE: struct.Struct(">d"), _I16: struct.Struct(">h"),
+                   _I32: struct.Struct(">i"), _I64: struct.Struct(">q")}
+
+# The largest frame of a Thrift client, in bytes.
+MAX_FRAME = MAX_ITEM + (64 << 10)
+
+# How much one get of a Thrift client is given at most.
+_MOST_ITEMS = 10000
+_MOST_BYTES = 16 << 20
+
+# The numbers of kestrel.thrift's enum Status.
+_THRIFT_STATUSES = {"QUIESCENT": 1, "READONLY": 2, "UP": 3, "WRITEAVOID": 3}
+
+
+def _thrift_value(kind, data, pos, depth=0):
+    """Read a value from data[pos]: returns it and where it ends. A struct becomes a dict of
+    {field: (kind, value)}. Raises ValueError and struct.error."""
+    if kind in _THRIFT_NUMBERS:
+        number = _THRIFT_NUMBERS[kind]
+        return number.unpack_from(data, pos)[0], pos + number.size
+    if depth > 16:
+        raise ValueError("nested too deeply")
+    if kind == _STRING:
+        size, = struct.unpack_from(">i", data, pos)
+        end = pos + 4 + size
+        if size < 0 or end > len(data):
+            raise ValueError("impossible size %d" % size)
+        return data[pos + 4:end], end
+    if kind == _STRUCT:
+        fields = {}
+        while data[pos:pos + 1] != b"\0":
+            of, field = struct.unpack_from(">bh", data, pos)
+            value, pos = _thrift_value(of, data, pos + 3, depth + 1)
+            fields[field] = of, value
+        return fields, pos + 1
+    if kind in (_SET, _LIST, _MAP):
+        kinds = data[pos:pos + 1 + (kind == _MAP)]
+        pos += len(kinds)
+        count, = struct.unpack_from(">i", data, pos)
+        pos += 4
+        if not 0 <= count <= len(data) - pos:
+            raise ValueError("impossible count %d" % count)
+        values = []
+        for of in list(kinds) * count:
+            value, pos = _thrift_value(of, data, pos, depth + 1)
+            values.append(value)
+        return values, pos
+    raise ValueError("unknown type %d" % kind)
+
+
+class ThriftSession(Session):
+    """One client of Kestrel's Thrift service (kestrel.thrift of 2.4): framed transport, binary
+    protocol, strict or not, as in https://thrift.apache.org/docs/ and its specification."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self._head = None               # (strict, name, sequence number, oneway) of the call
+        self._get = None                # the _Get in hand
+
+    def _parse(self, data, now):
+        pos = 0
+        while not self.is_stalled() and len(data) - pos >= 4:
+            size, = struct.unpack_from(">i", data, pos)
+            if not 0 < size <= MAX_FRAME:
+                log.warning("a Thrift client sent a frame of %d bytes; closed", size)
+                self.closing = True
+                break
+            end = pos + 4 + size
+            if len(data) < end:
+                self._needed = 4 + size
+                break
+            self._call(data[pos + 4:end], now)
+            pos = end
+        return pos
+
+    def _call(self, frame, now):
+        try:
+            self._head, kind, pos = _thrift_head(frame)
+        except (ValueError, struct.error):
+            self.closing = True
+            return
+        try:
+            method, kinds = _THRIFT_METHODS.get(self._head[1], (None, None))
+            if method is None or kind not in (_CALL, _ONEWAY):
+                name = self._head[1].decode("utf-8", "replace")
+                self._except("unknown method %s" % name, _UNKNOWN_METHOD)
+                return
+            fields, _ = _thrift_value(_STRUCT, frame, pos)
+            values = []
+            for field, (of, default) in enumerate(kinds, 1):
+                of_given, value = fields.get(field, (of, default))
+                if of_given != of or value is None:
+                    raise ValueError("field %d of %s is missing, or of another type" % (
+                        field, self._head[1].decode()))
+                values.append(value)
+            method(self, now, *values)
+        except (ValueError, struct.error, TypeError) as error:
+            self._except(str(error), _PROTOCOL_ERROR)
+        except (Refused, OSError) as error:
+            self._refuse(error)
+
+    def _answer(self, result, *queues):
+        """Answer the call in hand with the fields of its result."""
+        strict, name, number, oneway = self._head
+        frame = _thrift_frame(strict, name, number, _REPLY, result)
+        self._say(b"" if oneway else frame, *queues)
+
+    def _except(self, why, kind=_INTERNAL_ERROR):
+        self._say(self._failure(why, b"", kind))
+
+    def _refuse(self, error):
+        self._except(_why(error) if isinstance(error, OSError)
+                     else os.fsdecode(error.answer).split(" ", 1)[1].strip())
+
+    def _failure(self, why, answer, kind=_INTERNAL_ERROR):
+        """A TApplicationException, in the place of an answer or of that to the call in hand."""
+        strict, name, number, oneway = _thrift_head(answer[4:])[0] if answer else self._head
+        if oneway:
+            return b""
+        return _thrift_frame(strict, name, number, _EXCEPTION, _string_field(1, os.fsencode(why))
+                             + struct.pack(">bhi", _I32, 2, kind))
+
+    def _find(self, name):
+        return self.broker.find(_name(name))
+
+    # -- the methods of the service
+
+    def _put(self, now, name, items, expiration):
+        self._check_writes()
+        if not all(isinstance(item, bytes) for item in items):
+            raise ValueError("items are to be binary")
+        route = self.broker.routes.get(name)
+        if route is None:
+            _name(name)
+            route = self.broker.route(name, now)
+        expiry = now + expiration if expiration > 0 else 0
+        count = sum([self.broker.put(route, item, 0, expiry, now) for item in items])
+        self._answer(_i32_field(0, count), *route.targets, *route.copies)
+
+    def _start_get(self, now, name, most, timeout, auto_abort):
+        self._check_reads()
+        self.queue = self.broker.queue(_name(name), now)
+        # Open while others are waited for, so that they go back if the client leaves.
+        self._get = _Get(min(most, _MOST_ITEMS), timeout > 0, timeout > 0 or auto_abort > 0,
+                         max(auto_abort, 0), [])
+        if timeout > 0:
+            self.timeout = timeout
+        self._go_on(now)
+
+    def _go_on(self, now):
+        get, queue = self._get, self.queue
+        if get is None:
+            return
+        size = sum(len(item.data) for item in get.items)
+        while queue and len(get.items) < get.most and size < _MOST_BYTES:
+            item = queue.remove(get.opening, now)
+            if item is None and queue.count:         # a long run of expired ones
+                self.job = self.broker.discard_expired(queue, now)
+                return
+            if item is None and get.waits:
+                self._wait(True)
+                return
+            if item is None:
+                break
+            self._take(item)
+            size += len(item.data)
+        self._finish_get()
+
+    def _take(self, item):
+        self._get.items.append(item)
+        self._rest_on(self.queue)
+        if self._get.opening:
+            self.open_reads.setdefault(self.queue, []).append(item.xid)
+
+    def _received(self, item, peek):
+        if item is None:
+            self._get = self._get._replace(waits=False)      # the time is over
+        else:
+            self._take(item)
+
+    def _finish_get(self):
+        (_, _, _, auto_abort, items), self._get = self._get, None
+        stats, queue = self.broker.stats, self.queue
+        stats.cmd_get += 1
+        stats.get_hits += bool(items)
+        stats.get_misses += not items
+        for xid in self.open_reads.pop(queue, ()):
+            if auto_abort:
+                queue.limit(xid, auto_abort)
+            else:
+                self._ended.append((queue, xid))
+                queue.confirm(xid)
+        self._answer(
+            struct.pack(">bhbi", _LIST, 0, _STRUCT, len(items)) + b"".join([
+                _string_field(1, item.data)
+                + struct.pack(">bhqb", _I64, 2, item.xid if auto_abort else 0, 0)
+                for item in items]), *filter(None, [queue]))
+
+    def _forget(self):
+        # What the get in hand has opened goes back.
+        if self._get:
+            self.queue.abort(*self.open_reads.pop(self.queue, ()), orphaned=True)
+            self._get = None
+
+    def _confirm(self, now, name, ids):
+        queue = self._find(name)
+        count = sum([queue.confirm(xid) for xid in dict.fromkeys(ids)]) if queue else 0
+        self._answer(_i32_field(0, count), *filter(None, [queue]))
+
+    def _abort(self, now, name, ids):
+        queue = self._find(name)
+        count = queue.abort(*sorted(set(ids)), now=now) if queue else 0
+        self._answer(_i32_field(0, count), *filter(None, [queue]))
+
+    def _peek(self, now, name):
+        self._check_reads()
+        queue = self._find(name)
+        self.broker.stats.cmd_peek += 1
+        item = queue.peek(now) if queue else None
+        stats = collections.defaultdict(int, queue.stats() if queue else ())
+        self._answer(
+            struct.pack(">bh", _STRUCT, 0)
+            + (_string_field(1, item.data) if item is not None else b"")
+            + b"".join([struct.pack(">bhq", _I64, field, stats[key]) for field, key in enumerate(
+                ("items", "bytes", "logsize", "age"), 2)])
+            + _i32_field(6, stats["waiters"]) + _i32_field(7, stats["open_transactions"])
+            + b"\0", *filter(None, [queue]))
+
+    def _flush(self, now, name):
+        queue = self._find(name)
+        self._check_writes()
+        if queue:
+            queue.flush()
+        self._answer(b"", *filter(None, [queue]))
+
+    def _flush_all(self, now):
+        self._check_writes()
+        self._begin(self._flush_each(self._answer, b""))
+
+    def _delete(self, now, name):
+        queue = self._find(name)
+        self._check_writes()
+        if queue:
+            self.broker.delete(queue)
+        self._answer(b"")
+
+    def _status(self, now):
+        self._answer(_i32_field(0, _THRIFT_STATUSES[self.broker.status]))
+
+    def _set_status(self, now, number):
+        word = {number: word for word, number in reversed(_THRIFT_STATUSES.items())}.get(number)
+        self.broker.set_status(word or "status %d" % number)
+        self._answer(b"")
+
+    def _version(self, now):
+        self._answer(_string_field(0, __version__.encode()))
+
+
+# most: how many items it wants. waits: whether it may wait for them. opening: whether they
+# are open for now. auto_abort: in how many milliseconds they go back if they are not confirmed,
+# 0 if they are taken for good.
+_Get = collections.namedtuple("_Get", "most waits opening auto_abort items")
+
+
+def _thrift_head(frame):
+    """((strict, name, sequence number, oneway), kind of message, where its struct begins)."""
+    size, = struct.unpack_from(">i", frame)
+    strict = size < 0
+    if strict:
+        if size & -0x10000 != _STRICT:
+            raise ValueError("not the binary protocol")
+        name, pos = _thrift_value(_STRING, frame, 4)
+        number, = struct.unpack_from(">i", frame, pos)
+        kind, pos = size & 0xff, pos + 4
+    else:
+        name, pos = _thrift_value(_STRING, frame, 0)
+        kind, number = struct.unpack_from(">bi", frame, pos)
+        pos += 5
+    return (strict, name, number, kind == _ONEWAY), kind, pos
+
+
+def _thrift_frame(strict, name, number, kind, fields):
+    """A message: a struct of these fields."""
+    head = (struct.pack(">ii", _STRICT | kind, len(name)) + name + struct.pack(">i", number)
+            if strict else
+            struct.pack(">i", len(name)) + name + struct.pack(">bi", kind, number))
+    return struct.pack(">i", len(head) + len(fields) + 1) + head + fields + b"\0"
+
+
+def _string_field(field, data):
+    return struct.pack(">bhi", _STRING, field, len(data)) + data
+
+
+def _i32_field(field, number):
+    return struct.pack(">bhi", _I32, field, number)
+
+
+# name -> (method, (type, default) of each of its arguments, None where it has to be given)
+_THRIFT_METHODS = {
+    b"put": (ThriftSession._put, ((_STRING, None), (_LIST, None), (_I32, 0))),
+    b"get": (ThriftSession._start_get, ((_STRING, None), (_I32, None), (_I32, 0), (_I32, 0))),
+    b"confirm": (ThriftSession._confirm, ((_STRING, None), (_SET, None))),
+    b"abort": (ThriftSession._abort, ((_STRING, None), (_SET, None))),
+    b"peek": (ThriftSession._peek, ((_STRING, None),)),
+    b"flush_queue": (ThriftSession._flush, ((_STRING, None),)),
+    b"flush_all_queues": (ThriftSession._flush_all, ()),
+    b"delete_queue": (ThriftSession._delete, ((_STRING, None),)),
+    b"current_status": (ThriftSession._status, ()),
+    b"set_status": (ThriftSession._set_status, ((_I32, None),)),
+    b"get_version": (ThriftSession._version, ()),
 }
 
 
@@ -3736,7 +4065,8 @@ class Server:
         host = config.server.listen_address
         sockets = [(_bind(host, port), protocol, session) for port, protocol, session in (
             (config.server.memcache_port, "memcache", MemcacheSession),
-            (config.server.text_port, "text", TextSession)) if port is not None]
+            (config.server.text_port, "text", TextSession),
+            (config.server.thrift_port, "thrift", ThriftSession)) if port is not None]
         self._spool = _lock_spool(os.path.abspath(config.server.queue_path))
         log.info("kestrel.py %s, journals in %s", __version__,
                  os.path.abspath(config.server.queue_path))

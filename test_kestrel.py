@@ -2492,6 +2492,245 @@ def test_shutdown_of_a_text_client(text):
     assert text("shutdown\n") == "✂" and text.broker.stopping
 
 
+# == The Thrift session ===================================================================
+
+
+def field(kind, number, packed):
+    return struct.pack(">bh", kind, number) + packed
+
+
+def thrift_string(number, data):
+    return field(11, number, struct.pack(">i", len(data)) + data)
+
+
+def thrift_i32(number, value):
+    return field(8, number, struct.pack(">i", value))
+
+
+def thrift_strings(number, items):
+    return field(15, number, struct.pack(">bi", 11, len(items)) + b"".join(
+        struct.pack(">i", len(item)) + item for item in items))
+
+
+def thrift_ids(number, ids):
+    return field(14, number, struct.pack(">bi%dq" % len(ids), 10, len(ids), *ids))
+
+
+def call(name, *fields, strict=True, kind=1, number=7):
+    """A frame that calls a method."""
+    head = (struct.pack(">Ii", 0x80010000 | kind, len(name)) + name + struct.pack(">i", number)
+            if strict else struct.pack(">i", len(name)) + name + struct.pack(">bi", kind, number))
+    message = head + b"".join(fields) + b"\0"
+    return struct.pack(">i", len(message)) + message
+
+
+def reply(name, *fields, **options):
+    return call(name, *fields, kind=2, **options)
+
+
+def exception(name, why, kind, **options):
+    return call(name, thrift_string(1, why), thrift_i32(2, kind), kind=3, **options)
+
+
+def thrift_items(*items):
+    return field(15, 0, struct.pack(">bi", 12, len(items)) + b"".join(
+        thrift_string(1, data) + field(10, 2, struct.pack(">q", xid)) + b"\0"
+        for data, xid in items))
+
+
+def thrift_put(name, *items, expiration=0):
+    return call(b"put", thrift_string(1, name), thrift_strings(2, items), thrift_i32(3, expiration))
+
+
+def thrift_get(name, most, timeout=0, auto_abort=0):
+    return call(b"get", thrift_string(1, name), thrift_i32(2, most), thrift_i32(3, timeout),
+                thrift_i32(4, auto_abort))
+
+
+@pytest.fixture
+def thrift(tmp_path):
+    return Talk(tmp_path, "[queue small]\nmax_items = 2\n", kestrel.ThriftSession)
+
+
+def heard_of(answer):
+    return answer.encode("latin-1", "replace")
+
+
+THRIFT_ANSWERS = [
+    (thrift_put(b"q", b"1", b"\0\xff"), reply(b"put", thrift_i32(0, 2))),
+    (thrift_put(b"small", b"1", b"2", b"3"), reply(b"put", thrift_i32(0, 2))),
+    (call(b"put", thrift_strings(2, [b"1"]), thrift_string(1, b"q"), strict=False, number=-1),
+     reply(b"put", thrift_i32(0, 1), strict=False, number=-1)),
+    (thrift_put(b"a.b", b"1"), exception(b"put", b"'.' in the name of a queue", 6)),
+    (thrift_put(b"", b"1"), exception(b"put", b"the name of a queue is empty", 6)),
+    (thrift_put(b"q", b"1") + thrift_get(b"q", 5), reply(b"put", thrift_i32(0, 1))
+     + reply(b"get", thrift_items((b"1", 0)))),
+    (thrift_put(b"q", b"1", b"2") + thrift_get(b"q", 1, 0, 1000),
+     reply(b"put", thrift_i32(0, 2)) + reply(b"get", thrift_items((b"1", 1)))),
+    (thrift_get(b"q", 5), reply(b"get", thrift_items())),
+    (thrift_get(b"q", 0, 1000), reply(b"get", thrift_items())),
+    (thrift_get(b"q", -1, 1000), reply(b"get", thrift_items())),
+    (call(b"confirm", thrift_string(1, b"none"), thrift_ids(2, [1])),
+     reply(b"confirm", thrift_i32(0, 0))),
+    (call(b"abort", thrift_string(1, b"none"), thrift_ids(2, [])),
+     reply(b"abort", thrift_i32(0, 0))),
+    (call(b"delete_queue", thrift_string(1, b"none")), reply(b"delete_queue")),
+    (call(b"flush_queue", thrift_string(1, b"none")), reply(b"flush_queue")),
+    (call(b"flush_all_queues"), reply(b"flush_all_queues")),
+    (call(b"current_status"), reply(b"current_status", thrift_i32(0, 3))),
+    (call(b"set_status", thrift_i32(1, 1)) + call(b"current_status") + thrift_get(b"q", 1),
+     reply(b"set_status") + reply(b"current_status", thrift_i32(0, 1))
+     + exception(b"get", b"the server is quiescent: nothing can be read", 6)),
+    (call(b"set_status", thrift_i32(1, 0)), exception(
+        b"set_status", b"'status 0' is none of: up, writeavoid, readonly, quiescent", 7)),
+    (call(b"get_version"), reply(b"get_version", thrift_string(0, b"1.0.0"))),
+    (call(b"get_version", kind=4) + call(b"get_version"),      # oneway is not answered
+     reply(b"get_version", thrift_string(0, b"1.0.0"))),
+    (call(b"nonsense", thrift_i32(1, 1)), exception(b"nonsense", b"unknown method nonsense", 1)),
+    (call(b"get_version", kind=2), exception(b"get_version", b"unknown method get_version", 1)),
+    (call(b"peek", thrift_i32(1, 5)),
+     exception(b"peek", b"field 1 of peek is missing, or of another type", 7)),
+    (call(b"put", thrift_string(1, b"q"), thrift_ids(2, [5])),
+     exception(b"put", b"field 2 of put is missing, or of another type", 7)),
+    (call(b"put", thrift_string(1, b"q"), field(15, 2, struct.pack(">bii", 8, 1, 5))),
+     exception(b"put", b"items are to be binary", 7)),
+    (call(b"peek", field(11, 1, struct.pack(">i", 1000))),
+     exception(b"peek", b"impossible size 1000", 7)),
+    (call(b"peek", field(11, 1, struct.pack(">i", -1))),
+     exception(b"peek", b"impossible size -1", 7)),
+    (call(b"peek", field(15, 1, struct.pack(">bi", 2, 1 << 30))),
+     exception(b"peek", b"impossible count 1073741824", 7)),
+    (call(b"peek", field(99, 1, b"")), exception(b"peek", b"unknown type 99", 7)),
+    (call(b"peek", b"\x0c\0\1" * 40), exception(b"peek", b"nested too deeply", 7)),
+    (call(b"peek", thrift_string(1, b"none"), field(13, 9, struct.pack(">bbi", 8, 2, 1) + b"12345"),
+          field(4, 10, b"12345678"), field(2, 11, b"1"), field(6, 12, b"12")),
+     reply(b"peek", field(12, 0, b"".join(field(10, n, bytes(8)) for n in range(2, 6))
+                          + thrift_i32(6, 0) + thrift_i32(7, 0) + b"\0"))),
+]
+
+
+@pytest.mark.parametrize("sent, answer", THRIFT_ANSWERS)
+def test_thrift_answers(thrift, sent, answer):
+    assert heard_of(thrift(sent)) == answer
+
+
+@pytest.mark.parametrize("sent, answer", THRIFT_ANSWERS[:8])
+def test_thrift_answers_to_single_bytes(thrift, sent, answer):
+    assert b"".join(heard_of(thrift(sent[at:at + 1])) for at in range(len(sent))) == answer
+
+
+@pytest.mark.parametrize("sent", [
+    struct.pack(">i", -1), struct.pack(">i", 0), struct.pack(">i", (128 << 20) + (64 << 10) + 1),
+    b"GET / HTTP/1.0\r\n\r\n", struct.pack(">i", 3) + b"abc",
+    struct.pack(">iI", 8, 0x80020001) + b"1234", struct.pack(">ii", 8, 100) + b"1234",
+])
+def test_thrift_frames_that_cannot_be_followed(thrift, sent):
+    assert thrift(sent) == "✂"
+
+
+def test_a_thrift_client_peeks(thrift):
+    thrift(thrift_put(b"q", b"one", b"two") + thrift_get(b"q", 1, 0, 1000))
+    logsize = dict(thrift.broker.queues["q"].stats())["logsize"]
+    assert heard_of(thrift(call(b"peek", thrift_string(1, b"q")))) == reply(
+        b"peek", field(12, 0, thrift_string(1, b"two") + b"".join(
+            field(10, number, struct.pack(">q", value))
+            for number, value in ((2, 1), (3, 3), (4, logsize), (5, 0)))
+            + thrift_i32(6, 0) + thrift_i32(7, 1) + b"\0"))
+
+
+def test_a_thrift_get_waits_until_it_has_enough(thrift):
+    thrift(thrift_put(b"q", b"1"))
+    assert thrift(thrift_get(b"q", 3, 1000) + call(b"get_version"), "one") == ""
+    session = thrift.session("one")
+    assert session.timeout == 1000 and len(thrift.broker.queues["q"].opens) == 1
+    thrift(thrift_put(b"q", b"2"))
+    assert thrift.heard("one") == ""
+    thrift(thrift_put(b"q", b"3", b"4"))
+    assert heard_of(thrift.heard("one")) == (
+        reply(b"get", thrift_items((b"1", 0), (b"2", 0), (b"3", 0)))
+        + reply(b"get_version", thrift_string(0, b"1.0.0")))
+    assert not thrift.broker.queues["q"].opens
+    thrift(thrift_get(b"q", 3, 1000), "one")
+    session.time_out()
+    assert heard_of(thrift.heard("one")) == reply(b"get", thrift_items((b"4", 0)))
+
+
+def test_a_thrift_client_that_leaves_while_it_waits(thrift):
+    thrift(thrift_put(b"q", b"1", b"2"))
+    thrift(thrift_get(b"q", 3, 1000), "one")
+    thrift.session("one").close(NOW)
+    assert items_of(thrift.broker, "q") == [b"1", b"2"]
+    assert not thrift.broker.queues["q"].opens and not thrift.broker.queues["q"].waiters
+
+
+def test_thrift_reads_outlive_their_connection_and_go_back_by_themselves(tmp_path):
+    thrift = Talk(tmp_path, session_type=kestrel.ThriftSession)
+    clock = thrift.broker.later = Clock()
+    thrift(thrift_put(b"q", b"1", b"2", b"3"))
+    thrift(thrift_get(b"q", 2, 0, 1000), "one")
+    thrift(thrift_get(b"q", 1, 0, 5000), "two")
+    queue = thrift.broker.queues["q"]
+    for name in ("one", "two"):
+        thrift.session(name).close(NOW)
+    assert list(queue.opens) == [1, 2, 3]
+    assert heard_of(thrift(call(b"confirm", thrift_string(1, b"q"), thrift_ids(2, [3, 3, 9])))
+                    ) == reply(b"confirm", thrift_i32(0, 1))
+    clock.reach(1000)
+    clock.reach(1100)
+    assert items_of(thrift.broker, "q") == [b"1", b"2"] and not queue.opens
+    thrift(thrift_get(b"q", 2, 0, 1000))
+    assert heard_of(thrift(call(b"abort", thrift_string(1, b"q"), thrift_ids(2, [5, 4])))
+                    ) == reply(b"abort", thrift_i32(0, 2))
+    assert items_of(thrift.broker, "q") == [b"1", b"2"]
+    clock.reach(9999)
+    assert items_of(thrift.broker, "q") == [b"1", b"2"]
+
+
+def test_a_thrift_put_can_expire(thrift):
+    thrift(thrift_put(b"q", b"1", expiration=1000))
+    thrift.now += 999
+    assert thrift.broker.queues["q"].peek(thrift.now)
+    thrift.now += 1
+    assert heard_of(thrift(thrift_get(b"q", 1))) == reply(b"get", thrift_items())
+
+
+def test_a_thrift_client_over_a_failing_disk(thrift, disk):
+    thrift(thrift_put(b"q", b"1", b"2"))
+    thrift.session("waits").feed(thrift_get(b"q", 3, 1000), NOW)
+    thrift.broker.commit(NOW)
+    session = thrift.session()
+    session.feed(thrift_put(b"r", b"2") + call(b"get_version", number=8), NOW)
+    disk.failing = {"pwritev": errno.ENOSPC}
+    session.fail(thrift.broker.commit(NOW)[1])
+    assert b"".join(session.take()) == (
+        exception(b"put", b"r: No space left on device", 6)
+        + reply(b"get_version", thrift_string(0, b"1.0.0"), number=8))
+    session = thrift.session("waits")
+    disk.failing = {}
+    session.fail({thrift.broker.queues["q"]: OSError(errno.EIO, "Input/output error", "q")})
+    assert b"".join(session.take()) == exception(b"get", b"q: Input/output error", 6)
+    assert thrift.heard("waits") == ""
+    assert items_of(thrift.broker, "q") == [b"1", b"2"]
+
+
+def test_a_thrift_get_meets_a_mass_expiry(thrift):
+    thrift(thrift_put(b"q", *[b"late"] * 2500, expiration=1))
+    thrift(thrift_put(b"q", b"last"))
+    thrift.now += 10
+    session = thrift.session()
+    session.feed(thrift_get(b"q", 1), thrift.now)
+    assert session.job and thrift.broker.queues["q"].count >= 1500
+    assert heard_of(thrift.heard()) == reply(b"get", thrift_items((b"last", 0)))
+
+
+def test_a_thrift_get_of_very_much_gives_a_part_of_it(thrift, monkeypatch):
+    monkeypatch.setattr(kestrel, "_MOST_ITEMS", 3)
+    thrift(thrift_put(b"q", *[b"x"] * 5))
+    assert heard_of(thrift(thrift_get(b"q", 1000))) == reply(b"get", thrift_items(*[(b"x", 0)] * 3))
+    monkeypatch.setattr(kestrel, "_MOST_BYTES", 1)
+    assert heard_of(thrift(thrift_get(b"q", 2))) == reply(b"get", thrift_items((b"x", 0)))
+
+
 # == The server, in a thread of this process ==============================================
 
 
