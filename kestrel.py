@@ -595,7 +595,11 @@ def find_damage(data):
         try:
             for opcode, xid, item, end in read_records(data):
                 if item is not None:
-                    last = offset, start + end, _is_believable(opcode, xid, item)
+                    believable = _is_believable(opcode, xid, item)
+                    if believable or last is None or last[2]:
+                        last = offset, start + end, believable
+                    else:                    # one doubtful record after the other
+                        last = last[0], start + end, False
                     items += 1
                     size += start + end - offset
                 offset = start + end
@@ -610,21 +614,26 @@ def find_damage(data):
 
 def _delimit(data, begin, last, torn, mean):
     """Where damaged bytes that reading came upon at `begin` begin and end, and how many items
-    may have stood there. last: of the last record that adds an item, if there is one, where it
-    begins and ends and whether it is believable. mean: how long such records are here.
+    may have stood there. last: of the last record that adds an item, or the last ones that are
+    doubtful, where it begins and ends and whether it is believable. mean: how long such
+    records are here.
 
     The end is where records can be read again, or the end of the file. That last record may
     be to blame: a size that was changed leads the reader astray.
     """
     if last:                                 # it may have run over good ones
         last, last_end, believable = last
-        for match in _LIKELY_START.finditer(data, last + 1, begin + 17):
-            if match.start() < begin and _is_good(data, match.start(),
-                                                  begin if believable else last):
-                return last, match.start(), 1
+        inside = [match.start() for match in _LIKELY_START.finditer(data, last + 1, begin + 17)
+                  if match.start() < begin]
+        if inside and (not believable or any(_is_good(data, at, begin) for at in inside)):
+            end = next((at for at in inside if _is_good(data, at)), None)
+            if end:
+                return last, end, 1
     if data[begin] not in _HEADS and len(data) - begin > 21:      # its opcode alone is wrong
-        jump = begin + 5 + struct.unpack_from("<i", data, begin + 1)[0]
-        if begin + 21 <= jump < len(data) and _is_good(data, jump):
+        size, add_time, expiry = _HEADS[ADDX].unpack_from(data, begin + 1)
+        jump = begin + 5 + size
+        if _is_believable(ADDX, 0, Item(b"", add_time, expiry)) and (
+                begin + 21 <= jump < len(data) and _is_good(data, jump)):
             return begin, jump, 1
     end = next((match.start() for match in _LIKELY_START.finditer(data, begin + 1)
                 if _is_good(data, match.start())), len(data))
