@@ -1505,6 +1505,38 @@ destination_queues = late, only
     assert "only" not in broker.queues or items_of(broker, "only") == []
 
 
+def test_a_delay_queue(tmp_path):
+    """Items that expire wait their time in another queue and come back from there."""
+    broker = broker_of(tmp_path, "[queue work]\nexpire_to_queue = delay\n"
+                                 "[queue delay]\nmax_age = 10s\nexpire_to_queue = work\n")
+    put(broker, "work", b"1", expiry=NOW + 1)
+    broker.queues["work"].discard_expired(NOW + 1000)
+    settle(broker, NOW + 1000)
+    assert (items_of(broker, "work"), items_of(broker, "delay")) == ([], [b"1"])
+    assert broker.queues["delay"].peek(NOW + 10999).data == b"1"
+    assert broker.queues["delay"].peek(NOW + 11000) is None
+    settle(broker, NOW + 11000)
+    assert (items_of(broker, "work"), items_of(broker, "delay")) == ([b"1"], [])
+    assert broker.queues["work"].peek(NOW + 99000).data == b"1"
+
+
+def test_children_have_settings_of_their_own_and_are_deleted_alone(tmp_path):
+    broker = broker_of(tmp_path, "[queue a]\nmax_items = 5\n[queue a+b]\nmax_items = 1\n"
+                                 "keep_flags = false\n")
+    for name in ("a", "a+b", "a+c"):
+        broker.queue(name, NOW)
+    put(broker, "a", b"1", b"2")
+    assert [items_of(broker, name) for name in ("a", "a+b", "a+c")] == [
+        [b"1", b"2"], [b"1"], [b"1", b"2"]]
+    broker.delete(broker.queues["a+b"])
+    put(broker, "a", b"3")
+    assert "a+b" not in broker.queues and items_of(broker, "a+c") == [b"1", b"2", b"3"]
+    broker.delete(broker.queues["a"])
+    assert items_of(broker, "a+c") == [b"1", b"2", b"3"]
+    put(broker, "a", b"4")                       # is made anew, and its child is still one
+    assert items_of(broker, "a") == [b"4"] and items_of(broker, "a+c")[-1] == b"4"
+
+
 def test_a_move_loses_nothing_wherever_it_stops(tmp_path):
     broker = broker_of(tmp_path, "[queue work]\nexpire_to_queue = late\n")
     put(broker, "work", b"1", expiry=NOW + 10)
@@ -3407,6 +3439,20 @@ def test_an_earlier_fsync_does_not_release_later_answers(serve, monkeypatch):
     held.disarm()
     assert client.line() == "STORED\r\n" and client.item() == b"3"
     assert other.line() == "STORED\r\n"
+
+
+def test_sync_journal_changes_at_once(serve, tmp_path, monkeypatch):
+    server = serve("[queue]\nsync_journal = never\n")
+    client, other = server.client(), server.client()
+    held = HeldFsync(monkeypatch)
+    assert client.put("q", b"1") == "STORED\r\n"
+    (tmp_path / "kestrel.conf").write_text("[queue]\nsync_journal = 0\n")
+    assert other.ask("reload\r\n") == "Reloaded config.\r\n"
+    client.send("set q 0 0 1\r\n2\r\n")
+    assert held.called.acquire(timeout=20)
+    nothing_comes(client)
+    held.disarm()
+    assert client.line() == "STORED\r\n"
 
 
 def test_what_nobody_waits_for_is_fsynced_too(serve):
