@@ -1216,6 +1216,105 @@ def test_a_pack_that_cannot_be_finished_is_tried_again(tmp_path, disk):
             queue.close()
 
 
+class Deep:
+    """A queue of several files most of which is not in memory, as a server holds it."""
+
+    def __init__(self, path, **settings):
+        self.chores, self.calls = [], []
+        self.items = [b"%d" % number * 30 for number in range(100, 160)]
+        self.queue = kestrel.Queue(
+            "q", str(path), kestrel.QueueConfig(max_memory_size=2000, **settings),
+            dirty=lambda queue: None, later=lambda delay, call: self.calls.append(call) or list,
+            start=lambda queue, chore: self.chores.append(chore), now=NOW)
+        for item in self.items:
+            self.queue.add(item, now=NOW)
+            self.queue.write()
+        self.sync()
+        assert len(self.queue.journal.files) > 2 and self.queue._behind
+
+    def sync(self):
+        fds, count = self.queue.begin_sync()
+        assert not kestrel.fsync_all(fds)
+        self.queue.synced(count)
+
+    def work(self):
+        while self.chores:
+            kestrel.Queue._run_now(self.queue, self.chores.pop(0))
+
+
+def test_a_failed_fsync_takes_back_that_a_file_was_passed(tmp_path):
+    deep = Deep(tmp_path, sync_journal=0)
+    queue = deep.queue
+    first = queue.journal.files[0]
+    queue.remove(open=True, now=NOW)
+    while first in queue.journal.files:
+        queue.remove(now=NOW)
+        queue.write()
+    assert queue.journal.wanted and not deep.chores
+    queue.sync_failed()
+    deep.work()
+    assert contents_of(tmp_path) == deep.items and not queue.opens
+    assert data_of(take(queue, len(deep.items))) == deep.items
+    queue.write()
+    deep.sync()
+    deep.work()
+    assert contents_of(tmp_path) == []
+    queue.close()
+
+
+def test_a_failed_fsync_has_every_file_in_doubt_written_anew(tmp_path):
+    deep = Deep(tmp_path)
+    queue = deep.queue
+    rotated = queue.journal.current
+    while rotated is queue.journal.current:
+        queue.add(b"x" * 90, now=NOW)
+        queue.write()
+    inode = os.stat(rotated.path).st_ino
+    fds, _ = queue.begin_sync()
+    for fd in fds:
+        os.close(fd)
+    queue.sync_failed()
+    deep.work()
+    assert os.stat(rotated.path).st_ino != inode
+    assert contents_of(tmp_path)[:len(deep.items)] == deep.items
+    queue.close()
+
+
+def test_a_change_is_undone_though_nothing_can_be_read(tmp_path, disk):
+    deep = Deep(tmp_path)
+    queue = deep.queue
+    queue.config.max_memory_size = 100000             # so that it would read on at once
+    item = queue.remove(open=True, now=NOW)
+    queue.write()
+    queue.abort(item.xid, now=NOW)
+    queue.config.max_memory_size = 1000000
+    disk.failing = {"pwritev": errno.EIO, "open": errno.EIO}
+    with pytest.raises(OSError):
+        queue.write()
+    assert list(queue.opens) == [item.xid]
+    disk.failing = {}
+    queue.abort(item.xid, now=NOW)
+    assert data_of(take(queue, len(deep.items))) == deep.items
+
+
+def test_a_late_retry_starts_no_second_chore(tmp_path, disk):
+    deep = Deep(tmp_path)
+    queue = deep.queue
+    queue.sync_failed()
+    disk.failing = {"open": errno.EIO}
+    deep.work()
+    assert len(deep.calls) == 1                       # tries again in a while
+    disk.failing = {}
+    queue.sync_failed()                               # but this comes first
+    assert len(deep.chores) == 1
+    for call in deep.calls:
+        call()
+    assert len(deep.chores) == 1
+    deep.work()
+    assert data_of(take(queue, len(deep.items))) == deep.items
+    queue.close()
+
+
 class Recorder:
     """Notes every call that changes the disk, so that the directory can be rebuilt as it
     was, or may have been, after each."""
@@ -2908,6 +3007,17 @@ def test_text_clients_have_a_port_of_their_own(serve):
         assert server.client().put("q", b"one") == "STORED\r\n"
         assert text.line() == ":one\n"
         assert text.ask("version\n") == ":1.0.0\n"
+
+
+def test_thrift_clients_have_a_port_of_their_own(serve):
+    server = serve("[server]\nthrift_port = 0\n")
+    with Client(server.server.listeners[1].address[1]) as client:
+        sent = call(b"get_version")
+        client.send(sent[:10])
+        assert server.client().get("q") is None
+        client.send(sent[10:] + sent)
+        answer = reply(b"get_version", thrift_string(0, b"1.0.0")) * 2
+        assert client.file.read(len(answer)) == answer
 
 
 def test_what_connections_say_can_be_logged(serve, caplog):
