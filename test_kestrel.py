@@ -3015,8 +3015,8 @@ def test_thrift_clients_have_a_port_of_their_own(serve):
         sent = call(b"get_version")
         client.send(sent[:10])
         assert server.client().get("q") is None
-        client.send(sent[10:] + sent)
-        answer = reply(b"get_version", thrift_string(0, b"1.0.0")) * 2
+        client.send(sent[10:])
+        answer = reply(b"get_version", thrift_string(0, b"1.0.0"))
         assert client.file.read(len(answer)) == answer
 
 
