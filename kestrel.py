@@ -2,7 +2,8 @@
 # Copyright (c) the kestrel.py authors. MIT License, see LICENSE.
 """kestrel.py: Twitter's Kestrel message queue, rebuilt as one file of plain Python.
 
-A daemon that speaks the memcache text protocol; each key is a durable FIFO queue.
+A daemon that speaks the memcache text protocol, and Kestrel's own text and Thrift protocols;
+each key is a durable FIFO queue.
 
     python3 kestrel.py                    # port 22133, journals in ./spool
     python3 kestrel.py -c kestrel.conf
@@ -2497,8 +2498,9 @@ class Session:
 
     A protocol has _parse(data, now), which runs the commands in `data` and returns how far it
     has got, _go_on(now), which goes on with a command that had to wait, _received(item), which
-    takes the item that a read has waited for or None, and _failure(why, answer), the bytes
-    that take the place of an answer.
+    takes the item that a read has waited for or None, _failure(why, answer), the bytes that
+    take the place of an answer, _refuse(error), which says that a command failed, and _forget(),
+    which drops the command in hand.
     """
 
     def __init__(self, broker, local=True, wake=lambda: None):
