@@ -83,6 +83,14 @@ MAX_NAME = 255 - len(".1790000000000.pack")
 # a queue can hold. The queues' own max_item_size can only be stricter.
 MAX_ITEM = 128 << 20
 
+# What each status refuses: reads, writes. While it avoids writes, a server takes them.
+STATUSES = {
+    "UP": (False, False),
+    "WRITEAVOID": (False, False),
+    "READONLY": (False, True),
+    "QUIESCENT": (True, True),
+}
+
 _SIZES = {"": 1, "b": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
 _TIMES = {"ms": 1, "s": 1000, "m": 60 * 1000, "h": 3600 * 1000, "d": 86400 * 1000}
 
@@ -186,7 +194,7 @@ PORT = Kind(_parse_integer(0, 65535), str)
 FLAG = Kind(_parse_flag, lambda flag: "true" if flag else "false")
 TEXT = Kind(_parse_text, str)
 TEXT_OR_NONE = Kind(str, str)
-STATUS = Kind(_parse_word("up", "writeavoid", "readonly", "quiescent"), str)
+STATUS = Kind(_parse_word(*map(str.lower, STATUSES)), str)
 NAME = Kind(_parse_name_or_none, lambda name: name or "")
 NAMES = Kind(_parse_names, ", ".join)
 SIZE_LIMIT = _or("unlimited", UNLIMITED, SIZE)
@@ -2082,14 +2090,6 @@ class Queue:
 # children, which get what they can take.
 Route = collections.namedtuple("Route", "targets copies")
 
-# What each status refuses: reads, writes. While it avoids writes, a server takes them.
-STATUSES = {
-    "UP": (False, False),
-    "WRITEAVOID": (False, False),
-    "READONLY": (False, True),
-    "QUIESCENT": (True, True),
-}
-
 # How many items or queues a long job looks at before other work gets its turn.
 SWEEP_STEP = 1000
 
@@ -2122,7 +2122,7 @@ class Broker:
             get_hits=0, get_misses=0, bytes_read=0, bytes_written=0, queue_creates=0,
             queue_deletes=0, queue_expires=0)
         self.announce = lambda status: None       # told of each change of the status
-        self._refusing = None             # what the status refuses when its time has come
+        self._refused = (False, False)    # reads, writes: what the status refuses by now
         self._end_grace = lambda: None    # cancels that time
         self._restore_status()
         self.spool = os.path.abspath(config.server.queue_path)
@@ -2220,7 +2220,6 @@ class Broker:
         log.info("the status is %s", self.status)
         grace = self.config.server.status_change_grace_period
         # What it lets in it lets in at once; what it refuses, once clients could hear of it.
-        self._refusing = STATUSES[self.status]
         self._end_grace()
         if grace and self.later:
             self._end_grace = self.later(grace, self.update_refusals)
@@ -2238,7 +2237,7 @@ class Broker:
         """Find out what is refused: `refuses_reads` and `refuses_writes` say why, or are
         empty. Asked when the status changes and when a connection comes or goes."""
         self._refused = [new and (at_once or old)
-                         for new, old in zip(self._refusing, self._refused)]
+                         for new, old in zip(STATUSES[self.status], self._refused)]
         server = self.config.server
         limits = server.connection_limit_refuse_reads, server.connection_limit_refuse_writes
         self.refuses_reads, self.refuses_writes = [
@@ -2261,7 +2260,6 @@ class Broker:
                 word = self.config.server.default_status
                 log.error("status_file %s: %s; the status is %s", path, error, word)
         self.status = word.upper()
-        self._refusing = self._refused = STATUSES[self.status]
         self.update_refusals()
 
     def _save_status(self):
@@ -2642,10 +2640,19 @@ class Session:
             raise Refused("SERVER_ERROR %s: nothing can be read" % self.broker.refuses_reads,
                           close=True)
 
+    def _reads_of(self, queue):
+        """The xids open here; some may have timed out, which the client cannot know."""
+        return [xid for xid in self.open_reads.get(queue, ()) if xid in queue.opens]
+
+    def _change_status(self, word):
+        try:
+            self.broker.set_status(word.decode("ascii", "replace"))
+        except ValueError as error:
+            raise Refused("CLIENT_ERROR %s" % error) from None
+
     def _check_opens(self, plain=False):
         """Whether the client may open one more read of the queue in hand, or read it plainly."""
-        # Some may have timed out, which the client cannot know.
-        reads = [xid for xid in self.open_reads.get(self.queue, ()) if xid in self.queue.opens]
+        reads = self._reads_of(self.queue)
         limit = self.broker.config.server.max_open_transactions
         if reads and plain:
             raise Refused("ERROR close the open read of %s first" % self.queue.name, close=True)
@@ -3094,10 +3101,7 @@ class MemcacheSession(Session):
         if len(words) < 2:
             self._say(self.broker.status.encode() + b"\r\n")
             return
-        try:
-            self.broker.set_status(words[1].decode("ascii", "replace"))
-        except ValueError as error:
-            raise Refused("CLIENT_ERROR %s" % error) from None
+        self._change_status(words[1])
         self._say(b"END\r\n")
 
     def _version(self, words, now):
@@ -3150,7 +3154,7 @@ class TextSession(Session):
         super().__init__(*arguments, **options)
         self._put = None                # [command words, items so far] of a put
         self._left = 0                  # items that the read in hand may still give
-        self._peeking = self._watching = False
+        self._waits = self._peeking = self._watching = False
 
     def _parse(self, data, now):
         pos = 0
@@ -3238,26 +3242,23 @@ class TextSession(Session):
         self._go_on(now)
 
     def _peek(self, words, now):
-        self._begin_read(words, 1, now)
-        self._peeking = True
+        self._begin_read(words, 1, now, peeking=True)
         self._go_on(now)
 
     def _monitor(self, words, now):
         # monitor <queue> <milliseconds> [<items>]
         self._begin_read(words, self._milliseconds(words[3], "count") if len(words) > 3
-                         else UNLIMITED, now)
-        self._watching = True
+                         else UNLIMITED, now, watching=True)
         self._go_on(now)
 
-    def _begin_read(self, words, count, now):
+    def _begin_read(self, words, count, now, peeking=False, watching=False):
         name = self._name_in(words)
         wait = self._milliseconds(words[2], "timeout") if len(words) > 2 else 0
         self._check_reads()
-        peek = words[0].lower() == b"peek"
-        self.queue = self.broker.find(name) if peek else self.broker.queue(name, now)
+        self.queue = self.broker.find(name) if peeking else self.broker.queue(name, now)
         self._left = max(count, 1)
         self._waits = wait > 0
-        self._peeking = self._watching = False
+        self._peeking, self._watching = peeking, watching
         if self._waits:
             self.timeout = wait
 
@@ -3265,8 +3266,7 @@ class TextSession(Session):
         limit = self.broker.config.server.max_open_transactions
         while self._left:
             queue = self.queue
-            if queue and not self._peeking and len(
-                    [xid for xid in self.open_reads.get(queue, ()) if xid in queue.opens]) >= limit:
+            if queue and not self._peeking and len(self._reads_of(queue)) >= limit:
                 self._left = 0
                 if not self._watching:
                     raise Refused("CLIENT_ERROR Too many open transactions; limit=%d" % limit)
@@ -3306,7 +3306,7 @@ class TextSession(Session):
             raise Refused("CLIENT_ERROR Queue name & count required.")
         queue = self.broker.find(_name(words[1]))
         count = int(words[2])
-        reads = [xid for xid in self.open_reads.get(queue, ()) if xid in queue.opens]
+        reads = self._reads_of(queue)
         if len(reads) < count:
             raise Refused("CLIENT_ERROR Not that many transactions open.")
         if count:
@@ -3332,10 +3332,7 @@ class TextSession(Session):
         if len(words) < 2:
             self._say(b":%b\n" % self.broker.status.encode())
             return
-        try:
-            self.broker.set_status(words[1].decode("ascii", "replace"))
-        except ValueError as error:
-            raise Refused("CLIENT_ERROR %s" % error) from None
+        self._change_status(words[1])
         self._say(b"+0\n")
 
     def _version(self, words, now):
