@@ -2087,8 +2087,8 @@ class Queue:
 # asked of the broker. Knows queues and the configuration; no sockets, no protocols.
 
 # Where the items put under a name go: `targets` decide the answer, `copies` are the fanout
-# children, which get what they can take.
-Route = collections.namedtuple("Route", "targets copies")
+# children, which get what they can take; `queues` are both.
+Route = collections.namedtuple("Route", "targets copies queues")
 
 # How many items or queues a long job looks at before other work gets its turn.
 SWEEP_STEP = 1000
@@ -2161,8 +2161,9 @@ class Broker:
                   for parent in dict.fromkeys([name] + [queue.name for queue in targets])
                   for child in self.children.get(parent, ())
                   if child not in self.config.aliases]
-        route = Route([queue for queue in targets
-                       if not queue.config.fanout_only or "+" in queue.name], copies)
+        targets = [queue for queue in targets
+                   if not queue.config.fanout_only or "+" in queue.name]
+        route = Route(targets, copies, targets + copies)
         self.routes[key] = route
         return route
 
@@ -2375,10 +2376,9 @@ class Broker:
             log.error("queue %s: items that expired cannot be moved: %s", source.name, error)
             self._give_back(source, item.xid)
             return
-        queues = route.targets + route.copies
-        for queue in queues:
+        for queue in route.queues:
             queue.add(item.data, item.flags, 0, now)
-        self._moved.append((source, item.xid, [(queue, queue.mark()) for queue in queues]))
+        self._moved.append((source, item.xid, [(queue, queue.mark()) for queue in route.queues]))
 
     def _give_back(self, source, xid):
         """Put an expired item back that could not be moved; in a while, lest a disk that
@@ -2440,17 +2440,17 @@ _BIG = 1 << 16
 class Refused(Exception):
     """A command that is answered with an error line; `close`: and the end of the session."""
 
-    def __init__(self, answer, close=False):
+    def __init__(self, answer, close=False, skip=0):
         super().__init__(answer)
         self.answer = answer.encode("utf-8", "surrogateescape") + b"\r\n"
         self.close = close
+        self.skip = skip
 
 
 # What a key of a get asks for: `text` is the key as it was sent, `wait` milliseconds.
 ReadKey = collections.namedtuple("ReadKey", "text name wait open close abort peek")
 
 
-@functools.lru_cache(maxsize=4096)       # the same keys come again and again
 def parse_key(text):
     """The ReadKey of `q/t=500/open` and the like. Raises Refused."""
     name, *options = text.split(b"/")
@@ -2484,8 +2484,55 @@ def _number(word, what, close=False):
     return int(word)
 
 
-# A data block to come. key: None if it is to be swallowed. words: its command line.
+# The data block of a set that is to come. expiry: as it was sent. words: the command line.
 Block = collections.namedtuple("Block", "key flags expiry size words")
+
+# A get: its ReadKeys, the last one first, and whether it is a gets.
+Get = collections.namedtuple("Get", "keys with_cas")
+
+
+def _parse_block(words):
+    """The Block of `set <queue> <flags> <expiry> <bytes> [noreply]`. Raises Refused, which
+    says what is to be skipped: the block comes whatever is wrong with its line."""
+    name = words[0].decode().lower()
+    if len(words) < 5:
+        raise Refused("CLIENT_ERROR %s needs a queue, flags, expiry and byte count" % name,
+                      close=True)
+    size = _number(words[4], "byte count", close=True)
+    if size < 0:
+        raise Refused("CLIENT_ERROR bad byte count", close=True)
+    if size > MAX_ITEM:
+        raise Refused("SERVER_ERROR object too large for cache", skip=size + 2)
+    if name != "set":
+        raise Refused("CLIENT_ERROR %s has no meaning for a queue" % name, skip=size + 2)
+    try:
+        flags = _number(words[2], "flags")
+        if not 0 <= flags <= 0xffffffff:
+            raise Refused("CLIENT_ERROR bad flags")
+        return Block(words[1], flags, _number(words[3], "expiry"), size, words)
+    except Refused as error:
+        error.skip = size + 2
+        raise
+
+
+def _parse_get(words):
+    """The Get of `get <key> [<key> ...]`. Raises Refused."""
+    if len(words) < 2:
+        raise Refused("CLIENT_ERROR get needs the name of a queue")
+    return Get([parse_key(word) for word in words[:0:-1]], len(words[0]) == 4)
+
+
+def _parse_line(line):
+    """The method of MemcacheSession that a command line asks for, and what it is given."""
+    words = line.split()
+    name = words[0].lower() if words else b""
+    command, parse = _COMMANDS.get(name, (MemcacheSession._unknown, None))
+    return command, parse(words) if parse else words
+
+
+# The same lines come again and again. Longer ones are not kept, lest they fill the memory.
+_parse_line_cached = functools.lru_cache(maxsize=4096)(_parse_line)
+_LINE_CACHED = 512
 
 
 class Session:
@@ -2511,6 +2558,7 @@ class Session:
         self.timeout = None
         self.held = False
         self.closing = False
+        self.stalled = False
         self.job = None
         self.waiter = None              # the Waiter, and the queue it waits for
         self.queue = None
@@ -2524,10 +2572,16 @@ class Session:
 
     def feed(self, data, now):
         """Take bytes that the client sent, and act on every whole command in them."""
-        self._pieces.append(data)
-        self._size += len(data)
-        if self._size >= self._needed:
-            self.resume(now)
+        if self._size or self.stalled:
+            self._pieces.append(data)
+            self._size += len(data)
+            if self._size >= self._needed:
+                self.resume(now)
+        else:                            # as a rule
+            pos = self._parse(data, now)
+            if pos < len(data):
+                self._pieces.append(data[pos:])
+                self._size = len(data) - pos
 
     def resume(self, now):
         """Go on with what can be done: in the next turn, after a wait, or with new input."""
@@ -2536,12 +2590,14 @@ class Session:
         try:
             if self.job:
                 self._work()
-            if self.is_stalled():
+            if self.job or self.waiter or self.out_bytes > OUTPUT_LIMIT:
                 return
+            self.stalled = False
             self._go_on(now)
         except (Refused, OSError) as error:
+            self.stalled = False
             self._refuse(error)
-        if self._pieces and not self.is_stalled():
+        if self._pieces and not self.stalled:
             data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
             self._pieces.clear()
             self._needed = 0
@@ -2550,15 +2606,29 @@ class Session:
             if self._size:
                 self._pieces.append(data[pos:])
 
-    def is_stalled(self):
-        """Whether the next command has to wait."""
-        return (self.waiter is not None or self.job is not None or self.held or self.closing
-                or self.out_bytes > OUTPUT_LIMIT)
+    def hold(self):
+        """Parse nothing more until release(): answers wait for an fsync."""
+        self.held = self.stalled = True
+
+    def release(self):
+        """resume() may go on again."""
+        self.held = False
 
     def _begin(self, job):
         """Do a command in pieces, each in a turn of its own: `job` is a generator."""
         self.job = job
         self._work()
+        if self.job:
+            self.stalled = True
+
+    def _put_off(self, job):
+        """Go on with the command in hand when `job` is done, of which each turn does a piece."""
+        self.job = job
+        self.stalled = True
+
+    def _end(self):
+        """Parse nothing more, and close when all has been said."""
+        self.closing = self.stalled = True
 
     def _work(self):
         try:
@@ -2571,7 +2641,7 @@ class Session:
 
     def backlog(self):
         """Bytes that came and have not been parsed, though they could be but for a wait."""
-        return self._size if self.is_stalled() else 0
+        return self._size if self.stalled else 0
 
     # -- output
 
@@ -2579,8 +2649,14 @@ class Session:
         """Answer a command, one that changed these queues."""
         for queue in queues:
             self.touched.append((queue, len(self.out), 1, True))
-        self.out_bytes += len(answer)
         self.out.append(answer)
+        self._count(len(answer))
+
+    def _count(self, size):
+        """So many bytes more are to be sent."""
+        self.out_bytes += size
+        if self.out_bytes > OUTPUT_LIMIT:
+            self.stalled = True
 
     def fail(self, failed, since=0):
         """Answer with an error where a journal could not be written or fsynced. failed:
@@ -2619,7 +2695,7 @@ class Session:
 
     def close(self, now):
         """The client has gone: its open reads go back to their queues."""
-        self.closing = True
+        self._end()
         self.job = None
         if self.waiter:
             self.queue.cancel(self.waiter)
@@ -2680,6 +2756,7 @@ class Session:
 
     def _wait(self, opening, peek=False):
         self.waiter = Waiter(self._deliver, opening, peek)
+        self.stalled = True
         self.queue.wait(self.waiter)
 
     def _deliver(self, item):
@@ -2709,10 +2786,11 @@ class Session:
         if not (self.local or self.broker.config.server.allow_remote_shutdown):
             raise Refused("CLIENT_ERROR shutdown is taken from this machine only")
         log.info("told to shut down")
-        self.closing = self.broker.stopping = True
+        self.broker.stopping = True
+        self._end()
 
     def _quit(self, words, now):
-        self.closing = True
+        self._end()
 
 
 class MemcacheSession(Session):
@@ -2721,7 +2799,7 @@ class MemcacheSession(Session):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self._skip = 0                  # bytes of a refused data block still to come
-        self._block = None              # the Block of a command without its data yet
+        self._block = None              # the Block of a set without its data yet
         self._keys = []                 # ReadKeys still to be answered, the first one last
         self._whole = True              # the get in hand has one key only
         self._with_cas = False
@@ -2730,42 +2808,51 @@ class MemcacheSession(Session):
     def _parse(self, data, now):
         """Run the commands in `data`; the position up to which it has been used."""
         pos = 0
-        words = []
-        while not (self.waiter or self.job or self.held or self.closing
-                   or self.out_bytes > OUTPUT_LIMIT):
+        while not self.stalled:
+            block, self._block = self._block, None
+            line = b""
             try:
-                if self._block:
-                    end = pos + self._block.size
-                    if len(data) < end + 2:
-                        self._needed = end + 2 - pos
+                if block is None:
+                    if self._skip:
+                        skipped = min(self._skip, len(data) - pos)
+                        self._skip -= skipped
+                        pos += skipped
+                    eol = data.find(b"\n", pos)
+                    if eol < 0:
+                        self._check_start(data[pos:])
                         break
-                    words = self._block.words
-                    if data[end:end + 2] != b"\r\n":
-                        raise Refused("CLIENT_ERROR bad data chunk", close=True)
-                    block = data[pos:end]
-                    pos = end + 2
-                    self._store(block, now)
-                    continue
-                if self._skip:
-                    skipped = min(self._skip, len(data) - pos)
-                    self._skip -= skipped
-                    pos += skipped
-                eol = data.find(b"\n", pos)
-                if eol < 0:
-                    if len(data) - pos > MAX_LINE + 1:
+                    line = data[pos:eol]
+                    pos = eol + 1
+                    if len(line) <= _LINE_CACHED:
+                        command, asked = _parse_line_cached(line)
+                    elif len(line) > MAX_LINE and len(line.rstrip(b"\r")) > MAX_LINE:
                         raise Refused("CLIENT_ERROR line too long", close=True)
-                    if data[pos:pos + 1] == b"\x80":
-                        self._unknown([b"\x80"], now)
+                    else:
+                        command, asked = _parse_line(line)
+                    if command:
+                        command(self, asked, now)
+                        continue
+                    block = asked
+                end = pos + block.size
+                if len(data) < end + 2:
+                    self._block = block
+                    self._needed = end + 2 - pos
                     break
-                words = data[pos:eol].split()
-                if eol - pos > MAX_LINE and len(data[pos:eol].rstrip(b"\r")) > MAX_LINE:
-                    raise Refused("CLIENT_ERROR line too long", close=True)
-                pos = eol + 1
-                command = _COMMANDS.get(words[0].lower()) if words else None
-                (command or MemcacheSession._unknown)(self, words, now)
+                if data[end:end + 2] != b"\r\n":
+                    raise Refused("CLIENT_ERROR bad data chunk", close=True)
+                item = data[pos:end]
+                pos = end + 2
+                self._store(block, item, now)
             except (Refused, OSError) as error:
-                self._refuse(error, words)
+                self._refuse(error, block.words if block else line.split())
         return pos
+
+    def _check_start(self, start):
+        """What has come of a line must be able to become one."""
+        if len(start) > MAX_LINE + 1:
+            raise Refused("CLIENT_ERROR line too long", close=True)
+        if start[:1] == b"\x80":
+            self._unknown([start], None)
 
     def _go_on(self, now):
         if self._keys:
@@ -2785,56 +2872,26 @@ class MemcacheSession(Session):
         if isinstance(error, OSError):
             error = Refused("SERVER_ERROR %s" % _why(error))
         self._reply(words, error.answer)
-        self.closing = self.closing or error.close
+        self._skip = error.skip
+        if error.close:
+            self._end()
 
     def _failure(self, why, answer):
         return b"SERVER_ERROR %b\r\n" % os.fsencode(why)
 
     # -- storing
 
-    def _set(self, words, now):
-        # set <queue> <flags> <expiry> <bytes> [noreply]; the data block follows
-        self._expect_block(words)
-        flags = _number(words[2], "flags")
-        if not 0 <= flags <= 0xffffffff:
-            raise Refused("CLIENT_ERROR bad flags")
-        expiry = _number(words[3], "expiry")
+    def _store(self, block, data, now):
+        key, flags, expiry, _, words = block
+        broker = self.broker
+        if broker.refuses_writes:
+            self._check_writes()
         if expiry:
             # Relative or absolute seconds; the limits are Kestrel's and the journal's.
             expiry *= 1000
             if expiry < 1000000 * 1000:
                 expiry += now
             expiry = min(max(expiry, 1), 1 << 62)
-        self._block = self._block._replace(key=words[1], flags=flags, expiry=expiry)
-
-    def _set_nothing(self, words, now):
-        # add, replace, append, prepend and cas look like set
-        self._expect_block(words)
-        raise Refused("CLIENT_ERROR %s has no meaning for a queue" % words[0].decode().lower())
-
-    def _expect_block(self, words):
-        """Make ready for the data block of a command, which comes whatever is wrong with
-        the rest of the line; until the line is found good, it is to be swallowed."""
-        if len(words) < 5:
-            raise Refused("CLIENT_ERROR %s needs a queue, flags, expiry and byte count"
-                          % words[0].decode().lower(), close=True)
-        size = _number(words[4], "byte count", close=True)
-        if size < 0:
-            raise Refused("CLIENT_ERROR bad byte count", close=True)
-        if size > MAX_ITEM:
-            self._skip = size + 2
-            raise Refused("SERVER_ERROR object too large for cache")
-        self._block = Block(None, 0, 0, size, words)
-
-    def _store(self, data, now):
-        """The data block of the set in hand is there."""
-        key, flags, expiry, _, words = self._block
-        self._block = None
-        if key is None:
-            return
-        broker = self.broker
-        if broker.refuses_writes:
-            self._check_writes()
         route = broker.routes.get(key)
         if route is None:
             try:
@@ -2843,22 +2900,14 @@ class MemcacheSession(Session):
                 raise Refused("CLIENT_ERROR %s" % error) from None
         stored = broker.put(route, data, flags, expiry, now)
         if words[-1] != b"noreply":
-            answer = len(self.out)
-            for queue in route.targets:
-                self.touched.append((queue, answer, 1, True))
-            for queue in route.copies:
-                self.touched.append((queue, answer, 1, True))
-            self.out_bytes += 8
-            self.out.append(b"STORED\r\n" if stored else b"NOT_STORED\r\n")
+            self._say(b"STORED\r\n" if stored else b"NOT_STORED\r\n", *route.queues)
 
     # -- reading
 
-    def _get(self, words, now):
-        if len(words) < 2:
-            raise Refused("CLIENT_ERROR get needs the name of a queue")
-        self._keys = [parse_key(word) for word in words[:0:-1]]
-        self._whole = len(words) == 2
-        self._with_cas = len(words[0]) == 4            # gets
+    def _get(self, asked, now):
+        keys, self._with_cas = asked
+        self._keys = list(keys)
+        self._whole = len(keys) == 1
         self._read_keys(now)
 
     def _read_keys(self, now):
@@ -2904,7 +2953,7 @@ class MemcacheSession(Session):
                 self._check_opens(plain=not key.open)
             item = queue.remove(key.open, now)
         if item is None and queue and queue.count:     # a long run of expired ones
-            self.job = broker.discard_expired(queue, now)
+            self._put_off(broker.discard_expired(queue, now))
             self._keys[-1] = key._replace(close=False, abort=False)
             return None
         if key.peek:
@@ -2926,8 +2975,7 @@ class MemcacheSession(Session):
         queue = self.queue
         if item is None:
             if self._whole:
-                self.out_bytes += 5
-                out.append(b"END\r\n")
+                self._say(b"END\r\n")
             return
         if key.open:
             self.open_reads.setdefault(queue, []).append(item.xid)
@@ -2938,13 +2986,13 @@ class MemcacheSession(Session):
                                                self.broker.cas(item))
         else:
             head = b"VALUE %b %d %d\r\n" % (key.text, item.flags, len(data))
-        self.out_bytes += len(data)
         if len(data) < _BIG:
             self.touched.append((queue, len(out), 1, self._whole))
             out.append(b"%b%b%b" % (head, data, end))
         else:
             self.touched.append((queue, len(out), 3, self._whole))
             out += (head, data, end)
+        self._count(len(data))
 
     def _received(self, item, peek):
         if self._monitor:
@@ -2982,7 +3030,7 @@ class MemcacheSession(Session):
                 return
             item = self.queue.remove(True, now)
             if item is None and self.queue.count:      # a long run of expired ones
-                self.job = self.broker.discard_expired(self.queue, now)
+                self._put_off(self.broker.discard_expired(self.queue, now))
                 return
             self.broker.stats.cmd_get += 1
             if item is None:
@@ -3116,28 +3164,31 @@ class MemcacheSession(Session):
         self._reply(words, b"ERROR\r\n")
 
 
+# Each command: the method that does it, and what reads its words for it, if anything does. A
+# set has no method: it is done when its data block is there.
 _COMMANDS = {
-    b"set": MemcacheSession._set,
-    b"get": MemcacheSession._get,
-    b"gets": MemcacheSession._get,
-    b"monitor": MemcacheSession._start_monitor,
-    b"confirm": MemcacheSession._confirm,
-    b"delete": MemcacheSession._delete,
-    b"flush": MemcacheSession._flush,
-    b"flush_all": MemcacheSession._flush_all,
-    b"flush_expired": MemcacheSession._flush_expired,
-    b"flush_all_expired": MemcacheSession._flush_all_expired,
-    b"stats": MemcacheSession._stats,
-    b"dump_stats": MemcacheSession._dump_stats,
-    b"dump_config": MemcacheSession._dump_config,
-    b"reload": MemcacheSession._reload,
-    b"status": MemcacheSession._status,
-    b"version": MemcacheSession._version,
-    b"verbosity": MemcacheSession._verbosity,
-    b"shutdown": MemcacheSession._shutdown,
-    b"quit": MemcacheSession._quit,
-    **dict.fromkeys([b"add", b"replace", b"append", b"prepend", b"cas"],
-                    MemcacheSession._set_nothing),
+    b"get": (MemcacheSession._get, _parse_get),
+    b"gets": (MemcacheSession._get, _parse_get),
+    **dict.fromkeys([b"set", b"add", b"replace", b"append", b"prepend", b"cas"],
+                    (None, _parse_block)),
+    **{name: (command, None) for name, command in {
+        b"monitor": MemcacheSession._start_monitor,
+        b"confirm": MemcacheSession._confirm,
+        b"delete": MemcacheSession._delete,
+        b"flush": MemcacheSession._flush,
+        b"flush_all": MemcacheSession._flush_all,
+        b"flush_expired": MemcacheSession._flush_expired,
+        b"flush_all_expired": MemcacheSession._flush_all_expired,
+        b"stats": MemcacheSession._stats,
+        b"dump_stats": MemcacheSession._dump_stats,
+        b"dump_config": MemcacheSession._dump_config,
+        b"reload": MemcacheSession._reload,
+        b"status": MemcacheSession._status,
+        b"version": MemcacheSession._version,
+        b"verbosity": MemcacheSession._verbosity,
+        b"shutdown": MemcacheSession._shutdown,
+        b"quit": MemcacheSession._quit,
+    }.items()},
 }
 
 
@@ -3158,7 +3209,7 @@ class TextSession(Session):
 
     def _parse(self, data, now):
         pos = 0
-        while not self.is_stalled():
+        while not self.stalled:
             limit = MAX_LINE if self._put is None else MAX_TEXT_ITEM
             eol = data.find(b"\n", pos, pos + limit + 2)
             try:
@@ -3196,7 +3247,8 @@ class TextSession(Session):
         why = error.answer.split(b" ", 1)[1].strip() if isinstance(error, Refused) else (
             os.fsencode(_why(error)))
         self._say(self._failure(os.fsdecode(why), b""))
-        self.closing = self.closing or isinstance(error, Refused) and error.close
+        if isinstance(error, Refused) and error.close:
+            self._end()
 
     def _failure(self, why, answer):
         return b"-%b\n" % os.fsencode(why)
@@ -3228,7 +3280,7 @@ class TextSession(Session):
         route = self.broker.routes.get(words[1]) or self.broker.route(words[1], now)
         count = sum([self.broker.put(route, item, 0, 0 if expiry is None else now + expiry, now)
                      for item in items])
-        self._say(b"+%d\n" % count, *route.targets, *route.copies)
+        self._say(b"+%d\n" % count, *route.queues)
 
     def _put_nothing(self, words, now):
         self._name_in(words)
@@ -3274,7 +3326,7 @@ class TextSession(Session):
                 return
             item = queue and (queue.peek(now) if self._peeking else queue.remove(True, now))
             if item is None and queue and queue.count:     # a long run of expired ones
-                self.job = self.broker.discard_expired(queue, now)
+                self._put_off(self.broker.discard_expired(queue, now))
                 return
             if item is None and queue and self._waits:
                 self._wait(not self._peeking, self._peeking)
@@ -3422,11 +3474,11 @@ class ThriftSession(Session):
 
     def _parse(self, data, now):
         pos = 0
-        while not self.is_stalled() and len(data) - pos >= 4:
+        while not self.stalled and len(data) - pos >= 4:
             size, = struct.unpack_from(">i", data, pos)
             if not 0 < size <= MAX_FRAME:
                 log.warning("a Thrift client sent a frame of %d bytes; closed", size)
-                self.closing = True
+                self._end()
                 break
             end = pos + 4 + size
             if len(data) < end:
@@ -3440,7 +3492,7 @@ class ThriftSession(Session):
         try:
             self._head, kind, pos = _thrift_head(frame)
         except (ValueError, struct.error):
-            self.closing = True
+            self._end()
             return
         try:
             method, kinds = _THRIFT_METHODS.get(self._head[1], (None, None))
@@ -3498,7 +3550,7 @@ class ThriftSession(Session):
             route = self.broker.route(name, now)
         expiry = now + expiration if expiration > 0 else 0
         count = sum([self.broker.put(route, item, 0, expiry, now) for item in items])
-        self._answer(_i32_field(0, count), *route.targets, *route.copies)
+        self._answer(_i32_field(0, count), *route.queues)
 
     def _start_get(self, now, name, most, timeout, auto_abort):
         self._check_reads()
@@ -3518,7 +3570,7 @@ class ThriftSession(Session):
         while queue and len(get.items) < get.most and size < _MOST_BYTES:
             item = queue.remove(get.opening, now)
             if item is None and queue.count:         # a long run of expired ones
-                self.job = self.broker.discard_expired(queue, now)
+                self._put_off(self.broker.discard_expired(queue, now))
                 return
             if item is None and get.waits:
                 self._wait(True)
@@ -3882,7 +3934,8 @@ class Connection:
             self.holds[queue] += 1
             self.server.want_sync(queue, self)
         self._checked = len(session.touched)
-        session.held = bool(self.holds)
+        if self.holds:
+            session.hold()
 
     def release(self, queue, error):
         """The fsync that answers waited for is done, or has failed."""
@@ -3893,7 +3946,7 @@ class Connection:
         if error:
             self.session.fail({queue: error})
         if not self.holds:
-            self.session.held = False
+            self.session.release()
             self.flush()
             self.session.wake()              # in the next turn: others are being released
 
