@@ -698,9 +698,11 @@ def _discard(path):
 
 
 def _write_all(fd, chunks, offset):
-    """Write the byte strings `chunks` at `offset`, however often the kernel stops short."""
+    """Write the byte strings `chunks` at `offset`, however often the kernel stops short;
+    returns how many bytes these are."""
+    size = sum(map(len, chunks))
     # Up to a megabyte joining is cheaper than a long vector; copying more is not.
-    if sum(map(len, chunks)) < 1 << 20:
+    if size < 1 << 20:
         chunks = [b"".join(chunks)]
     at = 0
     while at < len(chunks):
@@ -711,6 +713,7 @@ def _write_all(fd, chunks, offset):
             at += 1
         if count:
             chunks[at] = memoryview(chunks[at])[count:]
+    return size
 
 
 def find_journals(directory):
@@ -788,8 +791,7 @@ def _encode(ops):
     chunks = []
     for opcode, item, xid in ops:
         if opcode == ADDX:
-            chunks.append(_pack_head(item))
-            chunks.append(item.data)
+            chunks += _pack_head(item), item.data
         elif opcode == REMOVE:
             chunks.append(b"\1")
         elif opcode == Journal.FLUSH:
@@ -995,8 +997,7 @@ class Journal:
         if file.torn:
             os.ftruncate(file.fd, file.size)
             file.torn = False
-        _write_all(file.fd, chunks, file.size)
-        file.size += sum(map(len, chunks))
+        file.size += _write_all(file.fd, chunks, file.size)
 
     def _cut_back(self, file, size):
         # Left alone, half a record would stand before the next good one.
@@ -1478,7 +1479,7 @@ class Queue:
         if not self.count or self._is_expired(self._head(), now) and not self._sweep(now):
             return None
         item = self._pop()
-        self.age = max(0, now - item.add_time)
+        self.age = now - item.add_time if now > item.add_time else 0
         if open:
             self.transactions += 1
             self._open(item)
@@ -1976,12 +1977,10 @@ class Queue:
         self.memory += size + ITEM_COST
 
     def _is_expired(self, item, now):
-        expiry = item.expiry
+        if item.expiry and item.expiry <= now:
+            return True
         max_age = self.config.max_age
-        if max_age is not None:
-            oldest = item.add_time + max_age
-            expiry = min(expiry, oldest) if expiry else oldest
-        return expiry != 0 and expiry <= now
+        return max_age is not None and item.add_time + max_age <= now
 
     def _next_xid(self):
         xid = self.xid
@@ -2565,23 +2564,23 @@ class Session:
         self.open_reads = {}            # queue -> its open xids here, the oldest first
         self._ended = []                # (queue, xid) closed since the last commit
         self._pieces = []               # input that has not been parsed,
-        self._size = 0                  # its length, and the length from which on it is
+        self.unparsed = 0               # its length, and the length from which on it is
         self._needed = 0                # worth looking at again
 
     # -- input
 
     def feed(self, data, now):
         """Take bytes that the client sent, and act on every whole command in them."""
-        if self._size or self.stalled:
+        if self.unparsed or self.stalled:
             self._pieces.append(data)
-            self._size += len(data)
-            if self._size >= self._needed:
+            self.unparsed += len(data)
+            if self.unparsed >= self._needed:
                 self.resume(now)
         else:                            # as a rule
             pos = self._parse(data, now)
             if pos < len(data):
                 self._pieces.append(data[pos:])
-                self._size = len(data) - pos
+                self.unparsed = len(data) - pos
 
     def resume(self, now):
         """Go on with what can be done: in the next turn, after a wait, or with new input."""
@@ -2590,21 +2589,25 @@ class Session:
         try:
             if self.job:
                 self._work()
-            if self.job or self.waiter or self.out_bytes > OUTPUT_LIMIT:
+            if self.job or self.waiter or self.is_full():
                 return
             self.stalled = False
             self._go_on(now)
         except (Refused, OSError) as error:
             self.stalled = False
             self._refuse(error)
-        if self._pieces and not self.stalled:
+        if self._pieces:
             data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
             self._pieces.clear()
             self._needed = 0
             pos = self._parse(data, now)
-            self._size = len(data) - pos
-            if self._size:
+            self.unparsed = len(data) - pos
+            if self.unparsed:
                 self._pieces.append(data[pos:])
+
+    def is_full(self):
+        """Whether so much waits to be sent that nothing more is to be parsed."""
+        return self.out_bytes > OUTPUT_LIMIT
 
     def hold(self):
         """Parse nothing more until release(): answers wait for an fsync."""
@@ -2641,7 +2644,7 @@ class Session:
 
     def backlog(self):
         """Bytes that came and have not been parsed, though they could be but for a wait."""
-        return self._size if self.stalled else 0
+        return self.unparsed if self.stalled or self.is_full() else 0
 
     # -- output
 
@@ -2649,14 +2652,8 @@ class Session:
         """Answer a command, one that changed these queues."""
         for queue in queues:
             self.touched.append((queue, len(self.out), 1, True))
+        self.out_bytes += len(answer)
         self.out.append(answer)
-        self._count(len(answer))
-
-    def _count(self, size):
-        """So many bytes more are to be sent."""
-        self.out_bytes += size
-        if self.out_bytes > OUTPUT_LIMIT:
-            self.stalled = True
 
     def fail(self, failed, since=0):
         """Answer with an error where a journal could not be written or fsynced. failed:
@@ -2808,11 +2805,12 @@ class MemcacheSession(Session):
     def _parse(self, data, now):
         """Run the commands in `data`; the position up to which it has been used."""
         pos = 0
-        while not self.stalled:
-            block, self._block = self._block, None
-            line = b""
+        while not (self.stalled or self.out_bytes > OUTPUT_LIMIT):
+            block, line = self._block, b""
             try:
-                if block is None:
+                if block:
+                    self._block = None
+                else:
                     if self._skip:
                         skipped = min(self._skip, len(data) - pos)
                         self._skip -= skipped
@@ -2900,22 +2898,27 @@ class MemcacheSession(Session):
                 raise Refused("CLIENT_ERROR %s" % error) from None
         stored = broker.put(route, data, flags, expiry, now)
         if words[-1] != b"noreply":
-            self._say(b"STORED\r\n" if stored else b"NOT_STORED\r\n", *route.queues)
+            out = self.out
+            for queue in route.queues:
+                self.touched.append((queue, len(out), 1, True))
+            out.append(b"STORED\r\n" if stored else b"NOT_STORED\r\n")
+            self.out_bytes += 8
 
     # -- reading
 
     def _get(self, asked, now):
         keys, self._with_cas = asked
-        self._keys = list(keys)
         self._whole = len(keys) == 1
+        self._keys = list(keys)
         self._read_keys(now)
 
     def _read_keys(self, now):
         """Answer the keys of the get in hand, up to one that has to wait."""
+        keys = self._keys
         try:
-            while self._keys:
+            while keys:
                 try:
-                    item = self._read(self._keys[-1], now)
+                    item = self._read(keys[-1], now)
                 except OSError as error:
                     if self._whole:
                         raise
@@ -2923,7 +2926,7 @@ class MemcacheSession(Session):
                     item = None
                 if self.waiter or self.job:
                     return
-                self._give(self._keys.pop(), item)
+                self._give(keys.pop(), item)
         except (Refused, OSError):
             self._keys = []
             raise
@@ -2980,19 +2983,17 @@ class MemcacheSession(Session):
         if key.open:
             self.open_reads.setdefault(queue, []).append(item.xid)
         data = item.data
-        end = b"\r\nEND\r\n" if self._whole else b"\r\n"
+        head = b"VALUE %b %d %d" % (key.text, item.flags, len(data))
         if self._with_cas:
-            head = b"VALUE %b %d %d %d\r\n" % (key.text, item.flags, len(data),
-                                               self.broker.cas(item))
-        else:
-            head = b"VALUE %b %d %d\r\n" % (key.text, item.flags, len(data))
+            head = b"%b %d" % (head, self.broker.cas(item))
+        pieces = (head, b"\r\n", data, b"\r\nEND\r\n" if self._whole else b"\r\n")
         if len(data) < _BIG:
             self.touched.append((queue, len(out), 1, self._whole))
-            out.append(b"%b%b%b" % (head, data, end))
+            out.append(b"".join(pieces))
         else:
-            self.touched.append((queue, len(out), 3, self._whole))
-            out += (head, data, end)
-        self._count(len(data))
+            self.touched.append((queue, len(out), 4, self._whole))
+            out += pieces
+        self.out_bytes += len(data)
 
     def _received(self, item, peek):
         if self._monitor:
@@ -3209,7 +3210,7 @@ class TextSession(Session):
 
     def _parse(self, data, now):
         pos = 0
-        while not self.stalled:
+        while not (self.stalled or self.is_full()):
             limit = MAX_LINE if self._put is None else MAX_TEXT_ITEM
             eol = data.find(b"\n", pos, pos + limit + 2)
             try:
@@ -3474,7 +3475,7 @@ class ThriftSession(Session):
 
     def _parse(self, data, now):
         pos = 0
-        while not self.stalled and len(data) - pos >= 4:
+        while not (self.stalled or self.is_full()) and len(data) - pos >= 4:
             size, = struct.unpack_from(">i", data, pos)
             if not 0 < size <= MAX_FRAME:
                 log.warning("a Thrift client sent a frame of %d bytes; closed", size)
@@ -3837,12 +3838,10 @@ class Connection:
         self._checked = 0                # entries of session.touched seen by settle()
         self._deadline = self._alarm = self.idle_alarm = None
         self._at_end = False             # the client will send no more
+        self.is_paused = False           # it is not listened to, for it has said too much
         self.closed = False
         self.trace = None                # who it is, if the log is to tell what is said
         server.selector.register(sock, self._watched, self)
-
-    def is_waiting(self):
-        return self.session.waiter is not None
 
     def is_idle(self):
         """Whether the next word is the client's."""
@@ -3853,39 +3852,39 @@ class Connection:
         """The socket can be read or written."""
         if mask & selectors.EVENT_WRITE:
             self.flush()
-        if mask & selectors.EVENT_READ and not self.closed:
-            self._read()
-
-    def _read(self):
+        if not mask & selectors.EVENT_READ or self.closed:
+            return
         try:
             data = self.sock.recv(_CHUNK)
         except BlockingIOError:
             return
         except OSError:                  # reset: gone, like one that closed
             data = b""
-        server = self.server
-        session = self.session
         if not data:
             self._hang_up()
             return
+        server = self.server
         server.broker.stats.bytes_read += len(data)
         self.last_active = server.mono
         if self._at_end:                 # we have said all that we will
             return
         if self.trace:
             log.info("%s: says %r", self.trace, data[:200])
+        session = self.session
         session.feed(data, server.now)
         server.active.append(self)
-        self.after_feed()
+        if session.stalled or session.unparsed or self.is_paused:
+            self._after_feed()
 
     def resume(self):
         """The session can go on after a wait."""
         if not self.closed:
+            self.server.waiting.discard(self)
             self.session.resume(self.server.now)
             self.server.active.append(self)
-            self.after_feed()
+            self._after_feed()
 
-    def after_feed(self):
+    def _after_feed(self):
         """See to what the session asks for: a timeout, and a pause in its input."""
         session = self.session
         if session.timeout is not None:
@@ -3896,11 +3895,15 @@ class Connection:
                 self._set_alarm()
         elif session.waiter and self._alarm is None:   # a monitor that waits once more
             self._set_alarm()
-        if session.job:
+        if session.waiter:
+            self.server.waiting.add(self)
+        elif session.job:
             self.server.working.append(self)
         paused = session.backlog() > _CHUNK
-        if paused == bool(self._watched & selectors.EVENT_READ):
-            self._watch(self._watched ^ selectors.EVENT_READ)
+        if paused != self.is_paused and not self._at_end:
+            self.is_paused = paused
+            self._watch(self._watched & ~selectors.EVENT_READ if paused
+                        else self._watched | selectors.EVENT_READ)
 
     def _set_alarm(self):
         if self._alarm:
@@ -3974,7 +3977,7 @@ class Connection:
         if self._watched & selectors.EVENT_WRITE:
             self._watch(self._watched & ~selectors.EVENT_WRITE)
         if session.out_bytes:
-            was_full = session.out_bytes > OUTPUT_LIMIT
+            was_full = session.is_full()
             session.out_bytes = 0
             if was_full:
                 session.wake()
@@ -3985,10 +3988,10 @@ class Connection:
         unsent = self._unsent
         while unsent:
             # Joining small answers is cheaper than a vector of them.
-            if len(unsent) == 1 or self.session.out_bytes < _BIG:
-                data = unsent[0] if len(unsent) == 1 else b"".join(unsent)
-                unsent[:] = [data]
-                count = self.sock.send(data)
+            if len(unsent) > 1 and self.session.out_bytes < _BIG:
+                unsent[:] = [b"".join(unsent)]
+            if len(unsent) == 1:
+                count = self.sock.send(unsent[0])
             else:
                 count = self.sock.sendmsg(unsent[:_MAX_VECTOR])
             self.server.broker.stats.bytes_written += count
@@ -4028,6 +4031,7 @@ class Connection:
                 self.server.timers.cancel(alarm)
             self.sock.close()
             self.server.connections.discard(self)
+            self.server.waiting.discard(self)
             self.server.broker.count_connection(-1)
             if self.trace:
                 log.info("%s: closed", self.trace)
@@ -4059,9 +4063,6 @@ class Listener:
         except OSError as error:         # another one has come first since
             raise _cannot_listen(error, *self.address[:2]) from None
         self._start()
-
-    def is_waiting(self):
-        return False
 
     def ready(self, mask):
         """Clients are at the door."""
@@ -4114,6 +4115,7 @@ class Server:
         self.active = []                 # connections that may have something to send
         self.woken = []                  # connections whose sessions can go on
         self.working = []                # connections whose sessions have a job in hand
+        self.waiting = set()             # connections whose sessions wait for an item
         self.mono = time.monotonic()
         self.now = _now()
         self.reload_wanted = False
@@ -4169,15 +4171,11 @@ class Server:
         events = self.selector.select(0 if busy else self.timers.wait(time.monotonic()))
         self.mono = time.monotonic()
         self.now = _now()
-        # Those that wait first: one that has hung up must not be given an item.
-        late = []
+        if self.waiting:
+            # These first: one that has hung up must not be given an item.
+            events.sort(key=lambda event: event[0].data not in self.waiting)
         for key, mask in events:
-            if key.data.is_waiting():
-                key.data.ready(mask)
-            else:
-                late.append((key.data, mask))
-        for ready, mask in late:
-            ready.ready(mask)
+            key.data.ready(mask)
         self.timers.run(self.mono)
         if broker.chores:
             self._step(self.broker.chores.popleft())
@@ -4194,9 +4192,6 @@ class Server:
         """Somebody has called interrupt(); what for is seen to in its turn."""
         with contextlib.suppress(BlockingIOError):
             self._wake_in.recv(4096)
-
-    def is_waiting(self):
-        return False
 
     def interrupt(self):
         """Make the loop turn. From any thread, or a signal handler."""
