@@ -61,7 +61,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 
 __version__ = "1.0.0"
 
@@ -258,7 +257,17 @@ def _shown(settings, values):
     return ["%s = %s" % (key, kind.show(values[key])) for key, (kind, _) in settings.items()]
 
 
-class QueueConfig(types.SimpleNamespace):
+class Values:
+    """Named values. (The attributes of a types.SimpleNamespace take CPython twice as long.)"""
+
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+    def __eq__(self, other):
+        return vars(self) == vars(other)
+
+
+class QueueConfig(Values):
     """The settings of one queue, as attributes; those not given have their defaults."""
 
     def __init__(self, **given):
@@ -314,7 +323,7 @@ class Config:
                 server[key] = SERVER_SETTINGS[key][0].parse(text)
             except ValueError as error:
                 raise ConfigError("command line: %s: %s" % (key, error)) from None
-        self.server = types.SimpleNamespace(**{**_defaults(SERVER_SETTINGS), **server})
+        self.server = Values(**{**_defaults(SERVER_SETTINGS), **server})
 
     def queue(self, name):
         """The QueueConfig of `name`: built-in, then [queue], [queue q], [queue q+child]."""
@@ -1476,7 +1485,10 @@ class Queue:
         head have expired that it is to be called again."""
         if now is None:
             now = _now()
-        if not self.count or self._is_expired(self._head(), now) and not self._sweep(now):
+        if not self.count:
+            return None
+        head = self.items[0] if self.items else self._head()
+        if self._is_expired(head, now) and not self._sweep(now):
             return None
         item = self._pop()
         self.age = now - item.add_time if now > item.add_time else 0
@@ -2116,7 +2128,7 @@ class Broker:
         self._moved = []                  # (source, xid, [(target, mark)]) on arrival there
         self.stopping = False
         self.started = _now(now)
-        self.stats = types.SimpleNamespace(
+        self.stats = Values(
             curr_connections=0, total_connections=0, cmd_get=0, cmd_set=0, cmd_peek=0,
             get_hits=0, get_misses=0, bytes_read=0, bytes_written=0, queue_creates=0,
             queue_deletes=0, queue_expires=0)
@@ -2937,63 +2949,68 @@ class MemcacheSession(Session):
         """Do what one key asks for. Returns the item or None; sets `waiter` for a wait, `job`
         to be called again."""
         broker = self.broker
-        if key.close or key.abort:
-            self.queue = queue = broker.find(key.name)
+        stats = broker.stats
+        _, name, wait, opening, closing, abort, peek = key
+        if closing or abort:
+            self.queue = queue = broker.find(name)
             if queue:
-                self._end_reads(queue, 1, key.close, now, self._whole)
-            if not key.open:
+                self._end_reads(queue, 1, closing, now, self._whole)
+            if not opening:
                 return None
         if broker.refuses_reads:
             self._check_reads()
-        if key.peek:
-            self.queue = queue = broker.find(key.name)
+        if peek:
+            self.queue = queue = broker.find(name)
             item = queue.peek(now) if queue else None
         else:
-            self.queue = queue = broker.queues.get(key.name) or broker.queue(key.name, now)
-            if queue is None or key.name in broker.config.aliases:
+            self.queue = queue = broker.queues.get(name) or broker.queue(name, now)
+            if queue is None or name in broker.config.aliases:
                 return None
             if queue in self.open_reads:
-                self._check_opens(plain=not key.open)
-            item = queue.remove(key.open, now)
+                self._check_opens(plain=not opening)
+            item = queue.remove(opening, now)
         if item is None and queue and queue.count:     # a long run of expired ones
             self._put_off(broker.discard_expired(queue, now))
             self._keys[-1] = key._replace(close=False, abort=False)
             return None
-        if key.peek:
-            broker.stats.cmd_peek += 1
+        if peek:
+            stats.cmd_peek += 1
         else:
-            broker.stats.cmd_get += 1
-        if item is not None:
-            broker.stats.get_hits += not key.peek
-        elif key.wait > 0 and queue:
-            self._wait(key.open, key.peek)
-            self.timeout = key.wait
-        else:
-            broker.stats.get_misses += not key.peek
+            stats.cmd_get += 1
+            if item is not None:
+                stats.get_hits += 1
+        if item is None:
+            if wait > 0 and queue:
+                self._wait(opening, peek)
+                self.timeout = wait
+            elif not peek:
+                stats.get_misses += 1
         return item
 
     def _give(self, key, item):
         """The answer to one key of the get in hand; the item is None if there is none."""
         out = self.out
-        queue = self.queue
         if item is None:
             if self._whole:
                 self._say(b"END\r\n")
             return
+        queue = self.queue
+        whole = self._whole
         if key.open:
             self.open_reads.setdefault(queue, []).append(item.xid)
         data = item.data
-        head = b"VALUE %b %d %d" % (key.text, item.flags, len(data))
+        size = len(data)
+        head = b"VALUE %b %d %d" % (key.text, item.flags, size)
         if self._with_cas:
             head = b"%b %d" % (head, self.broker.cas(item))
-        pieces = (head, b"\r\n", data, b"\r\nEND\r\n" if self._whole else b"\r\n")
-        if len(data) < _BIG:
-            self.touched.append((queue, len(out), 1, self._whole))
+        pieces = (head, b"\r\n", data, b"\r\nEND\r\n" if whole else b"\r\n")
+        if size < _BIG:
+            self.touched.append((queue, len(out), 1, whole))
             out.append(b"".join(pieces))
         else:
-            self.touched.append((queue, len(out), 4, self._whole))
+            self.touched.append((queue, len(out), 4, whole))
             out += pieces
-        self.out_bytes += len(data)
+        self.out_bytes += size
 
     def _received(self, item, peek):
         if self._monitor:
@@ -3742,6 +3759,8 @@ _CALM_SECONDS = 3
 # waits may pile up before its socket is left alone.
 _CHUNK = 1 << 16
 
+_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
 
 class Timers:
     """Calls to be made at a time, on a heap. Times are seconds of the monotonic clock."""
@@ -3834,7 +3853,7 @@ class Connection:
         self.holds = collections.Counter()     # fsyncs that answers wait for, by queue
         self.last_active = server.mono
         self._unsent = []
-        self._watched = selectors.EVENT_READ
+        self._watched = _READ
         self._checked = 0                # entries of session.touched seen by settle()
         self._deadline = self._alarm = self.idle_alarm = None
         self._at_end = False             # the client will send no more
@@ -3850,9 +3869,9 @@ class Connection:
 
     def ready(self, mask):
         """The socket can be read or written."""
-        if mask & selectors.EVENT_WRITE:
+        if mask & _WRITE:
             self.flush()
-        if not mask & selectors.EVENT_READ or self.closed:
+        if not mask & _READ or self.closed:
             return
         try:
             data = self.sock.recv(_CHUNK)
@@ -3902,8 +3921,8 @@ class Connection:
         paused = session.backlog() > _CHUNK
         if paused != self.is_paused and not self._at_end:
             self.is_paused = paused
-            self._watch(self._watched & ~selectors.EVENT_READ if paused
-                        else self._watched | selectors.EVENT_READ)
+            self._watch(self._watched & ~_READ if paused
+                        else self._watched | _READ)
 
     def _set_alarm(self):
         if self._alarm:
@@ -3923,7 +3942,7 @@ class Connection:
         self.session.close(self.server.now)
         if self.session.out or self._unsent:
             self._at_end = True
-            self._watch(self._watched & ~selectors.EVENT_READ)
+            self._watch(self._watched & ~_READ)
             self.server.active.append(self)
         else:
             self.close()
@@ -3969,18 +3988,17 @@ class Connection:
             try:
                 self._send()
             except BlockingIOError:
-                self._watch(self._watched | selectors.EVENT_WRITE)
+                self._watch(self._watched | _WRITE)
                 return
             except OSError:              # gone: the next read would have told
                 self.close()
                 return
-        if self._watched & selectors.EVENT_WRITE:
-            self._watch(self._watched & ~selectors.EVENT_WRITE)
-        if session.out_bytes:
-            was_full = session.is_full()
-            session.out_bytes = 0
-            if was_full:
-                session.wake()
+        if self._watched & _WRITE:
+            self._watch(self._watched & ~_WRITE)
+        was_full = session.is_full()
+        session.out_bytes = 0
+        if was_full:
+            session.wake()
         if session.closing and not self.holds:
             self._finish()
 
@@ -3995,7 +4013,9 @@ class Connection:
             else:
                 count = self.sock.sendmsg(unsent[:_MAX_VECTOR])
             self.server.broker.stats.bytes_written += count
-            self.last_active = self.server.mono
+            if len(unsent) == 1 and count == len(unsent[0]):
+                unsent.clear()
+                return
             whole = 0
             while whole < len(unsent) and count >= len(unsent[whole]):
                 count -= len(unsent[whole])
@@ -4017,7 +4037,7 @@ class Connection:
         except OSError:
             self.close()
             return
-        self._watch(selectors.EVENT_READ)
+        self._watch(_READ)
         self.server.timers.at(self.server.mono + 1, self.close)
 
     def close(self):
@@ -4092,7 +4112,7 @@ class Listener:
 
     def _start(self):
         if self.sock.fileno() >= 0:
-            self.server.selector.register(self.sock, selectors.EVENT_READ, self)
+            self.server.selector.register(self.sock, _READ, self)
 
     def close(self):
         with contextlib.suppress(KeyError):            # out of descriptors at the moment
@@ -4137,7 +4157,7 @@ class Server:
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
-        self.selector.register(self._wake_in, selectors.EVENT_READ, self)
+        self.selector.register(self._wake_in, _READ, self)
         self._syncer = Syncer(self.interrupt)
         self.listeners = [
             Listener(self, sock, protocol, session) for sock, protocol, session in sockets]
