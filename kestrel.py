@@ -3995,15 +3995,15 @@ class Connection:
                 return
         if self._watched & _WRITE:
             self._watch(self._watched & ~_WRITE)
-        was_full = session.is_full()
-        session.out_bytes = 0
-        if was_full:
+        if session.is_full():
             session.wake()
+        session.out_bytes = 0
         if session.closing and not self.holds:
             self._finish()
 
     def _send(self):
         unsent = self._unsent
+        stats = self.server.broker.stats
         while unsent:
             # Joining small answers is cheaper than a vector of them.
             if len(unsent) > 1 and self.session.out_bytes < _BIG:
@@ -4012,15 +4012,9 @@ class Connection:
                 count = self.sock.send(unsent[0])
             else:
                 count = self.sock.sendmsg(unsent[:_MAX_VECTOR])
-            self.server.broker.stats.bytes_written += count
-            if len(unsent) == 1 and count == len(unsent[0]):
-                unsent.clear()
-                return
-            whole = 0
-            while whole < len(unsent) and count >= len(unsent[whole]):
-                count -= len(unsent[whole])
-                whole += 1
-            del unsent[:whole]
+            stats.bytes_written += count
+            while unsent and count >= len(unsent[0]):
+                count -= len(unsent.pop(0))
             if count:
                 unsent[0] = memoryview(unsent[0])[count:]
 
