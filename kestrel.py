@@ -70,7 +70,8 @@ log = logging.getLogger("kestrel")
 # == 1. Configuration =====================================================================
 #
 # The settings, their units and defaults, and the config file they come from. A setting
-# carries Kestrel's name in snake_case. Times are held in milliseconds, sizes in bytes.
+# carries Kestrel's name in snake_case. Times are held in milliseconds, busy_poll in
+# microseconds, sizes in bytes.
 # Knows configparser and units; no queues, no sockets.
 
 UNLIMITED = (1 << 63) - 1
@@ -125,20 +126,6 @@ def _show_size(size):
     return "%d%s" % (size // _SIZES[unit], unit if _SIZES[unit] > 1 else "")
 
 
-def _parse_time(text):
-    match = re.fullmatch(r"([0-9]+) *([a-z]*)", text.lower())
-    if match and int(match[1]) == 0 and match[2] in ("", *_TIMES):
-        return 0
-    if not match or match[2] not in _TIMES:
-        raise ValueError("%r is not a time such as 100ms, 30s, 5m, 1h or 1d" % text)
-    return int(match[1]) * _TIMES[match[2]]
-
-
-def _show_time(time_ms):
-    unit = max((unit for unit in _TIMES if time_ms % _TIMES[unit] == 0), key=_TIMES.get)
-    return "%d%s" % (time_ms // _TIMES[unit], unit) if time_ms else "0"
-
-
 def _parse_integer(low, high):
     def parse(text):
         if not re.fullmatch("[0-9]+", text) or not low <= int(text) <= high:
@@ -186,8 +173,26 @@ def _or(word, value, kind):
                 lambda held: word if held == value else kind.show(held))
 
 
+def _time(units, examples):
+    """The kind of a time: a number and one of the units, held in the smallest of them."""
+    def parse(text):
+        match = re.fullmatch(r"([0-9]+) *([a-z]*)", text.lower())
+        if match and int(match[1]) == 0 and match[2] in ("", *units):
+            return 0
+        if not match or match[2] not in units:
+            raise ValueError("%r is not a time such as %s" % (text, examples))
+        return int(match[1]) * units[match[2]]
+
+    def show(held):
+        unit = max((unit for unit in units if held % units[unit] == 0), key=units.get)
+        return "%d%s" % (held // units[unit], unit) if held else "0"
+
+    return Kind(parse, show)
+
+
 SIZE = Kind(_parse_size, _show_size)
-TIME = Kind(_parse_time, _show_time)
+TIME = _time(_TIMES, "100ms, 30s, 5m, 1h or 1d")
+SHORT_TIME = _time({"us": 1, "ms": 1000}, "100us or 1ms")
 COUNT = Kind(_parse_integer(1, UNLIMITED), str)
 PORT = Kind(_parse_integer(0, 65535), str)
 FLAG = Kind(_parse_flag, lambda flag: "true" if flag else "false")
@@ -212,6 +217,7 @@ SERVER_SETTINGS = {
     "queue_path": (TEXT, "spool"),
     "client_timeout": (TIMEOUT, "never"),
     "connection_backlog": (COUNT, "1024"),
+    "busy_poll": (SHORT_TIME, "100us"),
     "expiration_timer_frequency": (TIMEOUT, "never"),
     "max_open_transactions": (COUNT, "100"),
     "connection_limit_refuse_writes": (COUNT_LIMIT, "unlimited"),
@@ -3749,6 +3755,9 @@ _THRIFT_METHODS = {
 # Sockets, time, fsync, signals: the loop that feeds the sessions and sends their answers.
 # Knows nothing of records or of command words.
 
+# So many waits in a row must have been shorter than busy_poll for the next to be polled.
+_SHORT_WAITS = 4
+
 # How long a status_command may run.
 _ANNOUNCE_SECONDS = 30
 
@@ -4133,6 +4142,8 @@ class Server:
         self.mono = time.monotonic()
         self.now = _now()
         self.reload_wanted = False
+        self._busy_poll = 0 if _cores() == 1 else config.server.busy_poll / 1e6
+        self._short_waits = 0            # how many in a row, see _wait()
         self._synced_some = False
         self._planned = set()            # queues whose fsync has a time set
         self._wanted = {}                # queue -> connections that wait for its next fsync
@@ -4182,7 +4193,7 @@ class Server:
         broker = self.broker
         busy = (broker.dirty or broker.chores or self.woken or self.working or self.active
                 or self._synced_some)
-        events = self.selector.select(0 if busy else self.timers.wait(time.monotonic()))
+        events = self.selector.select(0) if busy else self._wait()
         self.mono = time.monotonic()
         self.now = _now()
         if self.waiting:
@@ -4201,6 +4212,24 @@ class Server:
             connection.resume()
         self._resume_woken()
         self._commit()
+
+    def _wait(self):
+        """Wait for events, or the next timer.
+
+        To be put to sleep and woken again takes longer than most commands. While the waits
+        are short, as with a client that answers at once, it is cheaper not to sleep.
+        """
+        select = self.selector.select
+        start = time.monotonic()
+        if self._short_waits >= _SHORT_WAITS:
+            while time.monotonic() < start + self._busy_poll:
+                events = select(0)
+                if events:
+                    return events
+        events = select(self.timers.wait(time.monotonic()))
+        is_short = time.monotonic() < start + self._busy_poll
+        self._short_waits = self._short_waits + 1 if is_short else 0
+        return events
 
     def ready(self, mask):
         """Somebody has called interrupt(); what for is seen to in its turn."""
@@ -4389,6 +4418,14 @@ class Server:
         self._wake_out.close()
         os.close(self._spool)
         log.info("stopped")
+
+
+def _cores():
+    """How many processors this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:                             # not on every system
+        return os.cpu_count()
 
 
 def _cannot_listen(error, address, port):
