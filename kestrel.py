@@ -1494,7 +1494,8 @@ class Queue:
         if not self.count:
             return None
         head = self.items[0] if self.items else self._head()
-        if self._is_expired(head, now) and not self._sweep(now):
+        if ((head.expiry or self.config.max_age) and self._is_expired(head, now)
+                and not self._sweep(now)):
             return None
         item = self._pop()
         self.age = now - item.add_time if now > item.add_time else 0
@@ -1998,7 +1999,7 @@ class Queue:
         if item.expiry and item.expiry <= now:
             return True
         max_age = self.config.max_age
-        return max_age is not None and item.add_time + max_age <= now
+        return bool(max_age) and item.add_time + max_age <= now
 
     def _next_xid(self):
         xid = self.xid
@@ -2141,6 +2142,9 @@ class Broker:
         self.announce = lambda status: None       # told of each change of the status
         self._refused = (False, False)    # reads, writes: what the status refuses by now
         self._end_grace = lambda: None    # cancels that time
+        # From so many connections on one more or less can make a difference.
+        self._lowest_limit = min(config.server.connection_limit_refuse_reads,
+                                 config.server.connection_limit_refuse_writes)
         self._restore_status()
         self.spool = os.path.abspath(config.server.queue_path)
         self._unloaded = find_journals(self.spool)
@@ -2249,7 +2253,8 @@ class Broker:
         """A client has come (1) or gone (-1)."""
         self.stats.curr_connections += change
         self.stats.total_connections += change > 0
-        self.update_refusals(at_once=False)
+        if self.stats.curr_connections >= self._lowest_limit:
+            self.update_refusals(at_once=False)
 
     def update_refusals(self, at_once=True):
         """Find out what is refused: `refuses_reads` and `refuses_writes` say why, or are
@@ -2504,8 +2509,8 @@ def _number(word, what, close=False):
 # The data block of a set that is to come. expiry: as it was sent. words: the command line.
 Block = collections.namedtuple("Block", "key flags expiry size words")
 
-# A get: its ReadKeys, the last one first, and whether it is a gets.
-Get = collections.namedtuple("Get", "keys with_cas")
+# A get: its ReadKeys, whether it has one only, and whether it is a gets.
+Get = collections.namedtuple("Get", "keys whole with_cas")
 
 
 def _parse_block(words):
@@ -2536,7 +2541,7 @@ def _parse_get(words):
     """The Get of `get <key> [<key> ...]`. Raises Refused."""
     if len(words) < 2:
         raise Refused("CLIENT_ERROR get needs the name of a queue")
-    return Get([parse_key(word) for word in words[:0:-1]], len(words[0]) == 4)
+    return Get([parse_key(word) for word in words[1:]], len(words) == 2, len(words[0]) == 4)
 
 
 def _parse_line(line):
@@ -2815,8 +2820,9 @@ class MemcacheSession(Session):
         super().__init__(*arguments, **options)
         self._skip = 0                  # bytes of a refused data block still to come
         self._block = None              # the Block of a set without its data yet
-        self._keys = []                 # ReadKeys still to be answered, the first one last
-        self._whole = True              # the get in hand has one key only
+        self._key = None                # the ReadKey that could not be answered at once
+        self._keys = None               # an iterator of those after it, in a get of many
+        self._whole = True              # of the Get in hand
         self._with_cas = False
         self._monitor = None            # [name, number of items still wanted]
 
@@ -2871,13 +2877,17 @@ class MemcacheSession(Session):
             self._unknown([start], None)
 
     def _go_on(self, now):
+        key, self._key = self._key, None
         if self._keys:
+            self._keys = itertools.chain(filter(None, [key]), self._keys)
             self._read_keys(now)
+        elif key:
+            self._read(key, now)
         elif self._monitor:
             self._watch(now)
 
     def _forget(self):
-        self._keys = []
+        self._key = self._keys = None
 
     def _reply(self, words, answer, *queues):
         """Answer a command that may have asked for silence."""
@@ -2925,35 +2935,31 @@ class MemcacheSession(Session):
     # -- reading
 
     def _get(self, asked, now):
-        keys, self._with_cas = asked
-        self._whole = len(keys) == 1
-        self._keys = list(keys)
-        self._read_keys(now)
+        keys, self._whole, self._with_cas = asked
+        if self._whole:
+            self._read(keys[0], now)
+        else:
+            self._keys = iter(keys)
+            self._read_keys(now)
 
     def _read_keys(self, now):
-        """Answer the keys of the get in hand, up to one that has to wait."""
-        keys = self._keys
+        """Answer the keys of a get of many, up to one that has to wait."""
         try:
-            while keys:
+            for key in self._keys:
                 try:
-                    item = self._read(keys[-1], now)
+                    self._read(key, now)
                 except OSError as error:
-                    if self._whole:
-                        raise
                     log.error("get of many keys: %s", _why(error))
-                    item = None
-                if self.waiter or self.job:
+                if self._key:
                     return
-                self._give(keys.pop(), item)
-        except (Refused, OSError):
-            self._keys = []
+        except Refused:
+            self._keys = None
             raise
-        if not self._whole:
-            self.out.append(b"END\r\n")
+        self._keys = None
+        self.out.append(b"END\r\n")
 
     def _read(self, key, now):
-        """Do what one key asks for. Returns the item or None; sets `waiter` for a wait, `job`
-        to be called again."""
+        """Do what one key asks for, and answer it, unless it has to wait."""
         broker = self.broker
         stats = broker.stats
         _, name, wait, opening, closing, abort, peek = key
@@ -2962,7 +2968,8 @@ class MemcacheSession(Session):
             if queue:
                 self._end_reads(queue, 1, closing, now, self._whole)
             if not opening:
-                return None
+                self._give(key, None)
+                return
         if broker.refuses_reads:
             self._check_reads()
         if peek:
@@ -2971,27 +2978,30 @@ class MemcacheSession(Session):
         else:
             self.queue = queue = broker.queues.get(name) or broker.queue(name, now)
             if queue is None or name in broker.config.aliases:
-                return None
+                self._give(key, None)
+                return
             if queue in self.open_reads:
                 self._check_opens(plain=not opening)
             item = queue.remove(opening, now)
         if item is None and queue and queue.count:     # a long run of expired ones
             self._put_off(broker.discard_expired(queue, now))
-            self._keys[-1] = key._replace(close=False, abort=False)
-            return None
+            self._key = key._replace(close=False, abort=False)
+            return
         if peek:
             stats.cmd_peek += 1
         else:
             stats.cmd_get += 1
-            if item is not None:
+        if item is not None:
+            if not peek:
                 stats.get_hits += 1
-        if item is None:
-            if wait > 0 and queue:
-                self._wait(opening, peek)
-                self.timeout = wait
-            elif not peek:
-                stats.get_misses += 1
-        return item
+        elif wait > 0 and queue:
+            self._wait(opening, peek)
+            self.timeout = wait
+            self._key = key
+            return
+        elif not peek:
+            stats.get_misses += 1
+        self._give(key, item)
 
     def _give(self, key, item):
         """The answer to one key of the get in hand; the item is None if there is none."""
@@ -3027,9 +3037,8 @@ class MemcacheSession(Session):
             stats.get_misses += not peek
         else:
             stats.get_hits += not peek
-        self._give(self._keys.pop(), item)
-        if not self._keys and not self._whole:
-            self.out.append(b"END\r\n")
+        key, self._key = self._key, None
+        self._give(key, item)
 
     def _start_monitor(self, words, now):
         # monitor <queue> <seconds> [<items>]
@@ -3859,7 +3868,7 @@ class Connection:
         self.sock = sock
         self.session = session
         session.wake = functools.partial(server.woken.append, self)
-        self.holds = collections.Counter()     # fsyncs that answers wait for, by queue
+        self.holds = {}                  # queue -> fsyncs of it that answers wait for
         self.last_active = server.mono
         self._unsent = []
         self._watched = _READ
@@ -3962,7 +3971,7 @@ class Connection:
         session = self.session
         session.fail(failed, self._checked)
         for queue in {entry[0] for entry in session.touched[self._checked:]} & durable:
-            self.holds[queue] += 1
+            self.holds[queue] = self.holds.get(queue, 0) + 1
             self.server.want_sync(queue, self)
         self._checked = len(session.touched)
         if self.holds:
@@ -3971,7 +3980,8 @@ class Connection:
     def release(self, queue, error):
         """The fsync that answers waited for is done, or has failed."""
         self.holds[queue] -= 1
-        self.holds += collections.Counter()            # drops what is down to 0
+        if not self.holds[queue]:
+            del self.holds[queue]
         if self.closed:
             return
         if error:
@@ -4112,6 +4122,7 @@ class Listener:
             server.connections.add(connection)
             server.broker.count_connection(1)
             server.watch_idle(connection)
+            connection.ready(_READ)      # its first word is there as a rule: saves a turn
 
     def _start(self):
         if self.sock.fileno() >= 0:
