@@ -490,6 +490,11 @@ def fsync_all(fds):
     return failure
 
 
+def _close_all(fds):
+    for fd in fds:
+        os.close(fd)
+
+
 # What stands in a repaired journal for an item that was lost; nobody is ever given it.
 LOST = Item(b"", 0, 1)
 
@@ -1074,12 +1079,10 @@ class Journal:
     def directory_fd(self):
         return os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC)
 
-    # -- new files for old
+    def _sync_directory(self):
+        return functools.partial(fsync_all, [self.directory_fd()])
 
-    def restart(self):
-        """Start over with an empty file, for a queue that holds nothing. Raises OSError."""
-        os.ftruncate(self.current.fd, 0)
-        self.current.size = 0
+    # -- new files for old
 
     def rotate(self, count):
         """Go on with a fresh current file. count: how many items wait. Raises OSError, and
@@ -1122,9 +1125,10 @@ class Journal:
     def pack(self, last_xid):
         """A chore that puts one file in place of those that have been passed.
 
-        A generator that does a bounded piece of work at each step. Where it yields
-        descriptors they are to be fsynced and closed before it is resumed, an OSError to be
-        thrown into it. Raises OSError; what it was to do stays to be done.
+        A generator that does a bounded piece of work at each step. Where it yields a call,
+        that takes long: it is to be made before the chore is resumed, where it holds nobody
+        up, and the OSError that it returns is to be thrown into the chore. Raises OSError;
+        what it was to do stays to be done.
         """
         wanted = self.wanted
         number, opens, items = wanted
@@ -1134,8 +1138,8 @@ class Journal:
             # Nothing is left of them. The oldest goes first: whatever is done to items
             # that are not there, a queue that ended empty ends empty.
             for file in [file for file in self.passed if file.number <= number]:
-                self._remove(file)
-                yield [self.directory_fd()]
+                yield from self._remove(file)
+                yield self._sync_directory()
         if self.wanted is wanted:
             self.wanted = None
 
@@ -1160,7 +1164,7 @@ class Journal:
                     break
                 self._append(pack, chunks)
                 yield None
-            yield [os.dup(pack.fd)]
+            yield functools.partial(fsync_all, [os.dup(pack.fd)])
             os.rename(path, "%s.%d.pack" % (self.path, number))
         except BaseException:                # also when the queue is deleted meanwhile
             os.close(pack.fd)
@@ -1173,13 +1177,13 @@ class Journal:
         old = [file for file in self.passed
                if file.number <= number and file.path != pack.path]     # of an earlier try
         self.passed = old + [pack] + rest
-        yield [self.directory_fd()]
+        yield self._sync_directory()
         for file in old:
-            self._remove(file)
-        yield [self.directory_fd()]
+            yield from self._remove(file)
+        yield self._sync_directory()
         os.rename(pack.path, "%s.%d" % (self.path, number))
         pack.path = "%s.%d" % (self.path, number)
-        yield [self.directory_fd()]
+        yield self._sync_directory()
 
     def adopt_pack(self):
         """Let the packed file be the current one, which nothing has been written to."""
@@ -1193,13 +1197,22 @@ class Journal:
             self.renamed = True
 
     def _remove(self, file):
-        if file.fd is not None:
-            os.close(file.fd)
-            file.fd = None
+        """A chore, part of pack(): delete a file that has been passed."""
+        fds = self._unlink(file)
         self._unsynced.discard(file)
+        self.passed.remove(file)
+        yield functools.partial(_close_all, fds)
+
+    def _unlink(self, file):
+        """Delete a file; returns, in a list, the descriptor that keeps it on the disk: to free
+        a large one takes long, and that is done with the last close."""
+        if file.fd is None:
+            with contextlib.suppress(OSError):         # no descriptors left: then it takes long
+                file.fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(file.path)
-        self.passed.remove(file)
+        fd, file.fd = file.fd, None
+        return [] if fd is None else [fd]
 
     def copy_anew(self):
         """A chore like pack(): copy every file that may not have reached the disk to a fresh
@@ -1216,7 +1229,7 @@ class Journal:
                         size = min(_STEP_SIZE, file.size - offset)
                         _write_all(fd, [os.pread(source, size, offset)], offset)
                         yield None
-                    yield [os.dup(fd)]
+                    yield functools.partial(fsync_all, [os.dup(fd)])
                     os.rename(path, file.path)
                 except BaseException:
                     os.close(fd)
@@ -1228,7 +1241,7 @@ class Journal:
                 os.close(file.fd)
             file.fd = fd
             file.torn = False
-        yield [self.directory_fd()]
+        yield self._sync_directory()
         self._unsynced.clear()
 
     # -- the end
@@ -1240,11 +1253,15 @@ class Journal:
                 file.fd = None
 
     def delete(self):
-        """Close and remove the files, the oldest first. Raises OSError."""
-        self.close()
+        """Remove the files, the oldest first, and then return a chore that frees them. Raises
+        OSError."""
+        fds = []
         for file in self.passed + self.files:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(file.path)
+            fds += self._unlink(file)
+        return self._free(fds)
+
+    def _free(self, fds):
+        yield functools.partial(_close_all, fds)
 
 
 class ReadBehind:
@@ -1434,7 +1451,7 @@ class Queue:
         self.safe += len(self._unsynced)
         self._unsynced.clear()
         journal, self.journal = self.journal, None
-        journal.delete()
+        self.start(self, journal.delete())
 
     def _trace_if_wanted(self):
         self.__dict__.pop("_log", None)
@@ -1740,7 +1757,7 @@ class Queue:
         self._end_chore()
         journal, self.journal = self.journal, None
         if journal:
-            journal.delete()
+            self.start(self, journal.delete())
 
     def _write_now(self):
         """The `dirty` of a queue that is used alone."""
@@ -1762,8 +1779,8 @@ class Queue:
         error = None
         with contextlib.suppress(StopIteration):
             while True:
-                fds = chore.throw(error) if error else next(chore)
-                error = fsync_all(fds or ())
+                call = chore.throw(error) if error else next(chore)
+                error = call and call()
 
     def _load(self):
         """Read the journal, as often as it takes to repair it."""
@@ -1865,10 +1882,7 @@ class Queue:
         try:
             if not self.count and not self.opens and not self._unsynced:
                 if total >= config.default_journal_size:
-                    if alone:
-                        journal.restart()
-                    else:
-                        journal.start_over({}, ())
+                    journal.start_over({}, ())
             elif current.size > config.max_memory_size:
                 journal.rotate(self.count)
                 self.journal_rotations += 1
@@ -3822,7 +3836,8 @@ class Timers:
 
 
 class Syncer:
-    """The thread that fsyncs, so that the loop never waits for a disk.
+    """The thread that does what has to wait for the disk, fsync above all, so that the loop
+    never does.
 
     `done` is filled with (call, OSError or None); `wake` is called after each, from the
     thread.
@@ -3835,9 +3850,9 @@ class Syncer:
         self._thread = threading.Thread(target=self._run, name="syncer", daemon=True)
         self._thread.start()
 
-    def submit(self, fds, call):
-        """Have the descriptors fsynced in order, and closed; then pass on `call`."""
-        self._jobs.put((fds, call))
+    def submit(self, work, call):
+        """Have `work` done, which returns an OSError or None; then pass on `call` and that."""
+        self._jobs.put((work, call))
 
     def stop(self):
         """Finish what has been submitted and end the thread."""
@@ -3845,8 +3860,8 @@ class Syncer:
         self._thread.join()
 
     def _run(self):
-        for fds, call in iter(self._jobs.get, None):
-            self.done.append((call, fsync_all(fds)))
+        for work, call in iter(self._jobs.get, None):
+            self.done.append((call, work()))
             self._wake()
 
 
@@ -4281,14 +4296,14 @@ class Server:
         self.woken.clear()
 
     def _step(self, chore, error=None):
-        """Do the next piece of a chore; `error` is what became of the fsync it asked for."""
+        """Do the next piece of a chore; `error` is what came of the call it asked for."""
         try:
             # A chore that was closed meanwhile, with its queue, has no frame any more.
-            fds = chore.throw(error) if error and chore.gi_frame else next(chore)
+            work = chore.throw(error) if error and chore.gi_frame else next(chore)
         except StopIteration:
             return
-        if fds:
-            self._syncer.submit(fds, functools.partial(self._step, chore))
+        if work:
+            self._syncer.submit(work, functools.partial(self._step, chore))
         else:
             self.broker.chores.append(chore)
 
@@ -4363,7 +4378,8 @@ class Server:
             except OSError as error:                   # no descriptors left
                 self._synced(queue, 0, error)
             else:
-                self._syncer.submit(fds, functools.partial(self._synced, queue, count))
+                self._syncer.submit(functools.partial(fsync_all, fds),
+                                    functools.partial(self._synced, queue, count))
 
     def _synced(self, queue, count, error):
         connections = self._running.pop(queue)
@@ -4411,6 +4427,8 @@ class Server:
             queue.dismiss_waiters()
         self._resume_woken()
         self._commit()
+        while self.broker.chores:
+            self._step(self.broker.chores.popleft())
         self._syncer.stop()
         self._commit()                                 # what it had still to say
         for queue in self.broker.queues.values():
