@@ -52,6 +52,7 @@ import mmap
 import os
 import queue as queues
 import re
+import resource
 import selectors
 import shlex
 import signal
@@ -2152,7 +2153,7 @@ class Broker:
         self.stats = Values(
             curr_connections=0, total_connections=0, cmd_get=0, cmd_set=0, cmd_peek=0,
             get_hits=0, get_misses=0, bytes_read=0, bytes_written=0, queue_creates=0,
-            queue_deletes=0, queue_expires=0)
+            queue_deletes=0, queue_expires=0, max_turn_usec=0)
         self.announce = lambda status: None       # told of each change of the status
         self._refused = (False, False)    # reads, writes: what the status refuses by now
         self._end_grace = lambda: None    # cancels that time
@@ -2428,8 +2429,11 @@ class Broker:
     # -- telling
 
     def server_stats(self, now):
-        """The server's own numbers, as (name, value) pairs under Kestrel's names."""
+        """The server's own numbers, as (name, value) pairs under Kestrel's names. The longest
+        turn of its loop is that since the last asking."""
         queues = self.queues.values()
+        counters = dict(vars(self.stats))
+        self.stats.max_turn_usec = 0
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         reserved = sum(queue.config.max_memory_size for queue in queues)
         return [
@@ -2440,7 +2444,7 @@ class Broker:
             ("total_items", sum(queue.total_items for queue in queues)),
             ("bytes", sum(queue.bytes for queue in queues)),
             ("reserved_memory_ratio", "%.3f" % (reserved / memory)),
-            *vars(self.stats).items(),
+            *counters.items(),
         ]
 
     def queue_stats(self, queue):
@@ -3787,6 +3791,10 @@ _ANNOUNCE_SECONDS = 30
 # How long a journal must have been written without a failure to be called well.
 _CALM_SECONDS = 3
 
+# How many connections are accepted in a turn; how often the log tells of those refused.
+_ACCEPTS = 256
+_TELL_SECONDS = 10
+
 # How much is read from a socket at a time, and how much unparsed input a session that
 # waits may pile up before its socket is left alone.
 _CHUNK = 1 << 16
@@ -4106,6 +4114,9 @@ class Listener:
         self.protocol = protocol
         self.session_type = session_type
         self.address = sock.getsockname()
+        self._spare = None               # a descriptor for when there are no others, see _refuse()
+        self._refused = 0                # connections refused since the log told of it,
+        self._told = -_TELL_SECONDS      # and when that was
         try:
             sock.listen(server.config.server.connection_backlog)
         except OSError as error:         # another one has come first since
@@ -4115,20 +4126,22 @@ class Listener:
     def ready(self, mask):
         """Clients are at the door."""
         server = self.server
-        while True:
+        for _ in range(_ACCEPTS):
             try:
                 sock, address = self.sock.accept()
             except BlockingIOError:
                 return
             except ConnectionAbortedError:
                 continue
-            except OSError as error:     # no descriptors left, no memory
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE) and self._spare is not None:
+                    self._refuse(error)
+                    continue
                 log.error("cannot accept connections for a second: %s", error.strerror)
                 server.selector.unregister(self.sock)
                 server.timers.at(server.mono + 1, self._start)
                 return
             sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             local = address[0] == "::1" or address[0].startswith(("127.", "::ffff:127."))
             connection = Connection(server, sock, self.session_type(server.broker, local))
             if server.config.server.enable_session_trace:
@@ -4139,7 +4152,28 @@ class Listener:
             server.watch_idle(connection)
             connection.ready(_READ)      # its first word is there as a rule: saves a turn
 
+    def _refuse(self, error):
+        """No descriptors are left: let the next client in with the spare one, and out again,
+        lest it waits and the loop turns for it."""
+        os.close(self._spare)
+        self._spare = None
+        with contextlib.suppress(OSError):
+            self.sock.accept()[0].close()
+        self._refused += 1
+        if self.server.mono >= self._told + _TELL_SECONDS:
+            log.error("%s: %d connections, %d refused", error.strerror,
+                      len(self.server.connections), self._refused)
+            self._told = self.server.mono
+            self._refused = 0
+        self._keep_spare()
+
+    def _keep_spare(self):
+        if self._spare is None:
+            with contextlib.suppress(OSError):         # taken by somebody else meanwhile
+                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
     def _start(self):
+        self._keep_spare()
         if self.sock.fileno() >= 0:
             self.server.selector.register(self.sock, _READ, self)
 
@@ -4147,6 +4181,9 @@ class Listener:
         with contextlib.suppress(KeyError):            # out of descriptors at the moment
             self.server.selector.unregister(self.sock)
         self.sock.close()
+        if self._spare is not None:
+            os.close(self._spare)
+            self._spare = None
 
 
 class Server:
@@ -4238,6 +4275,9 @@ class Server:
             connection.resume()
         self._resume_woken()
         self._commit()
+        usec = int((time.monotonic() - self.mono) * 1e6)
+        if usec > broker.stats.max_turn_usec:
+            broker.stats.max_turn_usec = usec
 
     def _wait(self):
         """Wait for events, or the next timer.
@@ -4466,6 +4506,7 @@ def _bind(address, port):
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)   # of all that it accepts
         sock.bind((address, port))
         sock.setblocking(False)
     except OSError as error:
@@ -4539,6 +4580,7 @@ def main(arguments=None):
         print("kestrel.py: %s" % (error.strerror or error), file=sys.stderr)
         return 1
     _handle_signals(server)
+    _raise_file_limit()
     # A collection looks at every item in memory, for a tenth of a second with half a million
     # of them, and finds nothing: what is let go of here is in no cycle.
     gc.disable()
@@ -4581,6 +4623,17 @@ def _pack(path):
     finally:
         os.close(spool)
     return 0
+
+
+def _raise_file_limit():
+    """Each connection takes a descriptor; take as many as this process may have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:             # more than the system knows
+        log.warning("the limit of open files stays: %s", error)
+    log.info("up to %d open files, a connection is one",
+             resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 def _handle_signals(server):

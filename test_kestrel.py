@@ -21,6 +21,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -2182,7 +2183,7 @@ waiters open_transactions transactions canceled_transactions total_flushes journ
 journal_rotations create_time""".split()
 SERVER_STATS = """uptime time version curr_items total_items bytes reserved_memory_ratio
 curr_connections total_connections cmd_get cmd_set cmd_peek get_hits get_misses bytes_read
-bytes_written queue_creates queue_deletes queue_expires""".split()
+bytes_written queue_creates queue_deletes queue_expires max_turn_usec""".split()
 
 
 def test_stats(talk):
@@ -3504,7 +3505,7 @@ def test_open_reads_of_a_client_that_left_while_the_disk_was_full(serve, disk):
     assert other.get("q/t=20000") == b"1"
 
 
-def test_running_out_of_descriptors_is_survived(serve, monkeypatch, caplog):
+def test_a_kernel_that_cannot_accept_is_not_asked_all_the_time(serve, monkeypatch, caplog):
     server = serve()
     client = server.client()
     client.put("q", b"x")
@@ -3518,7 +3519,7 @@ def test_running_out_of_descriptors_is_survived(serve, monkeypatch, caplog):
         def accept(self):
             self.calls += 1
             if not self.over:
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
             return self.sock.accept()
 
     listener.sock = exhausted = Exhausted(listener.sock)
@@ -3782,7 +3783,7 @@ def run(*arguments, **options):
 class Daemon:
     """kestrel.py as a process on a free port; its log is in `log`."""
 
-    def __init__(self, path, text=None):
+    def __init__(self, path, text=None, most_files=None):
         self.log = path / "log"
         self.log.write_text("")
         arguments = ["--port", 0, "--spool", path / "spool"]
@@ -3790,7 +3791,10 @@ class Daemon:
             (path / "kestrel.conf").write_text(text)
             arguments += ["-c", path / "kestrel.conf"]
         with open(str(self.log), "ab") as log:
-            self.process = subprocess.Popen(command(*arguments), stderr=log, cwd=str(path))
+            self.process = subprocess.Popen(
+                command(*arguments), stderr=log, cwd=str(path),
+                preexec_fn=most_files and (lambda: resource.setrlimit(
+                    resource.RLIMIT_NOFILE, (min(20, most_files), most_files))))
         until(self._is_up)
         self.port = int(re.search(r"listening on \S+:(\d+) ", self.log.read_text())[1])
 
@@ -3811,14 +3815,50 @@ class Daemon:
 def daemon(tmp_path):
     started = []
 
-    def start(text=None):
-        started.append(Daemon(tmp_path, text))
+    def start(*arguments, **options):
+        started.append(Daemon(tmp_path, *arguments, **options))
         return started[-1]
 
     yield start
     for one in started:
         one.process.kill()
         one.process.wait()
+
+
+def test_clients_beyond_the_limit_of_open_files_are_refused(daemon):
+    one = daemon(most_files=64)
+    assert "up to 64 open files" in one.log.read_text()
+    first = one.client()
+    assert first.put("q", b"x") == "STORED\r\n"
+    clients = [one.client() for _ in range(100)]
+    served = []
+    for client in clients:
+        with contextlib.suppress(ConnectionError):
+            if client.ask("version\r\n"):
+                served.append(client)
+    assert 20 < len(served) < 64
+    assert first.get("q") == b"x"
+    assert one.log.read_text().count(" refused") == 1
+    for client in served:
+        client.close()
+    until(lambda: int(first.stats()["curr_connections"]) == 1)
+    assert one.client().ask("version\r\n") == "VERSION 1.0.0\r\n"
+
+
+def test_the_longest_turn_is_told_of_once(serve, monkeypatch):
+    server = serve()
+    client = server.client()
+    pwritev = os.pwritev
+
+    def slow(*arguments):
+        time.sleep(0.5)                      # this is the long turn
+        return pwritev(*arguments)
+
+    monkeypatch.setattr(kestrel.os, "pwritev", slow)
+    client.put("q", b"x")
+    monkeypatch.setattr(kestrel.os, "pwritev", pwritev)
+    assert int(client.stats()["max_turn_usec"]) >= 500000
+    assert int(client.stats()["max_turn_usec"]) < 500000
 
 
 def test_version():
@@ -3829,12 +3869,13 @@ def test_it_starts_with_no_set_up(tmp_path):
     """As `python3 kestrel.py` alone, but for the port, which may be taken here."""
     process = subprocess.Popen(command("--port", 0), cwd=str(tmp_path),
                                stderr=subprocess.PIPE, universal_newlines=True)
-    lines = [process.stderr.readline() for _ in range(2)]
+    lines = [process.stderr.readline() for _ in range(3)]
     process.terminate()
     assert process.wait(20) == 0
     process.stderr.close()
     assert "journals in %s" % (tmp_path.resolve() / "spool") in lines[0]
-    assert re.search(r"listening on 127\.0\.0\.1:\d+ ", lines[1])
+    assert re.search(r"up to \d+ open files", lines[1])
+    assert re.search(r"listening on 127\.0\.0\.1:\d+ ", lines[2])
     assert kestrel.Config().server.memcache_port == 22133
     assert (tmp_path / "spool").stat().st_mode & 0o777 == 0o700
 
