@@ -2604,7 +2604,7 @@ class Session:
         self.queue = None
         self.open_reads = {}            # queue -> its open xids here, the oldest first
         self._ended = []                # (queue, xid) closed since the last commit
-        self._pieces = []               # input that has not been parsed,
+        self._kept = None               # a BytesIO of input that has not been parsed, if any,
         self.unparsed = 0               # its length, and the length from which on it is
         self._needed = 0                # worth looking at again
 
@@ -2612,16 +2612,19 @@ class Session:
 
     def feed(self, data, now):
         """Take bytes that the client sent, and act on every whole command in them."""
-        if self.unparsed or self.stalled:
-            self._pieces.append(data)
-            self.unparsed += len(data)
+        if self.unparsed or self._needed or self.stalled:
+            self._keep(data)
             if self.unparsed >= self._needed:
                 self.resume(now)
         else:                            # as a rule
             pos = self._parse(data, now)
             if pos < len(data):
-                self._pieces.append(data[pos:])
-                self.unparsed = len(data) - pos
+                self._keep(data[pos:])
+
+    def _keep(self, data):
+        if not self.unparsed:
+            self._kept = io.BytesIO()
+        self.unparsed += self._kept.write(data)
 
     def resume(self, now):
         """Go on with what can be done: in the next turn, after a wait, or with new input."""
@@ -2637,14 +2640,12 @@ class Session:
         except (Refused, OSError) as error:
             self.stalled = False
             self._refuse(error)
-        if self._pieces:
-            data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-            self._pieces.clear()
-            self._needed = 0
+        if self.unparsed and self.unparsed >= self._needed:
+            data = self._kept.getvalue()
+            self._kept, self.unparsed, self._needed = None, 0, 0
             pos = self._parse(data, now)
-            self.unparsed = len(data) - pos
-            if self.unparsed:
-                self._pieces.append(data[pos:])
+            if pos < len(data):
+                self._keep(data[pos:])
 
     def is_full(self):
         """Whether so much waits to be sent that nothing more is to be parsed."""
@@ -2848,35 +2849,32 @@ class MemcacheSession(Session):
         """Run the commands in `data`; the position up to which it has been used."""
         pos = 0
         while not (self.stalled or self.out_bytes > OUTPUT_LIMIT):
-            block, line = self._block, b""
+            if self._skip:
+                skipped = min(self._skip, len(data) - pos)
+                self._skip -= skipped
+                pos += skipped
+            line, block = b"", None
             try:
-                if block:
-                    self._block = None
+                eol = data.find(b"\n", pos)
+                if eol < 0:
+                    self._check_start(data[pos:])
+                    break
+                line = data[pos:eol]
+                pos = eol + 1
+                if len(line) <= _LINE_CACHED:
+                    command, asked = _parse_line_cached(line)
+                elif len(line) > MAX_LINE and len(line.rstrip(b"\r")) > MAX_LINE:
+                    raise Refused("CLIENT_ERROR line too long", close=True)
                 else:
-                    if self._skip:
-                        skipped = min(self._skip, len(data) - pos)
-                        self._skip -= skipped
-                        pos += skipped
-                    eol = data.find(b"\n", pos)
-                    if eol < 0:
-                        self._check_start(data[pos:])
-                        break
-                    line = data[pos:eol]
-                    pos = eol + 1
-                    if len(line) <= _LINE_CACHED:
-                        command, asked = _parse_line_cached(line)
-                    elif len(line) > MAX_LINE and len(line.rstrip(b"\r")) > MAX_LINE:
-                        raise Refused("CLIENT_ERROR line too long", close=True)
-                    else:
-                        command, asked = _parse_line(line)
-                    if command:
-                        command(self, asked, now)
-                        continue
-                    block = asked
+                    command, asked = _parse_line(line)
+                if command:
+                    command(self, asked, now)
+                    continue
+                block = asked
                 end = pos + block.size
                 if len(data) < end + 2:
                     self._block = block
-                    self._needed = end + 2 - pos
+                    self._needed = block.size + 2
                     break
                 if data[end:end + 2] != b"\r\n":
                     raise Refused("CLIENT_ERROR bad data chunk", close=True)
@@ -2887,6 +2885,23 @@ class MemcacheSession(Session):
                 self._refuse(error, block.words if block else line.split())
         return pos
 
+    def _finish_block(self, now):
+        """The rest of a data block has come: store it, without another copy."""
+        block, self._block = self._block, None
+        self._kept.seek(block.size)
+        rest = self._kept.read()
+        self._kept.truncate(block.size)
+        item = self._kept.getvalue()
+        self._kept, self.unparsed, self._needed = None, 0, 0
+        if rest[2:]:
+            self._keep(rest[2:])
+        try:
+            if rest[:2] != b"\r\n":
+                raise Refused("CLIENT_ERROR bad data chunk", close=True)
+            self._store(block, item, now)
+        except (Refused, OSError) as error:
+            self._refuse(error, block.words)
+
     def _check_start(self, start):
         """What has come of a line must be able to become one."""
         if len(start) > MAX_LINE + 1:
@@ -2895,6 +2910,8 @@ class MemcacheSession(Session):
             self._unknown([start], None)
 
     def _go_on(self, now):
+        if self._block and self.unparsed >= self._needed:
+            self._finish_block(now)
         key, self._key = self._key, None
         if self._keys:
             self._keys = itertools.chain(filter(None, [key]), self._keys)
@@ -3791,7 +3808,12 @@ _ANNOUNCE_SECONDS = 30
 # How long a journal must have been written without a failure to be called well.
 _CALM_SECONDS = 3
 
-# How many connections are accepted in a turn; how often the log tells of those refused.
+# How many queues are being fsynced at once, each of which takes descriptors.
+_SYNCS = 64
+
+# How many connections are seen to in a turn, how many new ones by each listener, and how often
+# the log tells of those refused.
+_EVENTS = 1000
 _ACCEPTS = 256
 _TELL_SECONDS = 10
 
@@ -4208,6 +4230,7 @@ class Server:
         self._busy_poll = 0 if _cores() == 1 else config.server.busy_poll / 1e6
         self._short_waits = 0            # how many in a row, see _wait()
         self._synced_some = False
+        self._events = []                # what select() told of and is still to be seen to
         self._planned = set()            # queues whose fsync has a time set
         self._wanted = {}                # queue -> connections that wait for its next fsync
         self._running = {}               # queue -> connections that wait for the one running
@@ -4256,14 +4279,15 @@ class Server:
         broker = self.broker
         busy = (broker.dirty or broker.chores or self.woken or self.working or self.active
                 or self._synced_some)
-        events = self.selector.select(0) if busy else self._wait()
+        events = self._events or (self.selector.select(0) if busy else self._wait())
         self.mono = time.monotonic()
         self.now = _now()
         if self.waiting:
             # These first: one that has hung up must not be given an item.
             events.sort(key=lambda event: event[0].data not in self.waiting)
-        for key, mask in events:
+        for key, mask in events[:_EVENTS]:
             key.data.ready(mask)
+        self._events = events[_EVENTS:]
         self.timers.run(self.mono)
         if broker.chores:
             self._step(self.broker.chores.popleft())
@@ -4386,7 +4410,8 @@ class Server:
         while self._syncer.done:
             call, error = self._syncer.done.popleft()
             call(error)
-        self._start_syncs()
+        if self._wanted:
+            self._start_syncs()
 
     def _answer(self, failed, durable):
         active, self.active = self.active, []
@@ -4406,9 +4431,11 @@ class Server:
         self.want_sync(queue)
 
     def _start_syncs(self):
-        for queue in list(self._wanted):
-            if queue in self._running:
-                continue                               # one at a time, the next for all
+        most = _SYNCS - len(self._running)
+        # One at a time of each queue, the next for all that has come since.
+        chosen = itertools.islice(
+            (queue for queue in self._wanted if queue not in self._running), max(0, most))
+        for queue in list(chosen):
             self._running[queue] = self._wanted.pop(queue)
             if queue.journal is None or queue.closed or queue.journal.broken:
                 self._synced(queue, 0, None)

@@ -31,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import types
 
 try:
@@ -1927,6 +1928,24 @@ def test_not_stored(tmp_path):
     assert talk(set_("q", "a") + set_("q", "version") + "version\r\n") == (
         "STORED\r\nNOT_STORED\r\nVERSION 1.0.0\r\n")
     assert talk(set_("s", "1234") + set_("s", "123")) == "NOT_STORED\r\nSTORED\r\n"
+
+
+def test_a_large_item_is_in_memory_once_while_it_arrives(talk):
+    session = talk.session()
+    size = 16 << 20
+    data = os.urandom(size)
+    tracemalloc.start()
+    try:
+        session.feed(b"set q 0 0 %d\r\n" % size, NOW)
+        for at in range(0, size, 1 << 16):
+            session.feed(data[at:at + (1 << 16)], NOW)
+        session.feed(b"\r\nversion\r\n", NOW)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert b"".join(session.out) == b"STORED\r\nVERSION 1.0.0\r\n"
+    assert talk.broker.queues["q"].remove(now=NOW).data == data
+    assert peak < 1.5 * size
 
 
 def test_too_large_a_block_is_swallowed_without_being_kept(talk):

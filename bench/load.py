@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # Copyright (c) the kestrel.py authors. MIT License, see LICENSE.
-"""Kestrel's load tests, over the memcache protocol, against any server that speaks it.
+"""Kestrel's load tests, over the memcache protocol, against any server that speaks it; put-many
+and flood also against redis and beanstalkd, to compare.
 
     python3 bench/load.py put-many -c 100 -n 10000
     python3 bench/load.py flood -c 10 -n 20000
@@ -42,16 +43,23 @@ class Client:
         if answer != b"STORED\r\n":
             raise ConnectionError("set was answered %r" % answer)
 
-    def get(self, key):
-        line = self.ask(b"get %b\r\n" % key)
+    def get(self, queue, wait=0, options=b""):
+        """The next item, or None if none comes in so many milliseconds."""
+        line = self.ask(b"get %b/t=%d%b\r\n" % (queue, wait, options))
         if line == b"END\r\n":
             return None
         if not line.startswith(b"VALUE "):
             raise ConnectionError("get was answered %r" % line)
-        data = self.file.read(int(line.split()[3]) + 2)[:-2]
+        data = self._data(int(line.split()[3]))
         if self.file.readline() != b"END\r\n":
             raise ConnectionError("a get without END")
         return data
+
+    def _data(self, size):
+        return self.file.read(size + 2)[:-2]
+
+    def flush(self, queue):
+        self.ask(b"flush %b\r\n" % queue)
 
     def stat(self, queue, name):
         self.sock.sendall(b"stats\r\n")
@@ -62,9 +70,69 @@ class Client:
                 found = int(value)
         return found
 
+    def count(self, queue):
+        return self.stat(queue, b"items")
+
     def close(self):
         self.file.close()
         self.sock.close()
+
+
+class RedisClient(Client):
+    """The same with a list of a redis server."""
+
+    def _call(self, *words):
+        return self.ask(b"*%d\r\n" % len(words) + b"".join(
+            [b"$%d\r\n%b\r\n" % (len(word), word) for word in words]))
+
+    def put(self, queue, data):
+        answer = self._call(b"LPUSH", queue, data)
+        if not answer.startswith(b":"):
+            raise ConnectionError("LPUSH was answered %r" % answer)
+
+    def get(self, queue, wait=0):
+        if wait:
+            answer = self._call(b"BRPOP", queue, b"%.3f" % (wait / 1000))
+            if answer.startswith(b"*2"):
+                self._data(int(self.file.readline()[1:]))      # the name of the list
+                answer = self.file.readline()
+        else:
+            answer = self._call(b"RPOP", queue)
+        size = int(answer[1:])
+        return self._data(size) if size >= 0 else None
+
+    def flush(self, queue):
+        self._call(b"DEL", queue)
+
+    def count(self, queue):
+        return int(self._call(b"LLEN", queue)[1:])
+
+
+class BeanstalkClient(Client):
+    """The same with the default tube of a beanstalkd, which is taken as it is."""
+
+    def put(self, queue, data):
+        answer = self.ask(b"put 0 0 60 %d\r\n%b\r\n" % (len(data), data))
+        if not answer.startswith(b"INSERTED"):
+            raise ConnectionError("put was answered %r" % answer)
+
+    def get(self, queue, wait=0):
+        words = self.ask(b"reserve-with-timeout %d\r\n" % -(-wait // 1000)).split()
+        if words[0] != b"RESERVED":
+            return None
+        data = self._data(int(words[2]))
+        self.ask(b"delete %b\r\n" % words[1])
+        return data
+
+    def flush(self, queue):
+        pass
+
+    def count(self, queue):
+        size = int(self.ask(b"stats-tube default\r\n").split()[1])
+        return int(self._data(size).split(b"current-jobs-ready: ")[1].split()[0])
+
+
+CLIENTS = {"mc": Client, "redis": RedisClient, "bs": BeanstalkClient}
 
 
 class Check:
@@ -145,7 +213,7 @@ def put_many(options, queue):
     check, times = Check(), []
 
     def put(number):
-        client = Client(options)
+        client = options.client(options)
         for serial in range(number, options.items, options.clients):
             data = item(options, b"put", serial)
             start = time.monotonic()
@@ -159,9 +227,9 @@ def put_many(options, queue):
                               for number in range(options.clients)])
     tell("Put", len(times), seconds)
     tell_times(times)
-    client = Client(options)
-    if client.stat(queue, b"items") != options.items:
-        check.errors.append("the queue holds %d items" % client.stat(queue, b"items"))
+    client = options.client(options)
+    if client.count(queue) != options.items:
+        check.errors.append("the queue holds %d items" % client.count(queue))
     for data in iter(lambda: client.get(queue), None):
         check.received(data)
     return check.verdict()
@@ -175,14 +243,14 @@ def flood(options, queue):
         share * pairs, options.bytes, options.queue, pairs, pairs,
         ", reliably" if options.reliable else ""))
     check = Check()
-    client = Client(options)
+    client = options.client(options)
     for serial in range(options.prefill):
         client.put(queue, item(options, b"prefill", serial))
         check.put[item(options, b"prefill", serial)] += 1
     total = share * pairs + options.prefill
 
     def produce(number):
-        client = Client(options)
+        client = options.client(options)
         for serial in range(share):
             data = item(options, b"p%d" % number, serial)
             client.put(queue, data)
@@ -191,11 +259,11 @@ def flood(options, queue):
         client.close()
 
     def consume():
-        client = Client(options)
-        key = queue + (b"/t=200/close/open" if options.reliable else b"/t=200")
+        client = options.client(options)
+        reliable = [b"/close/open"] if options.reliable else []
         last = {}                        # of each producer; a consumer sees them in order
         while check.count < total and not check.is_idle():
-            data = client.get(key)
+            data = client.get(queue, 200, *reliable)
             if data is not None:
                 name, serial = data.split(b"-")[:2]
                 if int(serial) <= last.get(name, -1):
@@ -203,7 +271,7 @@ def flood(options, queue):
                 last[name] = int(serial)
                 check.received(data)
         if options.reliable:
-            client.get(queue + b"/close")
+            client.get(queue, 0, b"/close")
         client.close()
 
     seconds = run_all(check, [lambda number=number: produce(number) for number in range(pairs)]
@@ -221,7 +289,7 @@ def many_clients(options, queue):
     killed = []
 
     def produce():
-        client = Client(options)
+        client = options.client(options)
         for serial in range(options.items):
             data = item(options, b"item", serial)
             with check.lock:
@@ -231,18 +299,17 @@ def many_clients(options, queue):
         client.close()
 
     def consume():
-        client = Client(options)
-        key = queue + b"/t=%d/open" % options.timeout
+        client = options.client(options)
         while len(check.got) < options.items and not check.is_idle():
-            data = client.get(key)
+            data = client.get(queue, options.timeout, b"/open")
             if data is None:
                 continue
             if random.random() * 100 < options.kill:
                 killed.append(data)
                 client.close()
-                client = Client(options)
+                client = options.client(options)
                 continue
-            client.get(queue + b"/close")
+            client.get(queue, 0, b"/close")
             check.received(data)
         client.close()
 
@@ -257,7 +324,7 @@ def packing(options, queue):
     print("%d cycles of %d items of %d bytes over a backlog of %d" % (
         options.cycles, options.items, options.bytes, options.prefill))
     check = Check()
-    client = Client(options)
+    client = options.client(options)
     waiting = collections.deque()
     serial = 0
     start = time.monotonic()
@@ -288,27 +355,27 @@ def leaky_reader(options, queue):
     print("%d readers of %d items forget %g %% of them for %d msec" % (
         options.clients, options.items, options.leak, options.timeout))
     check = Check()
-    client = Client(options)
+    client = options.client(options)
     for serial in range(options.items):
         client.put(queue, item(options, b"item", serial))
         check.put[item(options, b"item", serial)] += 1
     leaked = []
 
     def read():
-        client = Client(options)
+        client = options.client(options)
         forgotten = collections.deque()      # (when to hang up, client)
         while len(check.got) < options.items and not check.is_idle():
             while forgotten and forgotten[0][0] < time.monotonic():
                 forgotten.popleft()[1].close()
-            data = client.get(queue + b"/t=100/open")
+            data = client.get(queue, 100, b"/open")
             if data is None:
                 continue
             if random.random() * 100 < options.leak:
                 leaked.append(data)
                 forgotten.append((time.monotonic() + options.timeout / 1000, client))
-                client = Client(options)
+                client = options.client(options)
             else:
-                client.get(queue + b"/close")
+                client.get(queue, 0, b"/close")
                 check.received(data)
         for _, one in forgotten:
             one.close()
@@ -336,12 +403,15 @@ def main():
                 ("-b", "bytes", int, 1024, "size of an item"), *more):
             one.add_argument(option, "--" + name, type=kind, default=default,
                              help="%s (default %s)" % (text, default))
-        one.set_defaults(call=call)
+        one.set_defaults(call=call, kind="mc")
         return one
 
-    test(put_many, 100, 10000)
-    test(flood, 2, 10000, ("-P", "prefill", int, 0, "items put before it begins")).add_argument(
-        "-r", "--reliable", action="store_true", help="read with open and close")
+    put = test(put_many, 100, 10000)
+    pairs = test(flood, 2, 10000, ("-P", "prefill", int, 0, "items put before it begins"))
+    pairs.add_argument("-r", "--reliable", action="store_true", help="read with open and close")
+    for one in put, pairs:
+        one.add_argument("-k", "--kind", choices=CLIENTS,
+                         help="what the server speaks: memcache, redis or beanstalkd")
     test(many_clients, 100, 1000,
          ("-t", "timeout", int, 1000, "milliseconds that a read waits"),
          ("-s", "sleep", int, 1, "milliseconds between two puts"),
@@ -352,10 +422,11 @@ def main():
          ("-t", "timeout", int, 200, "milliseconds until a forgotten connection is closed"),
          ("-l", "leak", float, 1, "percent of the reads that are forgotten"))
     options = parser.parse_args()
+    options.client = CLIENTS[options.kind]
     queue = options.queue.encode()
     try:
-        client = Client(options)
-        client.ask(b"flush %b\r\n" % queue)
+        client = options.client(options)
+        client.flush(queue)
         client.close()
         return 0 if options.call(options, queue) else 1
     except OSError as error:
