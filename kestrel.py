@@ -36,6 +36,8 @@ time, expiry) only; whatever waits is timed by the server on the monotonic clock
 """
 
 import argparse
+import array
+import base64
 import collections
 import configparser
 import contextlib
@@ -43,6 +45,7 @@ import errno
 import fcntl
 import functools
 import gc
+import hashlib
 import heapq
 import io
 import itertools
@@ -62,6 +65,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
+from http import HTTPStatus
 
 __version__ = "1.0.0"
 
@@ -205,6 +210,7 @@ NAMES = Kind(_parse_names, ", ".join)
 SIZE_LIMIT = _or("unlimited", UNLIMITED, SIZE)
 COUNT_LIMIT = _or("unlimited", UNLIMITED, COUNT)
 PORT_OR_OFF = _or("off", None, PORT)
+ADMIN_PORT = Kind(lambda text: PORT_OR_OFF.parse(text) or None, PORT_OR_OFF.show)
 TIME_OR_NEVER = _or("never", None, TIME)
 # Kestrel's older configurations say 0 where they mean that a thing never times out.
 TIMEOUT = Kind(lambda text: TIME_OR_NEVER.parse(text) or None, TIME_OR_NEVER.show)
@@ -215,6 +221,7 @@ SERVER_SETTINGS = {
     "memcache_port": (PORT, "22133"),
     "text_port": (PORT_OR_OFF, "off"),
     "thrift_port": (PORT_OR_OFF, "off"),
+    "admin_port": (ADMIN_PORT, "2223"),
     "queue_path": (TEXT, "spool"),
     "client_timeout": (TIMEOUT, "never"),
     "connection_backlog": (COUNT, "1024"),
@@ -228,6 +235,8 @@ SERVER_SETTINGS = {
     "status_change_grace_period": (TIME, "0"),
     "status_command": (TEXT_OR_NONE, ""),
     "enable_session_trace": (FLAG, "false"),
+    "log_level": (Kind(_parse_word("debug", "info", "warning", "error"), str), "info"),
+    "log_file": (TEXT_OR_NONE, ""),
     "flush_all_reply": (Kind(_parse_word("kestrel", "memcached"), str), "kestrel"),
     "allow_remote_shutdown": (FLAG, "false"),
 }
@@ -330,6 +339,7 @@ class Config:
                 server[key] = SERVER_SETTINGS[key][0].parse(text)
             except ValueError as error:
                 raise ConfigError("command line: %s: %s" % (key, error)) from None
+        self.given = server.keys()       # the [server] settings that are not just defaults
         self.server = Values(**{**_defaults(SERVER_SETTINGS), **server})
 
     def queue(self, name):
@@ -473,7 +483,7 @@ _pack_xid = struct.Struct("<Bi").pack
 _DELIVERIES_BELIEVED = 1000000
 
 _READ_SIZE = 1 << 20
-_MAX_VECTOR = 1024              # IOV_MAX: how many pieces one pwritev() takes
+_LARGE = 1 << 20                # written without another copy, in bytes
 _STEP_SIZE = 1 << 20            # how much of a long job is done at a time, in bytes
 
 
@@ -722,18 +732,17 @@ def _write_all(fd, chunks, offset):
     """Write the byte strings `chunks` at `offset`, however often the kernel stops short;
     returns how many bytes these are."""
     size = sum(map(len, chunks))
-    # Up to a megabyte joining is cheaper than a long vector; copying more is not.
-    if size < 1 << 20:
-        chunks = [b"".join(chunks)]
-    at = 0
-    while at < len(chunks):
-        count = os.pwritev(fd, chunks[at:at + _MAX_VECTOR], offset)
-        offset += count
-        while at < len(chunks) and count >= len(chunks[at]):
-            count -= len(chunks[at])
-            at += 1
-        if count:
-            chunks[at] = memoryview(chunks[at])[count:]
+    # To join them costs less than many calls; to copy what is large does not.
+    pieces = [b"".join(chunks)] if size < _LARGE else itertools.chain.from_iterable(
+        group if large else [b"".join(group)]
+        for large, group in itertools.groupby(chunks, lambda chunk: len(chunk) >= _LARGE))
+    for piece in pieces:
+        done = os.pwrite(fd, piece, offset)
+        offset += done
+        while done < len(piece):
+            count = os.pwrite(fd, memoryview(piece)[done:], offset)
+            offset += count
+            done += count
     return size
 
 
@@ -1396,6 +1405,9 @@ class Queue:
         self.age = 0
         self.total_items = self.expired_items = self.discarded = self.total_flushes = 0
         self.transactions = self.canceled_transactions = 0
+        self.put_bytes = self.get_bytes = self.get_hits = self.get_misses = 0
+        self.fsync_usec = 0                  # how long the last fsync took
+        self.put_rate = self.get_rate = 0.0  # items a second, kept up by the broker
         self.journal_rewrites = self.journal_rotations = 0
         self._orphans = set()                # see abort()
         self._unsynced = []                  # see write(); how many ever, how many done:
@@ -1496,6 +1508,7 @@ class Queue:
         self.count += 1
         self.bytes += size
         self.total_items += 1
+        self.put_bytes += size
         self._log(ADDX, item)
         if self.waiters:
             self._serve(now)
@@ -1517,6 +1530,8 @@ class Queue:
             return None
         item = self._pop()
         self.age = now - item.add_time if now > item.add_time else 0
+        self.get_hits += 1
+        self.get_bytes += len(item.data)
         if open:
             self.transactions += 1
             self._open(item)
@@ -2090,8 +2105,10 @@ class Queue:
             self._catch_up()
         self.opens = dict(sorted(self.opens.items()))      # the oldest first, as before
 
-    def stats(self):
-        """What there is to know of it, as (name, value) pairs under Kestrel's names."""
+    def stats(self, now=None):
+        """What there is to know of it, as (name, value) pairs: those under Kestrel's names,
+        then what is new here. Ages are milliseconds, rates items a second."""
+        now = _now(now)
         return [
             ("items", self.count),
             ("bytes", self.bytes),
@@ -2110,6 +2127,14 @@ class Queue:
             ("journal_rewrites", self.journal_rewrites),
             ("journal_rotations", self.journal_rotations),
             ("create_time", self.create_time),
+            ("head_age", max(0, now - self.items[0].add_time) if self.items else 0),
+            ("put_bytes", self.put_bytes),
+            ("get_bytes", self.get_bytes),
+            ("get_hits", self.get_hits),
+            ("get_misses", self.get_misses),
+            ("put_rate", round(self.put_rate, 1)),
+            ("get_rate", round(self.get_rate, 1)),
+            ("fsync_usec", self.fsync_usec),
         ]
 
 
@@ -2125,6 +2150,45 @@ Route = collections.namedtuple("Route", "targets copies queues")
 
 # How many items or queues a long job looks at before other work gets its turn.
 SWEEP_STEP = 1000
+
+# How often rates are taken, in seconds, and how many of the last samples are kept of a queue.
+SAMPLE_SECONDS = 5
+SAMPLES = 120
+
+
+class Histogram:
+    """How often whole numbers of each size were seen: bucket n counts those of n bits."""
+
+    def __init__(self):
+        self.buckets = [0] * 64
+        self.total = self.longest = self.recent = 0     # recent: the longest since the last asking
+
+    def add(self, value):
+        self.buckets[value.bit_length()] += 1
+        self.total += value
+        if value > self.recent:
+            self.recent = value
+            self.longest = max(self.longest, value)
+
+    def take_recent(self):
+        """The longest since this was asked last."""
+        recent, self.recent = self.recent, 0
+        return recent
+
+    def figures(self):
+        """Under the names that Kestrel's metrics had. Percentiles are within a factor of two:
+        that far apart are the buckets."""
+        count = sum(self.buckets)
+        figures = {"count": count, "sum": self.total, "maximum": self.longest,
+                   "average": round(self.total / count, 1) if count else 0}
+        seen = 0
+        shares = [("minimum", 0), ("p50", .5), ("p90", .9), ("p95", .95), ("p99", .99),
+                  ("p999", .999), ("p9999", .9999)]
+        for bits, number in enumerate(self.buckets):
+            seen += number
+            while shares and seen > count * shares[0][1]:
+                figures[shares.pop(0)[0]] = min((1 << bits) - 1, self.longest)
+        return {**dict.fromkeys([name for name, _ in shares], 0), **figures}
 
 
 class Broker:
@@ -2153,7 +2217,13 @@ class Broker:
         self.stats = Values(
             curr_connections=0, total_connections=0, cmd_get=0, cmd_set=0, cmd_peek=0,
             get_hits=0, get_misses=0, bytes_read=0, bytes_written=0, queue_creates=0,
-            queue_deletes=0, queue_expires=0, max_turn_usec=0)
+            queue_deletes=0, queue_expires=0)
+        self.metrics = {                  # name -> what was seen of it
+            "turn_usec": Histogram(), "fsync_usec": Histogram(),
+            "delivery_latency_msec": Histogram()}
+        self.put_rate = self.get_rate = 0.0       # items a second of all queues
+        self._sampled = {}                # queue -> (items put, items got) at the last sample
+        self._history = {}                # queue -> an array of its samples
         self.announce = lambda status: None       # told of each change of the status
         self._refused = (False, False)    # reads, writes: what the status refuses by now
         self._end_grace = lambda: None    # cancels that time
@@ -2178,22 +2248,25 @@ class Broker:
         """The queue of that name, or None if there is none."""
         return None if name in self.config.aliases else self.queues.get(name)
 
-    def queue(self, name, now=None):
-        """The queue of that name, made if it is new; None for an alias. Raises OSError."""
+    def queue(self, name, now=None, who="the server"):
+        """The queue of that name, made if it is new; None for an alias. who: for the log, who
+        asks for it. Raises OSError."""
         if name in self.config.aliases:
             return None
         queue = self.queues.get(name)
         if queue is None:
             queue = self._create(name, now)
             self.stats.queue_creates += 1
+            log.info("queue %s created by %s", name, who)
         return queue
 
-    def route(self, key, now=None):
+    def route(self, key, now=None, who="the server"):
         """Where the items put under `key` (bytes) go. Raises ValueError when it cannot name
         a queue, OSError when a queue cannot be made."""
         name = check_name(os.fsdecode(key))
-        targets = [self.queue(other, now) for other in self.config.aliases.get(name, [name])]
-        copies = [self.queue(child, now)
+        targets = [self.queue(other, now, who)
+                   for other in self.config.aliases.get(name, [name])]
+        copies = [self.queue(child, now, who)
                   for parent in dict.fromkeys([name] + [queue.name for queue in targets])
                   for child in self.children.get(parent, ())
                   if child not in self.config.aliases]
@@ -2239,10 +2312,18 @@ class Broker:
             item.cas = next(self._cas)
         return item.cas
 
-    def delete(self, queue):
+    def flush(self, queue, who):
+        """Drop all that waits in a queue."""
+        log.info("queue %s flushed of %d items by %s", queue.name, queue.count, who)
+        queue.flush()
+
+    def delete(self, queue, who="the server"):
         """Remove a queue and its journal. Raises OSError."""
+        log.info("queue %s deleted with %d items by %s", queue.name, queue.count, who)
         self.stats.queue_deletes += 1
         del self.queues[queue.name]
+        self._sampled.pop(queue, None)
+        self._history.pop(queue, None)
         self.routes.clear()
         parent = queue.name.partition("+")[0]
         if parent != queue.name:
@@ -2342,9 +2423,8 @@ class Broker:
             max_age = queue.config.max_queue_age
             if max_age and queue.create_time + max_age <= now and not (
                     queue.count or queue.opens or queue.waiters or queue.closed):
-                log.info("queue %s deleted: empty, and older than max_queue_age", queue.name)
                 try:
-                    self.delete(queue)
+                    self.delete(queue, "max_queue_age")
                 except OSError as error:
                     log.error("queue %s: %s", queue.name, error)
                 self.stats.queue_expires += 1
@@ -2428,12 +2508,34 @@ class Broker:
 
     # -- telling
 
+    def sample(self, seconds):
+        """A chore: take the rates of all queues; so many seconds have passed since the last."""
+        put_rate = get_rate = 0.0
+        for count, queue in enumerate(list(self.queues.values()), 1):
+            before = self._sampled.get(queue, (0, 0))
+            self._sampled[queue] = after = queue.total_items, queue.get_hits
+            queue.put_rate, queue.get_rate = [
+                (new - old) / seconds for new, old in zip(after, before)]
+            put_rate += queue.put_rate
+            get_rate += queue.get_rate
+            history = self._history.setdefault(queue, array.array("f"))
+            if history or queue.count or after != before:        # nothing is kept of nothing
+                history.extend([queue.count, queue.put_rate, queue.get_rate])
+                del history[:-3 * SAMPLES]
+            if count % SWEEP_STEP == 0:
+                yield
+        self.put_rate, self.get_rate = put_rate, get_rate
+
+    def history(self, queue):
+        """The last samples of a queue, as lists [items, put rate, get rate], the oldest first."""
+        values = self._history.get(queue, ())
+        return [[round(value, 1) for value in values[at:at + 3]]
+                for at in range(0, len(values), 3)]
+
     def server_stats(self, now):
         """The server's own numbers, as (name, value) pairs under Kestrel's names. The longest
-        turn of its loop is that since the last asking."""
+        turn of its loop and the longest fsync are those since the last asking."""
         queues = self.queues.values()
-        counters = dict(vars(self.stats))
-        self.stats.max_turn_usec = 0
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         reserved = sum(queue.config.max_memory_size for queue in queues)
         return [
@@ -2444,13 +2546,17 @@ class Broker:
             ("total_items", sum(queue.total_items for queue in queues)),
             ("bytes", sum(queue.bytes for queue in queues)),
             ("reserved_memory_ratio", "%.3f" % (reserved / memory)),
-            *counters.items(),
+            *vars(self.stats).items(),
+            ("put_rate", round(self.put_rate, 1)),
+            ("get_rate", round(self.get_rate, 1)),
+            ("max_turn_usec", self.metrics["turn_usec"].take_recent()),
+            ("max_fsync_usec", self.metrics["fsync_usec"].take_recent()),
         ]
 
-    def queue_stats(self, queue):
+    def queue_stats(self, queue, now):
         """A queue's numbers, as (name, value) pairs; `children` only if it has any."""
         children = self.children.get(queue.name)
-        return queue.stats() + ([("children", ",".join(children))] if children else [])
+        return queue.stats(now) + ([("children", ",".join(children))] if children else [])
 
 
 # == 5. Protocols =========================================================================
@@ -2578,8 +2684,8 @@ _LINE_CACHED = 512
 class Session:
     """One client, in whatever protocol: its input, its answers, its open reads and waits.
 
-    broker: a Broker. local: whether the client is on this machine. wake: called when the
-    session has something to do or to say though it was not fed.
+    broker: a Broker. local: whether the client is on this machine. who: its address, for the
+    log. wake: called when the session has something to do or to say though it was not fed.
 
     A protocol has _parse(data, now), which runs the commands in `data` and returns how far it
     has got, _go_on(now), which goes on with a command that had to wait, _received(item), which
@@ -2588,9 +2694,12 @@ class Session:
     which drops the command in hand.
     """
 
-    def __init__(self, broker, local=True, wake=lambda: None):
+    idle_timeout = None                 # milliseconds, where client_timeout says nothing
+
+    def __init__(self, broker, local=True, who="a client", wake=lambda: None):
         self.broker = broker
         self.local = local
+        self.who = who
         self.wake = wake
         self.out = []
         self.out_bytes = 0              # roughly; of items only
@@ -2810,13 +2919,24 @@ class Session:
             self.queue.cancel(self.waiter)
             self._deliver(None)
 
+    def _hit(self):
+        """A get has been given an item of the queue in hand."""
+        self.broker.stats.get_hits += 1
+        self.broker.metrics["delivery_latency_msec"].add(self.queue.age)
+
+    def _missed(self):
+        """A get has found the queue in hand empty, or none of that name."""
+        self.broker.stats.get_misses += 1
+        if self.queue:
+            self.queue.get_misses += 1
+
     # -- what all protocols have
 
     def _flush_each(self, answer, *arguments):
         """A job: flush every queue, one in each turn, then call `answer`."""
         for queue in list(self.broker.queues.values()):
             if queue.count:
-                queue.flush()
+                self.broker.flush(queue, self.who)
                 self._rest_on(queue)
                 yield
         answer(*arguments)
@@ -2824,7 +2944,7 @@ class Session:
     def _shutdown(self, words, now):
         if not (self.local or self.broker.config.server.allow_remote_shutdown):
             raise Refused("CLIENT_ERROR shutdown is taken from this machine only")
-        log.info("told to shut down")
+        log.info("told to shut down by %s", self.who)
         self.broker.stopping = True
         self._end()
 
@@ -2956,7 +3076,7 @@ class MemcacheSession(Session):
         route = broker.routes.get(key)
         if route is None:
             try:
-                route = broker.route(key, now)
+                route = broker.route(key, now, self.who)
             except ValueError as error:
                 raise Refused("CLIENT_ERROR %s" % error) from None
         stored = broker.put(route, data, flags, expiry, now)
@@ -3011,7 +3131,8 @@ class MemcacheSession(Session):
             self.queue = queue = broker.find(name)
             item = queue.peek(now) if queue else None
         else:
-            self.queue = queue = broker.queues.get(name) or broker.queue(name, now)
+            self.queue = queue = broker.queues.get(name) or broker.queue(
+                name, now, self.who)
             if queue is None or name in broker.config.aliases:
                 self._give(key, None)
                 return
@@ -3028,14 +3149,14 @@ class MemcacheSession(Session):
             stats.cmd_get += 1
         if item is not None:
             if not peek:
-                stats.get_hits += 1
+                self._hit()
         elif wait > 0 and queue:
             self._wait(opening, peek)
             self.timeout = wait
             self._key = key
             return
         elif not peek:
-            stats.get_misses += 1
+            self._missed()
         self._give(key, item)
 
     def _give(self, key, item):
@@ -3067,11 +3188,8 @@ class MemcacheSession(Session):
         if self._monitor:
             self._show(item)
             return
-        stats = self.broker.stats
-        if item is None:
-            stats.get_misses += not peek
-        else:
-            stats.get_hits += not peek
+        if not peek:
+            self._hit() if item is not None else self._missed()
         key, self._key = self._key, None
         self._give(key, item)
 
@@ -3083,7 +3201,7 @@ class MemcacheSession(Session):
         seconds = _number(words[2], "number of seconds")
         count = _number(words[3], "number of items") if len(words) == 4 else UNLIMITED
         self._check_reads()
-        self.queue = self.broker.queue(name, now)
+        self.queue = self.broker.queue(name, now, self.who)
         self._monitor = [words[1], count]
         self.timeout = max(0, seconds * 1000)
         self._watch(now)
@@ -3136,14 +3254,14 @@ class MemcacheSession(Session):
         queue = self._queue_of(words)
         self._check_writes()
         if queue:
-            self.broker.delete(queue)
+            self.broker.delete(queue, self.who)
         self._reply(words, b"DELETED\r\n")
 
     def _flush(self, words, now):
         queue = self._queue_of(words)
         self._check_writes()
         if queue:
-            queue.flush()
+            self.broker.flush(queue, self.who)
         self._reply(words, b"END\r\n", *filter(None, [queue]))
 
     def _flush_all(self, words, now):
@@ -3175,10 +3293,10 @@ class MemcacheSession(Session):
         self._say_pairs("STAT %s %s", self.broker.server_stats(now))
         self._begin(self._list(sorted(self.broker.queues), lambda queue: self._say_pairs(
             "STAT queue_%s_%%s %%s" % queue.name.replace("%", "%%"),
-            self.broker.queue_stats(queue))))
+            self.broker.queue_stats(queue, now))))
 
     def _dump_stats(self, words, now):
-        self._dump(words, self.broker.queue_stats)
+        self._dump(words, lambda queue: self.broker.queue_stats(queue, now))
 
     def _dump_config(self, words, now):
         self._dump(words, lambda queue: [
@@ -3345,7 +3463,8 @@ class TextSession(Session):
         self._name_in(words)
         expiry = self._milliseconds(words[2], "expiration time") if len(words) > 2 else None
         self._check_writes()
-        route = self.broker.routes.get(words[1]) or self.broker.route(words[1], now)
+        route = self.broker.routes.get(words[1]) or self.broker.route(
+            words[1], now, self.who)
         count = sum([self.broker.put(route, item, 0, 0 if expiry is None else now + expiry, now)
                      for item in items])
         self._say(b"+%d\n" % count, *route.queues)
@@ -3375,7 +3494,8 @@ class TextSession(Session):
         name = self._name_in(words)
         wait = self._milliseconds(words[2], "timeout") if len(words) > 2 else 0
         self._check_reads()
-        self.queue = self.broker.find(name) if peeking else self.broker.queue(name, now)
+        self.queue = self.broker.find(name) if peeking else self.broker.queue(
+            name, now, self.who)
         self._left = max(count, 1)
         self._waits = wait > 0
         self._peeking, self._watching = peeking, watching
@@ -3407,8 +3527,7 @@ class TextSession(Session):
             stats.cmd_peek += 1
         else:
             stats.cmd_get += 1
-            stats.get_hits += item is not None
-            stats.get_misses += item is None
+            self._hit() if item is not None else self._missed()
         if item is None:
             self._left = 0
             self._say(b"*\n")
@@ -3438,14 +3557,14 @@ class TextSession(Session):
         queue = self.broker.find(self._name_in(words))
         self._check_writes()
         if queue:
-            queue.flush()
+            self.broker.flush(queue, self.who)
         self._say(b"+0\n", *filter(None, [queue]))
 
     def _delete(self, words, now):
         queue = self.broker.find(self._name_in(words))
         self._check_writes()
         if queue:
-            self.broker.delete(queue)
+            self.broker.delete(queue, self.who)
         self._say(b"+0\n")
 
     def _status(self, words, now):
@@ -3615,14 +3734,14 @@ class ThriftSession(Session):
         route = self.broker.routes.get(name)
         if route is None:
             _name(name)
-            route = self.broker.route(name, now)
+            route = self.broker.route(name, now, self.who)
         expiry = now + expiration if expiration > 0 else 0
         count = sum([self.broker.put(route, item, 0, expiry, now) for item in items])
         self._answer(_i32_field(0, count), *route.queues)
 
     def _start_get(self, now, name, most, timeout, auto_abort):
         self._check_reads()
-        self.queue = self.broker.queue(_name(name), now)
+        self.queue = self.broker.queue(_name(name), now, self.who)
         # Open while others are waited for, so that they go back if the client leaves.
         self._get = _Get(min(most, _MOST_ITEMS), timeout > 0, timeout > 0 or auto_abort > 0,
                          max(auto_abort, 0), [])
@@ -3663,10 +3782,9 @@ class ThriftSession(Session):
 
     def _finish_get(self):
         (_, _, _, auto_abort, items), self._get = self._get, None
-        stats, queue = self.broker.stats, self.queue
-        stats.cmd_get += 1
-        stats.get_hits += bool(items)
-        stats.get_misses += not items
+        queue = self.queue
+        self.broker.stats.cmd_get += 1
+        self._hit() if items else self._missed()
         for xid in self.open_reads.pop(queue, ()):
             if auto_abort:
                 queue.limit(xid, auto_abort)
@@ -3713,7 +3831,7 @@ class ThriftSession(Session):
         queue = self._find(name)
         self._check_writes()
         if queue:
-            queue.flush()
+            self.broker.flush(queue, self.who)
         self._answer(b"", *filter(None, [queue]))
 
     def _flush_all(self, now):
@@ -3724,7 +3842,7 @@ class ThriftSession(Session):
         queue = self._find(name)
         self._check_writes()
         if queue:
-            self.broker.delete(queue)
+            self.broker.delete(queue, self.who)
         self._answer(b"")
 
     def _status(self, now):
@@ -3794,6 +3912,638 @@ _THRIFT_METHODS = {
 }
 
 
+# The longest head of an HTTP request, and the longest body, which is not looked at.
+MAX_HEAD = 16384
+MAX_BODY = 65536
+
+_TEXT = "text/plain; charset=utf-8"
+_JSON = "application/json"
+_HTML = "text/html; charset=utf-8"
+
+# What is told of the server and of each queue: stat, kind, name in /stats.json, name in
+# /metrics, what it is. The names of the first kind are those of Kestrel's own Ostrich stats.
+_SERVER_FIGURES = [
+    ("uptime", "gauge", "uptime", "uptime_seconds", "Seconds since the start."),
+    ("curr_items", "gauge", "items", "items", "Items that wait, in all queues."),
+    ("bytes", "gauge", "bytes", "bytes", "Data of the items that wait, in bytes."),
+    ("reserved_memory_ratio", "gauge", "reserved_memory_ratio", "reserved_memory_ratio",
+     "What all queues may take of the memory of the machine."),
+    ("curr_connections", "gauge", "connections", "connections", "Open connections."),
+    ("total_connections", "counter", "total_connections", "connections_total",
+     "Connections ever."),
+    ("total_items", "counter", "total_items", "items_put_total", "Items put, in all queues."),
+    ("cmd_get", "counter", "cmd_get", "gets_total", "Gets."),
+    ("cmd_set", "counter", "cmd_set", "sets_total", "Sets."),
+    ("cmd_peek", "counter", "cmd_peek", "peeks_total", "Peeks."),
+    ("get_hits", "counter", "get_hits", "get_hits_total", "Gets that were given an item."),
+    ("get_misses", "counter", "get_misses", "get_misses_total", "Gets that were not."),
+    ("bytes_read", "counter", "bytes_read", "received_bytes_total", "Bytes from clients."),
+    ("bytes_written", "counter", "bytes_written", "sent_bytes_total", "Bytes to clients."),
+    ("queue_creates", "counter", "queue_creates", "queue_creates_total", "Queues created."),
+    ("queue_deletes", "counter", "queue_deletes", "queue_deletes_total", "Queues deleted."),
+    ("queue_expires", "counter", "queue_expires", "queue_expires_total",
+     "Queues that went by max_queue_age."),
+]
+_QUEUE_FIGURES = [
+    ("items", "gauge", "items", "items", "Items that wait."),
+    ("bytes", "gauge", "bytes", "bytes", "Data of the items that wait, in bytes."),
+    ("mem_items", "gauge", "mem_items", "memory_items", "Items in memory."),
+    ("mem_bytes", "gauge", "mem_bytes", "memory_bytes", "Data of the items in memory, in bytes."),
+    ("logsize", "gauge", "journal_size", "journal_bytes", "Size of the journal files."),
+    ("age", "gauge", "age_msec", "age_seconds",
+     "How long the item that was read last had waited."),
+    ("head_age", "gauge", "head_age_msec", "head_age_seconds",
+     "How long the item at the head has waited."),
+    ("waiters", "gauge", "waiters", "waiters", "Gets that wait for an item."),
+    ("open_transactions", "gauge", "open_transactions", "open_reads", "Reads that are open."),
+    ("create_time", "gauge", "create_time", "created_timestamp_seconds",
+     "When the queue was created or loaded."),
+    ("fsync_usec", "gauge", "fsync_usec", "fsync_seconds", "How long the last fsync took."),
+    ("total_items", "counter", "put_items", "put_items_total", "Items put."),
+    ("put_bytes", "counter", "put_bytes", "put_bytes_total", "Data of the items put."),
+    ("get_hits", "counter", "get_items_hit", "get_items_total", "Items taken."),
+    ("get_bytes", "counter", "get_bytes", "get_bytes_total", "Data of the items taken."),
+    ("get_misses", "counter", "get_items_miss", "get_misses_total", "Gets given no item."),
+    ("expired_items", "counter", "expired_items", "expired_items_total", "Items that expired."),
+    ("discarded", "counter", "discarded", "discarded_items_total",
+     "Items dropped for newer ones in a full queue."),
+    ("transactions", "counter", "transactions", "opened_reads_total", "Reads opened."),
+    ("canceled_transactions", "counter", "canceled_transactions", "aborted_reads_total",
+     "Open reads whose item went back."),
+    ("total_flushes", "counter", "flushes", "flushes_total", "Flushes."),
+    ("journal_rewrites", "counter", "journal_rewrites", "journal_rewrites_total",
+     "Times the journal was written anew."),
+    ("journal_rotations", "counter", "journal_rotations", "journal_rotations_total",
+     "Times a journal file was full."),
+]
+# Of the broker's metrics: the name in /metrics, and what it is.
+_METRICS = {
+    "turn_usec": ("turn_seconds", "Turns of the loop."),
+    "fsync_usec": ("fsync_seconds", "Fsyncs of journals."),
+    "delivery_latency_msec": ("delivery_latency_seconds", "How long items had waited."),
+}
+
+# What a value is multiplied with to be in seconds, by the end of Kestrel's name for it.
+_SCALES = {"usec": 1e-6, "msec": 1e-3, "time": 1e-3}
+
+
+def _shown_name(name):
+    """The name of a queue as text that can be shown anywhere."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _label(name):
+    """The name of a queue as the value of a label in the Prometheus text format."""
+    return _shown_name(name).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+class AdminSession(Session):
+    """One client of the admin port: HTTP/1.1 (RFC 9112), as much of it as monitoring, load
+    balancers and a browser need. Requests come one after the other on a connection."""
+
+    idle_timeout = 60000
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self._method = "GET"
+        self._keep_alive = False         # after the answer to the request in hand
+        self._query = {}
+
+    def _parse(self, data, now):
+        pos = 0
+        while not (self.stalled or self.is_full()):
+            try:
+                while data[pos:pos + 2] == b"\r\n":        # RFC 9112, 2.2
+                    pos += 2
+                end = data.find(b"\r\n\r\n", pos, pos + MAX_HEAD)
+                if end < 0:
+                    if len(data) - pos >= MAX_HEAD:
+                        self._method, self._keep_alive = "GET", False
+                        self._respond(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+                    break
+                line, headers = self._parse_head(data[pos:end])
+                size = int(headers.get("content-length", 0))
+                if size > MAX_BODY:
+                    self._keep_alive = False
+                    self._respond(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+                    break
+                if len(data) < end + 4 + size:
+                    self._needed = end + 4 + size - pos
+                    break
+                pos = end + 4 + size
+                self._request(line[1], headers, now)
+            except ValueError as error:
+                self._keep_alive = False
+                self._respond(HTTPStatus.BAD_REQUEST, str(error))
+            except (Refused, OSError) as error:
+                self._refuse(error)
+        return pos
+
+    def _parse_head(self, head):
+        """The words of the request line, and the headers by name in lower case. Raises
+        ValueError."""
+        self._method, self._keep_alive = "GET", False
+        first, *lines = head.decode("latin-1").split("\r\n")
+        line = first.split(" ")
+        if len(line) != 3 or not re.fullmatch(r"HTTP/1\.[01]", line[2]):
+            raise ValueError("not a request of HTTP/1.1: %.100r" % first)
+        headers = {}
+        for text in lines:
+            name, colon, value = text.partition(":")
+            if not colon or not re.fullmatch(r"[!#-'*+.^-z|~A-Z0-9-]+", name):
+                raise ValueError("not a header: %.100r" % text)
+            if name.lower() in headers and name.lower() in ("content-length", "host", "origin"):
+                raise ValueError("%s is there twice" % name)
+            headers[name.lower()] = value.strip(" \t")
+        if not headers.get("content-length", "0").isdigit() or len(
+                headers.get("content-length", "")) > 18:
+            raise ValueError("bad Content-Length")
+        if "transfer-encoding" in headers:
+            raise ValueError("a body must have a Content-Length here")
+        self._method = line[0]
+        self._keep_alive = line[2] == "HTTP/1.1" and (
+            "close" not in headers.get("connection", "").lower())
+        return line, headers
+
+    def _request(self, target, headers, now):
+        parts = urllib.parse.urlsplit(target)
+        self._query = urllib.parse.parse_qs(parts.query, errors="surrogateescape")
+        method, call = _ADMIN_PATHS.get(parts.path, (None, None))
+        if call is None:
+            self._respond(HTTPStatus.NOT_FOUND)
+        elif self._method not in (("POST",) if method == "POST" else ("GET", "HEAD")):
+            self._respond(HTTPStatus.METHOD_NOT_ALLOWED, allow=method)
+        elif method == "POST" and urllib.parse.urlsplit(
+                headers.get("origin", "//" + headers.get("host", ""))).netloc != headers.get(
+                    "host", ""):
+            # A page of elsewhere, open in the browser of somebody who may come in here.
+            self._respond(HTTPStatus.FORBIDDEN, "this is taken from pages of this server only")
+        else:
+            call(self, now)
+
+    # -- answers
+
+    def _respond(self, status, text=None, kind=_TEXT, allow=None, queues=()):
+        """Answer the request in hand; text: str or bytes, or None for what the status says."""
+        body = status.phrase if text is None else text
+        body = body + "\n" if kind == _TEXT and isinstance(body, str) else body
+        body = body.encode("utf-8", "backslashreplace") if isinstance(body, str) else body
+        head = ("HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n"
+                "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n%s%s%s\r\n" % (
+                    status, status.phrase, kind, len(body),
+                    "Allow: %s\r\n" % allow if allow else "",
+                    "Content-Security-Policy: %s\r\n" % _page_policy() if kind == _HTML else "",
+                    "" if self._keep_alive else "Connection: close\r\n"))
+        self._say(head.encode() + (b"" if self._method == "HEAD" else body), *queues)
+        if not self._keep_alive:
+            self._end()
+
+    def _refuse(self, error):
+        if isinstance(error, OSError):
+            self._respond(HTTPStatus.INTERNAL_SERVER_ERROR, _why(error))
+        else:
+            self._respond(HTTPStatus.SERVICE_UNAVAILABLE if error.close else
+                          HTTPStatus.FORBIDDEN, error.answer.decode().split(" ", 1)[1].strip())
+
+    def _failure(self, why, answer):
+        return b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: %d\r\n\r\n%b\n" % (
+            len(os.fsencode(why)) + 1, os.fsencode(why))
+
+    def _go_on(self, now):
+        pass
+
+    def _forget(self):
+        pass
+
+    # -- what is asked for
+
+    def _page(self, now):
+        self._respond(HTTPStatus.OK, _PAGE, _HTML)
+
+    def _ping(self, now):
+        self._respond(HTTPStatus.OK, "pong")
+
+    def _status(self, now):
+        self._respond(HTTPStatus.OK, self.broker.status)
+
+    def _readable(self, now):
+        self._tell_refusal(self.broker.refuses_reads)
+
+    def _writable(self, now):
+        self._tell_refusal(self.broker.refuses_writes)
+
+    def _tell_refusal(self, why):
+        self._respond(HTTPStatus.SERVICE_UNAVAILABLE if why else HTTPStatus.OK, why or None)
+
+    def _each_queue(self, now, tell, finish):
+        """A job: call `tell` with each queue and its stats, some in each turn, then `finish`."""
+        for count, name in enumerate(sorted(self.broker.queues), 1):
+            queue = self.broker.queues.get(name)
+            if queue and name not in self.broker.config.aliases:
+                tell(queue, dict(queue.stats(now)))
+            if count % (SWEEP_STEP // 10) == 0:
+                yield
+        finish()
+
+    def _figures(self, now):
+        """{"counters": {name: value}, ...} of the server, as /stats.json has them."""
+        stats = dict(self.broker.server_stats(now))
+        report = {"counters": {}, "gauges": {}, "labels": {
+            "status": self.broker.status, "version": __version__}, "metrics": {
+                name: metric.figures() for name, metric in self.broker.metrics.items()}}
+        for key, kind, name, _, _ in _SERVER_FIGURES:
+            report[kind + "s"][name] = float(stats[key])
+        return report
+
+    def _stats_json(self, now):
+        report = self._figures(now)
+        pieces = {kind: ["%s:%s" % (json.dumps(name), json.dumps(value))
+                         for name, value in report[kind].items()] for kind in report}
+
+        def tell(queue, stats):
+            for key, kind, name, _, _ in _QUEUE_FIGURES:
+                pieces[kind + "s"].append("%s:%s" % (
+                    json.dumps("q/%s/%s" % (_shown_name(queue.name), name)), stats[key]))
+
+        self._begin(self._each_queue(now, tell, lambda: self._respond(
+            HTTPStatus.OK, "{%s}\n" % ",".join(
+                '"%s":{%s}' % (kind, ",".join(lines)) for kind, lines in pieces.items()), _JSON)))
+
+    def _stats_txt(self, now):
+        report = self._figures(now)
+        pieces = {kind: ["  %s: %s" % (name, ", ".join(
+            "%s=%s" % pair for pair in value.items()) if kind == "metrics" else value)
+                         for name, value in report[kind].items()] for kind in report}
+
+        def tell(queue, stats):
+            for key, kind, name, _, _ in _QUEUE_FIGURES:
+                pieces[kind + "s"].append("  q/%s/%s: %s" % (
+                    _shown_name(queue.name), name, stats[key]))
+
+        self._begin(self._each_queue(now, tell, lambda: self._respond(
+            HTTPStatus.OK, "\n".join("%s:\n%s" % (kind, "\n".join(lines))
+                                     for kind, lines in pieces.items()))))
+
+    def _metrics(self, now):
+        # https://prometheus.io/docs/instrumenting/exposition_formats/, version 0.0.4
+        stats = dict(self.broker.server_stats(now))
+        lines = []
+        for key, kind, _, name, what in _SERVER_FIGURES:
+            lines += _described("kestrel_" + name, kind, what)
+            lines.append("kestrel_%s %s" % (name, stats[key]))
+        for key, (name, what) in _METRICS.items():
+            name, metric, seen = "kestrel_" + name, self.broker.metrics[key], 0
+            lines += _described(name, "histogram", what)
+            for bits, count in enumerate(metric.buckets):
+                seen += count
+                if bits <= metric.longest.bit_length():
+                    lines.append('%s_bucket{le="%.9g"} %d' % (
+                        name, ((1 << bits) - 1) * _scale(key), seen))
+            lines += ['%s_bucket{le="+Inf"} %d' % (name, seen), "%s_count %d" % (name, seen),
+                      "%s_sum %.9g" % (name, metric.total * _scale(key))]
+        per_queue = {figure[0]: [] for figure in _QUEUE_FIGURES}
+
+        def tell(queue, stats):
+            label = _label(queue.name)
+            for key, _, ostrich, name, _ in _QUEUE_FIGURES:
+                per_queue[key].append('kestrel_queue_%s{queue="%s"} %.12g' % (
+                    name, label, stats[key] * _scale(ostrich)))
+
+        def finish():
+            for key, kind, _, name, what in _QUEUE_FIGURES:
+                if per_queue[key]:
+                    lines.extend(_described("kestrel_queue_" + name, kind, what))
+                    lines.extend(per_queue[key])
+            self._respond(HTTPStatus.OK, "\n".join(lines),
+                          "text/plain; version=0.0.4; charset=utf-8")
+
+        self._begin(self._each_queue(now, tell, finish))
+
+    # -- for the page
+
+    def _queues_json(self, now):
+        stats = dict(self.broker.server_stats(now))
+        facts = {key: stats[key] for key in ("version", "uptime", "put_rate", "get_rate")}
+        facts.update(status=self.broker.status, connections=stats["curr_connections"],
+                     items=stats["curr_items"])
+        pieces = []
+
+        def tell(queue, stats):
+            row = {key: stats[key] for key in (
+                "items", "bytes", "head_age", "put_rate", "get_rate", "open_transactions",
+                "waiters", "logsize")}
+            row.update(name=_shown_name(queue.name),
+                       key=urllib.parse.quote(os.fsencode(queue.name), safe=""))
+            pieces.append(json.dumps(row))
+
+        self._begin(self._each_queue(now, tell, lambda: self._respond(
+            HTTPStatus.OK, '%s,"queues":[%s]}\n' % (
+                json.dumps(facts)[:-1], ",".join(pieces)), _JSON)))
+
+    def _history_json(self, now):
+        history = {}
+        for name in self._query.get("queue", [])[:SWEEP_STEP // 10]:
+            queue = self.broker.find(name)
+            if queue:
+                history[urllib.parse.quote(os.fsencode(name), safe="")] = (
+                    self.broker.history(queue))
+        self._respond(HTTPStatus.OK, json.dumps(history) + "\n", _JSON)
+
+    def _peek(self, now):
+        self._check_reads()
+        queue = self._asked_queue()
+        if queue:
+            item = queue.peek(now)
+            self._respond(HTTPStatus.OK, json.dumps({"item": item and {
+                "bytes": len(item.data), "flags": item.flags,
+                "age_msec": max(0, now - item.add_time),
+                "text": item.data[:2000].decode("utf-8", "backslashreplace")}}) + "\n", _JSON)
+
+    # -- what changes something
+
+    def _asked_queue(self):
+        """The queue that the request names, or None, which it has then been told."""
+        queue = self.broker.find(self._query.get("queue", [""])[0])
+        if queue is None:
+            self._respond(HTTPStatus.NOT_FOUND, "there is no such queue")
+        return queue
+
+    def _flush(self, now):
+        self._check_writes()
+        queue = self._asked_queue()
+        if queue:
+            self.broker.flush(queue, self.who)
+            self._respond(HTTPStatus.OK, "flushed", queues=[queue])
+
+    def _delete(self, now):
+        self._check_writes()
+        queue = self._asked_queue()
+        if queue:
+            self.broker.delete(queue, self.who)
+            self._respond(HTTPStatus.OK, "deleted")
+
+    def _reload(self, now):
+        try:
+            self.broker.reload()
+        except ConfigError as error:
+            log.error("reload: %s; nothing has been changed", error)
+            self._respond(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
+        else:
+            self._respond(HTTPStatus.OK, "reloaded")
+
+    def _quiesce(self, now):
+        self.broker.set_status("quiescent")
+        self._respond(HTTPStatus.OK, "quiescent")
+
+    def _stop(self, now):
+        self._keep_alive = False
+        self._shutdown([], now)
+        self._respond(HTTPStatus.OK, "stopping")
+
+
+def _scale(name):
+    return _SCALES.get(name.rpartition("_")[2], 1)
+
+
+def _described(name, kind, what):
+    return ["# HELP %s %s" % (name, what), "# TYPE %s %s" % (name, kind)]
+
+
+# What is asked for, and what has to be POSTed.
+_ADMIN_PATHS = {
+    "/": ("GET", AdminSession._page),
+    "/ping": ("GET", AdminSession._ping),
+    "/status": ("GET", AdminSession._status),
+    "/readable": ("GET", AdminSession._readable),
+    "/writable": ("GET", AdminSession._writable),
+    "/stats.json": ("GET", AdminSession._stats_json),
+    "/stats.txt": ("GET", AdminSession._stats_txt),
+    "/metrics": ("GET", AdminSession._metrics),
+    "/queues.json": ("GET", AdminSession._queues_json),
+    "/history.json": ("GET", AdminSession._history_json),
+    "/peek": ("GET", AdminSession._peek),
+    "/flush": ("POST", AdminSession._flush),
+    "/delete": ("POST", AdminSession._delete),
+    "/reload": ("POST", AdminSession._reload),
+    "/quiesce": ("POST", AdminSession._quiesce),
+    "/shutdown": ("POST", AdminSession._stop),
+}
+
+# The page at /: it asks for /queues.json and /history.json, and shows what comes as text only.
+_PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Kestrel</title>
+<link rel="icon" href="data:,">
+<style>
+:root { --ink: #1d2733; --soft: #66727f; --line: #e2e6ea; --back: #fff; --tint: #f5f7f9;
+  --in: #1769aa; --out: #b4540a; --bad: #b3261e }
+@media (prefers-color-scheme: dark) { :root { --ink: #dfe5ea; --soft: #93a0ac; --line: #2c353e;
+  --back: #14191e; --tint: #1b2127; --in: #6cb6ff; --out: #f0a35e; --bad: #ff8a80 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 80rem; padding: 1rem; color: var(--ink);
+  background: var(--back); font: 15px/1.45 system-ui, sans-serif }
+h1 { font-size: 1.25rem; margin: 0 }
+header, .facts { display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; align-items: baseline }
+.facts { margin: 1rem 0; padding: 0 }
+.facts div { min-width: 6rem }
+dt, th, .soft, caption { color: var(--soft); font-size: .85rem; font-weight: normal }
+dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums }
+#problem { color: var(--bad); font-weight: 600 }
+input, button { font: inherit; color: inherit; background: var(--back);
+  border: 1px solid var(--line); border-radius: .3rem; padding: .25rem .6rem }
+button { cursor: pointer }
+button:hover { background: var(--tint) }
+:focus-visible { outline: 2px solid var(--in); outline-offset: 1px }
+.wide { overflow-x: auto; margin-top: .75rem }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line) }
+th:first-child, td:first-child { text-align: left; white-space: normal;
+  overflow-wrap: anywhere; min-width: 9rem }
+th button { border: 0; padding: 0; background: none; color: var(--soft) }
+th[aria-sort=ascending] button::after { content: " \\2191" }
+th[aria-sort=descending] button::after { content: " \\2193" }
+tbody tr:hover { background: var(--tint) }
+svg { display: block; width: 130px; height: 30px; overflow: visible }
+path { fill: none; stroke-width: 1.3; vector-effect: non-scaling-stroke }
+.depth { stroke: var(--soft) } .in { stroke: var(--in) } .out { stroke: var(--out) }
+.key { display: inline-block; width: .9em; height: .2em; vertical-align: middle }
+dialog { color: inherit; background: var(--back); border: 1px solid var(--line);
+  border-radius: .5rem; max-width: min(40rem, 92vw) }
+dialog pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 50vh; overflow: auto;
+  background: var(--tint); padding: .5rem }
+dialog p:last-child { text-align: right; margin-bottom: 0 }
+</style>
+<header>
+  <h1>Kestrel <span id="version" class="soft"></span></h1>
+  <strong id="status">&hellip;</strong>
+  <span id="problem" role="alert"></span>
+</header>
+<dl class="facts" id="facts"></dl>
+<label>Filter <input id="filter" type="search" autocomplete="off"></label>
+<span class="soft" id="shown" role="status"></span>
+<div class="wide"><table>
+  <thead><tr id="heads"></tr></thead>
+  <tbody id="queues"></tbody>
+</table></div>
+<p class="soft">Charts, the last ten minutes:
+  <span class="key" style="background: var(--soft)"></span> items,
+  <span class="key" style="background: var(--in)"></span> put a second,
+  <span class="key" style="background: var(--out)"></span> got a second; each to its own scale
+  but for the two rates, which share one.</p>
+<dialog id="dialog"><p id="question"></p><pre id="item" hidden></pre>
+  <p><button id="no">Close</button> <button id="yes"></button></p></dialog>
+<script>
+"use strict"
+const MOST_ROWS = 200, EVERY = 2000
+const at = id => document.getElementById(id)
+const number = new Intl.NumberFormat("en", {maximumFractionDigits: 1})
+const bytes = n => { let unit = 0; while (n >= 1000 && unit < 4) { n /= 1024; unit++ }
+  return number.format(n) + " " + ["B", "kB", "MB", "GB", "TB"][unit] }
+const time = s => s < 1 ? Math.round(s * 1000) + " ms" : s < 120 ? Math.round(s) + " s"
+  : s < 7200 ? Math.round(s / 60) + " min" : s < 172800 ? Math.round(s / 3600) + " h"
+  : Math.round(s / 86400) + " d"
+const columns = [["Queue", "name", x => x], ["Items", "items", number.format],
+  ["Bytes", "bytes", bytes], ["Oldest", "head_age", ms => ms ? time(ms / 1000) : "–"],
+  ["Put/s", "put_rate", number.format], ["Got/s", "get_rate", number.format],
+  ["Open", "open_transactions", number.format], ["Waiters", "waiters", number.format],
+  ["Journal", "logsize", bytes]]
+let data = null, sort = "name", down = false, charts = {}, turn = 0
+function make(tag, text, parent) {
+  const one = document.createElement(tag)
+  one.textContent = text
+  if (parent) parent.append(one)
+  return one
+}
+for (const [title, key] of columns) {
+  const button = make("button", title, make("th", "", at("heads")))
+  button.parentNode.dataset.key = key
+  button.onclick = () => { down = sort === key ? !down : key !== "name"; sort = key; show() }
+}
+make("th", "", at("heads")); make("th", "", at("heads"))
+function line(values, most, kind) {
+  const path = document.createElementNS("http://www.w3.org/2000/svg", "path")
+  path.setAttribute("class", kind)
+  path.setAttribute("d", values.map((value, n) => (n ? "L" : "M")
+    + (130 - 130 * (values.length - 1 - n) / 119).toFixed(1) + " "
+    + (29 - 28 * value / most).toFixed(1)).join(""))
+  return path
+}
+function chart(queue) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg")
+  const samples = charts[queue.key] || []
+  const [items, put, got] = [0, 1, 2].map(n => samples.map(sample => sample[n]))
+  svg.setAttribute("role", "img")
+  svg.setAttribute("aria-label", "items and rates of " + queue.name)
+  if (samples.length > 1) {
+    const rate = Math.max(1, ...put, ...got)
+    svg.append(line(items, Math.max(1, ...items), "depth"), line(put, rate, "in"),
+      line(got, rate, "out"))
+  }
+  return svg
+}
+function rows() {
+  const wanted = at("filter").value.toLowerCase()
+  const found = data.queues.filter(queue => queue.name.toLowerCase().includes(wanted))
+  found.sort((a, b) => (a[sort] > b[sort]) - (a[sort] < b[sort]) || (a.key > b.key) - 0.5)
+  if (down) found.reverse()
+  return found
+}
+function show() {
+  at("version").textContent = data.version
+  at("status").textContent = data.status.toLowerCase()
+  const facts = [["Up", time(data.uptime)], ["Connections", number.format(data.connections)],
+    ["Queues", number.format(data.queues.length)], ["Items", number.format(data.items)],
+    ["Put/s", number.format(data.put_rate)], ["Got/s", number.format(data.get_rate)]]
+  at("facts").replaceChildren(...facts.map(([name, value]) => {
+    const both = document.createElement("div")
+    make("dt", name, both); make("dd", value, both)
+    return both }))
+  for (const head of at("heads").children)
+    head.setAttribute("aria-sort", head.dataset.key !== sort ? "none"
+      : down ? "descending" : "ascending")
+  const found = rows(), focused = document.activeElement && document.activeElement.dataset.focus
+  at("shown").textContent = !data.queues.length
+    ? "No queues yet: the first put or get of a name makes one."
+    : !found.length ? "No queue of that name."
+    : found.length > MOST_ROWS ? MOST_ROWS + " of " + found.length + " shown." : ""
+  at("queues").replaceChildren(...found.slice(0, MOST_ROWS).map(queue => {
+    const row = document.createElement("tr")
+    for (const [, key, text] of columns) make("td", text(queue[key]), row)
+    make("td", "", row).append(chart(queue))
+    const cell = make("td", "", row)
+    for (const [title, act] of [["Peek", peek], ["Flush", change], ["Delete", change]]) {
+      const button = make("button", title, cell)
+      button.dataset.focus = title + queue.key
+      button.setAttribute("aria-label", title + " " + queue.name)
+      button.onclick = () => act(queue, title)
+      cell.append(" ")
+    }
+    return row }))
+  if (focused) for (const one of document.querySelectorAll("[data-focus]"))
+    if (one.dataset.focus === focused) one.focus()
+}
+function ask(question, yes, act, item) {
+  at("question").textContent = question
+  at("item").hidden = item === undefined
+  at("item").textContent = item === undefined ? "" : item
+  at("yes").hidden = !yes
+  at("yes").textContent = yes
+  at("yes").onclick = () => { at("dialog").close(); act() }
+  at("dialog").showModal()
+}
+at("no").onclick = () => at("dialog").close()
+async function fetched(path, options) {
+  const answer = await fetch(path, options)
+  if (!answer.ok) throw new Error(await answer.text())
+  return answer
+}
+async function peek(queue) {
+  const {item} = await (await fetched("peek?queue=" + queue.key)).json()
+  ask(item ? `Head of ${queue.name}: ${number.format(item.bytes)} bytes, waiting for `
+    + time(item.age_msec / 1000) : `${queue.name} is empty.`, "", null, item ? item.text : undefined)
+}
+function change(queue, title) {
+  ask(`${title} ${queue.name}, with ${number.format(queue.items)} items? They are gone then.`,
+    title, async () => {
+      try { await fetched(`${title.toLowerCase()}?queue=${queue.key}`, {method: "POST"}) }
+      catch (error) { ask(error.message, "", null) }
+      refresh() })
+}
+async function refresh() {
+  try {
+    data = await (await fetched("queues.json")).json()
+    const wanted = rows().slice(0, 50).map(queue => "queue=" + queue.key).join("&")
+    if (turn++ % 2 === 0 && wanted) charts = await (await fetched("history.json?" + wanted)).json()
+    at("problem").textContent = ""
+    show()
+  } catch (error) {
+    at("problem").textContent = "The server does not answer; what is shown is old."
+    at("status").textContent = "unreachable"
+  }
+}
+at("filter").oninput = () => data && show()
+async function always() { if (!document.hidden) await refresh(); setTimeout(always, EVERY) }
+always()
+</script>
+</html>
+"""
+
+
+@functools.lru_cache(maxsize=None)
+def _page_policy():
+    """A Content-Security-Policy that lets the page's own script run, and no other."""
+    script = _PAGE.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return ("default-src 'none'; script-src 'sha256-%s'; style-src 'unsafe-inline'; "
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'" % digest)
+
+
 # == 6. Server ============================================================================
 #
 # Sockets, time, fsync, signals: the loop that feeds the sessions and sends their answers.
@@ -3817,11 +4567,18 @@ _EVENTS = 1000
 _ACCEPTS = 256
 _TELL_SECONDS = 10
 
+# IOV_MAX: how many pieces one sendmsg() takes.
+_MAX_VECTOR = 1024
+
 # How much is read from a socket at a time, and how much unparsed input a session that
 # waits may pile up before its socket is left alone.
 _CHUNK = 1 << 16
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+_PROTOCOLS = {"memcache": MemcacheSession, "text": TextSession, "thrift": ThriftSession,
+              "admin": AdminSession}
 
 
 class Timers:
@@ -3869,8 +4626,8 @@ class Syncer:
     """The thread that does what has to wait for the disk, fsync above all, so that the loop
     never does.
 
-    `done` is filled with (call, OSError or None); `wake` is called after each, from the
-    thread.
+    `done` is filled with (call, OSError or None, seconds that it took); `wake` is called
+    after each, from the thread.
     """
 
     def __init__(self, wake):
@@ -3891,7 +4648,8 @@ class Syncer:
 
     def _run(self):
         for work, call in iter(self._jobs.get, None):
-            self.done.append((call, work()))
+            start = time.monotonic()
+            self.done.append((call, work(), time.monotonic() - start))
             self._wake()
 
 
@@ -4165,9 +4923,10 @@ class Listener:
                 return
             sock.setblocking(False)
             local = address[0] == "::1" or address[0].startswith(("127.", "::ffff:127."))
-            connection = Connection(server, sock, self.session_type(server.broker, local))
+            who = "%s client %s:%d" % (self.protocol, *address[:2])
+            connection = Connection(server, sock, self.session_type(server.broker, local, who))
             if server.config.server.enable_session_trace:
-                connection.trace = "%s client %s:%d" % (self.protocol, *address[:2])
+                connection.trace = who
                 log.info("%s: connected", connection.trace)
             server.connections.add(connection)
             server.broker.count_connection(1)
@@ -4236,15 +4995,12 @@ class Server:
         self._running = {}               # queue -> connections that wait for the one running
         self._failing = {}               # queue -> when writing its journal failed last
         self._recovering = set()         # queues whose recovery is planned
-        host = config.server.listen_address
-        sockets = [(_bind(host, port), protocol, session) for port, protocol, session in (
-            (config.server.memcache_port, "memcache", MemcacheSession),
-            (config.server.text_port, "text", TextSession),
-            (config.server.thrift_port, "thrift", ThriftSession)) if port is not None]
+        sockets = self._bind_all()
         self._spool = _lock_spool(os.path.abspath(config.server.queue_path))
         log.info("kestrel.py %s, journals in %s", __version__,
                  os.path.abspath(config.server.queue_path))
         self.broker = Broker(config, self.later, self.now)
+        self._turns = self.broker.metrics["turn_usec"]
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -4261,6 +5017,26 @@ class Server:
                 statuses)).start()
             statuses.put(self.broker.status)
         self._plan_sweep()
+        self._sampled_at = self.mono
+        self.later(SAMPLE_SECONDS * 1000, self._sample)
+
+    def _bind_all(self):
+        """(socket, protocol, type of session) of each port there is to be."""
+        settings = self.config.server
+        bound = []
+        for protocol, session in _PROTOCOLS.items():
+            setting = protocol + "_port"
+            port = getattr(settings, setting)
+            try:
+                if port is not None:
+                    bound.append((_bind(settings.listen_address, port), protocol, session))
+            except OSError as error:
+                if setting != "admin_port" or setting in self.config.given:
+                    for sock, _, _ in bound:
+                        sock.close()
+                    raise
+                log.warning("no admin port: %s", error.strerror)
+        return bound
 
     # -- one turn of the loop
 
@@ -4299,9 +5075,7 @@ class Server:
             connection.resume()
         self._resume_woken()
         self._commit()
-        usec = int((time.monotonic() - self.mono) * 1e6)
-        if usec > broker.stats.max_turn_usec:
-            broker.stats.max_turn_usec = usec
+        self._turns.add(int((time.monotonic() - self.mono) * 1e6))
 
     def _wait(self):
         """Wait for events, or the next timer.
@@ -4341,8 +5115,8 @@ class Server:
         return functools.partial(self.timers.cancel, entry)
 
     def watch_idle(self, connection):
-        """Close the connection once it has been idle for client_timeout."""
-        timeout = self.config.server.client_timeout
+        """Close the connection once it has been idle for client_timeout, or what is usual."""
+        timeout = self.config.server.client_timeout or connection.session.idle_timeout
         if timeout is None:
             return
         if not connection.is_idle():
@@ -4359,7 +5133,7 @@ class Server:
             connection.resume()
         self.woken.clear()
 
-    def _step(self, chore, error=None):
+    def _step(self, chore, error=None, seconds=0):
         """Do the next piece of a chore; `error` is what came of the call it asked for."""
         try:
             # A chore that was closed meanwhile, with its queue, has no frame any more.
@@ -4382,6 +5156,11 @@ class Server:
     def _swept(self):
         yield from self.broker.sweep(self.now)
         self._plan_sweep()
+
+    def _sample(self):
+        self.broker.chores.append(self.broker.sample(self.mono - self._sampled_at))
+        self._sampled_at = self.mono
+        self.later(SAMPLE_SECONDS * 1000, self._sample)
 
     def _reload(self):
         try:
@@ -4408,8 +5187,8 @@ class Server:
         self._answer(failed, durable)
         self._synced_some = bool(self._syncer.done)    # what waited for it may go on
         while self._syncer.done:
-            call, error = self._syncer.done.popleft()
-            call(error)
+            call, error, seconds = self._syncer.done.popleft()
+            call(error, seconds)
         if self._wanted:
             self._start_syncs()
 
@@ -4448,8 +5227,10 @@ class Server:
                 self._syncer.submit(functools.partial(fsync_all, fds),
                                     functools.partial(self._synced, queue, count))
 
-    def _synced(self, queue, count, error):
+    def _synced(self, queue, count, error, seconds=0):
         connections = self._running.pop(queue)
+        queue.fsync_usec = int(seconds * 1e6)
+        self.broker.metrics["fsync_usec"].add(queue.fsync_usec)
         if queue.closed or queue.journal is None:
             error = None                     # nothing rests on it any more
         if error:

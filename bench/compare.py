@@ -46,7 +46,7 @@ class Peer:
         if self.kind == "mc":
             config = os.path.join(directory, "kestrel.conf")
             with open(config, "w") as file:
-                file.write("[server]\nmemcache_port = %s\nqueue_path = %s\n"
+                file.write("[server]\nadmin_port = off\nmemcache_port = %s\nqueue_path = %s\n"
                            % (port, os.path.join(directory, "spool")))
                 if durable:
                     file.write("[queue default]\nsync_journal = 0\n")
