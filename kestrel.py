@@ -24,7 +24,8 @@ The file is read from top to bottom; no section refers to one below its own:
     4  Broker          all queues by name: fanout, aliases, status, stats
     5  Protocols       bytes in, bytes out: no sockets, no clock, no files
     6  Server          sockets, timers, fsync, signals: one turn of the loop
-    7  Command line    main()
+    7  From Python     a client, and a server in a thread
+    8  Command line    main()
 
 One turn of the loop reads every ready socket once, lets the sessions change the
 queues in memory, writes each changed journal with one write, fsyncs where that was
@@ -51,6 +52,7 @@ import io
 import itertools
 import json
 import logging
+import logging.handlers
 import mmap
 import os
 import queue as queues
@@ -63,6 +65,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -71,6 +74,7 @@ from http import HTTPStatus
 __version__ = "1.0.0"
 
 log = logging.getLogger("kestrel")
+trace = logging.getLogger("kestrel.trace")    # what enable_trace and enable_session_trace tell
 
 
 # == 1. Configuration =====================================================================
@@ -1472,9 +1476,9 @@ class Queue:
             self._log = self._log_and_tell
 
     def _log_and_tell(self, opcode, item, xid=0):
-        log.info("queue %s: %s%s", self.name, OPCODE_NAMES.get(opcode, "FLUSH"),
-                 " %d items" % xid if opcode == Journal.FLUSH
-                 else " xid=%d" % xid if xid else " %d bytes" % len(item.data))
+        trace.info("queue %s: %s%s", self.name, OPCODE_NAMES.get(opcode, "FLUSH"),
+                   " %d items" % xid if opcode == Journal.FLUSH
+                   else " xid=%d" % xid if xid else " %d bytes" % len(item.data))
         Queue._log(self, opcode, item, xid)
 
     # -- adding and taking
@@ -4709,7 +4713,7 @@ class Connection:
         if self._at_end:                 # we have said all that we will
             return
         if self.trace:
-            log.info("%s: says %r", self.trace, data[:200])
+            trace.info("%s: says %r", self.trace, data[:200])
         session = self.session
         session.feed(data, server.now)
         server.active.append(self)
@@ -4804,7 +4808,7 @@ class Connection:
         elif session.out:
             self._checked = 0
             if self.trace:
-                log.info("%s: is told %r", self.trace, b"".join(session.out)[:200])
+                trace.info("%s: is told %r", self.trace, b"".join(session.out)[:200])
             self._unsent += session.take()
         if self._unsent:
             try:
@@ -4870,7 +4874,7 @@ class Connection:
             self.server.waiting.discard(self)
             self.server.broker.count_connection(-1)
             if self.trace:
-                log.info("%s: closed", self.trace)
+                trace.info("%s: closed", self.trace)
 
     def _watch(self, mask):
         selector = self.server.selector
@@ -4927,7 +4931,7 @@ class Listener:
             connection = Connection(server, sock, self.session_type(server.broker, local, who))
             if server.config.server.enable_session_trace:
                 connection.trace = who
-                log.info("%s: connected", connection.trace)
+                trace.info("%s: connected", connection.trace)
             server.connections.add(connection)
             server.broker.count_connection(1)
             server.watch_idle(connection)
@@ -4970,12 +4974,13 @@ class Listener:
 class Server:
     """The daemon: listeners, connections and the loop. Raises OSError when it cannot start.
 
-    After start() run() serves until the broker is told to stop; interrupt() may be called
-    from a signal handler or another thread.
+    run() serves until stop() is called. given: {protocol: listening socket} of ports that are
+    open already. notify: told what systemd wants to know, see sd_notify(3).
     """
 
-    def __init__(self, config):
+    def __init__(self, config, given=(), notify=lambda text: None):
         self.config = config
+        self.notify = notify
         self.selector = selectors.DefaultSelector()
         self.timers = Timers()
         self.connections = set()
@@ -4995,7 +5000,7 @@ class Server:
         self._running = {}               # queue -> connections that wait for the one running
         self._failing = {}               # queue -> when writing its journal failed last
         self._recovering = set()         # queues whose recovery is planned
-        sockets = self._bind_all()
+        sockets = self._bind_all(dict(given))
         self._spool = _lock_spool(os.path.abspath(config.server.queue_path))
         log.info("kestrel.py %s, journals in %s", __version__,
                  os.path.abspath(config.server.queue_path))
@@ -5019,8 +5024,9 @@ class Server:
         self._plan_sweep()
         self._sampled_at = self.mono
         self.later(SAMPLE_SECONDS * 1000, self._sample)
+        self.port = self.listeners[0].address[1]     # the memcache port
 
-    def _bind_all(self):
+    def _bind_all(self, given):
         """(socket, protocol, type of session) of each port there is to be."""
         settings = self.config.server
         bound = []
@@ -5028,7 +5034,9 @@ class Server:
             setting = protocol + "_port"
             port = getattr(settings, setting)
             try:
-                if port is not None:
+                if protocol in given:
+                    bound.append((given[protocol], protocol, session))
+                elif port is not None:
                     bound.append((_bind(settings.listen_address, port), protocol, session))
             except OSError as error:
                 if setting != "admin_port" or setting in self.config.given:
@@ -5046,9 +5054,22 @@ class Server:
             log.info("listening on %s:%d for %s clients; %d queues, %d items",
                      *listener.address[:2], listener.protocol, len(self.broker.queues),
                      sum(queue.count for queue in self.broker.queues.values()))
+        self.notify("READY=1\n" + self._summary())
         while not self.broker.stopping:
             self.turn()
+        self.notify("STOPPING=1")
         self._stop()
+
+    def stop(self):
+        """Have run() stop. From any thread, or a signal handler."""
+        self.broker.stopping = True
+        self.interrupt()
+
+    def _summary(self):
+        queues = self.broker.queues.values()
+        return "STATUS=%s: %d queues, %d items, %d connections" % (
+            self.broker.status.lower(), len(queues), sum(queue.count for queue in queues),
+            len(self.connections))
 
     def turn(self):
         """Wait for events and see to all of them."""
@@ -5161,12 +5182,20 @@ class Server:
         self.broker.chores.append(self.broker.sample(self.mono - self._sampled_at))
         self._sampled_at = self.mono
         self.later(SAMPLE_SECONDS * 1000, self._sample)
+        self.notify(self._summary())
+
+    def keep_watch(self, delay_ms):
+        """Tell systemd's watchdog so often that the loop turns."""
+        self.notify("WATCHDOG=1")
+        self.later(delay_ms, functools.partial(self.keep_watch, delay_ms))
 
     def _reload(self):
+        self.notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic_ns() // 1000))
         try:
             self.broker.reload()
         except ConfigError as error:
             log.error("reload: %s; nothing has been changed", error)
+        self.notify("READY=1\n" + self._summary())
 
     # -- writing, fsyncing, answering
 
@@ -5340,9 +5369,154 @@ def _lock_spool(path):
     return fd
 
 
-# == 7. Command line ======================================================================
+# == 7. From Python =======================================================================
+#
+# For programs that have this file beside them: a server in a thread, and a client. (A queue
+# without any server is Queue itself, see section 3.)
+
+
+class ServerError(Exception):
+    """What a server answered in place of what was asked for."""
+
+
+class Client:
+    """A blocking connection to a server, over the memcache protocol. Times are seconds.
+
+        with kestrel.Client() as client:
+            client.put("jobs", b"one")
+            with client.open("jobs", timeout=5) as data:
+                ...                              # finished, or put back if this raises
+
+    timeout: how long an answer may take. Raises ServerError, and OSError when the connection
+    fails; the client is of no more use then.
+    """
+
+    def __init__(self, host="127.0.0.1", port=22133, timeout=30):
+        self._timeout = timeout
+        self._sock = socket.create_connection((host, port), timeout)
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._file = self._sock.makefile("rb")
+
+    def put(self, queue, data, expiry=0, flags=0):
+        """Put an item (bytes); False if the queue does not take it. expiry: in so many seconds,
+        or at that time of the epoch, 0 for never."""
+        answer = self._ask(b"set %b %d %d %d\r\n%b\r\n" % (
+            os.fsencode(queue), flags, expiry, len(data), data))
+        return answer == b"STORED"
+
+    def get(self, queue, timeout=0, options=""):
+        """Take the next item, waiting for it if need be; None if there is none. options: such
+        as "/open" or "/close/open"."""
+        self._sock.settimeout(self._timeout + timeout)
+        head = self._ask(b"get %b/t=%d%b\r\n" % (
+            os.fsencode(queue), timeout * 1000, options.encode()))
+        if head == b"END":
+            return None
+        data = self._file.read(int(head.split()[3]) + 2)[:-2]
+        self._line()
+        return data
+
+    @contextlib.contextmanager
+    def open(self, queue, timeout=0):
+        """The next item, or None, for the time of a `with` block: it is finished when the block
+        is, and goes back to the head of its queue if the block raises an exception."""
+        data = self.get(queue, timeout, "/open")
+        try:
+            yield data
+        except BaseException:
+            if data is not None:
+                self.get(queue, 0, "/abort")
+            raise
+        if data is not None:
+            self.get(queue, 0, "/close")
+
+    def work(self, queue, timeout=0):
+        """A generator of items, until none comes for `timeout`. Each is finished when the next
+        one is asked for; the last one goes back if the loop is left before."""
+        data = self.get(queue, timeout, "/open")
+        try:
+            while data is not None:
+                yield data
+                data = self.get(queue, timeout, "/close/open")
+        except GeneratorExit:
+            self.get(queue, 0, "/abort")
+            raise
+
+    def stats(self):
+        """What the command `stats` tells, as a dict of str."""
+        lines = [self._ask(b"stats\r\n")]
+        while lines[-1] != b"END":
+            lines.append(self._line())
+        return dict(os.fsdecode(line).split(" ", 2)[1:] for line in lines[:-1])
+
+    def flush(self, queue):
+        """Drop all that waits in a queue."""
+        self._ask(b"flush %b\r\n" % os.fsencode(queue))
+
+    def delete(self, queue):
+        """Delete a queue and its journal."""
+        self._ask(b"delete %b\r\n" % os.fsencode(queue))
+
+    def close(self):
+        """Hang up; what is open goes back."""
+        self._file.close()
+        self._sock.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def _ask(self, command):
+        self._sock.sendall(command)
+        return self._line()
+
+    def _line(self):
+        line = self._file.readline()
+        if not line.endswith(b"\r\n"):
+            raise ConnectionError("the server has closed the connection")
+        if line.partition(b" ")[0].strip() in (b"ERROR", b"CLIENT_ERROR", b"SERVER_ERROR"):
+            raise ServerError(os.fsdecode(line).strip())
+        return line[:-2]
+
+
+@contextlib.contextmanager
+def serve(port=0, spool=None, config=None):
+    """Run a server on 127.0.0.1 in a thread for the time of a `with` block, which is given the
+    Server; its `port` is a free one if `port` is 0.
+
+        with kestrel.serve() as server, kestrel.Client(port=server.port) as client:
+            client.put("q", b"x")
+
+    spool: the directory of the journals, None for one that is deleted in the end. config: the
+    path of a config file. It has no admin port, unless the file gives one. Raises ConfigError,
+    and OSError when it cannot start.
+    """
+    with contextlib.ExitStack() as stack:
+        if spool is None:
+            spool = stack.enter_context(tempfile.TemporaryDirectory(prefix="kestrel-"))
+        overrides = {"memcache_port": str(port), "queue_path": os.fspath(spool)}
+        if "admin_port" not in Config(config).given:
+            overrides["admin_port"] = "off"
+        server = Server(Config(config, overrides))
+        thread = threading.Thread(target=server.run, name="kestrel")
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+            thread.join()
+
+
+# == 8. Command line ======================================================================
 #
 # What `python3 kestrel.py` does: arguments, logging, signals, exit status.
+
+
+# Of log lines that differ in their details only so many are let through in so many seconds.
+_REPEATS = 20
+_REPEAT_SECONDS = 10
 
 
 def main(arguments=None):
@@ -5380,7 +5554,8 @@ def main(arguments=None):
         if options.check:
             print("\n".join(config.lines()))
             return 0
-        server = Server(config)
+        _set_up_log(config.server)
+        server = Server(config, _inherited(config.server), _notify)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1
@@ -5389,6 +5564,9 @@ def main(arguments=None):
         return 1
     _handle_signals(server)
     _raise_file_limit()
+    watchdog = int(os.environ.get("WATCHDOG_USEC", 0))
+    if watchdog and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+        server.keep_watch(watchdog // 2000)            # twice as often as it wants it
     # A collection looks at every item in memory, for a tenth of a second with half a million
     # of them, and finds nothing: what is let go of here is in no cycle.
     gc.disable()
@@ -5433,6 +5611,69 @@ def _pack(path):
     return 0
 
 
+def _set_up_log(settings):
+    """Log as the settings say. Raises OSError."""
+    root = logging.getLogger()
+    root.setLevel(settings.log_level.upper())
+    if settings.log_file:
+        try:
+            handler = logging.handlers.WatchedFileHandler(settings.log_file)
+        except OSError as error:
+            raise OSError(error.errno, "log_file %s: %s" % (settings.log_file, error.strerror)
+                          ) from None
+        handler.setFormatter(root.handlers[0].formatter)
+        root.handlers[:] = [handler]
+    root.handlers[0].addFilter(_repeats())
+
+
+def _repeats():
+    """A filter of log records that lets only so many of a kind pass in a while."""
+    seen = {}                            # message without its arguments -> [since, how many]
+
+    def admit(record):
+        if record.name == trace.name:
+            return True
+        key = record.msg
+        since, count = seen.get(key, (record.created - _REPEAT_SECONDS, 0))
+        if record.created >= since + _REPEAT_SECONDS:
+            if count > _REPEATS:
+                record.msg, record.args = "%s (and %d more like this since)" % (
+                    record.getMessage(), count - _REPEATS), ()
+            since, count = record.created, 0
+        seen[key] = since, count + 1
+        return count < _REPEATS
+
+    return admit
+
+
+def _inherited(settings):
+    """{protocol: socket} of the sockets that systemd passes on, see sd_listen_fds(3)."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return {}
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    given = {}
+    for number in range(int(os.environ["LISTEN_FDS"])):
+        sock = socket.socket(fileno=3 + number)
+        sock.set_inheritable(False)
+        sock.setblocking(False)
+        # By its name, or by the port that the settings give a protocol.
+        port = sock.getsockname()[1]
+        protocol = next((protocol for protocol in _PROTOCOLS if protocol in names[number:number + 1]
+                         or port == getattr(settings, protocol + "_port")), "memcache")
+        given[protocol] = sock
+    return given
+
+
+def _notify(text):
+    """Tell systemd, if it wants to know, see sd_notify(3)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with contextlib.suppress(OSError), socket.socket(
+                socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.sendto(text.encode(), address.replace("@", "\0", 1)
+                        if address.startswith("@") else address)
+
+
 def _raise_file_limit():
     """Each connection takes a descriptor; take as many as this process may have."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -5447,7 +5688,7 @@ def _raise_file_limit():
 def _handle_signals(server):
     def stop(number, frame):
         log.info("%s: stopping", signal.Signals(number).name)
-        server.broker.stopping = True
+        server.stop()
 
     def reload(number, frame):
         server.reload_wanted = True
