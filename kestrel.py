@@ -4088,10 +4088,9 @@ class AdminSession(Session):
     # -- answers
 
     def _respond(self, status, text=None, kind=_TEXT, allow=None, queues=()):
-        """Answer the request in hand; text: str or bytes, or None for what the status says."""
-        body = status.phrase if text is None else text
-        body = body + "\n" if kind == _TEXT and isinstance(body, str) else body
-        body = body.encode("utf-8", "backslashreplace") if isinstance(body, str) else body
+        """Answer the request in hand; text: None for what the status says."""
+        body = (status.phrase if text is None else text).rstrip("\n") + "\n"
+        body = body.encode("utf-8", "backslashreplace")
         head = ("HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n"
                 "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n%s%s%s\r\n" % (
                     status, status.phrase, kind, len(body),
@@ -4156,7 +4155,7 @@ class AdminSession(Session):
             "status": self.broker.status, "version": __version__}, "metrics": {
                 name: metric.figures() for name, metric in self.broker.metrics.items()}}
         for key, kind, name, _, _ in _SERVER_FIGURES:
-            report[kind + "s"][name] = float(stats[key])
+            report[kind + "s"][name] = json.loads(str(stats[key]))
         return report
 
     def _stats_json(self, now):
@@ -4170,7 +4169,7 @@ class AdminSession(Session):
                     json.dumps("q/%s/%s" % (_shown_name(queue.name), name)), stats[key]))
 
         self._begin(self._each_queue(now, tell, lambda: self._respond(
-            HTTPStatus.OK, "{%s}\n" % ",".join(
+            HTTPStatus.OK, "{%s}" % ",".join(
                 '"%s":{%s}' % (kind, ",".join(lines)) for kind, lines in pieces.items()), _JSON)))
 
     def _stats_txt(self, now):
@@ -4241,7 +4240,7 @@ class AdminSession(Session):
             pieces.append(json.dumps(row))
 
         self._begin(self._each_queue(now, tell, lambda: self._respond(
-            HTTPStatus.OK, '%s,"queues":[%s]}\n' % (
+            HTTPStatus.OK, '%s,"queues":[%s]}' % (
                 json.dumps(facts)[:-1], ",".join(pieces)), _JSON)))
 
     def _history_json(self, now):
@@ -4251,7 +4250,7 @@ class AdminSession(Session):
             if queue:
                 history[urllib.parse.quote(os.fsencode(name), safe="")] = (
                     self.broker.history(queue))
-        self._respond(HTTPStatus.OK, json.dumps(history) + "\n", _JSON)
+        self._respond(HTTPStatus.OK, json.dumps(history), _JSON)
 
     def _peek(self, now):
         self._check_reads()
@@ -4261,7 +4260,7 @@ class AdminSession(Session):
             self._respond(HTTPStatus.OK, json.dumps({"item": item and {
                 "bytes": len(item.data), "flags": item.flags,
                 "age_msec": max(0, now - item.add_time),
-                "text": item.data[:2000].decode("utf-8", "backslashreplace")}}) + "\n", _JSON)
+                "text": item.data[:2000].decode("utf-8", "backslashreplace")}}), _JSON)
 
     # -- what changes something
 
@@ -4367,7 +4366,8 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child { text-align: left; white-space: normal;
-  overflow-wrap: anywhere; min-width: 9rem }
+  overflow-wrap: anywhere; min-width: 9rem; width: 30%; position: sticky; left: 0;
+  background: var(--back) }
 th button { border: 0; padding: 0; background: none; color: var(--soft) }
 th[aria-sort=ascending] button::after { content: " \\2191" }
 th[aria-sort=descending] button::after { content: " \\2193" }
@@ -4428,7 +4428,7 @@ for (const [title, key] of columns) {
   button.parentNode.dataset.key = key
   button.onclick = () => { down = sort === key ? !down : key !== "name"; sort = key; show() }
 }
-make("th", "", at("heads")); make("th", "", at("heads"))
+make("th", "Ten minutes", at("heads")); make("th", "", at("heads"))
 function line(values, most, kind) {
   const path = document.createElementNS("http://www.w3.org/2000/svg", "path")
   path.setAttribute("class", kind)
@@ -4526,7 +4526,7 @@ async function refresh() {
     at("problem").textContent = ""
     show()
   } catch (error) {
-    at("problem").textContent = "The server does not answer; what is shown is old."
+    at("problem").textContent = "The server does not answer" + (data ? "; this is old." : ".")
     at("status").textContent = "unreachable"
   }
 }
