@@ -4299,8 +4299,8 @@ class AdminSession(Session):
         self._respond(HTTPStatus.OK, "quiescent")
 
     def _stop(self, now):
-        self._keep_alive = False
         self._shutdown([], now)
+        self._keep_alive = False
         self._respond(HTTPStatus.OK, "stopping")
 
 

@@ -9,6 +9,7 @@ bytes that go in and come out), then the server in a thread of this process with
 injected, and last the daemon as a process, over sockets, with signals and kill -9.
 """
 
+import base64
 import bisect
 import collections
 import contextlib
@@ -16,8 +17,10 @@ import copy
 import errno
 import functools
 import gc
+import hashlib
 import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -33,6 +36,8 @@ import threading
 import time
 import tracemalloc
 import types
+import urllib.parse
+import urllib.request
 
 try:
     import pytest
@@ -3905,8 +3910,8 @@ def run(*arguments, **options):
 class Daemon:
     """kestrel.py as a process on a free port; its log is in `log`."""
 
-    def __init__(self, path, text=None, most_files=None):
-        self.log = path / "log"
+    def __init__(self, path, text=None, most_files=None, log=None):
+        self.log = log or path / "log"
         self.log.write_text("")
         arguments = ["--port", 0, "--spool", path / "spool"]
         if text is not None:
@@ -3991,13 +3996,17 @@ def test_it_starts_with_no_set_up(tmp_path):
     """As `python3 kestrel.py` alone, but for the port, which may be taken here."""
     process = subprocess.Popen(command("--port", 0), cwd=str(tmp_path),
                                stderr=subprocess.PIPE, universal_newlines=True)
-    lines = [process.stderr.readline() for _ in range(3)]
+    lines = []
+    while "for memcache clients" not in "".join(lines[-1:]):
+        lines.append(process.stderr.readline())
+        assert lines[-1], lines
     process.terminate()
     assert process.wait(20) == 0
     process.stderr.close()
-    assert "journals in %s" % (tmp_path.resolve() / "spool") in lines[0]
-    assert re.search(r"up to \d+ open files", lines[1])
-    assert re.search(r"listening on 127\.0\.0\.1:\d+ ", lines[2])
+    log = "".join(lines)
+    assert "journals in %s" % (tmp_path.resolve() / "spool") in log
+    assert re.search(r"up to \d+ open files", log)
+    assert re.search(r"listening on 127\.0\.0\.1:\d+ ", log)
     assert kestrel.Config().server.memcache_port == 22133
     assert (tmp_path / "spool").stat().st_mode & 0o777 == 0o700
 
@@ -4214,6 +4223,548 @@ def test_the_module_can_be_imported_without_effects(tmp_path):
         [sys.executable, "-c", "import sys; sys.path.insert(0, %r); import kestrel" % HERE],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=str(tmp_path), timeout=60)
     assert (done.returncode, done.stdout) == (0, b"") and os.listdir(str(tmp_path)) == []
+
+
+# == The admin port =======================================================================
+
+
+@pytest.fixture
+def admin(tmp_path):
+    return Talk(tmp_path, session_type=kestrel.AdminSession)
+
+
+def request(line, *headers, body=""):
+    return "\r\n".join([line + " HTTP/1.1", "Host: here", *headers, "", body])
+
+
+def responses(answer):
+    """The (status, headers, body) of each response in what an AdminSession has said."""
+    found = []
+    answer = answer.encode("latin-1").replace("✂".encode("utf-8"), b"") if False else answer
+    while answer.strip("✂"):
+        head, _, rest = answer.partition("\r\n\r\n")
+        first, *lines = head.split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines)
+        size = int(headers["Content-Length"])
+        found.append((int(first.split()[1]), headers, rest[:size]))
+        answer = rest[size:]
+    return found
+
+
+def ask(talk, *arguments, **options):
+    """One request, its one response."""
+    response, = responses(talk(request(*arguments, **options)))
+    return response
+
+
+def put_some(talk, name, *items):
+    session = kestrel.MemcacheSession(talk.broker, who="a test")
+    session.feed(b"".join(b"set %b 0 0 %d\r\n%b\r\n" % (os.fsencode(name), len(item), item)
+                          for item in items), talk.now)
+    assert set(session.take()) == {b"STORED\r\n"}
+    return session
+
+
+# A queue name that is neither text nor harmless; it may come in a label, a header, a page.
+WEIRD = os.fsdecode(b"a<b>\"&'\\\xff%")
+
+
+@pytest.mark.parametrize("path, body", [
+    ("/ping", "pong\n"), ("/status", "UP\n"), ("/readable", "OK\n"), ("/writable", "OK\n"),
+    ("/ping?what=ever", "pong\n")])
+def test_admin_plain_answers(admin, path, body):
+    status, headers, told = ask(admin, "GET " + path)
+    assert (status, told) == (200, body)
+    assert headers["Content-Type"].startswith("text/plain") and "Connection" not in headers
+    status, headers, told = responses(admin(request("HEAD " + path)) + " " * len(body))[0]
+    assert status == 200 and int(headers["Content-Length"]) == len(body) and not told.strip()
+
+
+@pytest.mark.parametrize("word, readable, writable", [
+    ("up", 200, 200), ("readonly", 200, 503), ("writeavoid", 200, 200), ("quiescent", 503, 503)])
+def test_admin_tells_load_balancers_the_status(admin, word, readable, writable):
+    admin.broker.set_status(word)
+    assert ask(admin, "GET /readable")[0] == readable
+    assert ask(admin, "GET /writable")[0] == writable
+    assert ask(admin, "GET /status")[2] == word.upper() + "\n"
+
+
+BAD_REQUESTS = [
+    ("nonsense\r\n\r\n", 400), ("GET /ping\r\n\r\n", 400), ("GET /ping HTTP/2.0\r\n\r\n", 400),
+    ("GET  /ping HTTP/1.1\r\n\r\n", 400), (request("GET /ping", "No colon"), 400),
+    (request("GET /ping", "Bad name : x"), 400), (request("GET /ping", " folded: x"), 400),
+    (request("GET /ping", "Host: there"), 400),
+    (request("POST /reload", "Content-Length: x"), 400),
+    (request("POST /reload", "Content-Length: -1"), 400),
+    (request("POST /reload", "Content-Length: 2", "Content-Length: 2", body="ab"), 400),
+    (request("POST /reload", "Transfer-Encoding: chunked", body="0\r\n\r\n"), 400),
+    (request("POST /reload", "Content-Length: 99999999"), 413),
+    (request("GET http://[/"), 400),
+    (request("GET /" + "x" * 20000), 431), (request("GET /ping", "X: " + "x" * 20000), 431),
+]
+
+
+@pytest.mark.parametrize("text, status", BAD_REQUESTS)
+def test_a_bad_http_request_is_told_so_and_hung_up_on(admin, text, status):
+    answer = admin(text + request("GET /ping"))
+    assert answer.endswith("✂")
+    (told, headers, _), = responses(answer)
+    assert told == status and headers["Connection"] == "close"
+
+
+@pytest.mark.parametrize("line, status", [
+    ("GET /nothing", 404), ("POST /ping", 405), ("PUT /ping", 405), ("GET /reload", 405),
+    ("GET /flush?queue=q", 405), ("DELETE /", 405), ("POST /flush", 404),
+    ("POST /delete?queue=nope", 404), ("GET /peek?queue=nope", 404)])
+def test_requests_that_make_no_sense_leave_the_connection_open(admin, line, status):
+    first, second = responses(admin(request(line) + request("GET /ping")))
+    assert (first[0], second[0]) == (status, 200)
+    assert first[1].get("Allow") == ({405: "POST" if "GET" in line else "GET"}.get(status))
+
+
+def test_http_connections_are_kept_as_asked_for(admin):
+    assert admin(request("GET /ping", "Connection: close")).endswith("✂")
+    assert admin("GET /ping HTTP/1.0\r\n\r\n", "old").endswith("✂")
+    assert not admin(request("GET /ping"), "new").endswith("✂")
+    session = admin.session("new")
+    assert len(responses(admin(request("GET /ping") * 50, "new"))) == 50
+    assert len(responses(admin("\r\n" + request(
+        "POST /nothing", "Content-Length: 9", body="GET / x\r\n") + request("GET /ping"),
+        "new"))) == 2
+    assert not session.closing and not session.unparsed
+
+
+def test_http_in_any_pieces_gives_the_same_answers(admin):
+    text = (request("GET /status") + request("POST /nothing", "Content-Length: 3", body="abc")
+            + request("GET /ping"))
+    whole = admin(text)
+    for size in (1, 2, 7):
+        answers = [admin(text[at:at + size], "in %d" % size) for at in range(0, len(text), size)]
+        assert "".join(answers) == whole
+
+
+def test_what_changes_something_is_posted_and_from_here(admin, tmp_path):
+    put_some(admin, "q", b"1", b"2")
+    put_some(admin, WEIRD, b"1")
+    status, _, why = ask(admin, "POST /flush?queue=q", "Origin: http://elsewhere")
+    assert status == 403 and "pages of this server" in why
+    assert ask(admin, "POST /flush?queue=q", "Origin: null")[0] == 403
+    assert admin.broker.queues["q"].count == 2
+    assert ask(admin, "POST /flush?queue=q", "Origin: http://here")[0] == 200
+    assert admin.broker.queues["q"].count == 0
+    weird = urllib.parse.quote(os.fsencode(WEIRD))
+    assert ask(admin, "POST /delete?queue=" + weird)[0] == 200
+    assert set(admin.broker.queues) == {"q"}
+    (tmp_path / "kestrel.conf").write_text("[queue q]\nmax_items = 1\n")
+    assert ask(admin, "POST /reload")[0] == 200
+    assert admin.broker.queues["q"].config.max_items == 1
+    (tmp_path / "kestrel.conf").write_text("[queue q]\nmax_items = x\n")
+    status, _, why = ask(admin, "POST /reload")
+    assert status == 500 and ":2: max_items" in why
+    assert ask(admin, "POST /quiesce")[0] == 200
+    assert admin.broker.status == "QUIESCENT"
+    assert ask(admin, "POST /flush?queue=q")[0] == 503
+    assert ask(admin, "GET /peek?queue=q")[0] == 503
+    session = admin.session("far", local=False)
+    assert responses(admin(request("POST /shutdown"), "far"))[0][0] == 403
+    assert not admin.broker.stopping and not session.closing
+    assert admin(request("POST /shutdown")).endswith("✂")
+    assert admin.broker.stopping
+
+
+def test_an_http_flush_that_cannot_be_written_is_told_so(admin, disk):
+    put_some(admin, "q", b"1")
+    admin.heard()
+    disk.failing = {"pwrite": errno.ENOSPC}
+    session = admin.session()
+    session.feed(request("POST /flush?queue=q").encode(), NOW)
+    session.fail(admin.broker.commit(NOW)[1])
+    (status, _, why), = responses(b"".join(session.take()).decode())
+    assert status == 500 and "No space left" in why
+    assert admin.broker.queues["q"].count == 1
+
+
+def test_stats_json_has_kestrels_names(admin):
+    session = put_some(admin, "q", b"123", b"45")
+    put_some(admin, WEIRD, b"1")
+    session.feed(b"get q\r\nget none\r\nget q/open\r\n", NOW + 3000)
+    admin.broker.commit(NOW)
+    admin.now += 10000
+    stats = json.loads(ask(admin, "GET /stats.json")[2])
+    assert stats["labels"] == {"status": "UP", "version": "1.0.0"}
+    counters, gauges = stats["counters"], stats["gauges"]
+    assert [counters[name] for name in ("cmd_set", "cmd_get", "get_hits", "get_misses")] == [
+        3, 3, 2, 1]
+    assert [counters["q/q/" + name] for name in (
+        "put_items", "put_bytes", "get_items_hit", "get_bytes", "transactions")] == [2, 5, 2, 5, 1]
+    assert counters["q/none/get_items_miss"] == 1
+    assert [gauges["q/q/" + name] for name in (
+        "items", "bytes", "open_transactions", "age_msec")] == [0, 0, 1, 0]
+    shown = os.fsencode(WEIRD).decode("utf-8", "backslashreplace")
+    assert gauges["q/%s/items" % shown] == 1 and gauges["q/%s/head_age_msec" % shown] == 10000
+    latency = stats["metrics"]["delivery_latency_msec"]
+    assert latency["count"] == 2 and latency["average"] == 3000
+    assert latency["minimum"] == latency["p50"] == latency["maximum"] == 3000
+    told = ask(admin, "GET /stats.txt")[2]
+    for line in ("counters:", "  cmd_set: 3", "  q/q/put_items: 2", "  status: UP"):
+        assert line in told.split("\n")
+
+
+def test_metrics_are_in_the_prometheus_text_format(admin):
+    session = put_some(admin, "q", b"123", b"45")
+    put_some(admin, WEIRD, b"1")
+    session.feed(b"get q\r\n", NOW + 3)
+    admin.broker.commit(NOW)
+    admin.broker.metrics["turn_usec"].add(5)
+    told = ask(admin, "GET /metrics")[2]
+    assert told.endswith("\n") and "\n\n" not in told
+    helped, values, last = {}, {}, None
+    for line in told.splitlines():
+        if line.startswith("# HELP "):
+            name = line.split()[2]
+            assert name not in helped            # one group of each
+            helped[name] = last = name
+        elif line.startswith("# TYPE "):
+            assert line.split()[2] == last and line.split()[3] in ("gauge", "counter", "histogram")
+        else:
+            name, label, value = re.fullmatch(
+                r'(\w+)(\{\w+="(?:[^"\\\n]|\\[\\"n])*"\})? (\S+)', line).groups()
+            assert name.startswith(last)
+            assert name == last or re.fullmatch("_(bucket|sum|count)", name[len(last):])
+            values[name, label] = float(value)
+    assert values["kestrel_queue_items", '{queue="q"}'] == 1
+    assert values["kestrel_queue_put_items_total", '{queue="q"}'] == 2
+    assert values["kestrel_queue_items", '{queue="a<b>\\"&\'\\\\\\\\xff%"}'] == 1
+    assert values["kestrel_queue_age_seconds", '{queue="q"}'] == 0.003
+    assert values["kestrel_turn_seconds_count", None] == 1
+    assert values["kestrel_turn_seconds_sum", None] == 5e-6
+    buckets = [value for (name, _), value in values.items()
+               if name == "kestrel_turn_seconds_bucket"]
+    assert buckets == sorted(buckets) and buckets[-1] == 1 and buckets[0] == 0
+
+
+def test_long_reports_come_in_steps(admin):
+    for number in range(250):
+        admin.broker.queue("q%d" % number, NOW)
+    session = admin.session()
+    for path in ("stats.json", "stats.txt", "metrics", "queues.json"):
+        session.feed(request("GET /" + path).encode(), NOW)
+        steps = 1
+        while session.job:
+            assert not session.out
+            session.resume(NOW)
+            steps += 1
+        assert steps == 3
+        assert "q249" in b"".join(session.take()).decode()
+
+
+def test_what_the_page_asks_for(admin):
+    session = put_some(admin, "q", b"1", b"2")
+    put_some(admin, WEIRD, b"<script>\xff")
+    session.feed(b"get q/open\r\n", NOW)
+    list(admin.broker.sample(5))
+    told = json.loads(ask(admin, "GET /queues.json")[2])
+    assert (told["status"], told["items"], told["put_rate"]) == ("UP", 2, 0.6)
+    rows = {row["name"]: row for row in told["queues"]}
+    assert rows["q"]["items"] == 1 and rows["q"]["put_rate"] == 0.4
+    assert rows["q"]["open_transactions"] == 1
+    key = rows[os.fsencode(WEIRD).decode("utf-8", "backslashreplace")]["key"]
+    history = json.loads(ask(admin, "GET /history.json?queue=q&queue=none&queue=" + key)[2])
+    assert history == {"q": [[1, 0.4, 0.2]], key: [[1, 0.2, 0]]}
+    peeked = json.loads(ask(admin, "GET /peek?queue=" + key)[2])["item"]
+    assert peeked == {"bytes": 9, "flags": 0, "age_msec": 0, "text": "<script>\\xff"}
+    assert json.loads(ask(admin, "GET /peek?queue=q")[2])["item"]["text"] == "2"
+    assert admin.broker.queues["q"].count == 1
+
+
+def test_samples_are_bounded_and_cost_nothing_where_nothing_happens(admin):
+    broker = admin.broker
+    broker.queue("idle", NOW)
+    put_some(admin, "q", b"1")
+    for _ in range(kestrel.SAMPLES + 10):
+        list(broker.sample(5))
+    assert len(broker.history(broker.queues["q"])) == kestrel.SAMPLES
+    assert broker.history(broker.queues["idle"]) == []
+    assert broker.queues["q"].put_rate == 0
+    broker.delete(broker.queues["q"])
+    assert len(broker._history) == len(broker._sampled) == 1
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_runs_its_own_script_only(admin):
+    status, headers, page = ask(admin, "GET /")
+    assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
+    assert set(re.findall(r"https?://[^\"]+", page)) == {"http://www.w3.org/2000/svg"}
+    assert "innerHTML" not in page and "insertAdjacent" not in page and "eval(" not in page
+    script, = re.findall("<script>(.*?)</script>", page, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode("latin-1")).digest()).decode()
+    assert "script-src 'sha256-%s';" % digest in headers["Content-Security-Policy"]
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+
+
+def test_percentiles_of_a_histogram():
+    histogram = kestrel.Histogram()
+    assert set(histogram.figures().values()) == {0}
+    for value in range(1000):
+        histogram.add(value)
+    figures = histogram.figures()
+    assert (figures["count"], figures["average"], figures["maximum"]) == (1000, 499.5, 999)
+    for share, value in (("p50", 500), ("p90", 900), ("p99", 990), ("p9999", 999)):
+        assert value <= figures[share] <= 2 * value and figures[share] <= 999
+    assert histogram.take_recent() == 999 and histogram.take_recent() == 0
+    histogram.add(3)
+    assert histogram.take_recent() == 3
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def test_the_admin_port_over_sockets(serve):
+    port = free_port()
+    server = serve("[server]\nadmin_port = %d\n" % port)
+    client = server.client()
+    client.put("q", b"x")
+    base = "http://127.0.0.1:%d/" % port
+    with urllib.request.urlopen(base + "ping") as answer:
+        assert answer.read() == b"pong\n"
+    with urllib.request.urlopen(base + "delete?queue=q", data=b"") as answer:
+        assert answer.status == 200
+    assert client.get("q") is None
+
+
+def test_an_idle_admin_connection_is_closed(serve, monkeypatch):
+    monkeypatch.setattr(kestrel.AdminSession, "idle_timeout", 100)
+    port = free_port()
+    server = serve("[server]\nadmin_port = %d\n" % port)
+    client = server.client()
+    with Client(port) as idle:
+        idle.send("GET / HT")
+        assert idle.line() == ""
+    assert client.ask("version\r\n") == "VERSION 1.0.0\r\n"
+
+
+def test_an_admin_port_that_is_taken(tmp_path, monkeypatch, caplog):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match="cannot listen on 127.0.0.1:%d" % port):
+            kestrel.Server(config_of(tmp_path, "[server]\nadmin_port = %d\n" % port,
+                                     memcache_port="0"))
+        monkeypatch.setitem(kestrel.SERVER_SETTINGS, "admin_port", (kestrel.ADMIN_PORT, str(port)))
+        server = kestrel.Server(config_of(tmp_path, "# admin_port\n", memcache_port="0"))
+        assert [listener.protocol for listener in server.listeners] == ["memcache"]
+        assert "no admin port: cannot listen on 127.0.0.1:%d" % port in caplog.text
+        server._stop()
+
+
+# == From Python ==========================================================================
+
+
+def test_an_import_does_nothing_else(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import logging, os, signal, sys, threading\n"
+        "sys.path.insert(0, %r)\n"
+        "before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]\n"
+        "import kestrel\n"
+        "assert before == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)]\n"
+        "assert threading.active_count() == 1 and not logging.getLogger().handlers\n"
+        "assert os.listdir('.') == ['script.py'], os.listdir('.')\n" % HERE)
+    done = subprocess.run([sys.executable, "-B", str(script)], cwd=str(tmp_path),
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"")
+
+
+def test_a_server_in_a_thread_and_its_client():
+    with kestrel.serve() as server:
+        with kestrel.Client(port=server.port) as client:
+            assert client.put("q", b"1", flags=7) and client.put("q", b"")
+            assert client.get("q") == b"1" and client.get("q") == b"" and client.get("q") is None
+            assert client.get("q", timeout=0.02) is None
+            client.put("q", b"gone", expiry=-1)
+            assert client.get("q") is None
+            with pytest.raises(kestrel.ServerError, match="CLIENT_ERROR"):
+                client.put("a/b", b"x")
+            client.put("q", b"x")
+            assert client.stats()["queue_q_items"] == "1"
+            client.flush("q")
+            assert client.stats()["queue_q_items"] == "0"
+            client.delete("q")
+            assert "queue_q_items" not in client.stats()
+            spool = server.broker.spool
+            assert os.path.isdir(spool)
+    assert not os.path.exists(spool) and "kestrel" not in [
+        thread.name for thread in threading.enumerate()]
+
+
+def test_a_server_in_a_thread_keeps_what_it_is_to_keep(tmp_path):
+    (tmp_path / "conf").write_text("[queue small]\nmax_items = 1\n")
+    with kestrel.serve(spool=tmp_path / "spool", config=tmp_path / "conf") as server:
+        with kestrel.Client(port=server.port) as client:
+            assert client.put("small", b"1") and not client.put("small", b"2")
+    with kestrel.serve(spool=tmp_path / "spool") as server:
+        client = kestrel.Client(port=server.port)
+        assert client.get("small") == b"1"
+    with pytest.raises(OSError):
+        client.get("small")
+    client.close()
+
+
+def test_open_finishes_an_item_or_puts_it_back():
+    with kestrel.serve() as server, kestrel.Client(port=server.port) as client:
+        with client.open("q") as data:
+            assert data is None
+        client.put("q", b"1")
+        with pytest.raises(KeyError), client.open("q") as data:
+            raise KeyError
+        with client.open("q", timeout=5) as data:
+            assert data == b"1"
+            assert client.stats()["queue_q_open_transactions"] == "1"
+        assert client.get("q") is None
+        assert client.stats()["queue_q_open_transactions"] == "0"
+
+
+def test_work_goes_through_a_queue():
+    with kestrel.serve() as server, kestrel.Client(port=server.port) as client:
+        for number in range(5):
+            client.put("q", b"%d" % number)
+        for data in client.work("q"):
+            if data == b"2":
+                break
+        assert client.stats()["queue_q_items"] == "3"
+        assert client.stats()["queue_q_open_transactions"] == "0"
+        assert list(client.work("q", timeout=0.01)) == [b"2", b"3", b"4"]
+        assert client.stats()["queue_q_items"] == client.stats()["queue_q_open_transactions"] == "0"
+
+
+# == The daemon and the system around it ==================================================
+
+
+def test_systemd_is_told(tmp_path, daemon, monkeypatch):
+    with tempfile.TemporaryDirectory() as short, socket.socket(
+            socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(os.path.join(short, "notify"))
+        told.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", os.path.join(short, "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "200000")
+        one = daemon("[queue]\n")
+        words = []
+
+        def hear(word):
+            while not any(line.startswith(word) for line in words):
+                words.extend(told.recv(4096).decode().split("\n"))
+            found = next(line for line in words if line.startswith(word))
+            words.remove(found)
+            return found
+
+        hear("READY=1")
+        assert hear("STATUS=") == "STATUS=up: 0 queues, 0 items, 0 connections"
+        hear("WATCHDOG=1")
+        hear("WATCHDOG=1")
+        one.client().put("q", b"x")
+        one.process.send_signal(signal.SIGHUP)
+        hear("RELOADING=1")
+        assert int(hear("MONOTONIC_USEC=").split("=")[1]) > 0
+        hear("READY=1")
+        assert "1 queues, 1 items" in hear("STATUS=")
+        assert one.end(signal.SIGTERM) == 0
+        hear("STOPPING=1")
+
+
+def test_sockets_that_systemd_passes_on(tmp_path):
+    names = ["memcache", "admin", "unknown"]
+    socks = [socket.socket() for _ in names]
+    for sock in socks:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(5)
+    ports = [sock.getsockname()[1] for sock in socks]
+    (tmp_path / "conf").write_text("[server]\ntext_port = %d\n" % ports[2])
+    waiting = Client(ports[0])               # before there is a server
+
+    def pass_on():
+        for number, sock in enumerate(socks):
+            os.dup2(sock.fileno(), 100 + number)
+        for number in range(len(socks)):
+            os.dup2(100 + number, 3 + number)
+
+    with open(str(tmp_path / "log"), "wb") as log:
+        process = subprocess.Popen(
+            ["sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh", *command(
+                "-c", tmp_path / "conf", "--port", 0, "--spool", tmp_path / "spool")],
+            preexec_fn=pass_on, pass_fds=(3, 4, 5), stderr=log,
+            env={**os.environ, "LISTEN_FDS": "3", "LISTEN_FDNAMES": ":".join(names)})
+    try:
+        for sock in socks:
+            sock.close()
+        assert waiting.put("q", b"x") == "STORED\r\n"
+        with urllib.request.urlopen("http://127.0.0.1:%d/ping" % ports[1]) as answer:
+            assert answer.read() == b"pong\n"
+        with Client(ports[2]) as text:
+            assert text.ask("get q\n") == ":x\n"
+        assert (tmp_path / "log").read_text().count("listening on") == 3
+    finally:
+        waiting.close()
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+def test_a_log_file_that_was_moved_away_is_opened_anew(daemon, tmp_path):
+    one = daemon("[server]\nlog_file = %s\n" % (tmp_path / "kestrel.log"),
+                 log=tmp_path / "kestrel.log")
+    client = one.client()
+    client.put("first", b"x")
+    os.rename(str(tmp_path / "kestrel.log"), str(tmp_path / "kestrel.log.1"))
+    client.put("second", b"x")
+    client.ask("delete first\r\n")
+    told = (tmp_path / "kestrel.log").read_text()
+    port = client.sock.getsockname()[1]
+    assert "queue second created by memcache client 127.0.0.1:%d\n" % port in told
+    assert "queue first deleted with 1 items by memcache client 127.0.0.1:%d\n" % port in told
+    assert "queue first created" in (tmp_path / "kestrel.log.1").read_text()
+
+
+def test_log_level(tmp_path):
+    (tmp_path / "conf").write_text("[server]\nlog_file = /no/such/place\n")
+    status, _, err = run("-c", tmp_path / "conf")
+    assert status == 1 and "log_file /no/such/place: No such file" in err
+    (tmp_path / "conf").write_text("[server]\nlog_level = loud\n")
+    status, _, err = run("-c", tmp_path / "conf")
+    assert status == 1 and "log_level" in err
+    port = free_port()
+    (tmp_path / "conf").write_text("[server]\nlog_level = error\nadmin_port = 0\n")
+    with open(str(tmp_path / "log"), "wb") as log:
+        process = subprocess.Popen(command(
+            "-c", tmp_path / "conf", "--port", port, "--spool", tmp_path / "spool"), stderr=log)
+
+    def answers():
+        with contextlib.suppress(ConnectionError), Client(port) as client:
+            return client.put("q", b"x")
+
+    until(answers)
+    process.terminate()
+    assert process.wait(20) == 0
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_log_lines_that_repeat_are_limited():
+    admit = kestrel._repeats()
+
+    def line(message, seconds, *arguments, name="kestrel"):
+        record = logging.LogRecord(name, logging.INFO, "", 0, message, arguments, None)
+        record.created = seconds
+        return record.getMessage() if admit(record) else None
+
+    passed = [line("queue %s created", 100 + number / 1000, number) for number in range(1000)]
+    assert list(filter(None, passed)) == ["queue %d created" % number
+                                          for number in range(kestrel._REPEATS)]
+    assert line("another", 101) == "another"
+    assert line("queue %s created", 120, "q") == (
+        "queue q created (and %d more like this since)" % (1000 - kestrel._REPEATS))
+    assert line("queue %s created", 121, "r") == "queue r created"
+    assert all(line("said", 100, name="kestrel.trace") for _ in range(1000))
 
 
 if __name__ == "__main__":
