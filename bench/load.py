@@ -16,18 +16,34 @@ the options, which are Kestrel's as far as they make sense here.
 
 import argparse
 import collections
+import os
 import random
 import socket
 import sys
 import threading
 import time
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
+import kestrel
+
 # How long nothing has to come before a test gives up, in seconds.
 PATIENCE = 15
 
 
-class Client:
-    """A blocking connection."""
+class Client(kestrel.Client):
+    def __init__(self, options):
+        super().__init__(options.host, options.port, PATIENCE * 2)
+
+    def put(self, queue, data):
+        if not super().put(queue, data):
+            raise ConnectionError("set was answered NOT_STORED")
+
+    def count(self, queue):
+        return int(self.stats().get("queue_%s_items" % queue, 0))
+
+
+class Peer:
+    """A blocking connection to a server of another kind, with the methods used here."""
 
     def __init__(self, options):
         self.sock = socket.create_connection((options.host, options.port), timeout=PATIENCE * 2)
@@ -38,77 +54,46 @@ class Client:
         self.sock.sendall(command)
         return self.file.readline()
 
-    def put(self, queue, data):
-        answer = self.ask(b"set %b 0 0 %d\r\n%b\r\n" % (queue, len(data), data))
-        if answer != b"STORED\r\n":
-            raise ConnectionError("set was answered %r" % answer)
-
-    def get(self, queue, wait=0, options=b""):
-        """The next item, or None if none comes in so many milliseconds."""
-        line = self.ask(b"get %b/t=%d%b\r\n" % (queue, wait, options))
-        if line == b"END\r\n":
-            return None
-        if not line.startswith(b"VALUE "):
-            raise ConnectionError("get was answered %r" % line)
-        data = self._data(int(line.split()[3]))
-        if self.file.readline() != b"END\r\n":
-            raise ConnectionError("a get without END")
-        return data
-
-    def _data(self, size):
+    def data(self, size):
         return self.file.read(size + 2)[:-2]
-
-    def flush(self, queue):
-        self.ask(b"flush %b\r\n" % queue)
-
-    def stat(self, queue, name):
-        self.sock.sendall(b"stats\r\n")
-        found = 0
-        for line in iter(self.file.readline, b"END\r\n"):
-            _, key, value = line.split(None, 2)
-            if key == b"queue_%b_%b" % (queue, name):
-                found = int(value)
-        return found
-
-    def count(self, queue):
-        return self.stat(queue, b"items")
 
     def close(self):
         self.file.close()
         self.sock.close()
 
 
-class RedisClient(Client):
+class RedisClient(Peer):
     """The same with a list of a redis server."""
 
     def _call(self, *words):
+        words = [word if isinstance(word, bytes) else word.encode() for word in words]
         return self.ask(b"*%d\r\n" % len(words) + b"".join(
             [b"$%d\r\n%b\r\n" % (len(word), word) for word in words]))
 
     def put(self, queue, data):
-        answer = self._call(b"LPUSH", queue, data)
+        answer = self._call("LPUSH", queue, data)
         if not answer.startswith(b":"):
             raise ConnectionError("LPUSH was answered %r" % answer)
 
-    def get(self, queue, wait=0):
-        if wait:
-            answer = self._call(b"BRPOP", queue, b"%.3f" % (wait / 1000))
+    def get(self, queue, timeout=0):
+        if timeout:
+            answer = self._call("BRPOP", queue, "%.3f" % timeout)
             if answer.startswith(b"*2"):
-                self._data(int(self.file.readline()[1:]))      # the name of the list
+                self.data(int(self.file.readline()[1:]))      # the name of the list
                 answer = self.file.readline()
         else:
-            answer = self._call(b"RPOP", queue)
+            answer = self._call("RPOP", queue)
         size = int(answer[1:])
-        return self._data(size) if size >= 0 else None
+        return self.data(size) if size >= 0 else None
 
     def flush(self, queue):
-        self._call(b"DEL", queue)
+        self._call("DEL", queue)
 
     def count(self, queue):
-        return int(self._call(b"LLEN", queue)[1:])
+        return int(self._call("LLEN", queue)[1:])
 
 
-class BeanstalkClient(Client):
+class BeanstalkClient(Peer):
     """The same with the default tube of a beanstalkd, which is taken as it is."""
 
     def put(self, queue, data):
@@ -116,11 +101,11 @@ class BeanstalkClient(Client):
         if not answer.startswith(b"INSERTED"):
             raise ConnectionError("put was answered %r" % answer)
 
-    def get(self, queue, wait=0):
-        words = self.ask(b"reserve-with-timeout %d\r\n" % -(-wait // 1000)).split()
+    def get(self, queue, timeout=0):
+        words = self.ask(b"reserve-with-timeout %d\r\n" % (timeout > 0)).split()
         if words[0] != b"RESERVED":
             return None
-        data = self._data(int(words[2]))
+        data = self.data(int(words[2]))
         self.ask(b"delete %b\r\n" % words[1])
         return data
 
@@ -129,7 +114,7 @@ class BeanstalkClient(Client):
 
     def count(self, queue):
         size = int(self.ask(b"stats-tube default\r\n").split()[1])
-        return int(self._data(size).split(b"current-jobs-ready: ")[1].split()[0])
+        return int(self.data(size).split(b"current-jobs-ready: ")[1].split()[0])
 
 
 CLIENTS = {"mc": Client, "redis": RedisClient, "bs": BeanstalkClient}
@@ -260,10 +245,10 @@ def flood(options, queue):
 
     def consume():
         client = options.client(options)
-        reliable = [b"/close/open"] if options.reliable else []
+        reliable = ["/close/open"] if options.reliable else []
         last = {}                        # of each producer; a consumer sees them in order
         while check.count < total and not check.is_idle():
-            data = client.get(queue, 200, *reliable)
+            data = client.get(queue, 0.2, *reliable)
             if data is not None:
                 name, serial = data.split(b"-")[:2]
                 if int(serial) <= last.get(name, -1):
@@ -271,7 +256,7 @@ def flood(options, queue):
                 last[name] = int(serial)
                 check.received(data)
         if options.reliable:
-            client.get(queue, 0, b"/close")
+            client.get(queue, 0, "/close")
         client.close()
 
     seconds = run_all(check, [lambda number=number: produce(number) for number in range(pairs)]
@@ -301,7 +286,7 @@ def many_clients(options, queue):
     def consume():
         client = options.client(options)
         while len(check.got) < options.items and not check.is_idle():
-            data = client.get(queue, options.timeout, b"/open")
+            data = client.get(queue, options.timeout / 1000, "/open")
             if data is None:
                 continue
             if random.random() * 100 < options.kill:
@@ -309,7 +294,7 @@ def many_clients(options, queue):
                 client.close()
                 client = options.client(options)
                 continue
-            client.get(queue, 0, b"/close")
+            client.get(queue, 0, "/close")
             check.received(data)
         client.close()
 
@@ -341,8 +326,9 @@ def packing(options, queue):
             if data != expected:
                 check.errors.append("%r came instead of %r" % (data and data[:30], expected[:30]))
             check.received(data)
+        stats = client.stats()
         print("cycle %d: journal of %.1f MB, backlog of %.1f MB" % (
-            cycle + 1, client.stat(queue, b"logsize") / 1e6, client.stat(queue, b"bytes") / 1e6))
+            cycle + 1, int(stats["queue_%s_logsize" % queue]) / 1e6, int(stats["queue_%s_bytes" % queue]) / 1e6))
     for data in iter(lambda: client.get(queue), None):
         check.received(data)
     tell("Passed", serial, time.monotonic() - start)
@@ -367,7 +353,7 @@ def leaky_reader(options, queue):
         while len(check.got) < options.items and not check.is_idle():
             while forgotten and forgotten[0][0] < time.monotonic():
                 forgotten.popleft()[1].close()
-            data = client.get(queue, 100, b"/open")
+            data = client.get(queue, 0.1, "/open")
             if data is None:
                 continue
             if random.random() * 100 < options.leak:
@@ -375,7 +361,7 @@ def leaky_reader(options, queue):
                 forgotten.append((time.monotonic() + options.timeout / 1000, client))
                 client = options.client(options)
             else:
-                client.get(queue, 0, b"/close")
+                client.get(queue, 0, "/close")
                 check.received(data)
         for _, one in forgotten:
             one.close()
@@ -423,13 +409,13 @@ def main():
          ("-l", "leak", float, 1, "percent of the reads that are forgotten"))
     options = parser.parse_args()
     options.client = CLIENTS[options.kind]
-    queue = options.queue.encode()
+    queue = options.queue
     try:
         client = options.client(options)
         client.flush(queue)
         client.close()
         return 0 if options.call(options, queue) else 1
-    except OSError as error:
+    except (OSError, kestrel.ServerError) as error:
         print("%s:%d: %s" % (options.host, options.port, error), file=sys.stderr)
         return 1
 
