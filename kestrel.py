@@ -4523,12 +4523,13 @@ async function refresh() {
     data = await (await fetched("queues.json")).json()
     const wanted = rows().slice(0, 50).map(queue => "queue=" + queue.key).join("&")
     if (turn++ % 2 === 0 && wanted) charts = await (await fetched("history.json?" + wanted)).json()
-    at("problem").textContent = ""
-    show()
   } catch (error) {
     at("problem").textContent = "The server does not answer" + (data ? "; this is old." : ".")
     at("status").textContent = "unreachable"
+    return
   }
+  at("problem").textContent = ""
+  show()
 }
 at("filter").oninput = () => data && show()
 async function always() { if (!document.hidden) await refresh(); setTimeout(always, EVERY) }

@@ -70,7 +70,7 @@ def main(browser):
             assert not rows and parts["shown"].startswith("No queues yet"), (rows, parts)
             assert not console, console
             for number in range(4321):
-                client.put("deep", b"x")
+                client.put("deep", b"xy")
             client.put("other", b"<script>throw 1</script>")
             client.put(weird.replace(" ", "_").replace(".", ""), b"x")
             client.get("other", 0, "/open")
