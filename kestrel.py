@@ -5556,6 +5556,7 @@ def main(arguments=None):
             print("\n".join(config.lines()))
             return 0
         _set_up_log(config.server)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)   # while it loads there is nothing to reload
         server = Server(config, _inherited(config.server), _notify)
     except ConfigError as error:
         print(error, file=sys.stderr)
