@@ -4767,5 +4767,146 @@ def test_log_lines_that_repeat_are_limited():
     assert all(line("said", 100, name="kestrel.trace") for _ in range(1000))
 
 
+# == Strangers ============================================================================
+
+# Sessions that make sense, by the protocol: each a list of what is said. None of them shuts the
+# server down, which is anybody's right on this machine.
+SESSIONS = {
+    "memcache": [
+        [b"set q 0 0 5\r\nhello\r\n", b"get q\r\n", b"gets q/t=1\r\n", b"quit\r\n"],
+        [b"set q 7 10 3 noreply\r\nabc\r\n", b"get q/open\r\n", b"get q/close/open\r\n",
+         b"get q/abort\r\n", b"get q/peek\r\n"],
+        [b"get q r+s w/t=3\r\n", b"monitor q 1 3\r\n", b"confirm q 2\r\n"],
+        [b"set r 0 0 2000\r\n" + b"x" * 2000 + b"\r\n", b"flush r\r\n", b"flush_all\r\n",
+         b"delete r\r\n", b"flush_expired q\r\n", b"flush_all_expired\r\n"],
+        [b"stats\r\n", b"dump_stats\r\n", b"dump_config q\r\n", b"version\r\n", b"reload\r\n",
+         b"status up\r\n", b"status\r\n", b"verbosity 1\r\n", b"add q 0 0 1\r\nx\r\n"],
+    ],
+    "text": [
+        [b"put q:\none\ntwo\n\n", b"get q\n", b"get q 5\n", b"peek q\n", b"confirm q 1\n"],
+        [b"put r 100:\n" + b"y" * 500 + b"\n\n", b"monitor r 5 2\n", b"flush r\n", b"delete r\n",
+         b"status\n", b"status up\n", b"version\n", b"quit\n"],
+    ],
+    "thrift": [
+        [thrift_put(b"q", b"one", b"two"), thrift_get(b"q", 2), thrift_get(b"q", 1, 5, 50),
+         call(b"confirm", thrift_string(1, b"q"), thrift_ids(2, [1, 2]))],
+        [call(b"peek", thrift_string(1, b"q")), call(b"get_version"), call(b"current_status"),
+         call(b"abort", thrift_string(1, b"q"), thrift_ids(2, [1])),
+         call(b"flush_queue", thrift_string(1, b"q")), call(b"nothing", strict=False)],
+    ],
+    "admin": [
+        [request("GET /ping").encode(), request("GET /stats.json").encode(),
+         request("GET /metrics").encode(), request("HEAD /").encode()],
+        [request("POST /flush?queue=q", "Content-Length: 3", body="abc").encode(),
+         request("GET /peek?queue=q%ff").encode(), request("GET /history.json?queue=q").encode(),
+         request("POST /delete?queue=q", "Origin: http://here").encode()],
+    ],
+}
+
+
+def mutated(chances, words):
+    """What a session might have said if its client was broken, or wicked."""
+    words = list(words)
+    for _ in range(chances.randrange(4)):
+        at = chances.randrange(len(words))
+        word = bytearray(words[at])
+        where = chances.randrange(len(word) + 1)
+        kind = chances.randrange(10)
+        if kind == 0:
+            del word[where:]
+        elif kind == 1:
+            words.append(bytes(word))
+        elif kind == 2:
+            chances.shuffle(words)
+            continue
+        elif kind == 3 and word:
+            word[where % len(word)] ^= 1 << chances.randrange(8)
+        elif kind == 4:
+            words[at:at] = [bytes(word)] * chances.randrange(2, 50)
+            continue
+        elif kind == 5:
+            word = bytearray(re.sub(rb"[0-9]+", lambda match: chances.choice(
+                [b"99999999999999999999999", b"-1", b"2147483648", b"0", b"1e9", match[0]]), word))
+        elif kind == 6:
+            word[where:where] = bytes(chances.randrange(1, 20))
+        elif kind == 7:
+            word[where:where] = chances.choice([b"a", b"/", b" ", b"\xff"]) * 9000
+        elif kind == 8:
+            word = word.replace(b"q", b"q/open/close/abort/peek/t=1/open"[:where + 2], 1)
+        else:
+            word[where:where] = chances.choice(list(SESSIONS.values()))[0][0]
+        words[at] = bytes(word)
+    # Nobody may tell it to stop, nor to refuse what the check asks for.
+    return re.sub(rb"(?i)shutdown|readonly|quiescent|quiesce|writeavoid", b"nothing",
+                  b"".join(words))
+
+
+def misbehave(chances, ports):
+    """One client: says something in pieces, hears some of the answers or none, and goes."""
+    protocol = chances.choice(list(SESSIONS))
+    sessions = SESSIONS[protocol] if chances.random() < 0.95 else SESSIONS["memcache"]
+    data = mutated(chances, chances.choice(sessions))
+    sock = socket.create_connection(("127.0.0.1", ports[protocol]), timeout=20)
+    try:
+        while data:
+            size = chances.choice([len(data), chances.randrange(1, len(data) + 1)])
+            with contextlib.suppress(BlockingIOError):
+                sock.settimeout(1)
+                sock.sendall(data[:size])
+            data = data[size:]
+            if chances.random() < 0.2:
+                sock.settimeout(0.001)
+                with contextlib.suppress(socket.timeout):
+                    sock.recv(chances.choice([1, 100, 100000]))
+        how = chances.randrange(4)
+        if how == 0:                         # half-closed, and then it listens
+            sock.shutdown(socket.SHUT_WR)
+            sock.settimeout(5)
+            while sock.recv(1 << 16):
+                pass
+        elif how == 1:                       # reset
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    except (ConnectionError, socket.timeout):
+        pass                                 # it was closed on, which is a fair answer
+    finally:
+        sock.close()
+    return protocol
+
+
+def test_strangers(serve, tmp_path, caplog):
+    """Thousands of broken sessions of all protocols, while a good client is served.
+
+    KESTREL_STRANGERS=100000 makes it that many.
+    """
+    chances = seeded()
+    ports = {name: free_port() for name in ("text", "thrift", "admin")}
+    server = serve("[server]\n" + "".join("%s_port = %d\n" % pair for pair in ports.items())
+                   + "[queue]\nsync_journal = never\nmax_items = 1000\n")
+    ports["memcache"] = server.port
+    good = server.client()
+    broker = server.server.broker
+    count = int(os.environ.get("KESTREL_STRANGERS", 2000))
+    sizes, slowest = [], 0
+    for number in range(1, count + 1):
+        protocol = misbehave(chances, ports)
+        start = time.monotonic()
+        assert good.ask("version\r\n") == "VERSION 1.0.0\r\n", protocol
+        slowest = max(slowest, time.monotonic() - start)
+        if number % 500 == 0 or number == count:
+            until(lambda: good.stats()["curr_connections"] == "1")
+            stats = good.stats()
+            assert not [key for key, value in stats.items() if value.startswith("-")]
+            for name, queue in list(broker.queues.items()):
+                assert not queue.opens and not queue.waiters, name
+                assert good.ask(b"delete " + os.fsencode(name) + b"\r\n") == "DELETED\r\n"
+            assert not server.server.waiting and not server.server.working
+            sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert "Traceback" not in caplog.text and server.thread.is_alive()
+    assert not [record for record in caplog.records if record.exc_info]
+    print("%d sessions, slowest answer %.1f ms, resident %s" % (count, slowest * 1000, sizes[::20]))
+    # Twice what it had with a tenth of them would be a leak.
+    assert sizes[-1] < sizes[len(sizes) // 10] * 2
+
+
 if __name__ == "__main__":
     sys.exit(pytest.main(["-q", *(sys.argv[1:] or [os.path.abspath(__file__)])]))
