@@ -89,10 +89,6 @@ UNLIMITED = (1 << 63) - 1
 # The longest queue name, in bytes: a file name less the longest suffix of a journal file.
 MAX_NAME = 255 - len(".1790000000000.pack")
 
-# The largest item that a client may send, in bytes: what the default max_memory_size of
-# a queue can hold. The queues' own max_item_size can only be stricter.
-MAX_ITEM = 128 << 20
-
 # What each status refuses: reads, writes. While it avoids writes, a server takes them.
 STATUSES = {
     "UP": (False, False),
@@ -134,6 +130,12 @@ def _show_size(size):
     unit = max((unit for unit in _SIZES if size and size % _SIZES[unit] == 0),
                key=_SIZES.get, default="")
     return "%d%s" % (size // _SIZES[unit], unit if _SIZES[unit] > 1 else "")
+
+
+def _within(least, most, size):
+    if not least <= size <= most:
+        raise ValueError("not from %s to %s" % (_show_size(least), _show_size(most)))
+    return size
 
 
 def _parse_integer(low, high):
@@ -203,6 +205,8 @@ def _time(units, examples):
 SIZE = Kind(_parse_size, _show_size)
 TIME = _time(_TIMES, "100ms, 30s, 5m, 1h or 1d")
 SHORT_TIME = _time({"us": 1, "ms": 1000}, "100us or 1ms")
+ITEM_SIZE = Kind(lambda text: _within(1, 1 << 30, _parse_size(text)), _show_size)
+LINE_SIZE = Kind(lambda text: _within(512, 1 << 20, _parse_size(text)), _show_size)
 COUNT = Kind(_parse_integer(1, UNLIMITED), str)
 PORT = Kind(_parse_integer(0, 65535), str)
 FLAG = Kind(_parse_flag, lambda flag: "true" if flag else "false")
@@ -232,6 +236,11 @@ SERVER_SETTINGS = {
     "busy_poll": (SHORT_TIME, "100us"),
     "expiration_timer_frequency": (TIMEOUT, "never"),
     "max_open_transactions": (COUNT, "100"),
+    "max_connections": (COUNT_LIMIT, "unlimited"),
+    "max_line": (LINE_SIZE, "8kb"),
+    "max_item_size": (ITEM_SIZE, "128mb"),
+    "max_output_buffer": (SIZE, "1mb"),
+    "send_timeout": (TIMEOUT, "1m"),
     "connection_limit_refuse_writes": (COUNT_LIMIT, "unlimited"),
     "connection_limit_refuse_reads": (COUNT_LIMIT, "unlimited"),
     "default_status": (STATUS, "up"),
@@ -1066,6 +1075,12 @@ class Journal:
 
     # -- fsync
 
+    def rest(self):
+        """Let go of the files until they are written to again, unless something is to be
+        fsynced first."""
+        if not (self._unsynced or self.ops or self.torn or self.broken):
+            self.close()
+
     def descriptors(self):
         """Duplicates of what has to be fsynced, in that order, for all that was written; they
         are to be closed."""
@@ -1492,6 +1507,8 @@ class Queue:
         config = self.config
         if now is None:
             now = _now()
+        if type(data) is not bytes:
+            data = bytes(memoryview(data))   # a TypeError for what is no bytes at all
         size = len(data)
         if size > config.max_item_size:
             return False
@@ -1669,6 +1686,11 @@ class Queue:
             self._try_again(self._retry)
         else:
             self._compact()
+
+    def rest(self):
+        """Nothing has happened for a while: a queue that is idle needs no open files."""
+        if self.journal and not self._chore:
+            self.journal.rest()
 
     def begin_sync(self):
         """What to fsync (descriptors, to be closed) and what to tell synced() then."""
@@ -2522,6 +2544,8 @@ class Broker:
                 (new - old) / seconds for new, old in zip(after, before)]
             put_rate += queue.put_rate
             get_rate += queue.get_rate
+            if after == before:
+                queue.rest()
             history = self._history.setdefault(queue, array.array("f"))
             if history or queue.count or after != before:        # nothing is kept of nothing
                 history.extend([queue.count, queue.put_rate, queue.get_rate])
@@ -2576,12 +2600,6 @@ class Broker:
 #   timeout    milliseconds from now at which time_out() is to be called, then None again
 #   job        a long command in hand, of which resume() does a piece; for the next turn
 #   closing    nothing more is parsed; close when `out` has been sent
-
-# The longest command line, without its end, in bytes.
-MAX_LINE = 8192
-
-# A session with so many bytes to be sent parses nothing more until they are gone.
-OUTPUT_LIMIT = 1 << 20
 
 # Answers are put together from here on without copying the data.
 _BIG = 1 << 16
@@ -2651,8 +2669,6 @@ def _parse_block(words):
     size = _number(words[4], "byte count", close=True)
     if size < 0:
         raise Refused("CLIENT_ERROR bad byte count", close=True)
-    if size > MAX_ITEM:
-        raise Refused("SERVER_ERROR object too large for cache", skip=size + 2)
     if name != "set":
         raise Refused("CLIENT_ERROR %s has no meaning for a queue" % name, skip=size + 2)
     try:
@@ -2702,11 +2718,13 @@ class Session:
 
     def __init__(self, broker, local=True, who="a client", wake=lambda: None):
         self.broker = broker
+        self.settings = broker.config.server
         self.local = local
         self.who = who
         self.wake = wake
         self.out = []
         self.out_bytes = 0              # roughly; of items only
+        self.most_out = self.settings.max_output_buffer
         self.touched = []
         self.timeout = None
         self.held = False
@@ -2762,7 +2780,12 @@ class Session:
 
     def is_full(self):
         """Whether so much waits to be sent that nothing more is to be parsed."""
-        return self.out_bytes > OUTPUT_LIMIT
+        return self.out_bytes > self.most_out
+
+    def _is_to_pause(self):
+        """Whether the command in hand is to go on when what it has said has been sent."""
+        self.stalled = self.stalled or self.is_full()
+        return self.is_full()
 
     def hold(self):
         """Parse nothing more until release(): answers wait for an fsync."""
@@ -2961,6 +2984,7 @@ class MemcacheSession(Session):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
+        self._most_item = self.settings.max_item_size
         self._skip = 0                  # bytes of a refused data block still to come
         self._block = None              # the Block of a set without its data yet
         self._key = None                # the ReadKey that could not be answered at once
@@ -2972,7 +2996,7 @@ class MemcacheSession(Session):
     def _parse(self, data, now):
         """Run the commands in `data`; the position up to which it has been used."""
         pos = 0
-        while not (self.stalled or self.out_bytes > OUTPUT_LIMIT):
+        while not (self.stalled or self.out_bytes > self.most_out):
             if self._skip:
                 skipped = min(self._skip, len(data) - pos)
                 self._skip -= skipped
@@ -2987,7 +3011,7 @@ class MemcacheSession(Session):
                 pos = eol + 1
                 if len(line) <= _LINE_CACHED:
                     command, asked = _parse_line_cached(line)
-                elif len(line) > MAX_LINE and len(line.rstrip(b"\r")) > MAX_LINE:
+                elif len(line.rstrip(b"\r")) > self.settings.max_line:
                     raise Refused("CLIENT_ERROR line too long", close=True)
                 else:
                     command, asked = _parse_line(line)
@@ -2995,6 +3019,9 @@ class MemcacheSession(Session):
                     command(self, asked, now)
                     continue
                 block = asked
+                if block.size > self._most_item:
+                    raise Refused("SERVER_ERROR object too large for cache",
+                                  skip=block.size + 2)
                 end = pos + block.size
                 if len(data) < end + 2:
                     self._block = block
@@ -3028,7 +3055,7 @@ class MemcacheSession(Session):
 
     def _check_start(self, start):
         """What has come of a line must be able to become one."""
-        if len(start) > MAX_LINE + 1:
+        if len(start) > self.settings.max_line + 1:
             raise Refused("CLIENT_ERROR line too long", close=True)
         if start[:1] == b"\x80":
             self._unknown([start], None)
@@ -3109,7 +3136,7 @@ class MemcacheSession(Session):
                     self._read(key, now)
                 except OSError as error:
                     log.error("get of many keys: %s", _why(error))
-                if self._key:
+                if self._key or self._is_to_pause():
                     return
         except Refused:
             self._keys = None
@@ -3213,7 +3240,7 @@ class MemcacheSession(Session):
     def _watch(self, now):
         """Show the monitor in hand what there is, up to where it has to wait."""
         limit = self.broker.config.server.max_open_transactions
-        while self._monitor:
+        while self._monitor and not self._is_to_pause():
             if not self.queue or self._monitor[1] <= 0 or (
                     len(self.open_reads.get(self.queue, ())) >= limit):
                 self._show(None)
@@ -3400,7 +3427,7 @@ class TextSession(Session):
     def _parse(self, data, now):
         pos = 0
         while not (self.stalled or self.is_full()):
-            limit = MAX_LINE if self._put is None else MAX_TEXT_ITEM
+            limit = self.settings.max_line if self._put is None else MAX_TEXT_ITEM
             eol = data.find(b"\n", pos, pos + limit + 2)
             try:
                 if eol < 0:
@@ -3508,7 +3535,7 @@ class TextSession(Session):
 
     def _go_on(self, now):
         limit = self.broker.config.server.max_open_transactions
-        while self._left:
+        while self._left and not self._is_to_pause():
             queue = self.queue
             if queue and not self._peeking and len(self._reads_of(queue)) >= limit:
                 self._left = 0
@@ -3607,8 +3634,8 @@ _THRIFT_NUMBERS = {_BOOL: struct.Struct(">b"), _BYTE: struct.Struct(">b"),
                    _DOUBLE: struct.Struct(">d"), _I16: struct.Struct(">h"),
                    _I32: struct.Struct(">i"), _I64: struct.Struct(">q")}
 
-# The largest frame of a Thrift client, in bytes.
-MAX_FRAME = MAX_ITEM + (64 << 10)
+# How much a frame of a Thrift client may be larger than the largest item, in bytes.
+_FRAME_EXTRA = 64 << 10
 
 # How much one get of a Thrift client is given at most.
 _MOST_ITEMS = 10000
@@ -3667,7 +3694,7 @@ class ThriftSession(Session):
         pos = 0
         while not (self.stalled or self.is_full()) and len(data) - pos >= 4:
             size, = struct.unpack_from(">i", data, pos)
-            if not 0 < size <= MAX_FRAME:
+            if not 0 < size <= self.settings.max_item_size + _FRAME_EXTRA:
                 log.warning("a Thrift client sent a frame of %d bytes; closed", size)
                 self._end()
                 break
@@ -3992,8 +4019,9 @@ _SCALES = {"usec": 1e-6, "msec": 1e-3, "time": 1e-3}
 
 
 def _shown_name(name):
-    """The name of a queue as text that can be shown anywhere."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """The name of a queue as text that can be shown anywhere, and is that of no other queue:
+    no name has a slash in it."""
+    return re.sub("[\udc80-\udcff]", lambda match: "/x%02x" % (ord(match[0]) - 0xdc00), name)
 
 
 def _label(name):
@@ -4020,6 +4048,9 @@ class AdminSession(Session):
                 while data[pos:pos + 2] == b"\r\n":        # RFC 9112, 2.2
                     pos += 2
                 end = data.find(b"\r\n\r\n", pos, pos + MAX_HEAD)
+                if not data[pos:pos + 1].isalpha() and data[pos:]:
+                    self._method = "GET"
+                    raise ValueError("not a request of HTTP/1.1")      # TLS, perhaps
                 if end < 0:
                     if len(data) - pos >= MAX_HEAD:
                         self._method, self._keep_alive = "GET", False
@@ -4071,12 +4102,15 @@ class AdminSession(Session):
 
     def _request(self, target, headers, now):
         parts = urllib.parse.urlsplit(target)
-        self._query = urllib.parse.parse_qs(parts.query, errors="surrogateescape")
+        # As bytes, since so came what was not quoted; and in no name is a + a blank.
+        query = os.fsdecode(parts.query.encode("latin-1")).replace("+", "%2B")
+        self._query = urllib.parse.parse_qs(query, errors="surrogateescape")
         method, call = _ADMIN_PATHS.get(parts.path, (None, None))
         if call is None:
             self._respond(HTTPStatus.NOT_FOUND)
         elif self._method not in (("POST",) if method == "POST" else ("GET", "HEAD")):
-            self._respond(HTTPStatus.METHOD_NOT_ALLOWED, allow=method)
+            self._respond(HTTPStatus.METHOD_NOT_ALLOWED,
+                          allow="POST" if method == "POST" else "GET, HEAD")
         elif method == "POST" and urllib.parse.urlsplit(
                 headers.get("origin", "//" + headers.get("host", ""))).netloc != headers.get(
                     "host", ""):
@@ -4376,6 +4410,17 @@ svg { display: block; width: 130px; height: 30px; overflow: visible }
 path { fill: none; stroke-width: 1.3; vector-effect: non-scaling-stroke }
 .depth { stroke: var(--soft) } .in { stroke: var(--in) } .out { stroke: var(--out) }
 .key { display: inline-block; width: .9em; height: .2em; vertical-align: middle }
+@media (max-width: 40rem) {
+  table, thead, tbody { display: block }
+  thead tr { display: flex; flex-wrap: wrap; gap: .2rem .9rem }
+  th, td { border: 0; padding: .1rem 0; width: auto }
+  th:empty { display: none }
+  tbody tr { display: grid; grid-template-columns: repeat(4, 1fr); padding: .6rem 0;
+    border-bottom: 1px solid var(--line) }
+  td, td:first-child { text-align: left; position: static }
+  td:first-child, td:last-child, td:nth-last-child(2) { grid-column: 1 / -1 }
+  td[data-title]:not(:first-child)::before { content: attr(data-title); display: block;
+    color: var(--soft); font-size: .8rem } }
 dialog { color: inherit; background: var(--back); border: 1px solid var(--line);
   border-radius: .5rem; max-width: min(40rem, 92vw) }
 dialog pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 50vh; overflow: auto;
@@ -4477,7 +4522,8 @@ function show() {
     : found.length > MOST_ROWS ? MOST_ROWS + " of " + found.length + " shown." : ""
   at("queues").replaceChildren(...found.slice(0, MOST_ROWS).map(queue => {
     const row = document.createElement("tr")
-    for (const [, key, text] of columns) make("td", text(queue[key]), row)
+    for (const [title, key, text] of columns)
+      make("td", text(queue[key]), row).dataset.title = title
     make("td", "", row).append(chart(queue))
     const cell = make("td", "", row)
     for (const [title, act] of [["Peek", peek], ["Flush", change], ["Delete", change]]) {
@@ -4508,7 +4554,7 @@ async function fetched(path, options) {
 }
 async function peek(queue) {
   const {item} = await (await fetched("peek?queue=" + queue.key)).json()
-  ask(item ? `Head of ${queue.name}: ${number.format(item.bytes)} bytes, waiting for `
+  ask(item ? `Head of ${queue.name}: ${bytes(item.bytes)}, waiting for `
     + time(item.age_msec / 1000) : `${queue.name} is empty.`, "", null, item ? item.text : undefined)
 }
 function change(queue, title) {
@@ -4681,7 +4727,8 @@ class Connection:
         self._unsent = []
         self._watched = _READ
         self._checked = 0                # entries of session.touched seen by settle()
-        self._deadline = self._alarm = self.idle_alarm = None
+        self._deadline = self._alarm = self.idle_alarm = self._send_alarm = None
+        self._sent = 0                   # bytes sent since _watch_sending()
         self._at_end = False             # the client will send no more
         self.is_paused = False           # it is not listened to, for it has said too much
         self.closed = False
@@ -4816,6 +4863,7 @@ class Connection:
                 self._send()
             except BlockingIOError:
                 self._watch(self._watched | _WRITE)
+                self._watch_sending()
                 return
             except OSError:              # gone: the next read would have told
                 self.close()
@@ -4840,10 +4888,27 @@ class Connection:
             else:
                 count = self.sock.sendmsg(unsent[:_MAX_VECTOR])
             stats.bytes_written += count
+            self._sent += count
             while unsent and count >= len(unsent[0]):
                 count -= len(unsent.pop(0))
             if count:
                 unsent[0] = memoryview(unsent[0])[count:]
+
+    def _watch_sending(self):
+        """Close the connection if it takes nothing of what is to be sent for send_timeout."""
+        timeout = self.server.config.server.send_timeout
+        if timeout and self._send_alarm is None:
+            self._sent = 0
+            self._send_alarm = self.server.timers.at(
+                self.server.mono + timeout / 1000, self._check_sending)
+
+    def _check_sending(self):
+        self._send_alarm = None
+        if self._unsent and not self._sent:
+            log.warning("%s takes nothing of its answers; closed", self.session.who)
+            self.close()
+        elif self._unsent:
+            self._watch_sending()
 
     def _finish(self):
         """All has been said. The client is given a moment to read it: to close a socket
@@ -4868,7 +4933,7 @@ class Connection:
             self.session.close(self.server.now)
             self.session.wake = lambda: None     # no cycle is left for a garbage collector
             self._watch(0)
-            for alarm in filter(None, (self._alarm, self.idle_alarm)):
+            for alarm in filter(None, (self._alarm, self.idle_alarm, self._send_alarm)):
                 self.server.timers.cancel(alarm)
             self.sock.close()
             self.server.connections.discard(self)
@@ -4899,7 +4964,7 @@ class Listener:
         self.protocol = protocol
         self.session_type = session_type
         self.address = sock.getsockname()
-        self._spare = None               # a descriptor for when there are no others, see _refuse()
+        self._spare = None               # a descriptor for when there are no others, see _make_room()
         self._refused = 0                # connections refused since the log told of it,
         self._told = -_TELL_SECONDS      # and when that was
         try:
@@ -4920,12 +4985,17 @@ class Listener:
                 continue
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE) and self._spare is not None:
-                    self._refuse(error)
+                    self._make_room()
+                    self._tell_refused(error.strerror)
                     continue
                 log.error("cannot accept connections for a second: %s", error.strerror)
                 server.selector.unregister(self.sock)
                 server.timers.at(server.mono + 1, self._start)
                 return
+            if len(server.connections) >= server.config.server.max_connections:
+                sock.close()
+                self._tell_refused("max_connections")
+                continue
             sock.setblocking(False)
             local = address[0] == "::1" or address[0].startswith(("127.", "::ffff:127."))
             who = "%s client %s:%d" % (self.protocol, *address[:2])
@@ -4938,20 +5008,22 @@ class Listener:
             server.watch_idle(connection)
             connection.ready(_READ)      # its first word is there as a rule: saves a turn
 
-    def _refuse(self, error):
+    def _make_room(self):
         """No descriptors are left: let the next client in with the spare one, and out again,
         lest it waits and the loop turns for it."""
         os.close(self._spare)
         self._spare = None
         with contextlib.suppress(OSError):
             self.sock.accept()[0].close()
+        self._keep_spare()
+
+    def _tell_refused(self, why):
         self._refused += 1
         if self.server.mono >= self._told + _TELL_SECONDS:
-            log.error("%s: %d connections, %d refused", error.strerror,
-                      len(self.server.connections), self._refused)
+            log.error("%s: %d connections, %d refused", why, len(self.server.connections),
+                      self._refused)
             self._told = self.server.mono
             self._refused = 0
-        self._keep_spare()
 
     def _keep_spare(self):
         if self._spare is None:
@@ -5394,6 +5466,7 @@ class Client:
 
     def __init__(self, host="127.0.0.1", port=22133, timeout=30):
         self._timeout = timeout
+        self._opened = set()             # queues of which an item is open
         self._sock = socket.create_connection((host, port), timeout)
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._file = self._sock.makefile("rb")
@@ -5401,62 +5474,66 @@ class Client:
     def put(self, queue, data, expiry=0, flags=0):
         """Put an item (bytes); False if the queue does not take it. expiry: in so many seconds,
         or at that time of the epoch, 0 for never."""
-        answer = self._ask(b"set %b %d %d %d\r\n%b\r\n" % (
-            os.fsencode(queue), flags, expiry, len(data), data))
-        return answer == b"STORED"
+        return self._ask(b"set %b %d %d %d\r\n%b\r\n" % (
+            self._name(queue), flags, expiry, len(data), data)) == b"STORED"
 
     def get(self, queue, timeout=0, options=""):
         """Take the next item, waiting for it if need be; None if there is none. options: such
         as "/open" or "/close/open"."""
-        self._sock.settimeout(self._timeout + timeout)
-        head = self._ask(b"get %b/t=%d%b\r\n" % (
-            os.fsencode(queue), timeout * 1000, options.encode()))
-        if head == b"END":
-            return None
-        data = self._file.read(int(head.split()[3]) + 2)[:-2]
-        self._line()
-        return data
+        if queue in self._opened:
+            raise ValueError("an item of %s is open here; use another client" % queue)
+        return self._get(queue, timeout, options)
+
+    def _get(self, queue, timeout, options):
+        return self._ask(b"get %b/t=%d%b\r\n" % (
+            self._name(queue), timeout * 1000, options.encode()), self._item, timeout)
 
     @contextlib.contextmanager
     def open(self, queue, timeout=0):
         """The next item, or None, for the time of a `with` block: it is finished when the block
         is, and goes back to the head of its queue if the block raises an exception."""
         data = self.get(queue, timeout, "/open")
+        self._opened.add(queue)
         try:
             yield data
         except BaseException:
-            if data is not None:
-                self.get(queue, 0, "/abort")
+            with contextlib.suppress(OSError):         # then it goes back anyway
+                self._get(queue, 0, "/abort")
             raise
-        if data is not None:
-            self.get(queue, 0, "/close")
+        else:
+            if data is not None:
+                self._get(queue, 0, "/close")
+        finally:
+            self._opened.discard(queue)
 
     def work(self, queue, timeout=0):
         """A generator of items, until none comes for `timeout`. Each is finished when the next
-        one is asked for; the last one goes back if the loop is left before."""
+        one is asked for; the last one goes back if the loop is left before (a generator that is
+        kept in a variable has to be closed for that)."""
         data = self.get(queue, timeout, "/open")
+        self._opened.add(queue)
         try:
             while data is not None:
                 yield data
-                data = self.get(queue, timeout, "/close/open")
-        except GeneratorExit:
-            self.get(queue, 0, "/abort")
+                data = self._get(queue, timeout, "/close/open")
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._get(queue, 0, "/abort")
             raise
+        finally:
+            self._opened.discard(queue)
 
     def stats(self):
         """What the command `stats` tells, as a dict of str."""
-        lines = [self._ask(b"stats\r\n")]
-        while lines[-1] != b"END":
-            lines.append(self._line())
-        return dict(os.fsdecode(line).split(" ", 2)[1:] for line in lines[:-1])
+        return self._ask(b"stats\r\n", self._stats)
 
     def flush(self, queue):
         """Drop all that waits in a queue."""
-        self._ask(b"flush %b\r\n" % os.fsencode(queue))
+        self._ask(b"flush %b\r\n" % self._name(queue))
 
     def delete(self, queue):
         """Delete a queue and its journal."""
-        self._ask(b"delete %b\r\n" % os.fsencode(queue))
+        self._ask(b"delete %b\r\n" % self._name(queue))
 
     def close(self):
         """Hang up; what is open goes back."""
@@ -5469,9 +5546,22 @@ class Client:
     def __exit__(self, *error):
         self.close()
 
-    def _ask(self, command):
-        self._sock.sendall(command)
-        return self._line()
+    def _name(self, queue):
+        return os.fsencode(check_name(os.fsdecode(queue)))
+
+    def _ask(self, command, read=lambda line: line, timeout=0):
+        """What `read` makes of the first line of the answer to a command."""
+        if self._file.closed:
+            raise ConnectionError("this client is closed")
+        try:
+            self._sock.settimeout(self._timeout + timeout)
+            self._sock.sendall(command)
+            return read(self._line())
+        except ServerError:
+            raise
+        except BaseException:                # it would give the rest of the answer to the next
+            self.close()
+            raise
 
     def _line(self):
         line = self._file.readline()
@@ -5480,6 +5570,21 @@ class Client:
         if line.partition(b" ")[0].strip() in (b"ERROR", b"CLIENT_ERROR", b"SERVER_ERROR"):
             raise ServerError(os.fsdecode(line).strip())
         return line[:-2]
+
+    def _item(self, line):
+        if line == b"END":
+            return None
+        data = self._file.read(int(line.split(b" ")[3]) + 2)[:-2]
+        self._line()
+        return data
+
+    def _stats(self, line):
+        stats = {}
+        while line != b"END":
+            _, name, value = os.fsdecode(line).split(" ", 2)
+            stats[name] = value
+            line = self._line()
+        return stats
 
 
 @contextlib.contextmanager
@@ -5613,13 +5718,28 @@ def _pack(path):
     return 0
 
 
+class LogFile(logging.handlers.WatchedFileHandler):
+    """A log file that harms nothing when it cannot be opened anew: its lines then go to
+    standard error, until it can."""
+
+    def emit(self, record):
+        try:
+            super().emit(record)
+        except OSError as error:
+            print("log_file: %s: %s" % (error, self.format(record)), file=sys.stderr)
+
+    def _open(self):
+        # Names of queues are any bytes.
+        return open(self.baseFilename, self.mode, encoding="utf-8", errors="backslashreplace")
+
+
 def _set_up_log(settings):
     """Log as the settings say. Raises OSError."""
     root = logging.getLogger()
     root.setLevel(settings.log_level.upper())
     if settings.log_file:
         try:
-            handler = logging.handlers.WatchedFileHandler(settings.log_file)
+            handler = LogFile(settings.log_file)
         except OSError as error:
             raise OSError(error.errno, "log_file %s: %s" % (settings.log_file, error.strerror)
                           ) from None

@@ -35,7 +35,7 @@ def text_of(page):
     """The cells of each row of the table, and the text of some elements by id."""
     body = re.search(r'<tbody id="queues">(.*?)</tbody>', page, re.S)[1]
     rows = [[html.unescape(re.sub("<[^>]*>", "", cell)).strip()
-             for cell in re.findall(r"<td>(.*?)</td>", row, re.S)]
+             for cell in re.findall(r"<td[^>]*>(.*?)</td>", row, re.S)]
             for row in re.findall(r"<tr>(.*?)</tr>", body, re.S)]
     parts = {name: html.unescape(re.search(r'id="%s"[^>]*>(.*?)<' % name, page)[1])
              for name in ("status", "problem", "shown")}
