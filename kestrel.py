@@ -995,7 +995,8 @@ class Journal:
                     self._append(file, _encode(ops))
                 except OSError as error:
                     for file, size in written:
-                        self._cut_back(file, size)
+                        if file.fd is not None:        # else it could not be opened
+                            self._cut_back(file, size)
                     raise OSError(error.errno, error.strerror, file.path) from None
         self.torn = False
         self._unsynced.update(file for file, _ in written)
@@ -1036,7 +1037,11 @@ class Journal:
 
     def _append(self, file, chunks):
         if file.fd is None:
-            file.fd = _open_locked(file.path)
+            fd = _open_locked(file.path)
+            if not file.torn and os.fstat(fd).st_size != file.size:
+                os.close(fd)
+                raise OSError(errno.EBUSY, "changed by another process", file.path)
+            file.fd = fd
         if file.torn:
             os.ftruncate(file.fd, file.size)
             file.torn = False
@@ -1509,6 +1514,8 @@ class Queue:
             now = _now()
         if type(data) is not bytes:
             data = bytes(memoryview(data))   # a TypeError for what is no bytes at all
+        if (expiry or flags) and not (abs(expiry) < 1 << 63 and 0 <= flags < 1 << 32):
+            raise ValueError("expiry %d or flags %d cannot be kept" % (expiry, flags))
         size = len(data)
         if size > config.max_item_size:
             return False
@@ -2601,6 +2608,9 @@ class Broker:
 #   job        a long command in hand, of which resume() does a piece; for the next turn
 #   closing    nothing more is parsed; close when `out` has been sent
 
+# What expires later than this expires then; the journal has 64 bits for it.
+_LATEST = 1 << 62
+
 # Answers are put together from here on without copying the data.
 _BIG = 1 << 16
 
@@ -3103,7 +3113,7 @@ class MemcacheSession(Session):
             expiry *= 1000
             if expiry < 1000000 * 1000:
                 expiry += now
-            expiry = min(max(expiry, 1), 1 << 62)
+            expiry = min(max(expiry, 1), _LATEST)
         route = broker.routes.get(key)
         if route is None:
             try:
@@ -3480,8 +3490,8 @@ class TextSession(Session):
 
     def _milliseconds(self, word, what):
         try:
-            return int(word)
-        except ValueError:
+            return _number(word, what)
+        except Refused:
             raise Refused("CLIENT_ERROR Error parsing %s." % what) from None
 
     # -- commands
@@ -3496,8 +3506,8 @@ class TextSession(Session):
         self._check_writes()
         route = self.broker.routes.get(words[1]) or self.broker.route(
             words[1], now, self.who)
-        count = sum([self.broker.put(route, item, 0, 0 if expiry is None else now + expiry, now)
-                     for item in items])
+        expiry = 0 if expiry is None else min(max(now + expiry, 1), _LATEST)
+        count = sum([self.broker.put(route, item, 0, expiry, now) for item in items])
         self._say(b"+%d\n" % count, *route.queues)
 
     def _put_nothing(self, words, now):
@@ -3572,7 +3582,7 @@ class TextSession(Session):
 
     def _confirm(self, words, now):
         # confirm <queue> <count>
-        if len(words) < 3 or not words[2].isdigit():
+        if len(words) < 3 or not words[2].isdigit() or len(words[2]) > 20:
             raise Refused("CLIENT_ERROR Queue name & count required.")
         queue = self.broker.find(_name(words[1]))
         count = int(words[2])

@@ -568,6 +568,9 @@ def test_what_is_added_is_bytes_of_its_own(tmp_path):
         for wrong in ("text", 7, None):
             with pytest.raises(TypeError):
                 queue.add(wrong)
+        for expiry, flags in ((1 << 63, 0), (-(1 << 64), 0), (0, 1 << 32), (0, -1)):
+            with pytest.raises(ValueError):
+                queue.add(b"x", flags, expiry)
         data = bytearray(b"one")
         queue.add(data)
         data[:] = b"two"
@@ -4922,6 +4925,27 @@ def test_more_connections_than_there_may_be(serve, caplog):
     assert server.client().ask("version\r\n") == "VERSION 1.0.0\r\n"
 
 
+@pytest.mark.parametrize("number", ["9" * 20, "9" * 30, "9" * 400, "9" * 5000, "-" + "9" * 19])
+def test_numbers_of_any_length_harm_nothing(tmp_path, number):
+    text = Talk(tmp_path, session_type=kestrel.TextSession)
+    for command in ("put q %s:\nx\n\n", "get q %s\n", "monitor q 1 %s\n", "monitor q %s\n",
+                    "confirm q %s\n"):
+        text(command % number, command)
+        text.session(command).close(NOW)
+    session = kestrel.MemcacheSession(text.broker)
+    for command in ("set q %s 0 1\r\nx\r\n", "set q 0 %s 1\r\nx\r\n", "get q/t=%s\r\n",
+                    "monitor q %s\r\n", "monitor q 1 %s\r\n", "confirm q %s\r\n",
+                    "verbosity %s\r\n", "set q 0 0 %s\r\n"):
+        session.feed((command % number).encode(), NOW)
+        if session.waiter:
+            session.time_out()
+        text.broker.commit(NOW)
+        session.take()
+    admin = kestrel.AdminSession(text.broker)
+    admin.feed(request("POST /reload", "Content-Length: " + number).encode(), NOW)
+    assert admin.closing and b" 4" in admin.out[0]
+
+
 def test_idle_queues_need_no_open_files(serve):
     server = serve("[queue]\nsync_journal = 1ms\n")
     client = server.client()
@@ -4938,6 +4962,27 @@ def test_idle_queues_need_no_open_files(serve):
         assert client.put("q%d" % number, b"y") == "STORED\r\n"
     assert client.get("q7") == b"x" and client.get("q7") == b"y"
     assert all(journal.current.fd for journal in journals)
+
+
+def test_a_journal_that_somebody_else_has_changed_is_not_written_over(tmp_path):
+    queue = turn_queue(tmp_path)
+    queue.add(b"1", now=NOW)
+    queue.write()
+    fds, count = queue.begin_sync()
+    kestrel.fsync_all(fds)
+    queue.synced(count)
+    queue.rest()
+    other = kestrel.Queue("q", str(tmp_path))
+    assert queue.journal.current.fd is None
+    queue.add(b"2", now=NOW)
+    with pytest.raises(OSError, match="held by another process"):
+        queue.write()
+    other.add(b"3")
+    other.close()
+    queue.add(b"2", now=NOW)
+    with pytest.raises(OSError, match="changed by another process"):
+        queue.write()
+    assert contents_of(tmp_path) == [b"1", b"3"]
 
 
 # == Strangers ============================================================================
