@@ -49,6 +49,7 @@ import gc
 import hashlib
 import heapq
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -171,6 +172,10 @@ def _parse_name_or_none(text):
     return check_name(text) if text else None
 
 
+def _parse_networks(text):
+    return tuple(ipaddress.ip_network(word) for word in re.split("[ ,\n]+", text) if word)
+
+
 def _parse_names(text):
     return tuple(check_name(name) for name in re.split("[ ,\n]+", text.strip(" ,\n")))
 
@@ -215,6 +220,7 @@ TEXT_OR_NONE = Kind(str, str)
 STATUS = Kind(_parse_word(*map(str.lower, STATUSES)), str)
 NAME = Kind(_parse_name_or_none, lambda name: name or "")
 NAMES = Kind(_parse_names, ", ".join)
+NETWORKS = Kind(_parse_networks, lambda networks: ", ".join(map(str, networks)))
 SIZE_LIMIT = _or("unlimited", UNLIMITED, SIZE)
 COUNT_LIMIT = _or("unlimited", UNLIMITED, COUNT)
 PORT_OR_OFF = _or("off", None, PORT)
@@ -226,6 +232,7 @@ TIMEOUT = Kind(lambda text: TIME_OR_NEVER.parse(text) or None, TIME_OR_NEVER.sho
 # What each section of the config file may set: name -> (kind, default as written).
 SERVER_SETTINGS = {
     "listen_address": (TEXT, "127.0.0.1"),
+    "allow": (NETWORKS, ""),
     "memcache_port": (PORT, "22133"),
     "text_port": (PORT_OR_OFF, "off"),
     "thrift_port": (PORT_OR_OFF, "off"),
@@ -1083,8 +1090,14 @@ class Journal:
     def rest(self):
         """Let go of the files until they are written to again, unless something is to be
         fsynced first."""
-        if not (self._unsynced or self.ops or self.torn or self.broken):
+        # The duplicates that are being fsynced hold the lock.
+        if not (self._unsynced or self._in_doubt or self.ops or self.torn or self.broken):
             self.close()
+
+    def synced(self):
+        """What descriptors() gave has been fsynced, and closed."""
+        if not self.broken:
+            self._in_doubt = []
 
     def descriptors(self):
         """Duplicates of what has to be fsynced, in that order, for all that was written; they
@@ -1708,6 +1721,7 @@ class Queue:
         """The first `count` of the remembered changes are on the disk."""
         if self.journal is None:             # a reload has taken it away
             return
+        self.journal.synced()
         del self._unsynced[:count]
         self.safe += count
         if not self._unsynced:
@@ -5006,8 +5020,14 @@ class Listener:
                 sock.close()
                 self._tell_refused("max_connections")
                 continue
+            ip = _ip_of(address)
+            allow = server.config.server.allow
+            if allow and not any(ip in network for network in allow):
+                sock.close()
+                self._tell_refused("%s is not among those in allow" % ip)
+                continue
             sock.setblocking(False)
-            local = address[0] == "::1" or address[0].startswith(("127.", "::ffff:127."))
+            local = ip.is_loopback
             who = "%s client %s:%d" % (self.protocol, *address[:2])
             connection = Connection(server, sock, self.session_type(server.broker, local, who))
             if server.config.server.enable_session_trace:
@@ -5137,6 +5157,9 @@ class Server:
             log.info("listening on %s:%d for %s clients; %d queues, %d items",
                      *listener.address[:2], listener.protocol, len(self.broker.queues),
                      sum(queue.count for queue in self.broker.queues.values()))
+            if not (_ip_of(listener.address).is_loopback or self.config.server.allow):
+                log.warning("anybody who can reach %s:%d can read and write all queues: "
+                            "see the setting allow", *listener.address[:2])
         self.notify("READY=1\n" + self._summary())
         while not self.broker.stopping:
             self.turn()
@@ -5415,6 +5438,12 @@ def _cores():
         return len(os.sched_getaffinity(0))
     except AttributeError:                             # not on every system
         return os.cpu_count()
+
+
+def _ip_of(address):
+    """The ipaddress of a socket's address; an IPv4 one if it is that in IPv6's clothes."""
+    ip = ipaddress.ip_address(address[0].partition("%")[0])
+    return getattr(ip, "ipv4_mapped", None) or ip
 
 
 def _cannot_listen(error, address, port):

@@ -18,6 +18,7 @@ import errno
 import functools
 import gc
 import hashlib
+import ipaddress
 import itertools
 import json
 import logging
@@ -4909,6 +4910,32 @@ def test_a_client_that_takes_its_answer_slowly_is_not_closed(serve):
     assert len(got) > 4 << 20
 
 
+@pytest.mark.parametrize("allow, served", [
+    ("", True), ("127.0.0.1", True), ("127.0.0.0/8, ::1", True), ("10.0.0.0/8", False)])
+def test_only_those_in_allow_come_in(serve, caplog, allow, served):
+    port = free_port()
+    server = serve("[server]\nallow = %s\nadmin_port = %d\n" % (allow, port))
+    for number in (server.port, port):
+        with Client(number) as client, contextlib.suppress(ConnectionError):
+            client.send("GET /ping HTTP/1.1\r\n\r\n" if number == port else "version\r\n")
+            assert bool(client.line()) == served
+    assert ("127.0.0.1 is not among those in allow" in caplog.text) == (not served)
+    assert server.thread.is_alive()
+
+
+@pytest.mark.parametrize("address, allow, warned", [
+    ("0.0.0.0", "", True), ("0.0.0.0", "127.0.0.1", False), ("127.0.0.1", "", False)])
+def test_to_listen_to_everybody_is_warned_of(serve, caplog, address, allow, warned):
+    server = serve("[server]\nlisten_address = %s\nallow = %s\n" % (address, allow))
+    assert server.client().ask("version\r\n") == "VERSION 1.0.0\r\n"
+    assert ("anybody who can reach 0.0.0.0" in caplog.text) == warned
+
+
+def test_addresses_in_other_clothes():
+    for text, ip in (("::ffff:10.1.2.3", "10.1.2.3"), ("fe80::1%eth0", "fe80::1"), ("::1", "::1")):
+        assert kestrel._ip_of((text, 1)) == ipaddress.ip_address(ip)
+
+
 def test_more_connections_than_there_may_be(serve, caplog):
     server = serve("[server]\nmax_connections = 3\n")
     clients = [server.client() for _ in range(3)]
@@ -4946,22 +4973,26 @@ def test_numbers_of_any_length_harm_nothing(tmp_path, number):
     assert admin.closing and b" 4" in admin.out[0]
 
 
-def test_idle_queues_need_no_open_files(serve):
+def test_idle_queues_need_no_open_files(serve, monkeypatch):
+    monkeypatch.setattr(kestrel, "SAMPLE_SECONDS", 0.02)
+    held = HeldFsync(monkeypatch)
     server = serve("[queue]\nsync_journal = 1ms\n")
     client = server.client()
-    broker = server.server.broker
-    for number in range(20):
+    client.put("q0", b"x")
+    assert held.called.acquire(timeout=20)
+    queue = server.server.broker.queues["q0"]
+    samples = []
+    monkeypatch.setattr(queue, "rest", lambda: samples.append(kestrel.Queue.rest(queue)))
+    until(lambda: len(samples) > 3)
+    assert queue.journal.current.fd is not None        # its fsync goes on
+    held.disarm()
+    for number in range(1, 20):
         client.put("q%d" % number, b"x")
-    journals = [queue.journal for queue in broker.queues.values()]
-    until(lambda: not any(journal._unsynced for journal in journals))
-    for _ in range(2):
-        for _ in broker.sample(5):
-            pass
-    assert [journal.current.fd for journal in journals] == [None] * 20
+    journals = [queue.journal for queue in server.server.broker.queues.values()]
+    until(lambda: not any(journal.current.fd for journal in journals))
     for number in range(20):
         assert client.put("q%d" % number, b"y") == "STORED\r\n"
     assert client.get("q7") == b"x" and client.get("q7") == b"y"
-    assert all(journal.current.fd for journal in journals)
 
 
 def test_a_journal_that_somebody_else_has_changed_is_not_written_over(tmp_path):
