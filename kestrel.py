@@ -3101,7 +3101,9 @@ class MemcacheSession(Session):
 
     def _reply(self, words, answer, *queues):
         """Answer a command that may have asked for silence."""
-        if not words or words[-1] != b"noreply":
+        # A queue may have that name.
+        is_name = len(words) == 2 and words[0].lower() in (b"delete", b"flush")
+        if not words or words[-1] != b"noreply" or is_name:
             self._say(answer, *queues)
 
     def _refuse(self, error, words=(b"",)):
