@@ -507,6 +507,12 @@ _LARGE = 1 << 20                # written without another copy, in bytes
 _STEP_SIZE = 1 << 20            # how much of a long job is done at a time, in bytes
 
 
+def _bare(error):
+    """The same OSError without the frames that it came through: kept, it would be in a cycle
+    with them, and all that they hold would stay."""
+    return OSError(error.errno, error.strerror, error.filename)
+
+
 def fsync_all(fds):
     """fsync the descriptors and close them; returns the last OSError, None if all is well."""
     failure = None
@@ -517,13 +523,14 @@ def fsync_all(fds):
             finally:
                 os.close(fd)
         except OSError as error:
-            failure = error
+            failure = _bare(error)
     return failure
 
 
 def _close_all(fds):
     for fd in fds:
-        os.close(fd)
+        with contextlib.suppress(OSError):             # it is closed all the same
+            os.close(fd)
 
 
 # What stands in a repaired journal for an item that was lost; nobody is ever given it.
@@ -1108,7 +1115,8 @@ class Journal:
         self._in_doubt = files
         try:
             for file in files:
-                fds.append(os.dup(file.fd))
+                fds.append(os.dup(file.fd) if file.fd is not None
+                           else os.open(file.path, os.O_RDONLY | os.O_CLOEXEC))
             if self.renamed:
                 fds.append(self.directory_fd())
         except OSError:                      # no descriptors left
@@ -1116,7 +1124,7 @@ class Journal:
                 os.close(fd)
             raise
         for file in files:
-            if file not in (self.files[0], self.current):
+            if file not in (self.files[0], self.current) and file.fd is not None:
                 os.close(file.fd)
                 file.fd = None
         self._unsynced.clear()
@@ -1153,6 +1161,9 @@ class Journal:
         old.path, old.number = "%s.%d" % (self.path, number), number
         if len(self.files) == 1:
             old.waiting = count
+        elif old.fd is not None:             # nothing will be written to it for long
+            os.close(old.fd)
+            old.fd = None
         self.files.append(JournalFile(self.path, None, fd=fd))
         self.renamed = True
 
@@ -1303,8 +1314,13 @@ class Journal:
         """Remove the files, the oldest first, and then return a chore that frees them. Raises
         OSError."""
         fds = []
-        for file in self.passed + self.files:
-            fds += self._unlink(file)
+        try:
+            for file in self.passed + self.files:
+                fds += self._unlink(file)
+        except OSError:
+            _close_all(fds)
+            self.close()
+            raise
         return self._free(fds)
 
     def _free(self, fds):
@@ -1486,6 +1502,7 @@ class Queue:
                     int(name.rpartition(".")[2]) for name in os.listdir(self.path)
                     if re.fullmatch(re.escape(self.name) + r"\.-?[0-9]+", name)))
                 self.renew()                 # puts all that there is in place of what it held
+                self.journal.broken = self._retry is not None      # it has not begun
             else:
                 self._give_up_journal()
         except OSError as error:
@@ -1664,7 +1681,13 @@ class Queue:
     def _serve(self, now):
         while self.waiters:
             waiter = next(iter(self.waiters))
-            item = self.peek(now) if waiter.peek else self.remove(waiter.open, now)
+            try:
+                item = self.peek(now) if waiter.peek else self.remove(waiter.open, now)
+            except OSError as error:         # while reading behind: they wait on
+                log.error("%s: cannot be read: %s", self.journal.path, error.strerror)
+                if self.later:
+                    self.later(RETRY_MS, self.recover)
+                return
             if item is not None:
                 del self.waiters[waiter]
                 waiter.deliver(item)
@@ -1782,7 +1805,10 @@ class Queue:
         self.journal.adopt_pack()
 
     def recover(self, now=None):
-        """After a failed write: do what is still to be done and give waiters their items."""
+        """After a failed write, or read: do what is still to be done and give waiters their
+        items."""
+        if self.closed:
+            return
         now = _now(now)
         if self.journal and self.journal.torn:
             self.dirty(self)
@@ -2211,7 +2237,7 @@ class Histogram:
         self.total = self.longest = self.recent = 0     # recent: the longest since the last asking
 
     def add(self, value):
-        self.buckets[value.bit_length()] += 1
+        self.buckets[min(value.bit_length(), 63)] += 1
         self.total += value
         if value > self.recent:
             self.recent = value
@@ -2465,8 +2491,11 @@ class Broker:
     def sweep(self, now):
         """A chore: drop what has expired, and queues older than their max_queue_age."""
         for count, queue in enumerate(list(self.queues.values()), 1):
-            for _ in self.discard_expired(queue, now, queue.config.max_expire_sweep):
-                yield
+            try:
+                for _ in self.discard_expired(queue, now, queue.config.max_expire_sweep):
+                    yield
+            except OSError as error:
+                log.error("queue %s: what has expired is not dropped: %s", queue.name, error)
             max_age = queue.config.max_queue_age
             if max_age and queue.create_time + max_age <= now and not (
                     queue.count or queue.opens or queue.waiters or queue.closed):
@@ -2495,7 +2524,7 @@ class Broker:
                 queue.write()
                 written.append(queue)
             except OSError as error:
-                failed[queue] = error
+                failed[queue] = _bare(error)
         self.dirty.clear()
         if self._moved:
             moved, self._moved = self._moved, []
@@ -2536,12 +2565,12 @@ class Broker:
         key = os.fsencode(source.config.expire_to_queue or "")
         try:
             route = self.routes.get(key) or self.route(key, now)
+            for queue in route.queues:
+                queue.add(item.data, item.flags, 0, now)
         except (OSError, ValueError) as error:       # or there is none since a reload
             log.error("queue %s: items that expired cannot be moved: %s", source.name, error)
             self._give_back(source, item.xid)
             return
-        for queue in route.queues:
-            queue.add(item.data, item.flags, 0, now)
         self._moved.append((source, item.xid, [(queue, queue.mark()) for queue in route.queues]))
 
     def _give_back(self, source, xid):
@@ -2559,6 +2588,8 @@ class Broker:
         """A chore: take the rates of all queues; so many seconds have passed since the last."""
         put_rate = get_rate = 0.0
         for count, queue in enumerate(list(self.queues.values()), 1):
+            if queue.closed:                 # deleted since the last step
+                continue
             before = self._sampled.get(queue, (0, 0))
             self._sampled[queue] = after = queue.total_items, queue.get_hits
             queue.put_rate, queue.get_rate = [
@@ -2884,6 +2915,7 @@ class Session:
         self.job = None
         self._forget()
         self.out.append(b"")
+        self.wake()
 
     def take(self):
         """What is to be sent, which is then off the session's hands."""
@@ -3097,7 +3129,7 @@ class MemcacheSession(Session):
             self._watch(now)
 
     def _forget(self):
-        self._key = self._keys = None
+        self._key = self._keys = self._monitor = None
 
     def _reply(self, words, answer, *queues):
         """Answer a command that may have asked for silence."""
@@ -3109,6 +3141,7 @@ class MemcacheSession(Session):
     def _refuse(self, error, words=(b"",)):
         if isinstance(error, OSError):
             error = Refused("SERVER_ERROR %s" % _why(error))
+        self._forget()
         self._reply(words, error.answer)
         self._skip = error.skip
         if error.close:
@@ -3404,6 +3437,9 @@ class MemcacheSession(Session):
     def _unknown(self, words, now):
         if words and words[0].startswith(b"\x80"):
             raise Refused("ERROR the binary protocol is not spoken here", close=True)
+        if words and words[0].lower() in (b"post", b"host:"):
+            # A browser, sent here by a page: what it posts is not to be taken for commands.
+            raise Refused("ERROR this is not HTTP", close=True)
         self._reply(words, b"ERROR\r\n")
 
 
@@ -3482,6 +3518,8 @@ class TextSession(Session):
             self._put = [list(filter(None, words)), []]
             return
         command = _TEXT_COMMANDS.get(words[0].lower()) if words else None
+        if words and words[0].lower() in (b"post", b"host:"):
+            raise Refused("ERROR this is not HTTP", close=True)    # as above
         if command is None:
             raise Refused("CLIENT_ERROR Unknown command: %s" % os.fsdecode(b" ".join(words[:1])))
         command(self, words, now)
@@ -3489,6 +3527,7 @@ class TextSession(Session):
     def _refuse(self, error):
         why = error.answer.split(b" ", 1)[1].strip() if isinstance(error, Refused) else (
             os.fsencode(_why(error)))
+        self._forget()
         self._say(self._failure(os.fsdecode(why), b""))
         if isinstance(error, Refused) and error.close:
             self._end()
@@ -3768,6 +3807,7 @@ class ThriftSession(Session):
         self._say(self._failure(why, b"", kind))
 
     def _refuse(self, error):
+        self._forget()
         self._except(_why(error) if isinstance(error, OSError)
                      else os.fsdecode(error.answer).split(" ", 1)[1].strip())
 
@@ -4111,7 +4151,8 @@ class AdminSession(Session):
         headers = {}
         for text in lines:
             name, colon, value = text.partition(":")
-            if not colon or not re.fullmatch(r"[!#-'*+.^-z|~A-Z0-9-]+", name):
+            if (not colon or not re.fullmatch(r"[!#-'*+.^-z|~A-Z0-9-]+", name)
+                    or re.search("[\r\n\0]", value)):
                 raise ValueError("not a header: %.100r" % text)
             if name.lower() in headers and name.lower() in ("content-length", "host", "origin"):
                 raise ValueError("%s is there twice" % name)
@@ -4638,6 +4679,9 @@ _CALM_SECONDS = 3
 # How many queues are being fsynced at once, each of which takes descriptors.
 _SYNCS = 64
 
+# How often it is waited for fsyncs before the end, a second each.
+_LAST_ROUNDS = 30
+
 # How many connections are seen to in a turn, how many new ones by each listener, and how often
 # the log tells of those refused.
 _EVENTS = 1000
@@ -4726,7 +4770,11 @@ class Syncer:
     def _run(self):
         for work, call in iter(self._jobs.get, None):
             start = time.monotonic()
-            self.done.append((call, work(), time.monotonic() - start))
+            try:
+                error = work()
+            except OSError as failure:
+                error = _bare(failure)
+            self.done.append((call, error, time.monotonic() - start))
             self._wake()
 
 
@@ -4756,6 +4804,7 @@ class Connection:
         self._deadline = self._alarm = self.idle_alarm = self._send_alarm = None
         self._sent = 0                   # bytes sent since _watch_sending()
         self._at_end = False             # the client will send no more
+        self._finished = False           # nothing more will be said
         self.is_paused = False           # it is not listened to, for it has said too much
         self.closed = False
         self.trace = None                # who it is, if the log is to tell what is said
@@ -4801,6 +4850,8 @@ class Connection:
             self.session.resume(self.server.now)
             self.server.active.append(self)
             self._after_feed()
+            if self._at_end and not (self.session.job or self.session.closing):
+                self._hang_up()
 
     def _after_feed(self):
         """See to what the session asks for: a timeout, and a pause in its input."""
@@ -4815,7 +4866,7 @@ class Connection:
             self._set_alarm()
         if session.waiter:
             self.server.waiting.add(self)
-        elif session.job:
+        elif session.job and not session.held:         # else it is woken
             self.server.working.append(self)
         paused = session.backlog() > _CHUNK
         if paused != self.is_paused and not self._at_end:
@@ -4838,6 +4889,10 @@ class Connection:
 
     def _hang_up(self):
         """The client has closed its side. What it is owed by now is still sent."""
+        if self.session.job and not self.session.waiter:
+            self._at_end = True              # resume() comes back here when that is done
+            self._watch(self._watched & ~_READ)
+            return
         self.session.close(self.server.now)
         if self.session.out or self._unsent:
             self._at_end = True
@@ -4899,7 +4954,7 @@ class Connection:
         if session.is_full():
             session.wake()
         session.out_bytes = 0
-        if session.closing and not self.holds:
+        if session.closing and not (self.holds or self._finished):
             self._finish()
 
     def _send(self):
@@ -4940,6 +4995,7 @@ class Connection:
         """All has been said. The client is given a moment to read it: to close a socket
         with unread input would take back what it has not read yet."""
         self.session.close(self.server.now)
+        self._finished = True
         if self._at_end:
             self.close()
             return
@@ -5079,7 +5135,7 @@ class Listener:
 class Server:
     """The daemon: listeners, connections and the loop. Raises OSError when it cannot start.
 
-    run() serves until stop() is called. given: {protocol: listening socket} of ports that are
+    run() serves until stop() is called. given: {protocol: [listening socket]} of ports that are
     open already. notify: told what systemd wants to know, see sd_notify(3).
     """
 
@@ -5140,7 +5196,7 @@ class Server:
             port = getattr(settings, setting)
             try:
                 if protocol in given:
-                    bound.append((given[protocol], protocol, session))
+                    bound += [(sock, protocol, session) for sock in given[protocol]]
                 elif port is not None:
                     bound.append((_bind(settings.listen_address, port), protocol, session))
             except OSError as error:
@@ -5411,7 +5467,13 @@ class Server:
         for queue in self.broker.queues.values():
             queue.dismiss_waiters()
         self._resume_woken()
-        self._commit()
+        self._wake_in.settimeout(1)
+        for _ in range(_LAST_ROUNDS):        # an answer may wait for one fsync after the other
+            self._commit()
+            if not (self._running or self._wanted):
+                break
+            with contextlib.suppress(OSError):
+                self._wake_in.recv(4096)
         while self.broker.chores:
             self._step(self.broker.chores.popleft())
         self._syncer.stop()
@@ -5798,7 +5860,7 @@ def _repeats():
             return True
         key = record.msg
         since, count = seen.get(key, (record.created - _REPEAT_SECONDS, 0))
-        if record.created >= since + _REPEAT_SECONDS:
+        if not since <= record.created < since + _REPEAT_SECONDS:   # or the clock was set
             if count > _REPEATS:
                 record.msg, record.args = "%s (and %d more like this since)" % (
                     record.getMessage(), count - _REPEATS), ()
@@ -5810,7 +5872,7 @@ def _repeats():
 
 
 def _inherited(settings):
-    """{protocol: socket} of the sockets that systemd passes on, see sd_listen_fds(3)."""
+    """{protocol: [socket]} of the sockets that systemd passes on, see sd_listen_fds(3)."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
@@ -5823,7 +5885,7 @@ def _inherited(settings):
         port = sock.getsockname()[1]
         protocol = next((protocol for protocol in _PROTOCOLS if protocol in names[number:number + 1]
                          or port == getattr(settings, protocol + "_port")), "memcache")
-        given[protocol] = sock
+        given.setdefault(protocol, []).append(sock)
     return given
 
 
