@@ -4858,6 +4858,252 @@ def test_log_lines_that_repeat_are_limited():
     assert all(line("said", 100, name="kestrel.trace") for _ in range(1000))
 
 
+# == Failures all at once =================================================================
+
+
+def test_a_failed_write_leaves_no_cycle(tmp_path, disk):
+    """What it held would stay for good: the daemon runs without the garbage collector."""
+    talk = Talk(tmp_path)
+    talk(set_("q", "1"))
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for failing in ("pwrite", "fsync"):
+            disk.failing = {failing: errno.ENOSPC}
+            session = kestrel.MemcacheSession(talk.broker)
+            session.feed(set_("q", "2").encode(), NOW)
+            session.fail(talk.broker.commit(NOW)[1])
+            kestrel.fsync_all([os.dup(0)])
+            session.close(NOW)
+            disk.failing = {}
+        del session
+        gc.collect()
+        assert not [thing for thing in gc.garbage if isinstance(thing, (OSError, kestrel.Item))]
+    finally:
+        gc.enable()
+        gc.set_debug(0)
+        gc.garbage.clear()
+
+
+DEEP = "[queue]\nmax_memory_size = 64kb\nsync_journal = never\n"
+
+
+def fill_deep(broker, name="q", expiry=0):
+    for number in range(200):
+        broker.put(broker.route(name.encode(), NOW), b"%03d" % number * 300, 0, expiry, NOW)
+        broker.commit(NOW)
+    assert broker.queues[name]._behind
+
+
+@pytest.mark.parametrize("session_type, command, other, answer", [
+    (kestrel.MemcacheSession, b"monitor q 1 150\r\n", (b"ver", b"sion\r\n"), b"VERSION 1.0.0\r\n"),
+    (kestrel.MemcacheSession, b"get " + b"q " * 150 + b"\r\n", (b"ver", b"sion\r\n"),
+     b"VERSION 1.0.0\r\n"),
+    (kestrel.TextSession, b"monitor q 1000 150\n", (b"ver", b"sion\n"), b":1.0.0\n"),
+    (kestrel.ThriftSession, thrift_get(b"q", 150, 0, 1000),
+     (call(b"get_version")[:9], call(b"get_version")[9:]),
+     reply(b"get_version", thrift_string(0, b"1.0.0")))])
+def test_a_command_that_fails_is_not_in_hand_any_more(
+        tmp_path, disk, session_type, command, other, answer):
+    talk = Talk(tmp_path, "[server]\nmax_open_transactions = 1000\n" + DEEP, session_type)
+    fill_deep(talk.broker)
+    disk.failing = {"open": errno.EMFILE}
+    session = talk.session()
+    for _ in range(20):                      # as far as what is in memory goes
+        session.feed(command, NOW)
+        if any(b"Too many open files" in said for said in session.out):
+            break
+        if command.startswith(b"get "):
+            break
+    disk.failing = {}
+    talk.broker.commit(NOW)
+    session.take()
+    session.feed(other[0], NOW)
+    assert session.take() == []
+    session.feed(other[1], NOW)
+    assert b"".join(session.take()) == answer
+
+
+def test_a_queue_that_cannot_be_read_stops_nobody(tmp_path, disk, caplog):
+    calls = []
+    config = config_of(tmp_path, DEEP + "[queue brief]\nmax_items = 300\nexpire_to_queue = late\n"
+                       "[queue late]\nmax_items = 150\ndiscard_old_when_full = true\n")
+    broker = kestrel.Broker(config, lambda delay, call: calls.append(call) or (lambda: None), NOW)
+    fill_deep(broker, "brief", NOW + 5)
+    fill_deep(broker, "q", NOW + 5)
+    fill_deep(broker, "late")
+    disk.failing = {"open": errno.EMFILE}
+    list(broker.sweep(NOW + 10))
+    for _ in range(3):
+        broker.commit(NOW + 10)
+    assert "is not dropped" in caplog.text and "cannot be moved" in caplog.text
+    disk.failing = {}
+    for _ in range(5):
+        list(broker.sweep(NOW + 10))
+        while calls:
+            calls.pop(0)()
+        broker.commit(NOW + 10)
+    assert broker.queues["q"].count == 0
+
+
+def test_a_waiter_that_cannot_be_served_is_served_later(tmp_path, disk):
+    calls = []
+    queue = kestrel.Queue(
+        "q", str(tmp_path), kestrel.QueueConfig(max_memory_size=1000, sync_journal=None),
+        dirty=lambda queue: None, later=lambda delay, call: calls.append(call),
+        start=lambda queue, chore: None, now=NOW)
+    for number in range(60):
+        queue.add(b"%d" % number * 100, expiry=NOW + 5, now=NOW)
+    queue.write()
+    got = []
+    queue.wait(kestrel.Waiter(got.append))
+    disk.failing = {"open": errno.EMFILE}
+    queue.add(b"good", now=NOW + 10)         # behind what has expired and cannot be read
+    assert got == [] and queue.waiters
+    disk.failing = {}
+    queue.write()
+    while calls and not got:
+        calls.pop(0)()
+    assert [item.data for item in got] == [b"good"]
+
+
+def test_the_syncer_outlives_what_it_does():
+    woken = threading.Semaphore(0)
+    syncer = kestrel.Syncer(woken.release)
+
+    def fail():
+        raise OSError(errno.EIO, "no")
+
+    syncer.submit(fail, "first")
+    syncer.submit(lambda: None, "second")
+    assert woken.acquire(timeout=20) and woken.acquire(timeout=20)
+    assert [(call, error and error.errno) for call, error, _ in syncer.done] == [
+        ("first", errno.EIO), ("second", None)]
+    syncer.stop()
+
+
+def test_no_turn_is_made_for_a_job_that_is_held(serve, monkeypatch):
+    server = serve("[queue]\nsync_journal = 0\n")
+    client, other = server.client(), server.client()
+    for name in "abc":
+        client.put(name, b"x")
+    held = HeldFsync(monkeypatch)
+    client.send("flush_all\r\n")
+    assert held.called.acquire(timeout=20)
+    other.ask("version\r\n")
+    turns = []
+    turn = server.server.turn
+    monkeypatch.setattr(server.server, "turn", lambda: turns.append(1) or turn())
+    for _ in range(20):
+        other.ask("version\r\n")
+    assert len(turns) < 100
+    held.disarm()
+    assert client.line() == "Flushed all queues.\r\n"
+
+
+def test_a_half_closed_client_gets_the_whole_of_a_long_answer(serve):
+    port = free_port()
+    server = serve("[server]\nadmin_port = %d\n" % port)
+    client = server.client()
+    for number in range(350):
+        client.put("q%d" % number, b"x")
+    for command, at, end in ((b"stats\r\n", server.port, b"END\r\n"),
+                             (request("GET /metrics").encode(), port, b"\n"),
+                             (b"flush_all\r\n", server.port, b"Flushed all queues.\r\n")):
+        with Client(at) as one:
+            one.send(command)
+            one.sock.shutdown(socket.SHUT_WR)
+            assert one.file.read().endswith(end)
+    assert client.stats()["curr_items"] == "0"
+    until(lambda: client.stats()["curr_connections"] == "1")
+
+
+def test_commands_behind_a_wait_that_failed_are_answered(serve, disk):
+    server = serve("[queue]\nsync_journal = never\n")
+    client = server.client()
+    client.put("q", b"1")
+    client.get("q/open")
+    disk.failing = {"pwrite": errno.ENOSPC}
+    client.send("get q/close/open/t=60000\r\nversion\r\n")
+    assert client.line() == "SERVER_ERROR q: No space left on device\r\n"
+    assert client.line() == "VERSION 1.0.0\r\n"
+    disk.failing = {}
+
+
+def test_the_end_waits_for_answers_that_wait_for_one_fsync_after_the_other(serve, monkeypatch):
+    server = serve("[queue]\nsync_journal = 0\n")
+    first, second = server.client(), server.client()
+    held = HeldFsync(monkeypatch)
+    first.send("set q 0 0 1\r\nx\r\n")
+    assert held.called.acquire(timeout=20)
+    second.send("set q 0 0 1\r\ny\r\n")
+    until(lambda: server.server._wanted)
+    server.server.broker.stopping = True
+    server.server.interrupt()
+    until(lambda: not server.server.listeners[0].sock.fileno() >= 0)
+    held.disarm()
+    assert first.line() == second.line() == "STORED\r\n"
+
+
+def test_a_delete_that_fails_leaves_no_lock(serve, disk):
+    server = serve("[queue]\nsync_journal = never\n")
+    client = server.client()
+    client.put("q", b"x")
+    disk.failing = {"unlink": errno.EIO}
+    assert client.ask("delete q\r\n").startswith("SERVER_ERROR")
+    disk.failing = {}
+    assert client.put("q", b"y") == "STORED\r\n"
+
+
+def test_keep_journal_that_cannot_begin_writes_nothing_behind_the_old(tmp_path, disk):
+    talk = Talk(tmp_path)
+    talk(set_("q", "old"))
+    for queue in talk.broker.queues.values():
+        queue.close()
+    talk = Talk(tmp_path, "[queue]\nkeep_journal = false\n")
+    talk(set_("q", "1"))
+    (tmp_path / "kestrel.conf").write_text("")
+    disk.failing = {"rename": errno.EIO}
+    talk.broker.reload()
+    disk.failing = {}
+    session = talk.session()
+    session.feed(set_("q", "2").encode(), NOW)
+    assert talk.broker.commit(NOW)[1]
+    assert contents_of(tmp_path / "spool") == [b"old"]
+
+
+def test_rotated_files_are_not_kept_open(tmp_path):
+    queue = turn_queue(tmp_path, max_memory_size=1000)
+    for number in range(300):
+        queue.add(b"x" * 100, now=NOW)
+        queue.write()
+    assert len(queue.journal.files) > 10
+    assert sum(file.fd is not None for file in queue.journal.files) <= 2
+    fds, _ = queue.begin_sync()
+    assert len(fds) >= len(queue.journal.files)
+    assert not kestrel.fsync_all(fds)
+    queue.close()
+
+
+def test_a_browser_cannot_be_made_to_post_commands(talk, text):
+    """A page of anywhere can have it send a POST to any port of this machine."""
+    body = "POST / HTTP/1.1\r\nHost: here\r\n\r\n"
+    assert talk(set_("q", "1") + body + "flush_all\r\n").endswith("ERROR this is not HTTP\r\n✂")
+    assert talk("host: here\r\nflush_all\r\n", "second").endswith("✂")
+    assert items_of(talk.broker, "q") == [b"1"]
+    assert text(body + "flush q\r\n").endswith("✂")
+
+
+def test_a_clock_set_back_does_not_silence_the_log():
+    admit = kestrel._repeats()
+    for second in [1000] * 100 + [500] * 5:
+        record = logging.LogRecord("kestrel", logging.INFO, "", 0, "said", (), None)
+        record.created = second
+        passed = admit(record)
+    assert passed
+
+
 # == Limits ===============================================================================
 
 
