@@ -2233,11 +2233,11 @@ class Histogram:
     """How often whole numbers of each size were seen: bucket n counts those of n bits."""
 
     def __init__(self):
-        self.buckets = [0] * 64
+        self.buckets = [0] * 128             # no time is longer
         self.total = self.longest = self.recent = 0     # recent: the longest since the last asking
 
     def add(self, value):
-        self.buckets[min(value.bit_length(), 63)] += 1
+        self.buckets[value.bit_length()] += 1
         self.total += value
         if value > self.recent:
             self.recent = value
@@ -2780,6 +2780,7 @@ class Session:
         self.out = []
         self.out_bytes = 0              # roughly; of items only
         self.most_out = self.settings.max_output_buffer
+        self._latency = broker.metrics["delivery_latency_msec"]
         self.touched = []
         self.timeout = None
         self.held = False
@@ -3005,7 +3006,7 @@ class Session:
     def _hit(self):
         """A get has been given an item of the queue in hand."""
         self.broker.stats.get_hits += 1
-        self.broker.metrics["delivery_latency_msec"].add(self.queue.age)
+        self._latency.add(self.queue.age)
 
     def _missed(self):
         """A get has found the queue in hand empty, or none of that name."""
