@@ -2,8 +2,8 @@
 # Copyright (c) the kestrel.py authors. MIT License, see LICENSE.
 """kestrel.py: Twitter's Kestrel message queue, rebuilt as one file of plain Python.
 
-A daemon that speaks the memcache text protocol, and Kestrel's own text and Thrift protocols;
-each key is a durable FIFO queue.
+A daemon that speaks the memcache text protocol, Kestrel's own text and Thrift protocols, and
+HTTP to whoever watches it; each key is a durable FIFO queue.
 
     python3 kestrel.py                    # port 22133, journals in ./spool
     python3 kestrel.py -c kestrel.conf
@@ -22,7 +22,7 @@ The file is read from top to bottom; no section refers to one below its own:
     2  Journal         items, records, the files of one queue
     3  Queue           items in order, open reads, waiters, limits, expiry
     4  Broker          all queues by name: fanout, aliases, status, stats
-    5  Protocols       bytes in, bytes out: no sockets, no clock, no files
+    5  Protocols       memcache, text, Thrift, HTTP: bytes in, bytes out; no sockets, clock, files
     6  Server          sockets, timers, fsync, signals: one turn of the loop
     7  From Python     a client, and a server in a thread
     8  Command line    main()
@@ -1964,8 +1964,7 @@ class Queue:
         journal = self.journal
         config = self.config
         current = journal.current
-        alone = len(journal.files) == 1 and not journal.passed
-        total = current.size if alone else journal.total_size()
+        total = journal.total_size() if journal.passed or len(journal.files) > 1 else current.size
         if self._chore or self._retry or journal.broken or journal.ops:
             return                           # the next write, or the end of that, comes here
         try:
@@ -2645,13 +2644,17 @@ class Broker:
 # `out`; it asks the broker, and never touches a socket, a clock or a file, so that every
 # case can be tried without one. What the server reads of a session:
 #
-#   out        byte strings to be sent, in order; take() takes them
-#   out_bytes  roughly how much that is, set to 0 by the server when all has been sent
-#   touched    (queue, index in out, count, whole) of each answer that rests on a journal
-#   held       set by the server while answers wait for an fsync: nothing more is parsed
-#   timeout    milliseconds from now at which time_out() is to be called, then None again
-#   job        a long command in hand, of which resume() does a piece; for the next turn
-#   closing    nothing more is parsed; close when `out` has been sent
+#   out          byte strings to be sent, in order; take() takes them
+#   out_bytes    roughly how much that is, set to 0 by the server when all has been sent
+#   touched      (queue, index in out, count, whole) of each answer that rests on a journal
+#   held         between hold() and release(), while answers wait for an fsync
+#   stalled      the next command has to wait: for an item, a job, an fsync, for ever. Only
+#                resume() sees whether it still has to
+#   unparsed     how much input has been kept
+#   timeout      milliseconds from now at which time_out() is to be called, then None again
+#   job          a long command in hand, of which resume() does a piece; for the next turn
+#   closing      nothing more is parsed; close when `out` has been sent
+#   idle_timeout milliseconds, where client_timeout says nothing
 
 # What expires later than this expires then; the journal has 64 bits for it.
 _LATEST = 1 << 62
@@ -2862,6 +2865,15 @@ class Session:
         """Go on with the command in hand when `job` is done, of which each turn does a piece."""
         self.job = job
         self.stalled = True
+
+    def _has_to_sweep(self, now):
+        """Whether a read of the queue in hand has found none for a long run of expired items:
+        they are dropped first, and it is to be tried again then."""
+        queue = self.queue
+        if queue and queue.count:
+            self._put_off(self.broker.discard_expired(queue, now))
+            return True
+        return False
 
     def _end(self):
         """Parse nothing more, and close when all has been said."""
@@ -3230,8 +3242,7 @@ class MemcacheSession(Session):
             if queue in self.open_reads:
                 self._check_opens(plain=not opening)
             item = queue.remove(opening, now)
-        if item is None and queue and queue.count:     # a long run of expired ones
-            self._put_off(broker.discard_expired(queue, now))
+        if item is None and self._has_to_sweep(now):
             self._key = key._replace(close=False, abort=False)
             return
         if peek:
@@ -3306,8 +3317,7 @@ class MemcacheSession(Session):
                 self._show(None)
                 return
             item = self.queue.remove(True, now)
-            if item is None and self.queue.count:      # a long run of expired ones
-                self._put_off(self.broker.discard_expired(self.queue, now))
+            if item is None and self._has_to_sweep(now):
                 return
             self.broker.stats.cmd_get += 1
             if item is None:
@@ -3610,8 +3620,7 @@ class TextSession(Session):
                 self._say(b"*\n")
                 return
             item = queue and (queue.peek(now) if self._peeking else queue.remove(True, now))
-            if item is None and queue and queue.count:     # a long run of expired ones
-                self._put_off(self.broker.discard_expired(queue, now))
+            if item is None and self._has_to_sweep(now):
                 return
             if item is None and queue and self._waits:
                 self._wait(not self._peeking, self._peeking)
@@ -3854,8 +3863,7 @@ class ThriftSession(Session):
         size = sum(len(item.data) for item in get.items)
         while queue and len(get.items) < get.most and size < _MOST_BYTES:
             item = queue.remove(get.opening, now)
-            if item is None and queue.count:         # a long run of expired ones
-                self._put_off(self.broker.discard_expired(queue, now))
+            if item is None and self._has_to_sweep(now):
                 return
             if item is None and get.waits:
                 self._wait(True)
@@ -4104,23 +4112,22 @@ class AdminSession(Session):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self._method = "GET"
-        self._keep_alive = False         # after the answer to the request in hand
+        self._method = "GET"             # of the request in hand
+        self._keep_alive = False         # after the answer to it
         self._query = {}
 
     def _parse(self, data, now):
         pos = 0
         while not (self.stalled or self.is_full()):
+            self._method, self._keep_alive = "GET", False
             try:
                 while data[pos:pos + 2] == b"\r\n":        # RFC 9112, 2.2
                     pos += 2
                 end = data.find(b"\r\n\r\n", pos, pos + MAX_HEAD)
                 if not data[pos:pos + 1].isalpha() and data[pos:]:
-                    self._method = "GET"
                     raise ValueError("not a request of HTTP/1.1")      # TLS, perhaps
                 if end < 0:
                     if len(data) - pos >= MAX_HEAD:
-                        self._method, self._keep_alive = "GET", False
                         self._respond(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
                     break
                 line, headers = self._parse_head(data[pos:end])
@@ -4144,7 +4151,6 @@ class AdminSession(Session):
     def _parse_head(self, head):
         """The words of the request line, and the headers by name in lower case. Raises
         ValueError."""
-        self._method, self._keep_alive = "GET", False
         first, *lines = head.decode("latin-1").split("\r\n")
         line = first.split(" ")
         if len(line) != 3 or not re.fullmatch(r"HTTP/1\.[01]", line[2]):
@@ -4250,44 +4256,36 @@ class AdminSession(Session):
                 yield
         finish()
 
-    def _figures(self, now):
-        """{"counters": {name: value}, ...} of the server, as /stats.json has them."""
+    def _report(self, now, line, finish):
+        """Begin a job: line(name, value) of all there is to tell, under Kestrel's names, then
+        finish({"counters": lines, "gauges": lines, "labels": lines, "metrics": lines})."""
         stats = dict(self.broker.server_stats(now))
-        report = {"counters": {}, "gauges": {}, "labels": {
-            "status": self.broker.status, "version": __version__}, "metrics": {
-                name: metric.figures() for name, metric in self.broker.metrics.items()}}
+        report = {"counters": [], "gauges": [],
+                  "labels": [line("status", self.broker.status), line("version", __version__)],
+                  "metrics": [line(name, metric.figures())
+                              for name, metric in self.broker.metrics.items()]}
         for key, kind, name, _, _ in _SERVER_FIGURES:
-            report[kind + "s"][name] = json.loads(str(stats[key]))
-        return report
+            report[kind + "s"].append(line(name, json.loads(str(stats[key]))))
+
+        def tell(queue, stats):
+            for key, kind, name, _, _ in _QUEUE_FIGURES:
+                report[kind + "s"].append(line(
+                    "q/%s/%s" % (_shown_name(queue.name), name), stats[key]))
+
+        self._begin(self._each_queue(now, tell, lambda: finish(report)))
 
     def _stats_json(self, now):
-        report = self._figures(now)
-        pieces = {kind: ["%s:%s" % (json.dumps(name), json.dumps(value))
-                         for name, value in report[kind].items()] for kind in report}
-
-        def tell(queue, stats):
-            for key, kind, name, _, _ in _QUEUE_FIGURES:
-                pieces[kind + "s"].append("%s:%s" % (
-                    json.dumps("q/%s/%s" % (_shown_name(queue.name), name)), stats[key]))
-
-        self._begin(self._each_queue(now, tell, lambda: self._respond(
-            HTTPStatus.OK, "{%s}" % ",".join(
-                '"%s":{%s}' % (kind, ",".join(lines)) for kind, lines in pieces.items()), _JSON)))
+        self._report(
+            now, lambda name, value: "%s:%s" % (json.dumps(name), json.dumps(value)),
+            lambda report: self._respond(HTTPStatus.OK, "{%s}" % ",".join(
+                '"%s":{%s}' % (kind, ",".join(lines)) for kind, lines in report.items()), _JSON))
 
     def _stats_txt(self, now):
-        report = self._figures(now)
-        pieces = {kind: ["  %s: %s" % (name, ", ".join(
-            "%s=%s" % pair for pair in value.items()) if kind == "metrics" else value)
-                         for name, value in report[kind].items()] for kind in report}
-
-        def tell(queue, stats):
-            for key, kind, name, _, _ in _QUEUE_FIGURES:
-                pieces[kind + "s"].append("  q/%s/%s: %s" % (
-                    _shown_name(queue.name), name, stats[key]))
-
-        self._begin(self._each_queue(now, tell, lambda: self._respond(
-            HTTPStatus.OK, "\n".join("%s:\n%s" % (kind, "\n".join(lines))
-                                     for kind, lines in pieces.items()))))
+        self._report(
+            now, lambda name, value: "  %s: %s" % (name, ", ".join(
+                "%s=%s" % pair for pair in value.items()) if isinstance(value, dict) else value),
+            lambda report: self._respond(HTTPStatus.OK, "\n".join(
+                "%s:\n%s" % (kind, "\n".join(lines)) for kind, lines in report.items())))
 
     def _metrics(self, now):
         # https://prometheus.io/docs/instrumenting/exposition_formats/, version 0.0.4
@@ -4698,7 +4696,7 @@ _CHUNK = 1 << 16
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
-
+# What is spoken at a port, which is set by memcache_port and so on.
 _PROTOCOLS = {"memcache": MemcacheSession, "text": TextSession, "thrift": ThriftSession,
               "admin": AdminSession}
 
@@ -4808,7 +4806,9 @@ class Connection:
         self._finished = False           # nothing more will be said
         self.is_paused = False           # it is not listened to, for it has said too much
         self.closed = False
-        self.trace = None                # who it is, if the log is to tell what is said
+        self.is_traced = server.config.server.enable_session_trace
+        if self.is_traced:
+            trace.info("%s: connected", session.who)
         server.selector.register(sock, self._watched, self)
 
     def is_idle(self):
@@ -4836,8 +4836,8 @@ class Connection:
         self.last_active = server.mono
         if self._at_end:                 # we have said all that we will
             return
-        if self.trace:
-            trace.info("%s: says %r", self.trace, data[:200])
+        if self.is_traced:
+            trace.info("%s: says %r", self.session.who, data[:200])
         session = self.session
         session.feed(data, server.now)
         server.active.append(self)
@@ -4937,8 +4937,8 @@ class Connection:
             self._checked = len(session.touched)
         elif session.out:
             self._checked = 0
-            if self.trace:
-                trace.info("%s: is told %r", self.trace, b"".join(session.out)[:200])
+            if self.is_traced:
+                trace.info("%s: is told %r", self.session.who, b"".join(session.out)[:200])
             self._unsent += session.take()
         if self._unsent:
             try:
@@ -5022,8 +5022,8 @@ class Connection:
             self.server.connections.discard(self)
             self.server.waiting.discard(self)
             self.server.broker.count_connection(-1)
-            if self.trace:
-                trace.info("%s: closed", self.trace)
+            if self.is_traced:
+                trace.info("%s: closed", self.session.who)
 
     def _watch(self, mask):
         selector = self.server.selector
@@ -5079,19 +5079,16 @@ class Listener:
                 sock.close()
                 self._tell_refused("max_connections")
                 continue
-            ip = _ip_of(address)
+            ip = _ip_of(address[0])
             allow = server.config.server.allow
             if allow and not any(ip in network for network in allow):
                 sock.close()
                 self._tell_refused("%s is not among those in allow" % ip)
                 continue
             sock.setblocking(False)
-            local = ip.is_loopback
-            who = "%s client %s:%d" % (self.protocol, *address[:2])
-            connection = Connection(server, sock, self.session_type(server.broker, local, who))
-            if server.config.server.enable_session_trace:
-                connection.trace = who
-                trace.info("%s: connected", connection.trace)
+            session = self.session_type(server.broker, ip.is_loopback, "%s client %s:%d" % (
+                self.protocol, *address[:2]))
+            connection = Connection(server, sock, session)
             server.connections.add(connection)
             server.broker.count_connection(1)
             server.watch_idle(connection)
@@ -5216,7 +5213,7 @@ class Server:
             log.info("listening on %s:%d for %s clients; %d queues, %d items",
                      *listener.address[:2], listener.protocol, len(self.broker.queues),
                      sum(queue.count for queue in self.broker.queues.values()))
-            if not (_ip_of(listener.address).is_loopback or self.config.server.allow):
+            if not (_ip_of(listener.address[0]).is_loopback or self.config.server.allow):
                 log.warning("anybody who can reach %s:%d can read and write all queues: "
                             "see the setting allow", *listener.address[:2])
         self.notify("READY=1\n" + self._summary())
@@ -5252,7 +5249,7 @@ class Server:
         self._events = events[_EVENTS:]
         self.timers.run(self.mono)
         if broker.chores:
-            self._step(self.broker.chores.popleft())
+            self._step(broker.chores.popleft())
         if self.reload_wanted:
             self.reload_wanted = False
             self._reload()
@@ -5505,9 +5502,10 @@ def _cores():
         return os.cpu_count()
 
 
-def _ip_of(address):
-    """The ipaddress of a socket's address; an IPv4 one if it is that in IPv6's clothes."""
-    ip = ipaddress.ip_address(address[0].partition("%")[0])
+@functools.lru_cache(maxsize=1024)       # the same clients come again and again
+def _ip_of(host):
+    """The ipaddress of a host as sockets name it; an IPv4 one if it is that in IPv6's clothes."""
+    ip = ipaddress.ip_address(host.partition("%")[0])
     return getattr(ip, "ipv4_mapped", None) or ip
 
 

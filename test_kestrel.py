@@ -5182,7 +5182,7 @@ def test_to_listen_to_everybody_is_warned_of(serve, caplog, address, allow, warn
 
 def test_addresses_in_other_clothes():
     for text, ip in (("::ffff:10.1.2.3", "10.1.2.3"), ("fe80::1%eth0", "fe80::1"), ("::1", "::1")):
-        assert kestrel._ip_of((text, 1)) == ipaddress.ip_address(ip)
+        assert kestrel._ip_of(text) == ipaddress.ip_address(ip)
 
 
 def test_more_connections_than_there_may_be(serve, caplog):
