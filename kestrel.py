@@ -46,8 +46,10 @@ import errno
 import fcntl
 import functools
 import gc
+import getpass
 import hashlib
 import heapq
+import hmac
 import io
 import ipaddress
 import itertools
@@ -63,6 +65,8 @@ import selectors
 import shlex
 import signal
 import socket
+import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -82,7 +86,8 @@ trace = logging.getLogger("kestrel.trace")    # what enable_trace and enable_ses
 #
 # The settings, their units and defaults, and the config file they come from. A setting
 # carries Kestrel's name in snake_case. Times are held in milliseconds, busy_poll in
-# microseconds, sizes in bytes.
+# microseconds, sizes in bytes. What the settings name, certificates and passwords, is read here
+# too, so that a mistake in it is one of the config file.
 # Knows configparser and units; no queues, no sockets.
 
 UNLIMITED = (1 << 63) - 1
@@ -163,7 +168,7 @@ def _parse_text(text):
 def _parse_word(*words):
     def parse(text):
         if text.lower() not in words:
-            raise ValueError("%r is none of: %s" % (text, ", ".join(words)))
+            raise ValueError("%r is none of: %s" % (text, ", ".join(filter(None, words))))
         return text.lower()
     return parse
 
@@ -172,12 +177,37 @@ def _parse_name_or_none(text):
     return check_name(text) if text else None
 
 
+def _words(text):
+    return tuple(filter(None, re.split("[ ,\n]+", text)))
+
+
 def _parse_networks(text):
-    return tuple(ipaddress.ip_network(word) for word in re.split("[ ,\n]+", text) if word)
+    return tuple(map(ipaddress.ip_network, _words(text)))
 
 
 def _parse_names(text):
-    return tuple(check_name(name) for name in re.split("[ ,\n]+", text.strip(" ,\n")))
+    return tuple(map(check_name, _words(text) or [""]))
+
+
+def _parse_addresses(text):
+    addresses = tuple(word[1:-1] if word.startswith("[") and word.endswith("]") else word
+                      for word in _words(text))
+    if not addresses:
+        raise ValueError("there is no address")
+    for address in addresses:
+        if addresses.count(address) > 1:
+            raise ValueError("%s is there twice" % address)
+        if address.startswith("unix:"):
+            _parse_text(address[5:])
+        elif ":" in address:
+            ipaddress.IPv6Address(address.partition("%")[0])    # a port is a setting of its own
+    return addresses
+
+
+def _parse_mode(text):
+    if not re.fullmatch("[0-7]{3,4}", text):
+        raise ValueError("%r is not a mode such as 0600 or 0660" % text)
+    return int(text, 8)
 
 
 # How a kind of setting is read from text and written as text.
@@ -220,6 +250,9 @@ TEXT_OR_NONE = Kind(str, str)
 STATUS = Kind(_parse_word(*map(str.lower, STATUSES)), str)
 NAME = Kind(_parse_name_or_none, lambda name: name or "")
 NAMES = Kind(_parse_names, ", ".join)
+USERS = Kind(_words, ", ".join)
+ADDRESSES = Kind(_parse_addresses, ", ".join)
+MODE = Kind(_parse_mode, "{:04o}".format)
 NETWORKS = Kind(_parse_networks, lambda networks: ", ".join(map(str, networks)))
 SIZE_LIMIT = _or("unlimited", UNLIMITED, SIZE)
 COUNT_LIMIT = _or("unlimited", UNLIMITED, COUNT)
@@ -231,8 +264,14 @@ TIMEOUT = Kind(lambda text: TIME_OR_NEVER.parse(text) or None, TIME_OR_NEVER.sho
 
 # What each section of the config file may set: name -> (kind, default as written).
 SERVER_SETTINGS = {
-    "listen_address": (TEXT, "127.0.0.1"),
+    "listen": (ADDRESSES, "127.0.0.1"),
+    "socket_mode": (MODE, "0600"),
     "allow": (NETWORKS, ""),
+    "tls_cert": (TEXT_OR_NONE, ""),
+    "tls_key": (TEXT_OR_NONE, ""),
+    "tls_client_ca": (TEXT_OR_NONE, ""),
+    "auth_file": (TEXT_OR_NONE, ""),
+    "admin_commands": (Kind(_parse_word("", "local", "all", "none"), str), ""),
     "memcache_port": (PORT, "22133"),
     "text_port": (PORT_OR_OFF, "off"),
     "thrift_port": (PORT_OR_OFF, "off"),
@@ -279,10 +318,69 @@ QUEUE_SETTINGS = {
     "open_transaction_timeout": (TIMEOUT, "never"),
     "keep_flags": (FLAG, "true"),
     "enable_trace": (FLAG, "false"),
+    "put_users": (USERS, ""),
+    "get_users": (USERS, ""),
 }
 ALIAS_SETTINGS = {
     "destination_queues": (NAMES, None),
 }
+
+# Kestrel's names of settings that do more here.
+_OLD_NAMES = {"listen_address": "listen"}
+
+# The [server] settings that change at once with a reload.
+RELOADED = ("allow", "tls_cert", "tls_key", "tls_client_ca", "admin_commands")
+
+
+def hash_password(password, salt=None, rounds=200000):
+    """What stands for a password (bytes) in an auth_file: PBKDF2 (RFC 8018) with HMAC-SHA256, as
+    `pbkdf2$rounds$salt$digest`. It takes a processor for a tenth of a second, on purpose."""
+    salt = salt or os.urandom(16)
+    digest = hashlib.pbkdf2_hmac("sha256", password, salt, rounds)
+    return "pbkdf2$%d$%s$%s" % (rounds, salt.hex(), digest.hex())
+
+
+def is_password(password, stored):
+    """Whether hash_password() has made `stored` of the password (bytes)."""
+    _, rounds, salt, _ = stored.split("$")
+    made = hash_password(password, bytes.fromhex(salt), int(rounds))
+    return hmac.compare_digest(made, stored)
+
+
+def _read_users(path):
+    """{name: what hash_password() has made} of an auth_file. Raises ConfigError."""
+    users = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("auth_file %s: %s" % (path, error)) from None
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if line and not line.startswith("#"):
+            name, _, stored = line.partition(":")
+            if not re.fullmatch(r"pbkdf2\$[1-9][0-9]{0,6}\$([0-9a-f]{2})+\$[0-9a-f]{64}", stored):
+                raise ConfigError("%s:%d: not name:password, with what --hash-password makes of "
+                                  "the password" % (path, number))
+            if not name or re.search(r"[\s,]", name) or name in users:
+                raise ConfigError("%s:%d: the name is empty, has blanks or commas in it, or is "
+                                  "there twice" % (path, number))
+            users[name] = stored
+    return users
+
+
+def _tls_context(settings):
+    """The ssl.SSLContext for those who come in. Raises OSError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    for path in filter(None, (settings.tls_cert, settings.tls_key, settings.tls_client_ca)):
+        open(path).close()               # its error has the name of the file, those below do not
+    context.load_cert_chain(settings.tls_cert, settings.tls_key or None,
+                            password=lambda: "")       # else it asks for one, at the terminal
+    if settings.tls_client_ca:
+        context.load_verify_locations(settings.tls_client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
 def _defaults(settings):
@@ -318,7 +416,8 @@ class QueueConfig(Values):
 
 
 class Config:
-    """Everything that a config file says. `server` holds the [server] settings.
+    """Everything that a config file says. `server` holds the [server] settings, `tls` an
+    ssl.SSLContext or None, `users` {name: what hash_password() has made}, None without an auth_file.
 
     `path` is an INI file (configparser), None for the defaults. `overrides` are [server]
     settings, given as text, that go before the file's. Raises ConfigError.
@@ -330,15 +429,15 @@ class Config:
         self.aliases = {}
         self._queues = {}
         self._lines = []
-        server = {}
+        server, queues = {}, []
         for header, values in self._sections():
             kind, _, name = header.partition(" ")
             name = name.strip()
             if header == "server":
                 server = self._values(header, SERVER_SETTINGS, values)
             elif kind == "queue":
-                self._add(header, self._queues, name,
-                          self._values(header, QUEUE_SETTINGS, values))
+                queues.append((header, self._values(header, QUEUE_SETTINGS, values)))
+                self._add(header, self._queues, name, queues[-1][1])
             elif kind == "alias" and name:
                 alias = self._values(header, ALIAS_SETTINGS, values)
                 if not alias:
@@ -361,6 +460,9 @@ class Config:
                 raise ConfigError("command line: %s: %s" % (key, error)) from None
         self.given = server.keys()       # the [server] settings that are not just defaults
         self.server = Values(**{**_defaults(SERVER_SETTINGS), **server})
+        self.tls = self._read_tls()
+        self.users = _read_users(self.server.auth_file) if self.server.auth_file else None
+        self._check_users(queues)
 
     def queue(self, name):
         """The QueueConfig of `name`: built-in, then [queue], [queue q], [queue q+child]."""
@@ -413,13 +515,43 @@ class Config:
     def _values(self, header, settings, texts):
         values = {}
         for key, text in texts.items():
-            if key not in settings:
+            name = _OLD_NAMES.get(key, key)
+            if name not in settings:
                 raise self._error("unknown setting %s in [%s]" % (key, header), header, key)
+            if name in values:
+                raise self._error("%s is the same as %s: set one of them" % tuple(
+                    *_OLD_NAMES.items()), header, key)
             try:
-                values[key] = settings[key][0].parse(text)
+                values[name] = settings[name][0].parse(text)
             except ValueError as error:
                 raise self._error("%s: %s" % (key, error), header, key) from None
         return values
+
+    def _read_tls(self):
+        settings = self.server
+        if not settings.tls_cert:
+            for key in ("tls_key", "tls_client_ca"):
+                if getattr(settings, key):
+                    raise self._error("%s needs a tls_cert" % key, "server", key)
+            return None
+        try:
+            return _tls_context(settings)
+        except (OSError, ValueError) as error:
+            raise self._error("tls_cert, tls_key or tls_client_ca: %s" % error, "server",
+                              "tls_cert") from None
+
+    def _check_users(self, queues):
+        if self.users is not None:
+            for key in ("text_port", "thrift_port"):
+                if getattr(self.server, key) is not None:
+                    raise self._error("auth_file: clients of %s cannot say who they are; turn it "
+                                      "off" % key, "server", "auth_file")
+        for header, values in queues:
+            for key in ("put_users", "get_users"):
+                for user in values.get(key, ()):
+                    if user not in (self.users or ()):
+                        raise self._error("%s: there is no %s in the auth_file" % (key, user),
+                                          header, key)
 
     def _add(self, header, known, name, values):
         """Note what a [queue NAME] or [alias NAME] says, once for each name."""
@@ -2223,6 +2355,11 @@ Route = collections.namedtuple("Route", "targets copies queues")
 # How many items or queues a long job looks at before other work gets its turn.
 SWEEP_STEP = 1000
 
+# How long a host whose password was wrong has to wait for the next try, and the password of
+# somebody unknown, which takes as long to find wrong as any.
+_LOGIN_REST_MS = 1000
+_NOBODY = "pbkdf2$200000$%032d$%064d" % (0, 0)
+
 # How often rates are taken, in seconds, and how many of the last samples are kept of a queue.
 SAMPLE_SECONDS = 5
 SAMPLES = 120
@@ -2263,6 +2400,69 @@ class Histogram:
         return {**dict.fromkeys([name for name, _ in shares], 0), **figures}
 
 
+class Logins:
+    """Who is who: checks names and passwords, one at a time on the thread for long work, and one
+    in a second of a host that got one wrong.
+
+    To check a password takes long; one that has been right is known again at once.
+    """
+
+    def __init__(self, broker):
+        self._broker = broker
+        self._key = os.urandom(32)
+        self._known = set()              # keyed digests of what has been right
+        self._lines = {}                 # host -> deque of (name, password, tell) that wait there
+        self._hosts = collections.deque()     # those of them that need not wait longer
+        self._is_at_work = False
+
+    def check(self, host, name, password, tell):
+        """Call tell(whether that is the password of the name), both bytes, now or later."""
+        if self._digest(name, password) in self._known:
+            tell(True)
+            return
+        if host not in self._lines:
+            self._lines[host] = collections.deque()
+            self._call_up(host)
+        self._lines[host].append((name, password, tell))
+
+    def _stored(self, name):
+        return (self._broker.config.users or {}).get(os.fsdecode(name), _NOBODY)
+
+    def _digest(self, name, password):
+        stored = self._stored(name)      # so that one that has been changed is not known any more
+        return hmac.new(self._key, b"%b %b" % (stored.encode(), password), "sha256").digest()
+
+    def _call_up(self, host):
+        self._hosts.append(host)
+        if not self._is_at_work:
+            self._is_at_work = True
+            self._broker.chores.append(self._work())
+
+    def _work(self):
+        """A chore: check what waits, the first one of each host in turn."""
+        while self._hosts:
+            host = self._hosts.popleft()
+            line = self._lines[host]
+            if not line:
+                del self._lines[host]
+                continue
+            name, password, tell = line.popleft()
+            digest = self._digest(name, password)
+            if digest not in self._known:
+                yield functools.partial(self._learn, digest, password, self._stored(name))
+            if digest in self._known:
+                self._hosts.append(host)
+            else:
+                log.warning("%s: wrong password for %s", host, ascii(os.fsdecode(name)))
+                self._broker.later(_LOGIN_REST_MS, functools.partial(self._call_up, host))
+            tell(digest in self._known)
+        self._is_at_work = False
+
+    def _learn(self, digest, password, stored):
+        if is_password(password, stored):
+            self._known.add(digest)
+
+
 class Broker:
     """All queues of a server.
 
@@ -2290,6 +2490,7 @@ class Broker:
             curr_connections=0, total_connections=0, cmd_get=0, cmd_set=0, cmd_peek=0,
             get_hits=0, get_misses=0, bytes_read=0, bytes_written=0, queue_creates=0,
             queue_deletes=0, queue_expires=0)
+        self.logins = Logins(self)
         self.metrics = {                  # name -> what was seen of it
             "turn_usec": Histogram(), "fsync_usec": Histogram(),
             "delivery_latency_msec": Histogram()}
@@ -2332,12 +2533,25 @@ class Broker:
             log.info("queue %s created by %s", name, who)
         return queue
 
+    def targets(self, key):
+        """The names of the queues that `key` (bytes) stands for: its own, or those of an alias.
+        Raises ValueError when it cannot name a queue."""
+        name = check_name(os.fsdecode(key))
+        return self.config.aliases.get(name, (name,))
+
+    def may(self, user, right, name):
+        """Whether a user may use a queue, which need not exist. right: put_users or get_users."""
+        queue = self.queues.get(name)
+        config = queue.config if queue else self.config.queue(name)
+        users = getattr(config, right)
+        return not users or user in users
+
     def route(self, key, now=None, who="the server"):
         """Where the items put under `key` (bytes) go. Raises ValueError when it cannot name
         a queue, OSError when a queue cannot be made."""
-        name = check_name(os.fsdecode(key))
-        targets = [self.queue(other, now, who)
-                   for other in self.config.aliases.get(name, [name])]
+        names = self.targets(key)
+        name = os.fsdecode(key)
+        targets = [self.queue(other, now, who) for other in names]
         copies = [self.queue(child, now, who)
                   for parent in dict.fromkeys([name] + [queue.name for queue in targets])
                   for child in self.children.get(parent, ())
@@ -2466,9 +2680,14 @@ class Broker:
     def reload(self):
         """Read the config file again. Raises ConfigError; then nothing has changed."""
         config = Config(self.config.path, self.config.overrides)
-        for key, old in vars(self.config.server).items():
-            if vars(config.server)[key] != old:
+        held = vars(self.config.server)
+        for key, value in vars(config.server).items():
+            if key in RELOADED:
+                held[key] = value
+            elif held[key] != value:
                 log.warning("reload: %s changes with the next start only", key)
+        if held["auth_file"] != config.server.auth_file:
+            config.users = self.config.users
         config.server = self.config.server
         self.config = config
         self.routes.clear()
@@ -2763,7 +2982,8 @@ class Session:
     """One client, in whatever protocol: its input, its answers, its open reads and waits.
 
     broker: a Broker. local: whether the client is on this machine. who: its address, for the
-    log. wake: called when the session has something to do or to say though it was not fed.
+    log. host: what it shares with others of its kind, see Logins. wake: called when the session
+    has something to do or to say though it was not fed.
 
     A protocol has _parse(data, now), which runs the commands in `data` and returns how far it
     has got, _go_on(now), which goes on with a command that had to wait, _received(item), which
@@ -2774,11 +2994,13 @@ class Session:
 
     idle_timeout = None                 # milliseconds, where client_timeout says nothing
 
-    def __init__(self, broker, local=True, who="a client", wake=lambda: None):
+    def __init__(self, broker, local=True, who="a client", host="", wake=lambda: None):
         self.broker = broker
         self.settings = broker.config.server
         self.local = local
         self.who = who
+        self.host = host
+        self.user = None                # its name, with an auth_file and once it has said it
         self.wake = wake
         self.out = []
         self.out_bytes = 0              # roughly; of items only
@@ -2960,11 +3182,40 @@ class Session:
             raise Refused("SERVER_ERROR %s: nothing can be read" % self.broker.refuses_reads,
                           close=True)
 
+    def _check_admin(self, command):
+        """Whether a command may be given from here that is not for everybody."""
+        rule = self.settings.admin_commands
+        if rule == "none":
+            raise Refused("CLIENT_ERROR %s is turned off (admin_commands)" % command)
+        if not self.local and (rule == "local" or not rule and command == "shutdown" and not (
+                self.settings.allow_remote_shutdown)):
+            raise Refused("CLIENT_ERROR %s is taken from this machine only" % command)
+
+    def _check_user(self, right, *names):
+        """Whether the client may use these queues. right: put_users or get_users."""
+        for name in names:
+            if not self.broker.may(self.user, right, name):
+                raise Refused("CLIENT_ERROR %s is not among the %s of %s" % (
+                    self.user, right, name))
+
+    def _log_in(self, name, password):
+        """Set `user` to the name if that is its password (both bytes), or None; nothing is parsed
+        meanwhile, and _go_on() called then."""
+        def tell(good):
+            self.user = os.fsdecode(name) if good else None
+            self.release()
+            self.wake()
+
+        self._put_off(iter(()))          # with that in hand one that hung up is still answered
+        self.hold()
+        self.broker.logins.check(self.host, name, password, tell)
+
     def _reads_of(self, queue):
         """The xids open here; some may have timed out, which the client cannot know."""
         return [xid for xid in self.open_reads.get(queue, ()) if xid in queue.opens]
 
     def _change_status(self, word):
+        self._check_admin("status")
         try:
             self.broker.set_status(word.decode("ascii", "replace"))
         except ValueError as error:
@@ -3038,8 +3289,7 @@ class Session:
         answer(*arguments)
 
     def _shutdown(self, words, now):
-        if not (self.local or self.broker.config.server.allow_remote_shutdown):
-            raise Refused("CLIENT_ERROR shutdown is taken from this machine only")
+        self._check_admin("shutdown")
         log.info("told to shut down by %s", self.who)
         self.broker.stopping = True
         self._end()
@@ -3176,12 +3426,12 @@ class MemcacheSession(Session):
             if expiry < 1000000 * 1000:
                 expiry += now
             expiry = min(max(expiry, 1), _LATEST)
-        route = broker.routes.get(key)
-        if route is None:
-            try:
-                route = broker.route(key, now, self.who)
-            except ValueError as error:
-                raise Refused("CLIENT_ERROR %s" % error) from None
+        try:
+            if broker.config.users is not None:
+                self._check_user("put_users", *broker.targets(key))
+            route = broker.routes.get(key) or broker.route(key, now, self.who)
+        except ValueError as error:
+            raise Refused("CLIENT_ERROR %s" % error) from None
         stored = broker.put(route, data, flags, expiry, now)
         if words[-1] != b"noreply":
             out = self.out
@@ -3230,6 +3480,8 @@ class MemcacheSession(Session):
                 return
         if broker.refuses_reads:
             self._check_reads()
+        if broker.config.users is not None:
+            self._check_user("get_users", name)
         if peek:
             self.queue = queue = broker.find(name)
             item = queue.peek(now) if queue else None
@@ -3303,6 +3555,7 @@ class MemcacheSession(Session):
         seconds = _number(words[2], "number of seconds")
         count = _number(words[3], "number of items") if len(words) == 4 else UNLIMITED
         self._check_reads()
+        self._check_user("get_users", name)
         self.queue = self.broker.queue(name, now, self.who)
         self._monitor = [words[1], count]
         self.timeout = max(0, seconds * 1000)
@@ -3353,8 +3606,10 @@ class MemcacheSession(Session):
 
     def _delete(self, words, now):
         queue = self._queue_of(words)
+        self._check_admin("delete")
         self._check_writes()
         if queue:
+            self._check_user("get_users", queue.name)
             self.broker.delete(queue, self.who)
         self._reply(words, b"DELETED\r\n")
 
@@ -3362,11 +3617,14 @@ class MemcacheSession(Session):
         queue = self._queue_of(words)
         self._check_writes()
         if queue:
+            self._check_user("get_users", queue.name)
             self.broker.flush(queue, self.who)
         self._reply(words, b"END\r\n", *filter(None, [queue]))
 
     def _flush_all(self, words, now):
+        self._check_admin("flush_all")
         self._check_writes()
+        self._check_user("get_users", *self.broker.queues)
         stock = self.broker.config.server.flush_all_reply == "memcached"
         self._begin(self._flush_each(
             self._reply, words, b"OK\r\n" if stock else b"Flushed all queues.\r\n"))
@@ -3425,6 +3683,7 @@ class MemcacheSession(Session):
         self._say(os.fsencode("".join([(line + "\r\n") % tuple(pair) for pair in pairs])))
 
     def _reload(self, words, now):
+        self._check_admin("reload")
         try:
             self.broker.reload()
         except ConfigError as error:
@@ -3480,6 +3739,54 @@ _COMMANDS = {
         b"quit": MemcacheSession._quit,
     }.items()},
 }
+
+
+# The longest name and password, in bytes, and how long a client has for them.
+MAX_LOGIN = 1024
+LOGIN_MS = 60000
+
+
+class MemcacheLogin(MemcacheSession):
+    """A client that has still to say who it is, as to memcached (its doc/protocol.txt,
+    Authentication): the first command is a set, under any key, of `name password`. Then it is a
+    MemcacheSession."""
+
+    idle_timeout = LOGIN_MS
+
+    def _parse(self, data, now):
+        eol = data.find(b"\n")
+        try:
+            if eol < 0:
+                self._check_start(data)
+                return 0
+            command, block = _parse_line(data[:eol])
+            if command is MemcacheSession._quit:
+                self._end()
+                return len(data)
+            if command or block.size > MAX_LOGIN:
+                raise Refused("CLIENT_ERROR unauthenticated")
+            end = eol + 1 + block.size
+            if len(data) < end + 2:
+                self._needed = end + 2
+                return 0
+            if data[end:end + 2] != b"\r\n":
+                raise Refused("CLIENT_ERROR bad data chunk")
+            name, _, password = data[eol + 1:end].partition(b" ")
+            self._block = block
+            self._log_in(name, password)
+            return end + 2
+        except Refused as error:
+            self._refuse(error)
+            self._end()
+            return len(data)
+
+    def _go_on(self, now):
+        block, self._block = self._block, None
+        if self.user is not None:
+            self.__class__ = MemcacheSession
+            self._reply(block.words, b"STORED\r\n")
+        elif block:
+            self._refuse(Refused("CLIENT_ERROR authentication failure", close=True))
 
 
 # The longest item that can be put as a line of text, and how many with one put.
@@ -3668,6 +3975,7 @@ class TextSession(Session):
 
     def _delete(self, words, now):
         queue = self.broker.find(self._name_in(words))
+        self._check_admin("delete")
         self._check_writes()
         if queue:
             self.broker.delete(queue, self.who)
@@ -3684,6 +3992,7 @@ class TextSession(Session):
         self._say(b":%b\n" % __version__.encode())
 
 
+# (There are no users at the text and Thrift ports: Config has them go without an auth_file.)
 _TEXT_COMMANDS = {
     b"put": TextSession._put_nothing,
     b"get": TextSession._get,
@@ -3941,11 +4250,13 @@ class ThriftSession(Session):
         self._answer(b"", *filter(None, [queue]))
 
     def _flush_all(self, now):
+        self._check_admin("flush_all_queues")
         self._check_writes()
         self._begin(self._flush_each(self._answer, b""))
 
     def _delete(self, now, name):
         queue = self._find(name)
+        self._check_admin("delete_queue")
         self._check_writes()
         if queue:
             self.broker.delete(queue, self.who)
@@ -3955,6 +4266,7 @@ class ThriftSession(Session):
         self._answer(_i32_field(0, _THRIFT_STATUSES[self.broker.status]))
 
     def _set_status(self, now, number):
+        self._check_admin("set_status")
         word = {number: word for word, number in reversed(_THRIFT_STATUSES.items())}.get(number)
         self.broker.set_status(word or "status %d" % number)
         self._answer(b"")
@@ -4114,6 +4426,7 @@ class AdminSession(Session):
         super().__init__(*arguments, **options)
         self._method = "GET"             # of the request in hand
         self._keep_alive = False         # after the answer to it
+        self._call = None                # what it asks for, while it is found out who asks
         self._query = {}
 
     def _parse(self, data, now):
@@ -4184,25 +4497,34 @@ class AdminSession(Session):
             self._respond(HTTPStatus.NOT_FOUND)
         elif self._method not in (("POST",) if method == "POST" else ("GET", "HEAD")):
             self._respond(HTTPStatus.METHOD_NOT_ALLOWED,
-                          allow="POST" if method == "POST" else "GET, HEAD")
+                          header="Allow: " + ("POST" if method == "POST" else "GET, HEAD"))
         elif method == "POST" and urllib.parse.urlsplit(
                 headers.get("origin", "//" + headers.get("host", ""))).netloc != headers.get(
                     "host", ""):
             # A page of elsewhere, open in the browser of somebody who may come in here.
             self._respond(HTTPStatus.FORBIDDEN, "this is taken from pages of this server only")
-        else:
+        elif self.broker.config.users is None:
             call(self, now)
+        else:
+            self._call = call
+            scheme, _, token = headers.get("authorization", "").partition(" ")
+            if scheme.lower() == "basic":              # RFC 7617
+                name, _, password = base64.b64decode(token).partition(b":")
+                self._log_in(name, password)
+            else:
+                self.user = None
+                self._go_on(now)
 
     # -- answers
 
-    def _respond(self, status, text=None, kind=_TEXT, allow=None, queues=()):
+    def _respond(self, status, text=None, kind=_TEXT, header=None, queues=()):
         """Answer the request in hand; text: None for what the status says."""
         body = (status.phrase if text is None else text).rstrip("\n") + "\n"
         body = body.encode("utf-8", "backslashreplace")
         head = ("HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n"
                 "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n%s%s%s\r\n" % (
                     status, status.phrase, kind, len(body),
-                    "Allow: %s\r\n" % allow if allow else "",
+                    header + "\r\n" if header else "",
                     "Content-Security-Policy: %s\r\n" % _page_policy() if kind == _HTML else "",
                     "" if self._keep_alive else "Connection: close\r\n"))
         self._say(head.encode() + (b"" if self._method == "HEAD" else body), *queues)
@@ -4221,7 +4543,12 @@ class AdminSession(Session):
             len(os.fsencode(why)) + 1, os.fsencode(why))
 
     def _go_on(self, now):
-        pass
+        call, self._call = self._call, None
+        if call and self.user is None:
+            self._respond(HTTPStatus.UNAUTHORIZED,
+                          header='WWW-Authenticate: Basic realm="kestrel"')
+        elif call:
+            call(self, now)
 
     def _forget(self):
         pass
@@ -4356,6 +4683,7 @@ class AdminSession(Session):
         self._check_reads()
         queue = self._asked_queue()
         if queue:
+            self._check_user("get_users", queue.name)
             item = queue.peek(now)
             self._respond(HTTPStatus.OK, json.dumps({"item": item and {
                 "bytes": len(item.data), "flags": item.flags,
@@ -4375,17 +4703,21 @@ class AdminSession(Session):
         self._check_writes()
         queue = self._asked_queue()
         if queue:
+            self._check_user("get_users", queue.name)
             self.broker.flush(queue, self.who)
             self._respond(HTTPStatus.OK, "flushed", queues=[queue])
 
     def _delete(self, now):
+        self._check_admin("delete")
         self._check_writes()
         queue = self._asked_queue()
         if queue:
+            self._check_user("get_users", queue.name)
             self.broker.delete(queue, self.who)
             self._respond(HTTPStatus.OK, "deleted")
 
     def _reload(self, now):
+        self._check_admin("reload")
         try:
             self.broker.reload()
         except ConfigError as error:
@@ -4395,6 +4727,7 @@ class AdminSession(Session):
             self._respond(HTTPStatus.OK, "reloaded")
 
     def _quiesce(self, now):
+        self._check_admin("status")
         self.broker.set_status("quiescent")
         self._respond(HTTPStatus.OK, "quiescent")
 
@@ -4787,6 +5120,35 @@ def _announce_all(command, endpoints, statuses):
             log.error("status_command: %s", error)
 
 
+class TLSSocket(ssl.SSLSocket):
+    """A client's socket with TLS on it, which can be used as a plain one that does not block:
+    the handshake is part of the first reads."""
+
+    def recv(self, size):
+        try:
+            return super().recv(size)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
+        except ssl.SSLError as error:
+            log.info("TLS failed: %s", error.reason or error)
+            raise
+
+    def send(self, data):
+        try:
+            # In pieces, that it can be seen how far the client has taken it.
+            return super().send(memoryview(data)[:_CHUNK])
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
+
+    def sendmsg(self, buffers):
+        return self.send(buffers[0])
+
+    def shutdown(self, how):
+        with contextlib.suppress(OSError, ValueError):
+            self.unwrap()                # says that this is the end, and does not wait for its echo
+        super().shutdown(how)
+
+
 class Connection:
     """A client's socket and the session on it."""
 
@@ -5047,14 +5409,19 @@ class Listener:
         self.protocol = protocol
         self.session_type = session_type
         self.address = sock.getsockname()
+        self.name = _name_of(self.address)
         self._spare = None               # a descriptor for when there are no others, see _make_room()
         self._refused = 0                # connections refused since the log told of it,
         self._told = -_TELL_SECONDS      # and when that was
         try:
             sock.listen(server.config.server.connection_backlog)
         except OSError as error:         # another one has come first since
-            raise _cannot_listen(error, *self.address[:2]) from None
+            raise _cannot_listen(error, self.name) from None
         self._start()
+
+    def is_local(self):
+        """Whether only clients of this machine can come in."""
+        return isinstance(self.address, str) or _ip_of(self.address[0]).is_loopback
 
     def ready(self, mask):
         """Clients are at the door."""
@@ -5079,15 +5446,29 @@ class Listener:
                 sock.close()
                 self._tell_refused("max_connections")
                 continue
-            ip = _ip_of(address[0])
-            allow = server.config.server.allow
-            if allow and not any(ip in network for network in allow):
-                sock.close()
-                self._tell_refused("%s is not among those in allow" % ip)
-                continue
             sock.setblocking(False)
-            session = self.session_type(server.broker, ip.is_loopback, "%s client %s:%d" % (
-                self.protocol, *address[:2]))
+            config = server.broker.config
+            local, host = True, self.name              # of a UNIX socket
+            if isinstance(address, tuple):
+                ip = _ip_of(address[0])
+                if config.server.allow and not any(ip in net for net in config.server.allow):
+                    sock.close()
+                    self._tell_refused("%s is not among those in allow" % ip)
+                    continue
+                # Who has one IPv6 address has a network of them.
+                local, host = ip.is_loopback, str(ip) if ip.version == 4 else ip.exploded[:19]
+                if config.tls:
+                    config.tls.sslsocket_class = TLSSocket
+                    try:
+                        sock = config.tls.wrap_socket(sock, True, do_handshake_on_connect=False)
+                    except OSError:                    # gone already
+                        sock.close()
+                        continue
+            protocol = self.session_type
+            if config.users is not None and protocol is MemcacheSession:
+                protocol = MemcacheLogin
+            session = protocol(server.broker, local, "%s client %s" % (
+                self.protocol, _name_of(address) if address else self.name), host)
             connection = Connection(server, sock, session)
             server.connections.add(connection)
             server.broker.count_connection(1)
@@ -5125,6 +5506,9 @@ class Listener:
         with contextlib.suppress(KeyError):            # out of descriptors at the moment
             self.server.selector.unregister(self.sock)
         self.sock.close()
+        if isinstance(self.address, str) and self.protocol not in self.server.given:
+            with contextlib.suppress(OSError):
+                os.unlink(self.address)
         if self._spare is not None:
             os.close(self._spare)
             self._spare = None
@@ -5159,8 +5543,13 @@ class Server:
         self._running = {}               # queue -> connections that wait for the one running
         self._failing = {}               # queue -> when writing its journal failed last
         self._recovering = set()         # queues whose recovery is planned
-        sockets = self._bind_all(dict(given))
+        self.given = dict(given)
         self._spool = _lock_spool(os.path.abspath(config.server.queue_path))
+        try:
+            sockets = self._bind_all()
+        except OSError:
+            os.close(self._spool)
+            raise
         log.info("kestrel.py %s, journals in %s", __version__,
                  os.path.abspath(config.server.queue_path))
         self.broker = Broker(config, self.later, self.now)
@@ -5177,26 +5566,35 @@ class Server:
             self.broker.announce = statuses.put
             threading.Thread(target=_announce_all, name="announcer", daemon=True, args=(
                 config.server.status_command,
-                ["%s=%s:%d" % (one.protocol, *one.address[:2]) for one in self.listeners],
+                ["%s=%s" % (one.protocol, one.name) for one in self.listeners],
                 statuses)).start()
             statuses.put(self.broker.status)
         self._plan_sweep()
         self._sampled_at = self.mono
         self.later(SAMPLE_SECONDS * 1000, self._sample)
-        self.port = self.listeners[0].address[1]     # the memcache port
+        # The memcache port, None if there are UNIX sockets only.
+        self.port = next((one.address[1] for one in self.listeners
+                          if isinstance(one.address, tuple)), None)
 
-    def _bind_all(self, given):
-        """(socket, protocol, type of session) of each port there is to be."""
+    def _bind_all(self):
+        """(socket, protocol, type of session) of each address and port there is to be."""
         settings = self.config.server
         bound = []
         for protocol, session in _PROTOCOLS.items():
             setting = protocol + "_port"
             port = getattr(settings, setting)
             try:
-                if protocol in given:
-                    bound += [(sock, protocol, session) for sock in given[protocol]]
-                elif port is not None:
-                    bound.append((_bind(settings.listen_address, port), protocol, session))
+                if protocol in self.given:
+                    bound += [(sock, protocol, session) for sock in self.given[protocol]]
+                    continue
+                for address in settings.listen:
+                    if address.startswith("unix:") and protocol == "memcache":
+                        sock = _bind_unix(address[5:], settings.socket_mode)
+                    elif address.startswith("unix:") or port is None:
+                        continue
+                    else:
+                        sock = _bind(address, port, "0.0.0.0" in settings.listen)
+                    bound.append((sock, protocol, session))
             except OSError as error:
                 if setting != "admin_port" or setting in self.config.given:
                     for sock, _, _ in bound:
@@ -5210,12 +5608,14 @@ class Server:
     def run(self):
         """Serve until the broker is stopped, then stop cleanly."""
         for listener in self.listeners:
-            log.info("listening on %s:%d for %s clients; %d queues, %d items",
-                     *listener.address[:2], listener.protocol, len(self.broker.queues),
+            log.info("listening on %s for %s clients; %d queues, %d items",
+                     listener.name, listener.protocol, len(self.broker.queues),
                      sum(queue.count for queue in self.broker.queues.values()))
-            if not (_ip_of(listener.address[0]).is_loopback or self.config.server.allow):
-                log.warning("anybody who can reach %s:%d can read and write all queues: "
-                            "see the setting allow", *listener.address[:2])
+        settings = self.config.server
+        open_to_all = [one.name for one in self.listeners if not one.is_local()]
+        if open_to_all and not (settings.allow or settings.auth_file or settings.tls_client_ca):
+            log.warning("anybody who can reach %s can read and write all queues: see the "
+                        "settings allow, auth_file and tls_client_ca", ", ".join(open_to_all))
         self.notify("READY=1\n" + self._summary())
         while not self.broker.stopping:
             self.turn()
@@ -5509,22 +5909,57 @@ def _ip_of(host):
     return getattr(ip, "ipv4_mapped", None) or ip
 
 
-def _cannot_listen(error, address, port):
-    return OSError(error.errno, "cannot listen on %s:%d: %s" % (address, port, error.strerror))
+def _name_of(address):
+    """The address of a socket in words."""
+    if isinstance(address, str):
+        return "unix:" + address
+    return ("[%s]:%d" if ":" in address[0] else "%s:%d") % address[:2]
 
 
-def _bind(address, port):
+def _cannot_listen(error, name):
+    return OSError(error.errno, "cannot listen on %s: %s" % (name, error.strerror or error))
+
+
+def _bind(address, port, ipv6_only):
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)   # of all that it accepts
+        if family == socket.AF_INET6 and ipv6_only:    # :: is IPv4 too, as a rule
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((address, port))
         sock.setblocking(False)
     except OSError as error:
         sock.close()
-        raise _cannot_listen(error, address, port) from None
+        raise _cannot_listen(error, _name_of((address, port))) from None
     return sock
+
+
+def _bind_unix(path, mode):
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale(path)
+        sock.bind(path)
+        os.chmod(path, mode)                           # nobody can come in before listen()
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise _cannot_listen(error, _name_of(path)) from None
+    return sock
+
+
+def _remove_stale(path):
+    """Remove a UNIX socket that nobody listens on: of a server that was killed."""
+    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            if stat.S_ISSOCK(os.stat(path).st_mode):
+                probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        except BlockingIOError:                        # many are at the door of another server
+            pass
 
 
 def _lock_spool(path):
@@ -5562,16 +5997,30 @@ class Client:
             with client.open("jobs", timeout=5) as data:
                 ...                              # finished, or put back if this raises
 
-    timeout: how long an answer may take. Raises ServerError, and OSError when the connection
-    fails; the client is of no more use then.
+    host: or `unix:PATH`. timeout: how long an answer may take. user, password: for a server with
+    an auth_file. tls: an ssl.SSLContext for a server with TLS. Raises ServerError, and OSError
+    when the connection fails; the client is of no more use then.
     """
 
-    def __init__(self, host="127.0.0.1", port=22133, timeout=30):
+    def __init__(self, host="127.0.0.1", port=22133, timeout=30, user=None, password="", tls=None):
         self._timeout = timeout
         self._opened = set()             # queues of which an item is open
-        self._sock = socket.create_connection((host, port), timeout)
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._file = self._sock.makefile("rb")
+        with contextlib.ExitStack() as stack:
+            if host.startswith("unix:"):
+                self._sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+                self._sock.settimeout(timeout)
+                self._sock.connect(host[5:])
+            else:
+                self._sock = stack.enter_context(socket.create_connection((host, port), timeout))
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if tls:
+                self._sock = stack.enter_context(
+                    tls.wrap_socket(self._sock, server_hostname=host))
+            self._file = stack.enter_context(self._sock.makefile("rb"))
+            if user is not None:
+                login = os.fsencode("%s %s" % (user, password))
+                self._ask(b"set login 0 0 %d\r\n%b\r\n" % (len(login), login))
+            stack.pop_all()
 
     def put(self, queue, data, expiry=0, flags=0):
         """Put an item (bytes); False if the queue does not take it. expiry: in so many seconds,
@@ -5732,8 +6181,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="kestrel.py", description="A tiny, durable queue that speaks memcache.")
     parser.add_argument("-c", metavar="FILE", dest="config", help="the config file to read")
-    parser.add_argument("--listen", metavar="ADDRESS", dest="listen_address",
-                        help="the address to listen on (default 127.0.0.1)")
+    parser.add_argument("--listen", metavar="ADDRESSES",
+                        help="the addresses to listen on (default 127.0.0.1)")
     parser.add_argument("--port", dest="memcache_port",
                         help="the port for memcache clients (default 22133)")
     parser.add_argument("--spool", metavar="DIRECTORY", dest="queue_path",
@@ -5745,6 +6194,9 @@ def main(arguments=None):
     parser.add_argument("--pack", metavar="SPOOL/QUEUE",
                         help="write the journals of a queue that no server holds as one "
                              "minimal file, and exit")
+    parser.add_argument("--hash-password", action="store_true",
+                        help="ask for a password (or read a line), print what an auth_file has "
+                             "in its place, and exit")
     parser.add_argument("--check", action="store_true",
                         help="check the config file, print the effective settings, and exit")
     parser.add_argument("--version", action="version", version="kestrel.py " + __version__)
@@ -5758,6 +6210,8 @@ def main(arguments=None):
             return _dump(options.dump, options.json)
         if options.pack:
             return _pack(options.pack)
+        if options.hash_password:
+            return _hash_password()
         config = Config(options.config, overrides)
         if options.check:
             print("\n".join(config.lines()))
@@ -5817,6 +6271,19 @@ def _pack(path):
         queue.close()
     finally:
         os.close(spool)
+    return 0
+
+
+def _hash_password():
+    """Print what stands in an auth_file for a password."""
+    if sys.stdin.isatty():
+        password = getpass.getpass()
+        if getpass.getpass("Once more: ") != password:
+            print("kestrel.py: the two are not the same", file=sys.stderr)
+            return 1
+    else:
+        password = sys.stdin.readline().rstrip("\n")
+    print(hash_password(os.fsencode(password)))
     return 0
 
 
@@ -5880,8 +6347,9 @@ def _inherited(settings):
         sock = socket.socket(fileno=3 + number)
         sock.set_inheritable(False)
         sock.setblocking(False)
-        # By its name, or by the port that the settings give a protocol.
-        port = sock.getsockname()[1]
+        # By its name, or by the port that the settings give a protocol; a UNIX socket has none.
+        address = sock.getsockname()
+        port = address[1] if isinstance(address, tuple) else -1
         protocol = next((protocol for protocol in _PROTOCOLS if protocol in names[number:number + 1]
                          or port == getattr(settings, protocol + "_port")), "memcache")
         given.setdefault(protocol, []).append(sock)

@@ -105,7 +105,7 @@ def test_bad_values(kind, text):
 
 def test_defaults_are_kestrels():
     config = kestrel.Config()
-    assert config.server.listen_address == "127.0.0.1"
+    assert config.server.listen == ("127.0.0.1",)
     assert config.server.memcache_port == 22133
     assert config.server.max_open_transactions == 100
     assert config.server.client_timeout is None
@@ -4093,7 +4093,7 @@ def test_what_keeps_it_from_starting_is_told_in_one_line(daemon, tmp_path):
             (["--port", 0, "--spool", tmp_path / "spool"], "held by another"),
             (["--port", 0, "--spool", tmp_path / "file"], "cannot use the spool"),
             (["--port", 0, "--spool", "/proc/spool"], "cannot use the spool"),
-            (["--listen", "192.0.2.1", "--port", 0], "cannot listen"),
+            (["--listen", "192.0.2.1", "--port", 0, "--spool", tmp_path / "s"], "cannot listen"),
             (["--port", "x"], "memcache_port"),
             (["-c", tmp_path / "missing"], "No such file")]:
         status, out, err = run(*arguments, cwd=str(tmp_path))
@@ -4107,7 +4107,7 @@ def test_listen_addresses(tmp_path):
         address = "::1"
     except OSError:                          # a machine without IPv6
         address = "127.0.0.1"
-    server = kestrel.Server(config_of(tmp_path, listen_address=address, memcache_port="0"))
+    server = kestrel.Server(config_of(tmp_path, listen=address, memcache_port="0"))
     with socket.create_connection(server.listeners[0].address[:2]) as client:
         client.sendall(b"version\r\nshutdown\r\n")
         while not server.broker.stopping:
@@ -5175,7 +5175,7 @@ def test_only_those_in_allow_come_in(serve, caplog, allow, served):
 @pytest.mark.parametrize("address, allow, warned", [
     ("0.0.0.0", "", True), ("0.0.0.0", "127.0.0.1", False), ("127.0.0.1", "", False)])
 def test_to_listen_to_everybody_is_warned_of(serve, caplog, address, allow, warned):
-    server = serve("[server]\nlisten_address = %s\nallow = %s\n" % (address, allow))
+    server = serve("[server]\nlisten = %s\nallow = %s\n" % (address, allow))
     assert server.client().ask("version\r\n") == "VERSION 1.0.0\r\n"
     assert ("anybody who can reach 0.0.0.0" in caplog.text) == warned
 
