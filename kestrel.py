@@ -2453,7 +2453,7 @@ class Logins:
             if digest in self._known:
                 self._hosts.append(host)
             else:
-                log.warning("%s: wrong password for %s", host, ascii(os.fsdecode(name)))
+                log.warning("%s: wrong password for %.100s", host, ascii(os.fsdecode(name)))
                 self._broker.later(_LOGIN_REST_MS, functools.partial(self._call_up, host))
             tell(digest in self._known)
         self._is_at_work = False
@@ -3052,7 +3052,7 @@ class Session:
         except (Refused, OSError) as error:
             self.stalled = False
             self._refuse(error)
-        if self.unparsed and self.unparsed >= self._needed:
+        if self.unparsed and self.unparsed >= self._needed and not self.closing:
             data = self._kept.getvalue()
             self._kept, self.unparsed, self._needed = None, 0, 0
             pos = self._parse(data, now)
@@ -4509,7 +4509,7 @@ class AdminSession(Session):
             self._call = call
             scheme, _, token = headers.get("authorization", "").partition(" ")
             if scheme.lower() == "basic":              # RFC 7617
-                name, _, password = base64.b64decode(token).partition(b":")
+                name, _, password = base64.b64decode(token, validate=True).partition(b":")
                 self._log_in(name, password)
             else:
                 self.user = None
@@ -5129,9 +5129,6 @@ class TLSSocket(ssl.SSLSocket):
             return super().recv(size)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise BlockingIOError from None
-        except ssl.SSLError as error:
-            log.info("TLS failed: %s", error.reason or error)
-            raise
 
     def send(self, data):
         try:
@@ -5188,7 +5185,9 @@ class Connection:
             data = self.sock.recv(_CHUNK)
         except BlockingIOError:
             return
-        except OSError:                  # reset: gone, like one that closed
+        except OSError as error:         # reset: gone, like one that closed
+            if isinstance(error, ssl.SSLError):
+                log.info("%s: TLS: %s", self.session.who, error.reason or error)
             data = b""
         if not data:
             self._hang_up()

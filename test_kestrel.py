@@ -23,12 +23,14 @@ import itertools
 import json
 import logging
 import os
+import pathlib
 import random
 import re
 import resource
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -51,6 +53,12 @@ except ImportError:
     os.execv(".venv/bin/python", [".venv/bin/python", *sys.argv])
 
 import kestrel
+
+try:
+    socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    HAS_IPV6 = True
+except OSError:
+    HAS_IPV6 = False
 
 HERE = os.path.dirname(os.path.abspath(kestrel.__file__))
 NOW = 1790000000000                       # the made-up time of day, in milliseconds
@@ -1798,7 +1806,7 @@ class Talk:
         assert not self.broker.commit(self.now)[1]
         session = self.session(name)
         session.resume(self.now)
-        while session.job:
+        while session.job and not session.held:
             session.resume(self.now)
         answer = b"".join(session.take()).decode("latin-1")
         session.out_bytes = 0
@@ -4102,11 +4110,7 @@ def test_what_keeps_it_from_starting_is_told_in_one_line(daemon, tmp_path):
 
 
 def test_listen_addresses(tmp_path):
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-        address = "::1"
-    except OSError:                          # a machine without IPv6
-        address = "127.0.0.1"
+    address = "::1" if HAS_IPV6 else "127.0.0.1"
     server = kestrel.Server(config_of(tmp_path, listen=address, memcache_port="0"))
     with socket.create_connection(server.listeners[0].address[:2]) as client:
         client.sendall(b"version\r\nshutdown\r\n")
@@ -4260,7 +4264,6 @@ def request(line, *headers, body=""):
 def responses(answer):
     """The (status, headers, body) of each response in what an AdminSession has said."""
     found = []
-    answer = answer.encode("latin-1").replace("✂".encode("utf-8"), b"") if False else answer
     while answer.strip("✂"):
         head, _, rest = answer.partition("\r\n\r\n")
         first, *lines = head.split("\r\n")
@@ -5102,6 +5105,652 @@ def test_a_clock_set_back_does_not_silence_the_log():
         record.created = second
         passed = admit(record)
     assert passed
+
+
+# == Who may come in ======================================================================
+
+# Certificates that nobody trusts, with keys that everybody knows: an authority, and two for
+# localhost that it has signed; the key of the first one again, with a password.
+CA = """\
+-----BEGIN CERTIFICATE-----
+MIIBlDCCATugAwIBAgIUC2uH35v66W2vzFURp9X54qvZfRgwCgYIKoZIzj0EAwIw
+FzEVMBMGA1UEAwwMa2VzdHJlbCB0ZXN0MCAXDTE1MDEwMTAwMDAwMFoYDzIxMTUw
+MTAxMDAwMDAwWjAXMRUwEwYDVQQDDAxrZXN0cmVsIHRlc3QwWTATBgcqhkjOPQIB
+BggqhkjOPQMBBwNCAATQrF4sobLcgyPBHBTZbR6dXiEVBj1pA+lkIp2CI6eEc27i
+hZocr1lA3ZkZyRclhPMBbZACjaFaaFzKS4CLx/ZPo2MwYTAPBgNVHRMBAf8EBTAD
+AQH/MB0GA1UdDgQWBBSErkm++smRb5qGNpX8yplfgs0tmjAfBgNVHSMEGDAWgBSE
+rkm++smRb5qGNpX8yplfgs0tmjAOBgNVHQ8BAf8EBAMCAYYwCgYIKoZIzj0EAwID
+RwAwRAIgN/fEkB/isaDMgL4sNK9xbwtU0w/uYKJgEmbVHWEGH68CIHAvnoVKir4X
+nskSioXMTtejAf9Fd6ORSSaXYh9qlSS9
+-----END CERTIFICATE-----
+"""
+ONE = """\
+-----BEGIN CERTIFICATE-----
+MIIBlDCCATugAwIBAgIUXzoWqyBlHGlEFCmAfSDZccy7+4cwCgYIKoZIzj0EAwIw
+FzEVMBMGA1UEAwwMa2VzdHJlbCB0ZXN0MCAXDTE1MDEwMTAwMDAwMFoYDzIxMTUw
+MTAxMDAwMDAwWjAOMQwwCgYDVQQDDANvbmUwWTATBgcqhkjOPQIBBggqhkjOPQMB
+BwNCAASCafj/U4MU3Q4zqqWFj3PT3Nn95ZnSrsbgiIaVMFFvTcB2sxzfi476qpJp
+UegCBUeW3V8dz6ZPTLU3NFq1Mu38o2wwajAMBgNVHRMBAf8EAjAAMB0GA1UdDgQW
+BBTN0KHhbE5cMU3pqn4BJUxRmHWkOjAfBgNVHSMEGDAWgBSErkm++smRb5qGNpX8
+yplfgs0tmjAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZIzj0EAwID
+RwAwRAIgS1Gf6lAwwZhY/2jk8hq9UdpZpmb5duO5P7+2eQ6vevUCID3eeYE0N/Xa
+rUxzpJ6iKWeJZKjsuTOI12a7YKvD6o0g
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg+YBZafaPaVbg80Qd
+0LwscLFY3Ja6s8VDjDlxQGi/lnmhRANCAASCafj/U4MU3Q4zqqWFj3PT3Nn95ZnS
+rsbgiIaVMFFvTcB2sxzfi476qpJpUegCBUeW3V8dz6ZPTLU3NFq1Mu38
+-----END PRIVATE KEY-----
+"""
+TWO = """\
+-----BEGIN CERTIFICATE-----
+MIIBljCCATugAwIBAgIUUSRNUV2p5cUJGEoP4g53+DL5hHMwCgYIKoZIzj0EAwIw
+FzEVMBMGA1UEAwwMa2VzdHJlbCB0ZXN0MCAXDTE1MDEwMTAwMDAwMFoYDzIxMTUw
+MTAxMDAwMDAwWjAOMQwwCgYDVQQDDAN0d28wWTATBgcqhkjOPQIBBggqhkjOPQMB
+BwNCAATFEpJAmuQ5NZZwAWH64eKl6GCTZOTjbFMyHI+5hAZTu695U8ORG/PQirKV
+Srfia+AvJHJc3dOafsX1PwqU+VHJo2wwajAMBgNVHRMBAf8EAjAAMB0GA1UdDgQW
+BBRjREtHxPi/MC+bPBU4MfuaLNs4KDAfBgNVHSMEGDAWgBSErkm++smRb5qGNpX8
+yplfgs0tmjAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZIzj0EAwID
+SQAwRgIhAMYN+oP95K3z0P66kjdqK3L5ZXymI+gt74xx28Vi+aUWAiEAv2Nb52F6
+DcBSU8HtDMvofizN2aRxnd0i49PT96v65gs=
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgP3QNWuTYgeIHylQW
+wHh8q/6Lfkm4eOM2q38FY40XuPShRANCAATFEpJAmuQ5NZZwAWH64eKl6GCTZOTj
+bFMyHI+5hAZTu695U8ORG/PQirKVSrfia+AvJHJc3dOafsX1PwqU+VHJ
+-----END PRIVATE KEY-----
+"""
+LOCKED = """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIH0MF8GCSqGSIb3DQEFDTBSMDEGCSqGSIb3DQEFDDAkBBB+fz36cqIHa+s+aEzy
+9Q7qAgIIADAMBggqhkiG9w0CCQUAMB0GCWCGSAFlAwQBKgQQbMdo5/QKzWuFvvb4
+7MtZ1wSBkPJjIqY6kT4rLaQkXL24DYczQq4qiWz7LuFtS7JVwrf95Mirlh+ZM+WC
+9i6cdtUwNa2ZFJGoaIBNcA/eZmv0hNR7IYXG2kCkW/IfTbFJcXrYB5lh6v0iYU2d
+lxKEw9tkPffq0S0dB4vuSWd7QUEspKRP8F7gsQJSqQVSv7tsJmQltzMfSzmJCqPJ
++2RAeVPYXg==
+-----END ENCRYPTED PRIVATE KEY-----
+"""
+SECRET = kestrel.hash_password(b"a secret", rounds=1)
+
+
+def secured(path, text="", tls=True, **files):
+    """Write what the settings name; returns the settings. bob and ann have passwords."""
+    files = {"ca.pem": CA, "server.pem": ONE, "users": "bob:%s\nann:%s\n" % (SECRET, SECRET),
+             **{name.replace("__", "."): content for name, content in files.items()}}
+    for name, content in files.items():
+        (path / name).write_text(content)
+    return "[server]\nauth_file = %s\n%s" % (path / "users", text) + (
+        "tls_cert = %s\n" % (path / "server.pem") if tls else "")
+
+
+def tls_client(port, path, certificate=None):
+    context = ssl.create_default_context(cafile=str(path / "ca.pem"))
+    if certificate:
+        context.load_cert_chain(str(certificate))
+    client = Client(port)
+    client.file.close()
+    client.sock = context.wrap_socket(client.sock, server_hostname="localhost")
+    client.file = client.sock.makefile("rb")
+    return client
+
+
+LOGIN = "set any 0 0 12\r\nbob a secret\r\n"
+
+
+@pytest.mark.parametrize("text, words", [
+    ("listen =", "there is no address"),
+    ("listen = ::1, 127.0.0.1 ::1", "::1 is there twice"),
+    ("listen = 127.0.0.1:22133", "127.0.0.1:22133"),
+    ("listen = unix:", "the value is empty"),
+    ("listen_address = ::1\nlisten = ::1", "listen_address is the same as listen"),
+    ("socket_mode = rw", "'rw' is not a mode"),
+    ("admin_commands = some", "'some' is none of: local, all, none"),
+    ("tls_key = x", "tls_key needs a tls_cert"),
+    ("tls_client_ca = x", "tls_client_ca needs a tls_cert"),
+    ("tls_cert = {path}/missing", "No such file or directory: '{path}/missing'"),
+    ("tls_cert = {path}/users", "tls_cert, tls_key or tls_client_ca: "),
+    ("tls_cert = {path}/server.pem\ntls_key = {path}/two.pem", "mismatch"),
+    ("tls_cert = {path}/server.pem\ntls_key = {path}/locked.pem", "tls_cert, tls_key or"),
+    ("tls_cert = {path}/server.pem\ntls_client_ca = {path}/users", "tls_cert, tls_key or"),
+    ("auth_file = {path}/missing", "auth_file {path}/missing: "),
+    ("auth_file = {path}/bad", "{path}/bad:3: not name:password"),
+    ("auth_file = {path}/twice", "{path}/twice:2: the name is empty"),
+    ("auth_file = {path}/binary", "auth_file {path}/binary: "),
+    ("auth_file = {path}/users\ntext_port = 0", "clients of text_port cannot say who they are"),
+    ("auth_file = {path}/users\nthrift_port = 0", "clients of thrift_port cannot"),
+    ("auth_file = {path}/users\n[queue  q]\nput_users = ann, eve", ":4: put_users: there is no eve"),
+    ("[queue]\nget_users = ann", ":3: get_users: there is no ann in the auth_file"),
+])
+def test_mistakes_of_who_may_come_in_are_told(tmp_path, text, words):
+    secured(tmp_path, two__pem=TWO, locked__pem=LOCKED, bad="# users\n\nbob:secret\n",
+            twice="bob:%s\nbob:%s\n" % (SECRET, SECRET))
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(kestrel.ConfigError) as caught:
+        config_of(tmp_path, "[server]\n" + text.replace("{path}", str(tmp_path)) + "\n")
+    assert words.replace("{path}", str(tmp_path)) in str(caught.value)
+
+
+def test_addresses_to_listen_on(tmp_path):
+    config = config_of(tmp_path, "[server]\nlisten = 10.0.0.1, [::1] unix:/run/k.sock\n"
+                       "socket_mode = 0660\n")
+    assert config.server.listen == ("10.0.0.1", "::1", "unix:/run/k.sock")
+    assert config.server.socket_mode == 0o660
+    assert "listen = 10.0.0.1, ::1, unix:/run/k.sock" in config.lines()
+    assert "socket_mode = 0660" in config.lines()
+    # Kestrel's name for it.
+    assert config_of(tmp_path, "[server]\nlisten_address = ::\n").server.listen == ("::",)
+
+
+@pytest.mark.parametrize("rule, local, refused", [
+    ("", True, []), ("", False, ["shutdown"]), ("all", False, []), ("local", True, []),
+    ("local", False, "all"), ("none", True, "all"), ("none", False, "all")])
+@pytest.mark.parametrize("session_type, commands", [
+    (kestrel.MemcacheSession, {
+        "shutdown": "shutdown\r\n", "reload": "reload\r\n", "flush_all": "flush_all\r\n",
+        "delete": "delete q\r\n", "status": "status readonly\r\n"}),
+    (kestrel.TextSession, {"shutdown": "shutdown\n", "delete": "delete q\n",
+                           "status": "status readonly\n"}),
+    (kestrel.ThriftSession, {
+        "delete_queue": call(b"delete_queue", thrift_string(1, b"q")),
+        "flush_all_queues": call(b"flush_all_queues"),
+        "set_status": call(b"set_status", struct.pack(">bhi", 8, 1, 2))}),
+    (kestrel.AdminSession, {
+        name: request("POST /%s?queue=q" % path) for name, path in (
+            ("shutdown", "shutdown"), ("reload", "reload"), ("delete", "delete"),
+            ("status", "quiesce"))})])
+def test_admin_commands(tmp_path, rule, local, refused, session_type, commands):
+    for name, command in commands.items():
+        talk = Talk(tmp_path, "[server]\nadmin_commands = %s\n[queue]\nkeep_journal = false\n"
+                    % rule, session_type)
+        put_some(talk, "q", b"x")
+        talk.session("client", local=local)
+        answer = talk(command)
+        if refused == "all" or name in refused:
+            assert "%s is " % name in answer
+            assert "turned off" in answer or "taken from this machine only" in answer
+            assert items_of(talk.broker, "q") == [b"x"] and talk.broker.status == "UP"
+            assert not talk.broker.stopping
+        else:
+            assert "only" not in answer and "turned off" not in answer
+            assert (talk.broker.stopping or "elo" in answer or talk.broker.status != "UP"
+                    or "q" not in talk.broker.queues or not items_of(talk.broker, "q"))
+    # What only asks is for everybody.
+    assert Talk(tmp_path, "[server]\nadmin_commands = none\n")("status\r\n") == "UP\r\n"
+
+
+class Door(Talk):
+    """Sessions at a broker that has users; passwords are checked when pump() is called."""
+
+    def __init__(self, path, monkeypatch, text="", session_type=kestrel.MemcacheLogin):
+        self.timers, self.checked = [], []
+        check = kestrel.is_password
+        monkeypatch.setattr(kestrel, "is_password", lambda password, stored: (
+            self.checked.append(password) or check(password, stored)))
+        self.broker = broker_of(
+            path, secured(path, tls=False) + text,
+            later=lambda delay, call: self.timers.append(call) or (lambda: None))
+        self.session_type = session_type
+        self.sessions = {}
+        self.now = NOW
+
+    def pump(self):
+        """Check what may be checked by now; returns how many passwords that took."""
+        before = len(self.checked)
+        while self.broker.chores:
+            chore = self.broker.chores.popleft()
+            for work in chore:
+                work()
+        return len(self.checked) - before
+
+    def rest(self):
+        """The time goes by that is to pass after a wrong password."""
+        timers, self.timers = self.timers, []
+        for timer in timers:
+            timer()
+
+    def say(self, text, name="client", **options):
+        self.session(name, **options).feed(text.encode("latin-1"), self.now)
+
+    def ask(self, text, name="client", **options):
+        self.say(text, name, **options)
+        self.pump()
+        return self.heard(name)
+
+
+@pytest.fixture
+def door(tmp_path, monkeypatch):
+    return functools.partial(Door, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("said, answer", [
+    (LOGIN, "STORED\r\n"),
+    (LOGIN + "version\r\nset q 0 0 1\r\nx\r\nget q\r\n",
+     "STORED\r\nVERSION 1.0.0\r\nSTORED\r\nVALUE q 0 1\r\nx\r\nEND\r\n"),
+    (LOGIN.replace("12", "12 noreply") + "version\r\n", "VERSION 1.0.0\r\n"),
+    (LOGIN.replace("bob", "eve"), "CLIENT_ERROR authentication failure\r\n✂"),
+    (LOGIN.replace("bob a", "bob A") + "version\r\n", "CLIENT_ERROR authentication failure\r\n✂"),
+    ("set any 0 0 3\r\nbob\r\n", "CLIENT_ERROR authentication failure\r\n✂"),
+    ("set any 0 0 0\r\n\r\n", "CLIENT_ERROR authentication failure\r\n✂"),
+    ("set any 0 0 12\r\nbob a secret!!", "CLIENT_ERROR bad data chunk\r\n✂"),
+    ("version\r\n" + LOGIN, "CLIENT_ERROR unauthenticated\r\n✂"),
+    ("get q\r\n", "CLIENT_ERROR unauthenticated\r\n✂"),
+    ("shutdown\r\n", "CLIENT_ERROR unauthenticated\r\n✂"),
+    ("delete noreply\r\n", "CLIENT_ERROR unauthenticated\r\n✂"),
+    ("add any 0 0 12\r\nbob a secret\r\n", "CLIENT_ERROR add has no meaning for a queue\r\n✂"),
+    ("set any 0 0 1025\r\n", "CLIENT_ERROR unauthenticated\r\n✂"),
+    ("set any 0 0 100000000\r\n", "CLIENT_ERROR unauthenticated\r\n✂"),
+    ("x" * 9000, "CLIENT_ERROR line too long\r\n✂"),
+    ("quit\r\n", "✂"), ("POST / HTTP/1.1\r\n", "CLIENT_ERROR unauthenticated\r\n✂"),
+    ("\x80", "ERROR the binary protocol is not spoken here\r\n✂")])
+def test_the_first_command_is_the_login(door, said, answer):
+    in_memory = "[queue]\nkeep_journal = false\n"
+    assert door(in_memory).ask(said) == answer
+    pieces = door(in_memory)
+    for char in said:
+        pieces.say(char)
+        pieces.pump()
+        pieces.session().resume(NOW)
+    assert pieces.heard("client") == answer
+    assert not pieces.broker.stopping
+
+
+def test_what_has_been_right_is_known_again(door, tmp_path):
+    door = door()
+    assert door.ask(LOGIN) == "STORED\r\n" and len(door.checked) == 1
+    assert door.ask(LOGIN, "another") == "STORED\r\n" and len(door.checked) == 1
+    # Another password for the same name does not profit from it.
+    assert "failure" in door.ask(LOGIN.replace("a s", "b s"), "third")
+    # One that has been changed is not known any more.
+    (tmp_path / "users").write_text("bob:%s\n" % kestrel.hash_password(b"new", rounds=1))
+    door.broker.reload()
+    door.rest()
+    assert "failure" in door.ask(LOGIN, "fourth")
+    door.rest()
+    assert door.ask("set any 0 0 7\r\nbob new\r\n", "fifth") == "STORED\r\n"
+
+
+def test_unknown_names_take_as_long_as_wrong_passwords(door):
+    door = door()
+    assert "failure" in door.ask(LOGIN.replace("bob", "eve"))
+    assert door.checked == [b"a secret"]
+
+
+def test_a_host_with_a_wrong_password_waits_for_its_next_try(door, caplog):
+    door = door()
+    wrong = LOGIN.replace("a s", "b s")
+    for number in range(5):
+        door.say(wrong, "bad%d" % number, host="10.0.0.1")
+    door.say(LOGIN, "late", host="10.0.0.1")
+    assert door.pump() == 1
+    assert "failure" in door.heard("bad0") and door.heard("bad1") == ""
+    assert door.pump() == 0
+    # Another host does not wait.
+    assert door.ask(LOGIN, "other", host="10.0.0.2") == "STORED\r\n"
+    # Nor does who is known by now, though from a host that has to.
+    assert door.ask(LOGIN, "known", host="10.0.0.1") == "STORED\r\n"
+    for number in range(1, 5):
+        door.rest()
+        assert door.pump() == 1
+        assert "failure" in door.heard("bad%d" % number)
+    door.rest()
+    door.pump()
+    assert door.heard("late") == "STORED\r\n"
+    door.rest()
+    door.pump()
+    assert not door.broker.logins._lines and not door.timers
+    assert caplog.text.count("10.0.0.1: wrong password for 'bob'") == 5
+
+
+def test_hosts_are_served_in_turn(door):
+    door = door()
+    for host in ("one", "two"):
+        for number in range(2):
+            door.say(LOGIN.replace("a s", "%s" % (host + str(number))[:3]),
+                     host + str(number), host=host)
+    assert door.pump() == 2                  # the first of each
+    assert "failure" in door.heard("one0") and "failure" in door.heard("two0")
+
+
+def test_a_client_that_left_while_its_password_was_checked(door):
+    door = door()
+    door.say(LOGIN)
+    door.session().close(NOW)
+    assert door.pump() == 1
+    assert door.session().take() == []
+
+
+def test_users_of_a_queue(door):
+    door = door("[queue work]\nput_users = bob\nget_users = ann\n[queue open]\n"
+                "[alias both]\ndestination_queues = open work\n")
+    for name in ("bob", "ann"):
+        assert door.ask(LOGIN.replace("bob", name), name) == "STORED\r\n"
+    may_not_put = "CLIENT_ERROR ann is not among the put_users of work\r\n"
+    assert door(set_("work", "x"), "ann") == may_not_put
+    assert door(set_("work+copy", "x"), "ann") == may_not_put.replace("work", "work+copy")
+    assert door(set_("both", "x"), "ann") == may_not_put
+    assert "work" not in door.broker.queues and "open" not in door.broker.queues
+    assert door(set_("work", "x"), "bob") == door(set_("both", "y"), "bob") == "STORED\r\n"
+    assert door(set_("open", "z"), "ann") == "STORED\r\n"
+    may_not_get = "CLIENT_ERROR bob is not among the get_users of work\r\n"
+    for command in ("get work", "gets work", "get work/open", "get work/peek", "get work/t=5",
+                    "monitor work 1", "delete work", "flush work", "flush_all"):
+        assert door(command + "\r\n", "bob") == may_not_get, command
+    assert door("get work+spy\r\n", "bob") == may_not_get.replace("work", "work+spy")
+    assert "work+spy" not in door.broker.queues
+    assert door("get open work\r\n", "bob") == "VALUE open 0 1\r\ny\r\n" + may_not_get
+    assert items_of(door.broker, "work") == [b"x", b"y"]
+    assert door("get work/peek\r\n", "ann") == "VALUE work/peek 0 1\r\nx\r\nEND\r\n"
+    assert door("get work/open\r\nget work/close\r\nflush work\r\ndelete work\r\n", "ann") == (
+        "VALUE work/open 0 1\r\nx\r\nEND\r\nEND\r\nEND\r\nDELETED\r\n")
+
+
+def test_the_admin_port_asks_for_the_same_passwords(door):
+    door = door("[queue work]\nget_users = ann\n", session_type=kestrel.AdminSession)
+    put_some(door, "open", b"x")
+
+    def ask(line, name=None, password="a secret", scheme="Basic"):
+        token = base64.b64encode(("%s:%s" % (name, password)).encode()).decode()
+        door.say(request(line, *["Authorization: %s %s" % (scheme, token)] * bool(name)))
+        door.pump()
+        response, = responses(door.heard())
+        return response
+
+    status, headers, _ = ask("GET /stats.json")
+    assert (status, headers["WWW-Authenticate"]) == (401, 'Basic realm="kestrel"')
+    assert ask("GET /", "bob", scheme="Bearer")[0] == 401
+    assert door.checked == [] and not door.timers      # nobody was wrong
+    assert ask("POST /shutdown", "bob", "wrong")[0] == 401 and not door.broker.stopping
+    door.rest()
+    assert ask("GET /ping", "bob")[0] == 200
+    assert ask("GET /ping")[0] == 401                  # the next one on the connection
+    assert ask("GET /metrics", "ann")[0] == 200
+    assert ask("GET /peek?queue=open", "bob")[0] == 200
+    kestrel.Broker.queue(door.broker, "work", NOW)
+    for line in ("GET /peek?queue=work", "POST /flush?queue=work", "POST /delete?queue=work"):
+        status, _, body = ask(line, "bob")
+        assert (status, body) == (403, "bob is not among the get_users of work\n")
+    assert ask("POST /delete?queue=work", "ann")[0] == 200
+    door.say(request("GET /ping", "Authorization: Basic %%%"))
+    assert responses(door.heard())[0][0] == 400
+
+
+def test_a_hash_is_salted_and_slow():
+    assert kestrel.hash_password(b"x") != kestrel.hash_password(b"x")
+    stored = kestrel.hash_password(b"x")
+    assert int(stored.split("$")[1]) >= 200000
+    assert kestrel.is_password(b"x", stored) and not kestrel.is_password(b"y", stored)
+    assert not kestrel.is_password(b"0", kestrel._NOBODY)
+    # Made by another program: hashlib.pbkdf2_hmac of OpenSSL's, and RFC 7914's test vector.
+    assert kestrel.hash_password(b"passwd", b"salt", 1).endswith(
+        "$55ac046e56e3089fec1691c22544b605f94185216dde0465e68b9d57c20dacbc")
+
+
+def test_hash_password_on_the_command_line():
+    status, out, err = run("--hash-password", input="a secret\n")
+    assert status == 0 and err == ""
+    assert kestrel.is_password(b"a secret", out.strip())
+
+
+def test_a_server_with_passwords_and_tls(serve, tmp_path):
+    port = free_port()
+    server = serve(secured(tmp_path, "admin_port = %d\n" % port))
+    clients = [tls_client(server.port, tmp_path) for _ in range(3)]
+    good, bad, silent = clients
+    assert good.ask(LOGIN) == "STORED\r\n"
+    assert good.put("q", b"x" * (8 << 20)) == "STORED\r\n"
+    assert good.get("q") == b"x" * (8 << 20)
+    assert good.get("q/t=1") is None
+    assert bad.ask("get q\r\n") == "CLIENT_ERROR unauthenticated\r\n"
+    assert bad.line() == ""                  # closed in the way of TLS
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    token = base64.b64encode(b"bob:a secret").decode()
+    with urllib.request.urlopen(urllib.request.Request(
+            "https://localhost:%d/ping" % port, headers={"Authorization": "Basic " + token}),
+            context=context) as answer:
+        assert answer.read() == b"pong\n"
+    with kestrel.Client("localhost", server.port, user="ann", password="a secret",
+                        tls=context) as client:
+        client.put("q", b"y")
+        with client.open("q") as data:
+            assert data == b"y"
+    with pytest.raises(kestrel.ServerError, match="authentication failure"):
+        kestrel.Client("localhost", server.port, user="ann", password="x", tls=context)
+    with pytest.raises(ssl.SSLError):        # a certificate that it cannot know
+        kestrel.Client("localhost", server.port, tls=ssl.create_default_context())
+    for client in clients:
+        client.close()
+    assert server.thread.is_alive()
+
+
+def test_half_closed_after_the_login(serve, tmp_path):
+    server = serve(secured(tmp_path, tls=False))
+    with Client(server.port) as client:
+        client.send(LOGIN + "version\r\n")
+        client.sock.shutdown(socket.SHUT_WR)
+        assert client.file.read() == b"STORED\r\nVERSION 1.0.0\r\n"
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_tls_versions_and_client_certificates(serve, tmp_path, version):
+    (tmp_path / "two.pem").write_text(TWO)
+    server = serve(secured(tmp_path, "tls_client_ca = %s\n" % (tmp_path / "ca.pem"))
+                   .replace("auth_file", "#"))
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        with kestrel.Client("localhost", server.port, tls=context) as client:
+            client.stats()
+    context.load_cert_chain(str(tmp_path / "two.pem"))
+    with kestrel.Client("localhost", server.port, tls=context) as client:
+        assert client.put("q", b"x") and client.get("q") == b"x"
+
+
+def test_older_tls_and_none_at_all_are_refused(serve, tmp_path, caplog):
+    caplog.set_level("INFO")
+    server = serve(secured(tmp_path))
+    with Client(server.port) as plain, contextlib.suppress(ConnectionError):
+        plain.send("version\r\n")
+        assert b"VERSION" not in plain.file.read()
+    until(lambda: "memcache client 127.0.0.1:" in caplog.text and ": TLS: " in caplog.text)
+    assert server.server.broker.config.tls.minimum_version == ssl.TLSVersion.TLSv1_2
+    for client in (Client(server.port), Client(server.port)):    # neither says anything
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    with tls_client(server.port, tmp_path) as client:
+        assert client.ask(LOGIN) == "STORED\r\n"
+
+
+def test_a_reload_brings_new_certificates_and_users(serve, tmp_path, caplog):
+    server = serve(secured(tmp_path))
+
+    def presents():
+        with tls_client(server.port, tmp_path) as client:
+            return dict(field for group in client.sock.getpeercert()["subject"]
+                        for field in group)["commonName"]
+
+    before = tls_client(server.port, tmp_path)
+    assert before.ask(LOGIN) == "STORED\r\n" and presents() == "one"
+    (tmp_path / "server.pem").write_text("nothing")
+    assert "SERVER_ERROR" in before.ask("reload\r\n")
+    assert presents() == "one"
+    (tmp_path / "server.pem").write_text(TWO)
+    (tmp_path / "users").write_text("eve:%s\n" % SECRET)
+    assert before.ask("reload\r\n") == "Reloaded config.\r\n"
+    assert presents() == "two"
+    assert before.ask("version\r\n") == "VERSION 1.0.0\r\n"
+    with tls_client(server.port, tmp_path) as client:
+        assert client.ask(LOGIN.replace("bob", "eve")) == "STORED\r\n"
+    with tls_client(server.port, tmp_path) as client:
+        assert "failure" in client.ask(LOGIN)
+    before.close()
+
+
+def test_a_reload_can_change_allow_and_admin_commands_but_not_the_users_file(
+        serve, tmp_path, caplog):
+    server = serve("[server]\nallow = 127.0.0.1\n")
+    client = server.client()
+    assert client.ask("version\r\n") == "VERSION 1.0.0\r\n"
+    text = secured(tmp_path, "allow = 10.0.0.1\nadmin_commands = none\n", tls=False)
+    (tmp_path / "kestrel.conf").write_text(text)
+    assert client.ask("reload\r\n") == "Reloaded config.\r\n"
+    assert "auth_file changes with the next start only" in caplog.text
+    assert "allow changes" not in caplog.text
+    assert client.ask("reload\r\n") == "CLIENT_ERROR reload is turned off (admin_commands)\r\n"
+    with server.client() as other, contextlib.suppress(ConnectionError):
+        other.send("version\r\n")
+        assert other.line() == ""
+    assert client.ask("version\r\n") == "VERSION 1.0.0\r\n"
+
+
+def test_a_slow_reader_over_tls_is_not_closed_while_it_takes_something(serve, tmp_path):
+    server = serve(secured(tmp_path, "send_timeout = 300ms\n"))
+    with tls_client(server.port, tmp_path) as slow:
+        assert slow.ask(LOGIN) == "STORED\r\n"
+        slow.put("q", b"x" * (4 << 20))
+        slow.send("get q\r\n")
+        got = 0
+        while got < 4 << 20:
+            got += len(slow.sock.recv(1 << 16))
+            time.sleep(0.002)                # longer in all than send_timeout
+
+
+def test_tls_clients_leave_nothing_behind(serve, tmp_path):
+    server = serve(secured(tmp_path))
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for number in range(5):
+            with tls_client(server.port, tmp_path) as client:
+                client.ask(LOGIN if number % 2 else "get q\r\n")
+            with Client(server.port) as client, contextlib.suppress(ConnectionError):
+                client.ask("version\r\n")
+        until(lambda: not server.server.connections)
+        gc.collect()
+        assert not [thing for thing in gc.garbage if isinstance(
+            thing, (kestrel.Connection, kestrel.Session, kestrel.TLSSocket))]
+    finally:
+        gc.enable()
+        gc.set_debug(0)
+        gc.garbage.clear()
+
+
+class UnixClient(Client):
+    def __init__(self, path):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(20)
+        self.sock.connect(str(path))
+        self.file = self.sock.makefile("rb")
+
+
+def test_a_unix_socket(serve, short_path, caplog):
+    caplog.set_level("INFO")
+    path = short_path / "k.sock"
+    server = serve("[server]\nlisten = 127.0.0.1, unix:%s\nsocket_mode = 0620\n"
+                   "allow = 10.0.0.1\nadmin_commands = local\n" % path)
+    assert os.stat(str(path)).st_mode & 0o777 == 0o620
+    with UnixClient(path) as client:
+        assert client.put("q", b"x") == "STORED\r\n" and client.get("q") == b"x"
+        assert client.ask("flush_all\r\n") == "Flushed all queues.\r\n"    # it is local
+        assert client.ask("reload\r\n") == "Reloaded config.\r\n"
+    assert "queue q created by memcache client unix:%s\n" % path in caplog.text
+    with kestrel.Client("unix:%s" % path) as client:
+        client.put("q", b"y")
+        assert client.get("q") == b"y"
+    server.stop()
+    assert not path.exists()
+
+
+@pytest.fixture
+def short_path():
+    """A directory whose name is short enough for the path of a UNIX socket."""
+    path = tempfile.mkdtemp(prefix="k")
+    yield type(pathlib.Path())(path)
+    shutil.rmtree(path)
+
+
+def test_unix_sockets_that_are_left_in_use_or_no_sockets(tmp_path, short_path):
+    path = short_path / "k.sock"
+    text = "[server]\nlisten = unix:%s\n" % path
+    left = socket.socket(socket.AF_UNIX)     # of a server that was killed
+    left.bind(str(path))
+    left.close()
+    server = kestrel.Server(config_of(tmp_path, text, memcache_port="0"))
+    assert server.port is None and len(server.listeners) == 1
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(OSError, match="cannot listen on unix:%s: Address already in use" % path):
+        kestrel.Server(config_of(other, text))
+    server.broker.stopping = True
+    server.run()
+    assert not path.exists()
+    path.write_text("something else")
+    with pytest.raises(OSError, match="Address already in use"):
+        kestrel.Server(config_of(other, text))
+    assert path.read_text() == "something else"
+    with pytest.raises(OSError, match="cannot listen on unix:.*too long"):
+        kestrel.Server(config_of(other, "[server]\nlisten = unix:%s\n" % (short_path / ("x" * 200))))
+    with pytest.raises(OSError, match="cannot listen on unix:/nowhere/at/all: No such file"):
+        kestrel.Server(config_of(other, "[server]\nlisten = unix:/nowhere/at/all\n"))
+
+
+def test_a_second_server_does_not_take_the_socket_of_one_that_is_loading(tmp_path, short_path):
+    """It is bound before the journals are read, and listens after."""
+    path = short_path / "k.sock"
+    config = config_of(tmp_path, "[server]\nlisten = unix:%s\n" % path)
+    held = kestrel._lock_spool(config.server.queue_path)
+    with pytest.raises(OSError, match="held by another server"):
+        kestrel.Server(config)
+    os.close(held)
+    assert not path.exists()
+
+
+def test_several_addresses_and_protocols(serve, short_path):
+    text = free_port()
+    other = "::1" if HAS_IPV6 else "127.0.0.2"
+    server = serve("[server]\nlisten = 127.0.0.1, %s, unix:%s\ntext_port = %d\n" % (
+        other, short_path / "k", text))
+    other_name = "[::1]" if HAS_IPV6 else other
+    assert [(one.protocol, one.name.rpartition(":")[0]) for one in server.server.listeners] == [
+        ("memcache", "127.0.0.1"), ("memcache", other_name), ("memcache", "unix"),
+        ("text", "127.0.0.1"), ("text", other_name)]
+    for address in ("127.0.0.1", other):
+        with Client(text, address) as client:
+            assert client.ask("version\n") == ":1.0.0\n"
+
+
+def test_every_address_of_both_kinds(tmp_path):
+    addresses = ["0.0.0.0", "::"][:1 + HAS_IPV6]
+    server = kestrel.Server(config_of(tmp_path, "[server]\nlisten = %s\nmemcache_port = %d\n" % (
+        ", ".join(addresses), free_port())))
+    assert [one.address[0] for one in server.listeners] == addresses
+    server.broker.stopping = True
+    server.run()
+
+
+@pytest.mark.parametrize("settings, warned", [
+    ("", 1), ("allow = 127.0.0.1", 0), ("auth_file = {path}/users", 0),
+    ("tls_cert = {path}/server.pem", 1),
+    ("tls_cert = {path}/server.pem\ntls_client_ca = {path}/ca.pem", 0)])
+def test_one_warning_if_there_is_no_rule_of_access(serve, tmp_path, caplog, settings, warned):
+    secured(tmp_path)
+    server = serve("[server]\nlisten = 0.0.0.0\nadmin_port = %d\n%s\n" % (
+        free_port(), settings.replace("{path}", str(tmp_path))))
+    until(lambda: not server.server.active and server.server.listeners)
+    server.stop()
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == warned
+
+
+def test_spool_and_files_are_for_their_owner_only(daemon, tmp_path):
+    previous = os.umask(0)
+    try:
+        server = daemon()
+        with server.client() as client:
+            client.put("q", b"x")
+    finally:
+        os.umask(previous)
+    assert os.stat(str(tmp_path / "spool")).st_mode & 0o777 == 0o700
+    assert os.stat(str(tmp_path / "spool" / "q")).st_mode & 0o777 == 0o600
 
 
 # == Limits ===============================================================================
