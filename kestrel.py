@@ -5646,7 +5646,8 @@ class Server:
         for key, mask in events[:_EVENTS]:
             key.data.ready(mask)
         self._events = events[_EVENTS:]
-        self.timers.run(self.mono)
+        if not self._events:             # who has spoken before its time was over is heard first
+            self.timers.run(self.mono)
         if broker.chores:
             self._step(broker.chores.popleft())
         if self.reload_wanted:
@@ -5672,7 +5673,8 @@ class Server:
                 events = select(0)
                 if events:
                     return events
-        events = select(self.timers.wait(time.monotonic()))
+        # The second look is for a process that was stopped, whose wait ends without one.
+        events = select(self.timers.wait(time.monotonic())) or select(0)
         is_short = time.monotonic() < start + self._busy_poll
         self._short_waits = self._short_waits + 1 if is_short else 0
         return events

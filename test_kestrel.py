@@ -5914,6 +5914,219 @@ def test_a_journal_that_somebody_else_has_changed_is_not_written_over(tmp_path):
     assert contents_of(tmp_path) == [b"1", b"3"]
 
 
+def test_a_journal_that_cannot_be_opened_costs_only_its_queue(daemon, tmp_path):
+    (tmp_path / "spool" / "bad").mkdir(parents=True)
+    server = daemon()
+    with server.client() as client:
+        for _ in range(2):
+            assert client.put("bad", b"x") == "SERVER_ERROR bad: Is a directory\r\n"
+            assert client.ask("get bad\r\n") == "SERVER_ERROR bad: Is a directory\r\n"
+            assert client.put("good", b"x") == "STORED\r\n" and client.get("good") == b"x"
+        (tmp_path / "spool" / "bad").rmdir()
+        assert client.put("bad", b"x") == "STORED\r\n" and client.get("bad") == b"x"
+
+
+class FullTable:
+    """A listening socket in a system that has no descriptors left for `times` clients."""
+
+    def __init__(self, sock, number, times):
+        self.sock, self.number, self.times, self.asked = sock, number, times, 0
+
+    def __getattr__(self, name):
+        return getattr(self.sock, name)
+
+    def accept(self):
+        self.asked += 1
+        if self.times:
+            self.times -= 1
+            raise OSError(self.number, os.strerror(self.number))
+        return self.sock.accept()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+@pytest.mark.parametrize("times", [1, 2])
+def test_no_descriptors_left_for_who_comes_in(serve, caplog, number, times):
+    """With a spare one the client is let in and out again; if that fails too it waits."""
+    server = serve()
+    good = server.client()
+    assert good.ask("version\r\n") == "VERSION 1.0.0\r\n"
+    listener = server.server.listeners[0]
+    listener.sock = table = FullTable(listener.sock, number, times)
+    late = server.client()
+    late.send("version\r\n")
+    if times == 1:
+        with contextlib.suppress(ConnectionError):
+            assert late.line() == ""
+    else:                                    # there was no way to tell it, nor is it told of twice
+        until(lambda: not table.times)
+        for _ in range(20):
+            assert good.ask("version\r\n") == "VERSION 1.0.0\r\n"
+    until(lambda: os.strerror(number) in caplog.text)
+    assert table.asked < 10
+    assert server.client().ask("version\r\n") == "VERSION 1.0.0\r\n"
+
+
+def test_half_commands_by_the_hundred(serve):
+    server = serve("[server]\nmax_item_size = 1mb\n")
+    client = server.client()
+    halves = [b"g", b"get q", b"set q 0 0 100\r\nabc", b"set q 0 0 60000\r\n" + bytes(30000)]
+    for number in range(400):
+        server.client().send(halves[number % 4])
+    until(lambda: client.stats()["curr_connections"] == "401")
+    assert client.put("q", b"x") == "STORED\r\n" and client.get("q") == b"x"
+    while len(server.clients) > 1:
+        server.clients.pop().close()
+    until(lambda: client.stats()["curr_connections"] == "1")
+    assert client.stats()["curr_items"] == "0" and len(server.server.connections) == 1
+
+
+def test_a_byte_now_and_then_is_no_idleness_and_costs_nobody(serve):
+    server = serve("[server]\nclient_timeout = 400ms\n")
+    slow, silent = server.client(), server.client()
+    silent.send("get q")
+    for char in "version\r\n":
+        slow.send(char)
+        time.sleep(0.1)                      # longer in all than client_timeout
+    assert slow.line() == "VERSION 1.0.0\r\n"
+    assert silent.line() == ""
+
+
+def test_a_monitor_that_is_not_read_is_closed_and_its_items_go_back(serve, caplog):
+    server = serve("[server]\nsend_timeout = 200ms\nmax_output_buffer = 64kb\n")
+    client, greedy = server.client(), server.client()
+    greedy.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    for _ in range(40):
+        client.put("q", b"x" * (1 << 19))
+    greedy.send("monitor q 1000 40\r\n")
+    until(lambda: client.stats()["queue_q_open_transactions"] != "0")
+    most = 0
+    while client.stats()["curr_connections"] == "2":
+        most = max(most, int(client.stats()["queue_q_open_transactions"]))
+    assert most < 30                         # as much as the sockets and the buffer hold
+    assert client.stats()["queue_q_items"] == "40"
+    assert "takes nothing of its answers" in caplog.text
+
+
+def test_one_large_item_for_many_readers_is_in_memory_once(talk):
+    data = "x" * 300000
+    talk(set_("q", data))
+    item = talk.broker.queues["q"].items[0]
+    for number in range(3):
+        session = talk.session("reader %d" % number)
+        session.feed(b"get q/peek\r\n", NOW)
+        assert any(piece is item.data for piece in session.out)
+
+
+def test_who_has_spoken_in_time_is_heard_though_many_are_at_once(tmp_path, monkeypatch):
+    """After a while in which the process did not run, say."""
+    monkeypatch.setattr(kestrel, "_EVENTS", 2)
+    server = kestrel.Server(config_of(
+        tmp_path, "[server]\nclient_timeout = 300ms\n", memcache_port="0"))
+    port = server.listeners[0].address[1]
+    clients = [Client(port) for _ in range(9)]
+    while len(server.connections) < 9:
+        server.turn()
+    for client in clients:
+        client.send("version\r\n")
+    time.sleep(0.4)
+    for _ in range(20):
+        server.interrupt()                   # lest it waits for more
+        server.turn()
+    for client in clients:
+        assert client.line() == "VERSION 1.0.0\r\n"
+        client.close()
+    server.broker.stopping = True
+    server.run()
+
+
+# == Clocks ===============================================================================
+
+
+@pytest.fixture
+def wall(monkeypatch):
+    """The time of day can be set: wall.offset is in milliseconds."""
+    wall = types.SimpleNamespace(offset=0)
+    now = kestrel._now
+    monkeypatch.setattr(kestrel, "_now", lambda given=None: (
+        now() + wall.offset if given is None else given))
+    return wall
+
+
+@pytest.mark.parametrize("offset", [-3600000, 3600000])
+def test_what_waits_does_not_go_by_the_time_of_day(serve, wall, offset):
+    server = serve("[server]\nclient_timeout = 1h\nexpiration_timer_frequency = 50ms\n"
+                   "[queue]\nopen_transaction_timeout = 400ms\nsync_journal = 50ms\n")
+    waiting, reader, client = server.client(), server.client(), server.client()
+    client.put("q", b"x")
+    start = time.monotonic()
+    waiting.send("get other/t=400\r\n")
+    assert reader.get("q/open") == b"x"
+    assert client.ask("version\r\n") == "VERSION 1.0.0\r\n"
+    wall.offset = offset
+    assert client.get("q/t=10000") == b"x"             # when the read timed out
+    assert time.monotonic() - start > 0.39
+    assert waiting.item() is None
+    assert time.monotonic() - start > 0.39
+    assert client.put("other", b"y") == "STORED\r\n"
+    assert waiting.get("other/t=10000") == b"y"
+    stats = client.stats()
+    assert not [key for key, value in stats.items() if value.startswith("-")]
+
+
+def test_expiry_goes_by_the_time_of_day_and_survives_it(serve, wall):
+    server = serve("[server]\nexpiration_timer_frequency = 20ms\n[queue aged]\nmax_age = 10m\n")
+    client = server.client()
+
+    def items():
+        return client.stats()["curr_items"]
+
+    assert client.ask("set q 0 600 1\r\nx\r\n") == client.put("aged", b"y") == "STORED\r\n"
+    wall.offset = -3600000
+    expired = server.server.broker.sweep             # a sweep has come and gone
+    seen = []
+    server.server.broker.sweep = lambda now: seen.append(1) or expired(now)
+    until(lambda: len(seen) > 2)
+    assert items() == "2"
+    assert client.get("q/peek") == b"x" and client.stats()["queue_q_head_age"] == "0"
+    wall.offset = 3600000
+    until(lambda: items() == "0")
+    assert client.put("q", b"z") == "STORED\r\n"
+    wall.offset = 0
+    assert client.get("q") == b"z"
+    assert client.stats()["queue_q_age"] == "0"
+
+
+def test_journal_files_are_in_order_though_the_clock_was_set_back(tmp_path, wall):
+    queue = turn_queue(tmp_path, max_memory_size=1000)
+    sent = []
+    for number in range(60):
+        wall.offset -= 1000000
+        sent.append(b"%03d" % number * 30)
+        queue.add(sent[-1])
+        queue.write()
+    assert len(queue.journal.files) > 5
+    queue.close()
+    assert contents(load(tmp_path)) == sent
+
+
+def test_a_process_that_was_stopped_for_a_while(daemon):
+    server = daemon("[server]\nclient_timeout = 500ms\n")
+    with server.client() as short, server.client() as long, server.client() as other:
+        assert other.ask("version\r\n") == "VERSION 1.0.0\r\n"
+        short.send("get q/t=300\r\n")
+        long.send("get w/t=60000\r\n")
+        other.send("stats\r\n")
+        for line in iter(other.line, "END\r\n"):
+            pass
+        server.process.send_signal(signal.SIGSTOP)
+        other.send("set w 0 0 1\r\nx\r\n")
+        time.sleep(0.8)
+        server.process.send_signal(signal.SIGCONT)
+        assert short.item() is None
+        assert other.line() == "STORED\r\n"          # it spoke in time
+        assert long.item() == b"x"
+
+
 # == Strangers ============================================================================
 
 # Sessions that make sense, by the protocol: each a list of what is said. None of them shuts the
