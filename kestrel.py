@@ -2355,9 +2355,10 @@ Route = collections.namedtuple("Route", "targets copies queues")
 # How many items or queues a long job looks at before other work gets its turn.
 SWEEP_STEP = 1000
 
-# How long a host whose password was wrong has to wait for the next try, and the password of
-# somebody unknown, which takes as long to find wrong as any.
+# How long a host whose password was wrong has to wait for the next try, how many of one host may
+# wait, and the password of somebody unknown, which takes as long to find wrong as any.
 _LOGIN_REST_MS = 1000
+_LOGINS = 1000
 _NOBODY = "pbkdf2$200000$%032d$%064d" % (0, 0)
 
 # How often rates are taken, in seconds, and how many of the last samples are kept of a queue.
@@ -2423,7 +2424,10 @@ class Logins:
         if host not in self._lines:
             self._lines[host] = collections.deque()
             self._call_up(host)
-        self._lines[host].append((name, password, tell))
+        if len(self._lines[host]) < _LOGINS:
+            self._lines[host].append((name, password, tell))
+        else:
+            tell(False)
 
     def _stored(self, name):
         return (self._broker.config.users or {}).get(os.fsdecode(name), _NOBODY)

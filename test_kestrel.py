@@ -5401,6 +5401,15 @@ def test_a_host_with_a_wrong_password_waits_for_its_next_try(door, caplog):
     assert caplog.text.count("10.0.0.1: wrong password for 'bob'") == 5
 
 
+def test_a_host_can_keep_only_so_many_waiting(door, monkeypatch):
+    monkeypatch.setattr(kestrel, "_LOGINS", 3)
+    door = door()
+    for number in range(6):
+        door.say(LOGIN.replace("a s", "b s"), str(number))
+    assert ["failure" in door.heard(str(number)) for number in range(6)] == [False] * 3 + [True] * 3
+    assert door.pump() == 1
+
+
 def test_hosts_are_served_in_turn(door):
     door = door()
     for host in ("one", "two"):
@@ -6201,13 +6210,23 @@ def mutated(chances, words):
                   b"".join(words))
 
 
-def misbehave(chances, ports):
-    """One client: says something in pieces, hears some of the answers or none, and goes."""
-    protocol = chances.choice(list(SESSIONS))
+AUTHORIZED = b"Authorization: Basic " + base64.b64encode(b"bob:a secret") + b"\r\nHost: here"
+
+
+def misbehave(chances, ports, tls):
+    """One client: says something in pieces, hears some of the answers or none, and goes. tls: an
+    ssl.SSLContext, for a server that wants to know who comes in, or None."""
+    protocol = chances.choice([name for name in SESSIONS if name in ports])
     sessions = SESSIONS[protocol] if chances.random() < 0.95 else SESSIONS["memcache"]
-    data = mutated(chances, chances.choice(sessions))
+    words = chances.choice(sessions)
+    if tls and chances.random() < 0.8:
+        words = [word.replace(b"Host: here", AUTHORIZED) for word in words]
+        words = [LOGIN.encode()] * (protocol == "memcache") + words
+    data = mutated(chances, words)
     sock = socket.create_connection(("127.0.0.1", ports[protocol]), timeout=20)
     try:
+        if tls and chances.random() < 0.8:
+            sock = tls.wrap_socket(sock, server_hostname="localhost")
         while data:
             size = chances.choice([len(data), chances.randrange(1, len(data) + 1)])
             with contextlib.suppress(BlockingIOError):
@@ -6226,29 +6245,36 @@ def misbehave(chances, ports):
                 pass
         elif how == 1:                       # reset
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    except (ConnectionError, socket.timeout):
+    except OSError:
         pass                                 # it was closed on, which is a fair answer
     finally:
         sock.close()
     return protocol
 
 
-def test_strangers(serve, tmp_path, caplog):
-    """Thousands of broken sessions of all protocols, while a good client is served.
+@pytest.mark.parametrize("with_tls, share", [(False, 1), (True, 4)])
+def test_strangers(serve, tmp_path, caplog, monkeypatch, with_tls, share):
+    """Thousands of broken sessions of all protocols, while a good client is served; a share of
+    them with TLS and passwords.
 
     KESTREL_STRANGERS=100000 makes it that many.
     """
+    monkeypatch.setattr(kestrel, "_LOGIN_REST_MS", 1)
     chances = seeded()
-    ports = {name: free_port() for name in ("text", "thrift", "admin")}
-    server = serve("[server]\n" + "".join("%s_port = %d\n" % pair for pair in ports.items())
+    ports = {name: free_port() for name in (("admin",) if with_tls else ("text", "thrift", "admin"))}
+    server = serve((secured(tmp_path) if with_tls else "[server]\n")
+                   + "".join("%s_port = %d\n" % pair for pair in ports.items())
                    + "[queue]\nsync_journal = never\nmax_items = 1000\n")
     ports["memcache"] = server.port
-    good = server.client()
+    tls = ssl.create_default_context(cafile=str(tmp_path / "ca.pem")) if with_tls else None
+    good = tls_client(server.port, tmp_path) if with_tls else server.client()
+    if with_tls:
+        assert good.ask(LOGIN) == "STORED\r\n"
     broker = server.server.broker
-    count = int(os.environ.get("KESTREL_STRANGERS", 2000))
+    count = int(os.environ.get("KESTREL_STRANGERS", 2000)) // share
     sizes, slowest = [], 0
     for number in range(1, count + 1):
-        protocol = misbehave(chances, ports)
+        protocol = misbehave(chances, ports, tls)
         start = time.monotonic()
         assert good.ask("version\r\n") == "VERSION 1.0.0\r\n", protocol
         slowest = max(slowest, time.monotonic() - start)
@@ -6265,6 +6291,8 @@ def test_strangers(serve, tmp_path, caplog):
     assert "Traceback" not in caplog.text and server.thread.is_alive()
     assert not [record for record in caplog.records if record.exc_info]
     print("%d sessions, slowest answer %.1f ms, resident %s" % (count, slowest * 1000, sizes[::20]))
+    assert not broker.logins._lines or not with_tls
+    good.close()
     # Twice what it had with a tenth of them would be a leak.
     assert sizes[-1] < sizes[len(sizes) // 10] * 2
 
