@@ -2870,7 +2870,8 @@ class Broker:
 #   out          byte strings to be sent, in order; take() takes them
 #   out_bytes    roughly how much that is, set to 0 by the server when all has been sent
 #   touched      (queue, index in out, count, whole) of each answer that rests on a journal
-#   held         between hold() and release(), while answers wait for an fsync
+#   held         between hold() and release(), while answers wait for an fsync, or a login for
+#                its password to be checked
 #   stalled      the next command has to wait: for an item, a job, an fsync, for ever. Only
 #                resume() sees whether it still has to
 #   unparsed     how much input has been kept
@@ -3005,6 +3006,7 @@ class Session:
         self.who = who
         self.host = host
         self.user = None                # its name, with an auth_file and once it has said it
+        self._is_asking = False         # it is being found out who that is
         self.wake = wake
         self.out = []
         self.out_bytes = 0              # roughly; of items only
@@ -3078,7 +3080,7 @@ class Session:
 
     def release(self):
         """resume() may go on again."""
-        self.held = False
+        self.held = self._is_asking
 
     def _begin(self, job):
         """Do a command in pieces, each in a turn of its own: `job` is a generator."""
@@ -3207,9 +3209,11 @@ class Session:
         meanwhile, and _go_on() called then."""
         def tell(good):
             self.user = os.fsdecode(name) if good else None
+            self._is_asking = False
             self.release()
             self.wake()
 
+        self._is_asking = True
         self._put_off(iter(()))          # with that in hand one that hung up is still answered
         self.hold()
         self.broker.logins.check(self.host, name, password, tell)
@@ -5445,38 +5449,46 @@ class Listener:
                 server.selector.unregister(self.sock)
                 server.timers.at(server.mono + 1, self._start)
                 return
-            if len(server.connections) >= server.config.server.max_connections:
+            connection = self._admit(sock, address)
+            if connection:
+                connection.ready(_READ)      # its first word is there as a rule: saves a turn
+
+    def _admit(self, sock, address):
+        """The Connection of a client that has come, None if it may not come in."""
+        server = self.server
+        config = server.broker.config
+        sock.setblocking(False)
+        why = None
+        local, host, name = True, self.name, self.name           # of a UNIX socket
+        if isinstance(address, tuple):
+            ip = _ip_of(address[0])
+            if config.server.allow and not any(ip in network for network in config.server.allow):
+                why = "%s is not among those in allow" % ip
+            # Who has one IPv6 address has a network of them.
+            local, host = ip.is_loopback, str(ip) if ip.version == 4 else ip.exploded[:19]
+            name = _name_of(address)
+        if len(server.connections) >= config.server.max_connections:
+            why = "max_connections"
+        if why:
+            sock.close()
+            self._tell_refused(why)
+            return None
+        if config.tls and isinstance(address, tuple):
+            config.tls.sslsocket_class = TLSSocket
+            try:
+                sock = config.tls.wrap_socket(sock, True, do_handshake_on_connect=False)
+            except OSError:                            # gone already
                 sock.close()
-                self._tell_refused("max_connections")
-                continue
-            sock.setblocking(False)
-            config = server.broker.config
-            local, host = True, self.name              # of a UNIX socket
-            if isinstance(address, tuple):
-                ip = _ip_of(address[0])
-                if config.server.allow and not any(ip in net for net in config.server.allow):
-                    sock.close()
-                    self._tell_refused("%s is not among those in allow" % ip)
-                    continue
-                # Who has one IPv6 address has a network of them.
-                local, host = ip.is_loopback, str(ip) if ip.version == 4 else ip.exploded[:19]
-                if config.tls:
-                    config.tls.sslsocket_class = TLSSocket
-                    try:
-                        sock = config.tls.wrap_socket(sock, True, do_handshake_on_connect=False)
-                    except OSError:                    # gone already
-                        sock.close()
-                        continue
-            protocol = self.session_type
-            if config.users is not None and protocol is MemcacheSession:
-                protocol = MemcacheLogin
-            session = protocol(server.broker, local, "%s client %s" % (
-                self.protocol, _name_of(address) if address else self.name), host)
-            connection = Connection(server, sock, session)
-            server.connections.add(connection)
-            server.broker.count_connection(1)
-            server.watch_idle(connection)
-            connection.ready(_READ)      # its first word is there as a rule: saves a turn
+                return None
+        session = self.session_type
+        if config.users is not None and session is MemcacheSession:
+            session = MemcacheLogin
+        connection = Connection(server, sock, session(
+            server.broker, local, "%s client %s" % (self.protocol, name), host))
+        server.connections.add(connection)
+        server.broker.count_connection(1)
+        server.watch_idle(connection)
+        return connection
 
     def _make_room(self):
         """No descriptors are left: let the next client in with the spare one, and out again,
@@ -6223,7 +6235,7 @@ def main(arguments=None):
             return 0
         _set_up_log(config.server)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)   # while it loads there is nothing to reload
-        server = Server(config, _inherited(config.server), _notify)
+        server = Server(config, _inherited(config), _notify)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1
@@ -6342,8 +6354,9 @@ def _repeats():
     return admit
 
 
-def _inherited(settings):
-    """{protocol: [socket]} of the sockets that systemd passes on, see sd_listen_fds(3)."""
+def _inherited(config):
+    """{protocol: [socket]} of the sockets that systemd passes on, see sd_listen_fds(3). Raises
+    ConfigError."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
@@ -6356,7 +6369,10 @@ def _inherited(settings):
         address = sock.getsockname()
         port = address[1] if isinstance(address, tuple) else -1
         protocol = next((protocol for protocol in _PROTOCOLS if protocol in names[number:number + 1]
-                         or port == getattr(settings, protocol + "_port")), "memcache")
+                         or port == getattr(config.server, protocol + "_port")), "memcache")
+        if config.users is not None and protocol in ("text", "thrift"):
+            raise ConfigError("auth_file: there is a socket for %s clients, who cannot say who "
+                              "they are" % protocol)
         given.setdefault(protocol, []).append(sock)
     return given
 

@@ -5483,6 +5483,25 @@ def test_the_admin_port_asks_for_the_same_passwords(door):
     assert responses(door.heard())[0][0] == 400
 
 
+def test_nothing_is_done_for_somebody_whose_password_is_still_to_be_checked(door):
+    """Not for the one before on the same connection either, as behind a proxy, and though the
+    session is released because the fsync is done that the answer before has waited for."""
+    door = door(session_type=kestrel.AdminSession)
+    put_some(door, "q", b"x")
+    door.say(request("POST /flush?queue=q", "Authorization: Basic Ym9iOmEgc2VjcmV0"))
+    door.pump()
+    assert responses(door.heard())[0][0] == 200
+    put_some(door, "q", b"y")
+    door.say(request("POST /flush?queue=q", "Authorization: Basic Ym9iOndyb25n"))
+    session = door.session()
+    session.hold()
+    session.release()
+    session.resume(NOW)
+    assert door.heard() == "" and items_of(door.broker, "q") == [b"y"]
+    door.pump()
+    assert responses(door.heard())[0][0] == 401 and items_of(door.broker, "q") == [b"y"]
+
+
 def test_a_hash_is_salted_and_slow():
     assert kestrel.hash_password(b"x") != kestrel.hash_password(b"x")
     stored = kestrel.hash_password(b"x")
