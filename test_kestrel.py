@@ -3001,6 +3001,14 @@ class Client:
         self.sock.close()
 
 
+class UnixClient(Client):
+    def __init__(self, path):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(20)
+        self.sock.connect(str(path))
+        self.file = self.sock.makefile("rb")
+
+
 class ServerThread:
     """A server on a free port, run by a thread."""
 
@@ -3044,6 +3052,14 @@ def serve(tmp_path):
     for server in started:
         if server.thread.is_alive():
             server.stop()
+
+
+@pytest.fixture
+def short_path():
+    """A directory whose name is short enough for the path of a UNIX socket."""
+    path = tempfile.mkdtemp(prefix="k")
+    yield type(pathlib.Path())(path)
+    shutil.rmtree(path)
 
 
 def until(condition):
@@ -4752,28 +4768,32 @@ def test_systemd_is_told(tmp_path, daemon, monkeypatch):
         hear("STOPPING=1")
 
 
-def test_sockets_that_systemd_passes_on(tmp_path):
-    names = ["memcache", "admin", "unknown"]
-    socks = [socket.socket() for _ in names]
-    for sock in socks:
-        sock.bind(("127.0.0.1", 0))
-        sock.listen(5)
-    ports = [sock.getsockname()[1] for sock in socks]
-    (tmp_path / "conf").write_text("[server]\ntext_port = %d\n" % ports[2])
-    waiting = Client(ports[0])               # before there is a server
-
+def activated(path, socks, names):
+    """The daemon, with the settings in path / "conf" and these sockets, as by systemd."""
     def pass_on():
         for number, sock in enumerate(socks):
             os.dup2(sock.fileno(), 100 + number)
         for number in range(len(socks)):
             os.dup2(100 + number, 3 + number)
 
-    with open(str(tmp_path / "log"), "wb") as log:
-        process = subprocess.Popen(
+    with open(str(path / "log"), "wb") as log:
+        return subprocess.Popen(
             ["sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh", *command(
-                "-c", tmp_path / "conf", "--port", 0, "--spool", tmp_path / "spool")],
-            preexec_fn=pass_on, pass_fds=(3, 4, 5), stderr=log,
-            env={**os.environ, "LISTEN_FDS": "3", "LISTEN_FDNAMES": ":".join(names)})
+                "-c", path / "conf", "--port", 0, "--spool", path / "spool")],
+            preexec_fn=pass_on, pass_fds=range(3, 3 + len(socks)), stderr=log,
+            env={**os.environ, "LISTEN_FDS": str(len(socks)), "LISTEN_FDNAMES": ":".join(names)})
+
+
+def test_sockets_that_systemd_passes_on(tmp_path, short_path):
+    names = ["memcache", "admin", "unknown", "unknown"]
+    socks = [socket.socket() for _ in names[:3]] + [socket.socket(socket.AF_UNIX)]
+    for sock in socks:
+        sock.bind(("127.0.0.1", 0) if sock.family == socket.AF_INET else str(short_path / "sock"))
+        sock.listen(5)
+    ports = [sock.getsockname()[1] for sock in socks]
+    (tmp_path / "conf").write_text("[server]\ntext_port = %d\n" % ports[2])
+    waiting = Client(ports[0])               # before there is a server
+    process = activated(tmp_path, socks, names)
     try:
         for sock in socks:
             sock.close()
@@ -4782,11 +4802,21 @@ def test_sockets_that_systemd_passes_on(tmp_path):
             assert answer.read() == b"pong\n"
         with Client(ports[2]) as text:
             assert text.ask("get q\n") == ":x\n"
-        assert (tmp_path / "log").read_text().count("listening on") == 3
+        with UnixClient(short_path / "sock") as client:
+            assert client.ask("version\r\n") == "VERSION 1.0.0\r\n"
+        assert (tmp_path / "log").read_text().count("listening on") == 4
     finally:
         waiting.close()
         process.terminate()
         assert process.wait(20) == 0
+    assert (short_path / "sock").exists()              # it is systemd's
+
+
+def test_a_text_socket_of_systemd_does_not_go_with_passwords(tmp_path):
+    (tmp_path / "conf").write_text(secured(tmp_path, tls=False))
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        assert activated(tmp_path, [sock], ["text"]).wait(20) == 1
+    assert "there is a socket for text clients" in (tmp_path / "log").read_text()
 
 
 def test_a_log_file_that_was_moved_away_is_opened_anew(daemon, tmp_path):
@@ -5663,14 +5693,6 @@ def test_tls_clients_leave_nothing_behind(serve, tmp_path):
         gc.garbage.clear()
 
 
-class UnixClient(Client):
-    def __init__(self, path):
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(20)
-        self.sock.connect(str(path))
-        self.file = self.sock.makefile("rb")
-
-
 def test_a_unix_socket(serve, short_path, caplog):
     caplog.set_level("INFO")
     path = short_path / "k.sock"
@@ -5687,14 +5709,6 @@ def test_a_unix_socket(serve, short_path, caplog):
         assert client.get("q") == b"y"
     server.stop()
     assert not path.exists()
-
-
-@pytest.fixture
-def short_path():
-    """A directory whose name is short enough for the path of a UNIX socket."""
-    path = tempfile.mkdtemp(prefix="k")
-    yield type(pathlib.Path())(path)
-    shutil.rmtree(path)
 
 
 def test_unix_sockets_that_are_left_in_use_or_no_sockets(tmp_path, short_path):
