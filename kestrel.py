@@ -2868,7 +2868,9 @@ class Broker:
 # case can be tried without one. What the server reads of a session:
 #
 #   out          byte strings to be sent, in order; take() takes them
-#   out_bytes    roughly how much that is, set to 0 by the server when all has been sent
+#   load         what the commands since the last sending have cost, in bytes: their answers, and
+#                more for what takes its time; set to 0 by the server when all has been sent.
+#                From max_output_buffer on the next command waits for the next turn
 #   touched      (queue, index in out, count, whole) of each answer that rests on a journal
 #   held         between hold() and release(), while answers wait for an fsync, or a login for
 #                its password to be checked
@@ -2885,6 +2887,11 @@ _LATEST = 1 << 62
 
 # Answers are put together from here on without copying the data.
 _BIG = 1 << 16
+
+# What a command adds to the load of its session besides its answer, and what a queue does that is
+# made or deleted: so many are done in a turn that others do not wait long.
+_COMMAND_COST = 1 << 10
+_QUEUE_COST = 1 << 16
 
 
 class Refused(Exception):
@@ -3009,8 +3016,8 @@ class Session:
         self._is_asking = False         # it is being found out who that is
         self.wake = wake
         self.out = []
-        self.out_bytes = 0              # roughly; of items only
-        self.most_out = self.settings.max_output_buffer
+        self.load = 0
+        self.most_load = self.settings.max_output_buffer
         self._latency = broker.metrics["delivery_latency_msec"]
         self.touched = []
         self.timeout = None
@@ -3066,8 +3073,12 @@ class Session:
                 self._keep(data[pos:])
 
     def is_full(self):
-        """Whether so much waits to be sent that nothing more is to be parsed."""
-        return self.out_bytes > self.most_out
+        """Whether so much has been done, or waits to be sent, that nothing more is to be parsed."""
+        return self.load > self.most_load
+
+    def _pass_turn(self):
+        """Let the next command wait for the next turn: this one takes its time."""
+        self.load = self.most_load + 1
 
     def _is_to_pause(self):
         """Whether the command in hand is to go on when what it has said has been sent."""
@@ -3126,7 +3137,7 @@ class Session:
         """Answer a command, one that changed these queues."""
         for queue in queues:
             self.touched.append((queue, len(self.out), 1, True))
-        self.out_bytes += len(answer)
+        self.load += len(answer) + _COMMAND_COST
         self.out.append(answer)
 
     def fail(self, failed, since=0):
@@ -3204,6 +3215,25 @@ class Session:
                 raise Refused("CLIENT_ERROR %s is not among the %s of %s" % (
                     self.user, right, name))
 
+    def _new_queue(self, name, now):
+        """The queue of that name, made if it is new; None for an alias. Raises OSError."""
+        self.load += _QUEUE_COST
+        return self.broker.queue(name, now, self.who)
+
+    def _new_route(self, key, now):
+        """The route of a key, its queues made if they are new. Raises ValueError and OSError."""
+        self.load += _QUEUE_COST
+        return self.broker.route(key, now, self.who)
+
+    def _drop(self, queue, delete=False):
+        """Drop all that waits in a queue, or the whole of it."""
+        self._check_user("get_users", queue.name)
+        if delete:
+            self.load += _QUEUE_COST
+            self.broker.delete(queue, self.who)
+        else:
+            self.broker.flush(queue, self.who)
+
     def _log_in(self, name, password):
         """Set `user` to the name if that is its password (both bytes), or None; nothing is parsed
         meanwhile, and _go_on() called then."""
@@ -3224,6 +3254,7 @@ class Session:
 
     def _change_status(self, word):
         self._check_admin("status")
+        self._pass_turn()
         try:
             self.broker.set_status(word.decode("ascii", "replace"))
         except ValueError as error:
@@ -3323,7 +3354,7 @@ class MemcacheSession(Session):
     def _parse(self, data, now):
         """Run the commands in `data`; the position up to which it has been used."""
         pos = 0
-        while not (self.stalled or self.out_bytes > self.most_out):
+        while not (self.stalled or self.load > self.most_load):
             if self._skip:
                 skipped = min(self._skip, len(data) - pos)
                 self._skip -= skipped
@@ -3437,7 +3468,7 @@ class MemcacheSession(Session):
         try:
             if broker.config.users is not None:
                 self._check_user("put_users", *broker.targets(key))
-            route = broker.routes.get(key) or broker.route(key, now, self.who)
+            route = broker.routes.get(key) or self._new_route(key, now)
         except ValueError as error:
             raise Refused("CLIENT_ERROR %s" % error) from None
         stored = broker.put(route, data, flags, expiry, now)
@@ -3446,7 +3477,7 @@ class MemcacheSession(Session):
             for queue in route.queues:
                 self.touched.append((queue, len(out), 1, True))
             out.append(b"STORED\r\n" if stored else b"NOT_STORED\r\n")
-            self.out_bytes += 8
+        self.load += _COMMAND_COST
 
     # -- reading
 
@@ -3494,8 +3525,7 @@ class MemcacheSession(Session):
             self.queue = queue = broker.find(name)
             item = queue.peek(now) if queue else None
         else:
-            self.queue = queue = broker.queues.get(name) or broker.queue(
-                name, now, self.who)
+            self.queue = queue = broker.queues.get(name) or self._new_queue(name, now)
             if queue is None or name in broker.config.aliases:
                 self._give(key, None)
                 return
@@ -3527,6 +3557,8 @@ class MemcacheSession(Session):
         if item is None:
             if self._whole:
                 self._say(b"END\r\n")
+            else:
+                self.load += _COMMAND_COST
             return
         queue = self.queue
         whole = self._whole
@@ -3544,7 +3576,7 @@ class MemcacheSession(Session):
         else:
             self.touched.append((queue, len(out), 4, whole))
             out += pieces
-        self.out_bytes += size
+        self.load += size + _COMMAND_COST
 
     def _received(self, item, peek):
         if self._monitor:
@@ -3564,7 +3596,7 @@ class MemcacheSession(Session):
         count = _number(words[3], "number of items") if len(words) == 4 else UNLIMITED
         self._check_reads()
         self._check_user("get_users", name)
-        self.queue = self.broker.queue(name, now, self.who)
+        self.queue = self._new_queue(name, now)
         self._monitor = [words[1], count]
         self.timeout = max(0, seconds * 1000)
         self._watch(now)
@@ -3617,16 +3649,14 @@ class MemcacheSession(Session):
         self._check_admin("delete")
         self._check_writes()
         if queue:
-            self._check_user("get_users", queue.name)
-            self.broker.delete(queue, self.who)
+            self._drop(queue, True)
         self._reply(words, b"DELETED\r\n")
 
     def _flush(self, words, now):
         queue = self._queue_of(words)
         self._check_writes()
         if queue:
-            self._check_user("get_users", queue.name)
-            self.broker.flush(queue, self.who)
+            self._drop(queue)
         self._reply(words, b"END\r\n", *filter(None, [queue]))
 
     def _flush_all(self, words, now):
@@ -3692,6 +3722,7 @@ class MemcacheSession(Session):
 
     def _reload(self, words, now):
         self._check_admin("reload")
+        self._pass_turn()
         try:
             self.broker.reload()
         except ConfigError as error:
@@ -3885,8 +3916,7 @@ class TextSession(Session):
         self._name_in(words)
         expiry = self._milliseconds(words[2], "expiration time") if len(words) > 2 else None
         self._check_writes()
-        route = self.broker.routes.get(words[1]) or self.broker.route(
-            words[1], now, self.who)
+        route = self.broker.routes.get(words[1]) or self._new_route(words[1], now)
         expiry = 0 if expiry is None else min(max(now + expiry, 1), _LATEST)
         count = sum([self.broker.put(route, item, 0, expiry, now) for item in items])
         self._say(b"+%d\n" % count, *route.queues)
@@ -3916,8 +3946,9 @@ class TextSession(Session):
         name = self._name_in(words)
         wait = self._milliseconds(words[2], "timeout") if len(words) > 2 else 0
         self._check_reads()
-        self.queue = self.broker.find(name) if peeking else self.broker.queue(
-            name, now, self.who)
+        self.queue = self.broker.find(name)
+        if self.queue is None and not peeking:
+            self.queue = self._new_queue(name, now)
         self._left = max(count, 1)
         self._waits = wait > 0
         self._peeking, self._watching = peeking, watching
@@ -3978,7 +4009,7 @@ class TextSession(Session):
         queue = self.broker.find(self._name_in(words))
         self._check_writes()
         if queue:
-            self.broker.flush(queue, self.who)
+            self._drop(queue)
         self._say(b"+0\n", *filter(None, [queue]))
 
     def _delete(self, words, now):
@@ -3986,7 +4017,7 @@ class TextSession(Session):
         self._check_admin("delete")
         self._check_writes()
         if queue:
-            self.broker.delete(queue, self.who)
+            self._drop(queue, True)
         self._say(b"+0\n")
 
     def _status(self, words, now):
@@ -4030,16 +4061,24 @@ _THRIFT_NUMBERS = {_BOOL: struct.Struct(">b"), _BYTE: struct.Struct(">b"),
 _FRAME_EXTRA = 64 << 10
 
 # How much one get of a Thrift client is given at most.
-_MOST_ITEMS = 10000
+_MOST_ITEMS = 2000
 _MOST_BYTES = 16 << 20
+
+# How many values there may be in one call of a Thrift client, and what a call adds to the load.
+_MOST_VALUES = 10100
+_CALL_COST = 4 << 10
 
 # The numbers of kestrel.thrift's enum Status.
 _THRIFT_STATUSES = {"QUIESCENT": 1, "READONLY": 2, "UP": 3, "WRITEAVOID": 3}
 
 
-def _thrift_value(kind, data, pos, depth=0):
+def _thrift_value(kind, data, pos, left, depth=0):
     """Read a value from data[pos]: returns it and where it ends. A struct becomes a dict of
-    {field: (kind, value)}. Raises ValueError and struct.error."""
+    {field: (kind, value)}. left: a list of how many values there may be still. Raises ValueError
+    and struct.error."""
+    left[0] -= 1
+    if left[0] < 0:
+        raise ValueError("more than %d values in a call" % _MOST_VALUES)
     if kind in _THRIFT_NUMBERS:
         number = _THRIFT_NUMBERS[kind]
         return number.unpack_from(data, pos)[0], pos + number.size
@@ -4055,7 +4094,7 @@ def _thrift_value(kind, data, pos, depth=0):
         fields = {}
         while data[pos:pos + 1] != b"\0":
             of, field = struct.unpack_from(">bh", data, pos)
-            value, pos = _thrift_value(of, data, pos + 3, depth + 1)
+            value, pos = _thrift_value(of, data, pos + 3, left, depth + 1)
             fields[field] = of, value
         return fields, pos + 1
     if kind in (_SET, _LIST, _MAP):
@@ -4066,9 +4105,10 @@ def _thrift_value(kind, data, pos, depth=0):
         if not 0 <= count <= len(data) - pos:
             raise ValueError("impossible count %d" % count)
         values = []
-        for of in list(kinds) * count:
-            value, pos = _thrift_value(of, data, pos, depth + 1)
-            values.append(value)
+        for _ in range(count):
+            for of in kinds:
+                value, pos = _thrift_value(of, data, pos, left, depth + 1)
+                values.append(value)
         return values, pos
     raise ValueError("unknown type %d" % kind)
 
@@ -4099,6 +4139,7 @@ class ThriftSession(Session):
         return pos
 
     def _call(self, frame, now):
+        self.load += _CALL_COST
         try:
             self._head, kind, pos = _thrift_head(frame)
         except (ValueError, struct.error):
@@ -4110,7 +4151,7 @@ class ThriftSession(Session):
                 name = self._head[1].decode("utf-8", "replace")
                 self._except("unknown method %s" % name, _UNKNOWN_METHOD)
                 return
-            fields, _ = _thrift_value(_STRUCT, frame, pos)
+            fields, _ = _thrift_value(_STRUCT, frame, pos, [_MOST_VALUES])
             values = []
             for field, (of, default) in enumerate(kinds, 1):
                 of_given, value = fields.get(field, (of, default))
@@ -4158,14 +4199,24 @@ class ThriftSession(Session):
         route = self.broker.routes.get(name)
         if route is None:
             _name(name)
-            route = self.broker.route(name, now, self.who)
+            route = self._new_route(name, now)
         expiry = now + expiration if expiration > 0 else 0
-        count = sum([self.broker.put(route, item, 0, expiry, now) for item in items])
+        self._begin(self._put_each(route, items, expiry, now))
+
+    def _put_each(self, route, items, expiry, now):
+        """A job: put the items, some in each turn."""
+        count = 0
+        for number, item in enumerate(items, 1):
+            count += self.broker.put(route, item, 0, expiry, now)
+            if number % SWEEP_STEP == 0:
+                for queue in route.queues:
+                    self._rest_on(queue)
+                yield
         self._answer(_i32_field(0, count), *route.queues)
 
     def _start_get(self, now, name, most, timeout, auto_abort):
         self._check_reads()
-        self.queue = self.broker.queue(_name(name), now, self.who)
+        self.queue = self._find(name) or self._new_queue(_name(name), now)
         # Open while others are waited for, so that they go back if the client leaves.
         self._get = _Get(min(most, _MOST_ITEMS), timeout > 0, timeout > 0 or auto_abort > 0,
                          max(auto_abort, 0), [])
@@ -4254,7 +4305,7 @@ class ThriftSession(Session):
         queue = self._find(name)
         self._check_writes()
         if queue:
-            self.broker.flush(queue, self.who)
+            self._drop(queue)
         self._answer(b"", *filter(None, [queue]))
 
     def _flush_all(self, now):
@@ -4267,7 +4318,7 @@ class ThriftSession(Session):
         self._check_admin("delete_queue")
         self._check_writes()
         if queue:
-            self.broker.delete(queue, self.who)
+            self._drop(queue, True)
         self._answer(b"")
 
     def _status(self, now):
@@ -4296,11 +4347,11 @@ def _thrift_head(frame):
     if strict:
         if size & -0x10000 != _STRICT:
             raise ValueError("not the binary protocol")
-        name, pos = _thrift_value(_STRING, frame, 4)
+        name, pos = _thrift_value(_STRING, frame, 4, [1])
         number, = struct.unpack_from(">i", frame, pos)
         kind, pos = size & 0xff, pos + 4
     else:
-        name, pos = _thrift_value(_STRING, frame, 0)
+        name, pos = _thrift_value(_STRING, frame, 0, [1])
         kind, number = struct.unpack_from(">bi", frame, pos)
         pos += 5
     return (strict, name, number, kind == _ONEWAY), kind, pos
@@ -4496,6 +4547,7 @@ class AdminSession(Session):
         return line, headers
 
     def _request(self, target, headers, now):
+        self._pass_turn()
         parts = urllib.parse.urlsplit(target)
         # As bytes, since so came what was not quoted; and in no name is a + a blank.
         query = os.fsdecode(parts.query.encode("latin-1")).replace("+", "%2B")
@@ -4711,8 +4763,7 @@ class AdminSession(Session):
         self._check_writes()
         queue = self._asked_queue()
         if queue:
-            self._check_user("get_users", queue.name)
-            self.broker.flush(queue, self.who)
+            self._drop(queue)
             self._respond(HTTPStatus.OK, "flushed", queues=[queue])
 
     def _delete(self, now):
@@ -4720,8 +4771,7 @@ class AdminSession(Session):
         self._check_writes()
         queue = self._asked_queue()
         if queue:
-            self._check_user("get_users", queue.name)
-            self.broker.delete(queue, self.who)
+            self._drop(queue, True)
             self._respond(HTTPStatus.OK, "deleted")
 
     def _reload(self, now):
@@ -5035,11 +5085,25 @@ _MAX_VECTOR = 1024
 # waits may pile up before its socket is left alone.
 _CHUNK = 1 << 16
 
+# How much is sent to a client in a turn, though it would take more.
+_MOST_SENT = 1 << 18
+
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 # What is spoken at a port, which is set by memcache_port and so on.
 _PROTOCOLS = {"memcache": MemcacheSession, "text": TextSession, "thrift": ThriftSession,
               "admin": AdminSession}
+
+
+def _first_of(pieces, size):
+    """The first `size` bytes, or so many as one sendmsg() takes, as a list of pieces."""
+    taken = []
+    for piece in pieces[:_MAX_VECTOR]:
+        if size <= 0:
+            break
+        taken.append(memoryview(piece)[:size])
+        size -= len(piece)
+    return taken
 
 
 class Timers:
@@ -5323,21 +5387,25 @@ class Connection:
             self._watch(self._watched & ~_WRITE)
         if session.is_full():
             session.wake()
-        session.out_bytes = 0
+        session.load = 0
         if session.closing and not (self.holds or self._finished):
             self._finish()
 
     def _send(self):
         unsent = self._unsent
         stats = self.server.broker.stats
+        left = _MOST_SENT
         while unsent:
             # Joining small answers is cheaper than a vector of them.
-            if len(unsent) > 1 and self.session.out_bytes < _BIG:
+            if len(unsent) > 1 and sum(map(len, unsent)) < _BIG:
                 unsent[:] = [b"".join(unsent)]
-            if len(unsent) == 1:
+            if len(unsent) == 1 and len(unsent[0]) <= left:
                 count = self.sock.send(unsent[0])
+            elif left:
+                count = self.sock.sendmsg(_first_of(unsent, left))
             else:
-                count = self.sock.sendmsg(unsent[:_MAX_VECTOR])
+                raise BlockingIOError          # the others first
+            left -= count
             stats.bytes_written += count
             self._sent += count
             while unsent and count >= len(unsent[0]):
