@@ -2893,6 +2893,9 @@ _BIG = 1 << 16
 _COMMAND_COST = 1 << 10
 _QUEUE_COST = 1 << 16
 
+# With so many queues to be written a turn does one command more of each session.
+_MOST_DIRTY = 200
+
 
 class Refused(Exception):
     """A command that is answered with an error line; `close`: and the end of the session."""
@@ -3080,8 +3083,14 @@ class Session:
         """Let the next command wait for the next turn: this one takes its time."""
         self.load = self.most_load + 1
 
+    def _spare_others(self):
+        """Let the next command wait for the next turn if this one has much to write."""
+        if len(self.broker.dirty) > _MOST_DIRTY:
+            self._pass_turn()
+
     def _is_to_pause(self):
         """Whether the command in hand is to go on when what it has said has been sent."""
+        self._spare_others()
         self.stalled = self.stalled or self.is_full()
         return self.is_full()
 
@@ -3354,7 +3363,11 @@ class MemcacheSession(Session):
     def _parse(self, data, now):
         """Run the commands in `data`; the position up to which it has been used."""
         pos = 0
+        dirty = self.broker.dirty
         while not (self.stalled or self.load > self.most_load):
+            if pos and len(dirty) > _MOST_DIRTY:
+                self._pass_turn()
+                break
             if self._skip:
                 skipped = min(self._skip, len(data) - pos)
                 self._skip -= skipped
@@ -3862,6 +3875,7 @@ class TextSession(Session):
                 else:
                     (words, items), self._put = self._put, None
                     self._store(words, items, now)
+                    self._spare_others()
                 if self._put and len(self._put[1]) > MAX_TEXT_ITEMS:
                     raise Refused("CLIENT_ERROR Too many items; limit=%d" % MAX_TEXT_ITEMS,
                                   close=True)
@@ -5086,7 +5100,7 @@ _MAX_VECTOR = 1024
 _CHUNK = 1 << 16
 
 # How much is sent to a client in a turn, though it would take more.
-_MOST_SENT = 1 << 18
+_MOST_SENT = 1 << 17
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
