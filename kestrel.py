@@ -1226,12 +1226,14 @@ class Journal:
 
     # -- fsync
 
-    def rest(self):
-        """Let go of the files until they are written to again, unless something is to be
-        fsynced first."""
+    def rest(self, unsynced):
+        """Let go of the files until they are written to again, unless something is to be fsynced
+        first and not left `unsynced`; how many were open."""
         # The duplicates that are being fsynced hold the lock.
-        if not (self._unsynced or self._in_doubt or self.ops or self.torn or self.broken):
-            self.close()
+        if (self._in_doubt or self.ops or self.torn or self.broken
+                or self._unsynced and not unsynced):
+            return 0
+        return self.close()
 
     def synced(self):
         """What descriptors() gave has been fsynced, and closed."""
@@ -1396,13 +1398,17 @@ class Journal:
     def _unlink(self, file):
         """Delete a file; returns, in a list, the descriptor that keeps it on the disk: to free
         a large one takes long, and that is done with the last close."""
-        if file.fd is None:
+        is_large = file.size >= _STEP_SIZE
+        if is_large and file.fd is None:
             with contextlib.suppress(OSError):         # no descriptors left: then it takes long
                 file.fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(file.path)
         fd, file.fd = file.fd, None
-        return [] if fd is None else [fd]
+        fds = [] if fd is None else [fd]
+        if not is_large:
+            _close_all(fds)
+        return fds if is_large else []
 
     def copy_anew(self):
         """A chore like pack(): copy every file that may not have reached the disk to a fresh
@@ -1437,14 +1443,18 @@ class Journal:
     # -- the end
 
     def close(self):
+        """Let go of the files; how many were open."""
+        count = 0
         for file in self.passed + self.files:
             if file.fd is not None:
                 os.close(file.fd)
                 file.fd = None
+                count += 1
+        return count
 
     def delete(self):
-        """Remove the files, the oldest first, and then return a chore that frees them. Raises
-        OSError."""
+        """Remove the files, the oldest first, and then return a chore that frees them, or None
+        if there is nothing to it. Raises OSError."""
         fds = []
         try:
             for file in self.passed + self.files:
@@ -1453,7 +1463,7 @@ class Journal:
             _close_all(fds)
             self.close()
             raise
-        return self._free(fds)
+        return self._free(fds) if fds else None
 
     def _free(self, fds):
         yield functools.partial(_close_all, fds)
@@ -1649,8 +1659,13 @@ class Queue:
         self._end_chore()
         self.safe += len(self._unsynced)
         self._unsynced.clear()
+        self._delete_journal()
+
+    def _delete_journal(self):
         journal, self.journal = self.journal, None
-        self.start(self, journal.delete())
+        chore = journal and journal.delete()
+        if chore:
+            self.start(self, chore)
 
     def _trace_if_wanted(self):
         self.__dict__.pop("_log", None)
@@ -1863,9 +1878,10 @@ class Queue:
             self._compact()
 
     def rest(self):
-        """Nothing has happened for a while: a queue that is idle needs no open files."""
-        if self.journal and not self._chore:
-            self.journal.rest()
+        """Close the files, which a queue that is idle does not need; how many were open."""
+        if not self.journal or self._chore:
+            return 0
+        return self.journal.rest(self.config.sync_journal is None)
 
     def begin_sync(self):
         """What to fsync (descriptors, to be closed) and what to tell synced() then."""
@@ -1976,9 +1992,7 @@ class Queue:
         self.count = self.bytes = self.memory = 0
         self.dismiss_waiters()
         self._end_chore()
-        journal, self.journal = self.journal, None
-        if journal:
-            self.start(self, journal.delete())
+        self._delete_journal()
 
     def _write_now(self):
         """The `dirty` of a queue that is used alone."""
@@ -2518,6 +2532,7 @@ class Broker:
         for name in config.aliases.keys() & self.queues.keys():
             log.warning("the alias %s hides the queue of that name", name)
         self._cas = itertools.count(1)
+        self._no_room_until = 0           # seconds of the monotonic clock, see make_room()
 
     # -- names
 
@@ -2567,9 +2582,15 @@ class Broker:
         return route
 
     def _create(self, name, now):
-        queue = Queue(name, self.spool, self.config.queue(name),
-                      self._unloaded.get(name, ()), self.dirty.append, self.later,
-                      self._start, now)
+        new = functools.partial(
+            Queue, name, self.spool, self.config.queue(name), self._unloaded.get(name, ()),
+            self.dirty.append, self.later, self._start, now)
+        try:
+            queue = new()
+        except OSError as error:
+            if not self.make_room(error):
+                raise
+            queue = new()
         self._unloaded.pop(name, None)
         queue.sweep_limit = SWEEP_STEP
         self._configure(queue)
@@ -2578,6 +2599,17 @@ class Broker:
             self.children.setdefault(name.partition("+")[0], []).append(name)
             self.routes.clear()
         return queue
+
+    def make_room(self, error):
+        """If the error is that no descriptors are left, close all journals that are idle; whether
+        that was of any use."""
+        mono = time.monotonic()
+        if error.errno not in (errno.EMFILE, errno.ENFILE) or mono < self._no_room_until:
+            return False
+        closed = sum([queue.rest() for queue in self.queues.values()])
+        if closed * 10 < len(self.queues):   # lest everyone who comes looks at them all, in vain
+            self._no_room_until = mono + 1
+        return closed > 0
 
     def _configure(self, queue):
         target = queue.config.expire_to_queue
@@ -2747,6 +2779,7 @@ class Broker:
                 written.append(queue)
             except OSError as error:
                 failed[queue] = _bare(error)
+                self.make_room(error)        # for the next time
         self.dirty.clear()
         if self._moved:
             moved, self._moved = self._moved, []
@@ -5523,6 +5556,8 @@ class Listener:
             except ConnectionAbortedError:
                 continue
             except OSError as error:
+                if server.broker.make_room(error):
+                    continue
                 if error.errno in (errno.EMFILE, errno.ENFILE) and self._spare is not None:
                     self._make_room()
                     self._tell_refused(error.strerror)

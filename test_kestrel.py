@@ -3351,6 +3351,7 @@ def test_a_turn_sees_to_some_connections_and_the_next_to_the_others(tmp_path, mo
 
 def test_large_files_are_let_go_of_by_another_thread(serve, monkeypatch):
     """To free them takes long."""
+    monkeypatch.setattr(kestrel, "_STEP_SIZE", 1000)
     server = serve("[queue]\ndefault_journal_size = 1kb\n")
     client = server.client()
     closed = []
@@ -5994,6 +5995,35 @@ class FullTable:
             self.times -= 1
             raise OSError(self.number, os.strerror(self.number))
         return self.sock.accept()
+
+
+def test_journals_make_room_when_descriptors_are_short(daemon):
+    server = daemon("[queue]\nsync_journal = never\n", most_files=60)
+    with server.client() as client:
+        for number in range(300):
+            assert client.put("q%d" % number, b"x") == "STORED\r\n"
+        for number in range(300):
+            assert client.put("q%d" % number, b"y") in ("STORED\r\n",
+                "SERVER_ERROR q%d: Too many open files\r\n" % number)
+        clients = [server.client() for _ in range(30)]
+        for other in clients:
+            assert other.ask("version\r\n") == "VERSION 1.0.0\r\n"
+            other.close()
+        assert int(client.stats()["curr_items"]) > 580
+
+
+def test_deleted_queues_leave_nothing_to_do(tmp_path):
+    """Their small files are gone at once; those that are large are freed by the syncer."""
+    broker = broker_of(tmp_path)
+    for number in range(5):
+        put(broker, "q", b"x" * (1 << 21 if number == 4 else 10))
+        broker.commit(NOW)
+        before = len(os.listdir("/dev/fd"))
+        broker.delete(broker.queues["q"])
+        assert len(os.listdir("/dev/fd")) == before - (number < 4)
+        assert len(broker.chores) == (number == 4)
+    broker.chores.popleft().__next__()()
+    assert len(os.listdir("/dev/fd")) == before - 1
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
