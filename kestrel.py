@@ -2924,7 +2924,7 @@ _BIG = 1 << 16
 # What a command adds to the load of its session besides its answer, and what a queue does that is
 # made or deleted: so many are done in a turn that others do not wait long.
 _COMMAND_COST = 1 << 10
-_QUEUE_COST = 1 << 16
+_QUEUE_COST = 1 << 17
 
 # With so many queues to be written a turn does one command more of each session.
 _MOST_DIRTY = 200
