@@ -6122,6 +6122,134 @@ def test_who_has_spoken_in_time_is_heard_though_many_are_at_once(tmp_path, monke
     server.run()
 
 
+def turns_of(session, data):
+    """Feed a session and give it one turn after the other, as the server does; yields what was
+    said in each."""
+    session.feed(data, NOW)
+    for _ in range(1000):
+        session.broker.commit(NOW)
+        yield session.take()
+        if not (session.is_full() or session.job):
+            return
+        session.load = 0
+        session.resume(NOW)
+    assert False, "it does not come to an end"
+
+
+@pytest.mark.parametrize("command, per_command", [
+    (b"get q\r\n", 1), (b"set q 0 0 1\r\nx\r\n", 1), (b"version\r\n", 1),
+    (b"set q 0 0 1 noreply\r\nx\r\n", 0), (b"get q/close\r\n", 1), (b"nonsense\r\n", 1)])
+def test_a_pipeline_of_small_commands_takes_many_turns(talk, command, per_command):
+    put_some(talk, "q", b"x")
+    session = talk.session()
+    before = talk.broker.queues["q"].total_items
+    turns = list(turns_of(session, command * 5000))
+    assert 5 <= len(turns) < 50
+    assert max(map(len, turns)) < 1500 and sum(map(len, turns)) == 5000 * per_command
+    if command.startswith(b"set"):
+        assert talk.broker.queues["q"].total_items == before + 5000
+
+
+def test_a_pipeline_of_text_commands_takes_many_turns(text):
+    turns = list(turns_of(text.session(), b"get q\n" * 5000))
+    assert len(turns) >= 5 and max(map(len, turns)) < 1500 and sum(map(len, turns)) == 5000
+
+
+def test_gets_of_very_many_keys_take_many_turns(talk):
+    put_some(talk, "q", *[b"x"] * 5)
+    session = talk.session()
+    turns = list(turns_of(session, (b"get " + b"none " * 1500 + b"q\r\n") * 5))
+    assert len(turns) >= 7
+    assert b"".join(itertools.chain(*turns)) == b"VALUE q 0 1\r\nx\r\nEND\r\n" * 5
+
+
+@pytest.mark.parametrize("command", [
+    b"set new%d 0 0 1\r\nx\r\n", b"set new%d 0 0 1 noreply\r\nx\r\n", b"get new%d\r\n",
+    b"delete old%d\r\n"])
+def test_new_and_deleted_queues_take_many_turns(talk, command):
+    for number in range(60):
+        put_some(talk, "old%d" % number, b"x")
+    counts = [len(talk.broker.queues)]
+    for _ in turns_of(talk.session(), b"".join([command % number for number in range(60)])):
+        counts.append(len(talk.broker.queues))
+    steps = [abs(after - before) for before, after in zip(counts, counts[1:])]
+    assert max(steps) < 20 and sum(steps) == 60
+
+
+@pytest.mark.parametrize("protocol, command", [
+    ("memcache", b"set q%d 0 0 1 noreply\r\nx\r\n"), ("memcache", b"get q%d\r\n"),
+    ("memcache", None), ("text", b"put q%d:\nx\n\n")])
+def test_a_turn_writes_so_many_queues(tmp_path, protocol, command):
+    talk = Talk(tmp_path, "[queue]\nkeep_journal = true\nsync_journal = never\n", {
+        "memcache": kestrel.MemcacheSession, "text": kestrel.TextSession}[protocol])
+    for number in range(600):
+        put_some(talk, "q%d" % number, b"x")
+        talk.broker.commit(NOW)
+    data = (b"".join([command % number for number in range(600)]) if command else
+            b"get " + b" ".join([b"q%d" % number for number in range(600)]) + b"\r\n")
+    session = talk.session()
+    session.feed(data, NOW)
+    assert len(talk.broker.dirty) == kestrel._MOST_DIRTY + 1
+    # Another one has its turn all the same.
+    other = talk.session("other")
+    other.feed(b"put other:\n1\n\nput other:\n2\n\n" if protocol == "text"
+               else b"set other 0 0 1\r\n1\r\nset other 0 0 1\r\n2\r\n", NOW)
+    assert items_of(talk.broker, "other") == [b"1"]
+    talk.broker.commit(NOW)
+    session.load = other.load = 0
+    other.resume(NOW)
+    assert items_of(talk.broker, "other") == [b"1", b"2"]
+    for _ in turns_of(session, b""):
+        assert len(talk.broker.dirty) <= kestrel._MOST_DIRTY + 1
+    counts = {queue.count for name, queue in talk.broker.queues.items() if name != "other"}
+    assert counts == {2 if b"x" in data else 0}
+
+
+@pytest.mark.parametrize("session_type, command", [
+    (kestrel.MemcacheSession, "reload\r\n"), (kestrel.MemcacheSession, "status up\r\n"),
+    (kestrel.AdminSession, request("GET /ping")), (kestrel.AdminSession, request("GET /nothing")),
+    (kestrel.AdminSession, request("GET /history.json?queue=q"))])
+def test_what_takes_its_time_is_done_once_a_turn(tmp_path, session_type, command):
+    talk = Talk(tmp_path, session_type=session_type)
+    turns = list(turns_of(talk.session(), command.encode() * 20))
+    assert [len(said) for said in turns] in ([1] * 20, [1] * 20 + [0])
+
+
+def test_thrift_calls_of_very_many_values_are_refused_and_long_puts_take_many_turns(thrift):
+    session = thrift.session()
+    said = list(turns_of(session, thrift_put(b"q", *[b"%d" % number for number in range(5000)])))
+    assert len(said) >= 5 and [len(answers) for answers in said[:-1]] == [0] * (len(said) - 1)
+    assert thrift.broker.queues["q"].count == 5000
+    for frame in (thrift_put(b"q", *[b"x"] * 20000),
+                  call(b"get_version", *[field(8, 1, bytes(4))] * 20000),
+                  call(b"get_version", field(15, 1, b"\x0f" + struct.pack(">i", 300) + (
+                      b"\x02" + struct.pack(">i", 300) + bytes(300)) * 300))):
+        answer = thrift(frame)
+        assert "more than 10100 values in a call" in answer
+    assert thrift.broker.queues["q"].count == 5000
+    small = list(turns_of(session, call(b"get_version") * 2000))
+    assert max(map(len, small)) < 400 and sum(map(len, small)) == 2000
+
+
+def test_a_client_is_sent_so_much_in_a_turn(serve, monkeypatch):
+    monkeypatch.setattr(kestrel, "_MOST_SENT", 5000)
+    server = serve("[server]\nmax_output_buffer = 10mb\n")
+    client = server.client()
+    data = bytes(range(256)) * 4000
+    client.put("q", data)
+    turns = []
+    turn = server.server.turn
+    server.server.turn = lambda: turns.append(1) or turn()
+    assert client.get("q/peek") == data
+    assert len(turns) > 200
+    # Many small answers, and large ones between them.
+    client.put("small", b"x" * 50)
+    client.send(b"get small/peek\r\n" * 3000 + b"get q/peek\r\nget small/peek\r\n")
+    for _ in range(3000):
+        assert client.item() == b"x" * 50
+    assert client.item() == data and client.item() == b"x" * 50
+
+
 # == Clocks ===============================================================================
 
 
