@@ -5251,13 +5251,13 @@ class TLSSocket(ssl.SSLSocket):
 
     def send(self, data):
         try:
-            # In pieces, that it can be seen how far the client has taken it.
-            return super().send(memoryview(data)[:_CHUNK])
+            return super().send(data)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise BlockingIOError from None
 
     def sendmsg(self, buffers):
-        return self.send(buffers[0])
+        # To go on after a wait OpenSSL wants to see the same again, or more.
+        return self.send(b"".join(buffers))
 
     def shutdown(self, how):
         with contextlib.suppress(OSError, ValueError):

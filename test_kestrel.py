@@ -4146,6 +4146,17 @@ def test_listen_addresses(tmp_path):
         assert client.recv(100) == b"VERSION 1.0.0\r\n"
 
 
+def test_who_has_one_ipv6_address_has_a_network_of_them(serve):
+    address, host, name = (("::1", "0000:0000:0000:0000", "[::1]") if HAS_IPV6
+                           else ("127.0.0.1",) * 3)
+    server = serve("[server]\nlisten = %s\n" % address)
+    with Client(server.port, address) as client:
+        assert client.ask("version\r\n") == "VERSION 1.0.0\r\n"
+        connection, = server.server.connections
+        assert connection.session.host == host
+        assert connection.session.who.startswith("memcache client %s:" % name)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_clean_stop(daemon, tmp_path, number):
     server = daemon()
@@ -5571,7 +5582,7 @@ def test_a_server_with_passwords_and_tls(serve, tmp_path):
     assert good.get("q") == b"x" * (8 << 20)
     assert good.get("q/t=1") is None
     assert bad.ask("get q\r\n") == "CLIENT_ERROR unauthenticated\r\n"
-    assert bad.line() == ""                  # closed in the way of TLS
+    assert bad.line() == ""
     context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
     token = base64.b64encode(b"bob:a secret").decode()
     with urllib.request.urlopen(urllib.request.Request(
@@ -5590,6 +5601,19 @@ def test_a_server_with_passwords_and_tls(serve, tmp_path):
     for client in clients:
         client.close()
     assert server.thread.is_alive()
+
+
+def test_the_end_of_a_tls_connection_is_told(serve, tmp_path):
+    """Else it could be cut short by somebody else."""
+    server = serve(secured(tmp_path))
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    with context.wrap_socket(Client(server.port).sock, server_hostname="localhost",
+                             suppress_ragged_eofs=False) as sock:
+        sock.sendall(LOGIN.encode() + b"version\r\nquit\r\n")
+        said = b""
+        for piece in iter(lambda: sock.recv(1000), b""):
+            said += piece
+        assert said == b"STORED\r\nVERSION 1.0.0\r\n"
 
 
 def test_half_closed_after_the_login(serve, tmp_path):
@@ -5665,6 +5689,7 @@ def test_a_reload_can_change_allow_and_admin_commands_but_not_the_users_file(
     assert client.ask("reload\r\n") == "Reloaded config.\r\n"
     assert "auth_file changes with the next start only" in caplog.text
     assert "allow changes" not in caplog.text
+    assert server.server.broker.config.users is None
     assert client.ask("reload\r\n") == "CLIENT_ERROR reload is turned off (admin_commands)\r\n"
     with server.client() as other, contextlib.suppress(ConnectionError):
         other.send("version\r\n")
