@@ -2913,7 +2913,7 @@ class Broker:
 #   timeout      milliseconds from now at which time_out() is to be called, then None again
 #   job          a long command in hand, of which resume() does a piece; for the next turn
 #   closing      nothing more is parsed; close when `out` has been sent
-#   idle_timeout milliseconds, where client_timeout says nothing
+#   idle_timeout milliseconds, if client_timeout is not shorter
 
 # What expires later than this expires then; the journal has 64 bits for it.
 _LATEST = 1 << 62
@@ -3040,7 +3040,7 @@ class Session:
     which drops the command in hand.
     """
 
-    idle_timeout = None                 # milliseconds, where client_timeout says nothing
+    idle_timeout = None                 # milliseconds, if client_timeout is not shorter
 
     def __init__(self, broker, local=True, who="a client", host="", wake=lambda: None):
         self.broker = broker
@@ -3826,7 +3826,7 @@ _COMMANDS = {
 }
 
 
-# The longest name and password, in bytes, and how long a client has for them.
+# The longest name and password, in bytes, and how long a client has for them, and for TLS.
 MAX_LOGIN = 1024
 LOGIN_MS = 60000
 
@@ -5833,9 +5833,13 @@ class Server:
 
     def watch_idle(self, connection):
         """Close the connection once it has been idle for client_timeout, or what is usual."""
-        timeout = self.config.server.client_timeout or connection.session.idle_timeout
-        if timeout is None:
+        sock = connection.sock
+        timeouts = list(filter(None, (
+            self.config.server.client_timeout, connection.session.idle_timeout,
+            LOGIN_MS if isinstance(sock, TLSSocket) and not sock.version() else None)))
+        if not timeouts:
             return
+        timeout = min(timeouts)
         if not connection.is_idle():
             connection.last_active = self.mono
         left = connection.last_active + timeout / 1000 - self.mono

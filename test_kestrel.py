@@ -5616,6 +5616,23 @@ def test_the_end_of_a_tls_connection_is_told(serve, tmp_path):
         assert said == b"STORED\r\nVERSION 1.0.0\r\n"
 
 
+def test_who_does_not_log_in_has_to_go_and_who_does_may_stay(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(kestrel, "LOGIN_MS", 300)
+    monkeypatch.setattr(kestrel.MemcacheLogin, "idle_timeout", 300)
+    server = serve(secured(tmp_path, "client_timeout = 1h\n"))
+    start = time.monotonic()
+    mute, shy, good = Client(server.port), tls_client(server.port, tmp_path), tls_client(
+        server.port, tmp_path)
+    shy.send("set any 0 0 12\r\nbob")
+    assert good.ask(LOGIN) == "STORED\r\n"
+    assert mute.line() == shy.line() == ""
+    assert time.monotonic() - start > 0.29
+    time.sleep(0.1)
+    assert good.ask("version\r\n") == "VERSION 1.0.0\r\n"
+    for client in (mute, shy, good):
+        client.close()
+
+
 def test_half_closed_after_the_login(serve, tmp_path):
     server = serve(secured(tmp_path, tls=False))
     with Client(server.port) as client:
