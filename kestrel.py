@@ -347,24 +347,23 @@ def is_password(password, stored):
     return hmac.compare_digest(made, stored)
 
 
+_USER = re.compile(r"([^\s,:]+):(pbkdf2\$[1-9][0-9]{0,6}\$(?:[0-9a-f]{2})+\$[0-9a-f]{64})")
+
+
 def _read_users(path):
     """{name: what hash_password() has made} of an auth_file. Raises ConfigError."""
     users = {}
     try:
         with open(path, encoding="utf-8") as file:
-            lines = file.read().split("\n")
+            for number, line in enumerate(map(str.strip, file), 1):
+                match = _USER.fullmatch(line)
+                if match and match[1] not in users:
+                    users[match[1]] = match[2]
+                elif line and not line.startswith("#"):
+                    raise ConfigError("%s:%d: not NAME:HASH with a new name, and what "
+                                      "--hash-password prints" % (path, number))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("auth_file %s: %s" % (path, error)) from None
-    for number, line in enumerate(map(str.strip, lines), 1):
-        if line and not line.startswith("#"):
-            name, _, stored = line.partition(":")
-            if not re.fullmatch(r"pbkdf2\$[1-9][0-9]{0,6}\$([0-9a-f]{2})+\$[0-9a-f]{64}", stored):
-                raise ConfigError("%s:%d: not name:password, with what --hash-password makes of "
-                                  "the password" % (path, number))
-            if not name or re.search(r"[\s,]", name) or name in users:
-                raise ConfigError("%s:%d: the name is empty, has blanks or commas in it, or is "
-                                  "there twice" % (path, number))
-            users[name] = stored
     return users
 
 
@@ -2416,8 +2415,8 @@ class Histogram:
 
 
 class Logins:
-    """Who is who: checks names and passwords, one at a time on the thread for long work, and one
-    in a second of a host that got one wrong.
+    """Who is who: checks names and passwords, on the thread for long work, those of a host one
+    after the other, and in a second only one that is wrong.
 
     To check a password takes long; one that has been right is known again at once.
     """
@@ -2426,55 +2425,44 @@ class Logins:
         self._broker = broker
         self._key = os.urandom(32)
         self._known = set()              # keyed digests of what has been right
-        self._lines = {}                 # host -> deque of (name, password, tell) that wait there
-        self._hosts = collections.deque()     # those of them that need not wait longer
-        self._is_at_work = False
+        self._lines = {}                 # host -> deque of (name, password, tell) that wait
 
     def check(self, host, name, password, tell):
         """Call tell(whether that is the password of the name), both bytes, now or later."""
+        line = self._lines.get(host)
         if self._digest(name, password) in self._known:
             tell(True)
-            return
-        if host not in self._lines:
-            self._lines[host] = collections.deque()
-            self._call_up(host)
-        if len(self._lines[host]) < _LOGINS:
-            self._lines[host].append((name, password, tell))
+        elif line is None:
+            self._lines[host] = collections.deque([(name, password, tell)])
+            self._start(host)
+        elif len(line) < _LOGINS:
+            line.append((name, password, tell))
         else:
             tell(False)
 
     def _stored(self, name):
-        return (self._broker.config.users or {}).get(os.fsdecode(name), _NOBODY)
+        return self._broker.config.users.get(os.fsdecode(name), _NOBODY)
 
     def _digest(self, name, password):
         stored = self._stored(name)      # so that one that has been changed is not known any more
         return hmac.new(self._key, b"%b %b" % (stored.encode(), password), "sha256").digest()
 
-    def _call_up(self, host):
-        self._hosts.append(host)
-        if not self._is_at_work:
-            self._is_at_work = True
-            self._broker.chores.append(self._work())
+    def _start(self, host):
+        self._broker.chores.append(self._check(host, self._lines[host]))
 
-    def _work(self):
-        """A chore: check what waits, the first one of each host in turn."""
-        while self._hosts:
-            host = self._hosts.popleft()
-            line = self._lines[host]
-            if not line:
-                del self._lines[host]
-                continue
+    def _check(self, host, line):
+        """A chore: check those who wait, up to one who is wrong."""
+        while line:
             name, password, tell = line.popleft()
             digest = self._digest(name, password)
             if digest not in self._known:
                 yield functools.partial(self._learn, digest, password, self._stored(name))
-            if digest in self._known:
-                self._hosts.append(host)
-            else:
-                log.warning("%s: wrong password for %.100s", host, ascii(os.fsdecode(name)))
-                self._broker.later(_LOGIN_REST_MS, functools.partial(self._call_up, host))
             tell(digest in self._known)
-        self._is_at_work = False
+            if digest not in self._known:
+                log.warning("%s: wrong password for %.100s", host, ascii(os.fsdecode(name)))
+                self._broker.later(_LOGIN_REST_MS, functools.partial(self._start, host))
+                return
+        del self._lines[host]
 
     def _learn(self, digest, password, stored):
         if is_password(password, stored):
@@ -3834,44 +3822,39 @@ LOGIN_MS = 60000
 class MemcacheLogin(MemcacheSession):
     """A client that has still to say who it is, as to memcached (its doc/protocol.txt,
     Authentication): the first command is a set, under any key, of `name password`. Then it is a
-    MemcacheSession."""
+    MemcacheSession; whatever else it says is the end."""
 
     idle_timeout = LOGIN_MS
 
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self._most_item = MAX_LOGIN
+        self._words = None              # of the command, while its password is being checked
+
     def _parse(self, data, now):
         eol = data.find(b"\n")
-        try:
-            if eol < 0:
-                self._check_start(data)
-                return 0
-            command, block = _parse_line(data[:eol])
-            if command is MemcacheSession._quit:
-                self._end()
-                return len(data)
-            if command or block.size > MAX_LOGIN:
-                raise Refused("CLIENT_ERROR unauthenticated")
-            end = eol + 1 + block.size
-            if len(data) < end + 2:
-                self._needed = end + 2
-                return 0
-            if data[end:end + 2] != b"\r\n":
-                raise Refused("CLIENT_ERROR bad data chunk")
-            name, _, password = data[eol + 1:end].partition(b" ")
-            self._block = block
-            self._log_in(name, password)
-            return end + 2
-        except Refused as error:
-            self._refuse(error)
-            self._end()
-            return len(data)
+        if eol >= 0 and data[:eol].lower().split()[:1] not in ([b"set"], [b"quit"]):
+            self._refuse(Refused("CLIENT_ERROR unauthenticated"))
+        return super()._parse(data, now)
+
+    def _store(self, block, data, now):
+        self._words = block.words
+        name, _, password = data.partition(b" ")
+        self._log_in(name, password)
 
     def _go_on(self, now):
-        block, self._block = self._block, None
-        if self.user is not None:
+        if self._words is None:
+            super()._go_on(now)
+        elif self.user is None:
+            self._refuse(Refused("CLIENT_ERROR authentication failure"))
+        else:
             self.__class__ = MemcacheSession
-            self._reply(block.words, b"STORED\r\n")
-        elif block:
-            self._refuse(Refused("CLIENT_ERROR authentication failure", close=True))
+            self._most_item = self.settings.max_item_size
+            self._reply(self._words, b"STORED\r\n")
+
+    def _refuse(self, error, words=(b"",)):
+        super()._refuse(error, words)
+        self._end()
 
 
 # The longest item that can be put as a line of text, and how many with one put.
@@ -6349,7 +6332,9 @@ def main(arguments=None):
         if options.pack:
             return _pack(options.pack)
         if options.hash_password:
-            return _hash_password()
+            password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline()
+            print(hash_password(os.fsencode(password.rstrip("\n"))))
+            return 0
         config = Config(options.config, overrides)
         if options.check:
             print("\n".join(config.lines()))
@@ -6409,19 +6394,6 @@ def _pack(path):
         queue.close()
     finally:
         os.close(spool)
-    return 0
-
-
-def _hash_password():
-    """Print what stands in an auth_file for a password."""
-    if sys.stdin.isatty():
-        password = getpass.getpass()
-        if getpass.getpass("Once more: ") != password:
-            print("kestrel.py: the two are not the same", file=sys.stderr)
-            return 1
-    else:
-        password = sys.stdin.readline().rstrip("\n")
-    print(hash_password(os.fsencode(password)))
     return 0
 
 
