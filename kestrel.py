@@ -197,15 +197,15 @@ def _parse_addresses(text):
     for address in addresses:
         if addresses.count(address) > 1:
             raise ValueError("%s is there twice" % address)
-        if address.startswith("unix:"):
-            _parse_text(address[5:])
-        elif ":" in address:
-            ipaddress.IPv6Address(address.partition("%")[0])    # a port is a setting of its own
+        if not re.fullmatch(r"unix:.+|[A-Za-z0-9.-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.%\w]*",
+                            address):
+            raise ValueError("%r is not a host, IP address or unix:PATH (without a port, which is a "
+                             "setting of its own)" % address)
     return addresses
 
 
 def _parse_mode(text):
-    if not re.fullmatch("[0-7]{3,4}", text):
+    if not re.fullmatch("0?[0-7]{3}", text):
         raise ValueError("%r is not a mode such as 0600 or 0660" % text)
     return int(text, 8)
 
@@ -351,35 +351,19 @@ _USER = re.compile(r"([^\s,:]+):(pbkdf2\$[1-9][0-9]{0,6}\$(?:[0-9a-f]{2})+\$[0-9
 
 
 def _read_users(path):
-    """{name: what hash_password() has made} of an auth_file. Raises ConfigError."""
+    """{name: what hash_password() has made} of an auth_file. Raises ConfigError, OSError and
+    UnicodeDecodeError."""
     users = {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(map(str.strip, file), 1):
-                match = _USER.fullmatch(line)
-                if match and match[1] not in users:
-                    users[match[1]] = match[2]
-                elif line and not line.startswith("#"):
-                    raise ConfigError("%s:%d: not NAME:HASH with a new name, and what "
-                                      "--hash-password prints" % (path, number))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("auth_file %s: %s" % (path, error)) from None
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(map(str.strip, file), 1):
+            match = _USER.fullmatch(line)
+            if match and match[1] not in users:
+                users[match[1]] = match[2]
+            elif line and not line.startswith("#"):
+                raise ConfigError("%s:%d: not NAME:HASH with a new name, and what "
+                                  "--hash-password prints" % (path, number))
     return users
 
-
-def _tls_context(settings):
-    """The ssl.SSLContext for those who come in. Raises OSError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION
-    for path in filter(None, (settings.tls_cert, settings.tls_key, settings.tls_client_ca)):
-        open(path).close()               # its error has the name of the file, those below do not
-    context.load_cert_chain(settings.tls_cert, settings.tls_key or None,
-                            password=lambda: "")       # else it asks for one, at the terminal
-    if settings.tls_client_ca:
-        context.load_verify_locations(settings.tls_client_ca)
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
 
 
 def _defaults(settings):
@@ -460,8 +444,7 @@ class Config:
         self.given = server.keys()       # the [server] settings that are not just defaults
         self.server = Values(**{**_defaults(SERVER_SETTINGS), **server})
         self.tls = self._read_tls()
-        self.users = _read_users(self.server.auth_file) if self.server.auth_file else None
-        self._check_users(queues)
+        self._read_users(queues)
 
     def queue(self, name):
         """The QueueConfig of `name`: built-in, then [queue], [queue q], [queue q+child]."""
@@ -527,19 +510,38 @@ class Config:
         return values
 
     def _read_tls(self):
+        """The ssl.SSLContext for those who come in, None without a tls_cert."""
         settings = self.server
-        if not settings.tls_cert:
-            for key in ("tls_key", "tls_client_ca"):
-                if getattr(settings, key):
-                    raise self._error("%s needs a tls_cert" % key, "server", key)
-            return None
-        try:
-            return _tls_context(settings)
-        except (OSError, ValueError) as error:
-            raise self._error("tls_cert, tls_key or tls_client_ca: %s" % error, "server",
-                              "tls_cert") from None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_RENEGOTIATION
+        for key in ("tls_cert", "tls_key", "tls_client_ca"):
+            path = getattr(settings, key)
+            try:
+                if path and not settings.tls_cert:
+                    raise ValueError("it needs a tls_cert")
+                if path:
+                    open(path).close()       # its error says what is wrong, those below do not
+                if path and key == "tls_client_ca":
+                    context.load_verify_locations(path)
+                    context.verify_mode = ssl.CERT_REQUIRED
+                elif key == ("tls_key" if settings.tls_key else "tls_cert") and settings.tls_cert:
+                    # Without a password it asks for one, at the terminal.
+                    context.load_cert_chain(settings.tls_cert, path, password=lambda: "")
+            except ssl.SSLError as error:
+                raise self._error("%s: %s has no %s: %s" % (
+                    key, path, "certificate" if key == "tls_client_ca" else "key, without a "
+                    "password, to the certificate of tls_cert", error), "server", key) from None
+            except (OSError, ValueError) as error:
+                raise self._error("%s: %s" % (key, error), "server", key) from None
+        return context if settings.tls_cert else None
 
-    def _check_users(self, queues):
+    def _read_users(self, queues):
+        path = self.server.auth_file
+        try:
+            self.users = _read_users(path) if path else None
+        except (OSError, UnicodeDecodeError) as error:
+            raise self._error("auth_file %s: %s" % (path, error), "server", "auth_file") from None
         if self.users is not None:
             for key in ("text_port", "thrift_port"):
                 if getattr(self.server, key) is not None:
@@ -549,8 +551,9 @@ class Config:
             for key in ("put_users", "get_users"):
                 for user in values.get(key, ()):
                     if user not in (self.users or ()):
-                        raise self._error("%s: there is no %s in the auth_file" % (key, user),
-                                          header, key)
+                        raise self._error("%s: there is no %s" % (
+                            key, "auth_file" if self.users is None
+                            else "%s in the auth_file" % user), header, key)
 
     def _add(self, header, known, name, values):
         """Note what a [queue NAME] or [alias NAME] says, once for each name."""
@@ -2459,7 +2462,9 @@ class Logins:
                 yield functools.partial(self._learn, digest, password, self._stored(name))
             tell(digest in self._known)
             if digest not in self._known:
-                log.warning("%s: wrong password for %.100s", host, ascii(os.fsdecode(name)))
+                # Not any name: with a client that has not logged in that is what it wants to put.
+                log.warning("%s: wrong password for %s", host, os.fsdecode(name)
+                            if self._stored(name) != _NOBODY else "somebody unknown")
                 self._broker.later(_LOGIN_REST_MS, functools.partial(self._start, host))
                 return
         del self._lines[host]
@@ -2640,12 +2645,12 @@ class Broker:
             self.children[parent].remove(queue.name)
         queue.delete()
 
-    def set_status(self, word):
+    def set_status(self, word, who="the server"):
         """Change the status. Raises ValueError if there is no such status."""
         if word.upper() not in STATUSES:
             raise ValueError("%r is none of: %s" % (word, ", ".join(STATUSES).lower()))
         self.status = word.upper()
-        log.info("the status is %s", self.status)
+        log.info("the status is %s, by %s", self.status, who)
         grace = self.config.server.status_change_grace_period
         # What it lets in it lets in at once; what it refuses, once clients could hear of it.
         self._end_grace()
@@ -2701,12 +2706,15 @@ class Broker:
             except OSError as error:
                 log.error("status_file %s: %s", path, error.strerror)
 
-    def reload(self):
+    def reload(self, who="SIGHUP"):
         """Read the config file again. Raises ConfigError; then nothing has changed."""
         config = Config(self.config.path, self.config.overrides)
         held = vars(self.config.server)
         for key, value in vars(config.server).items():
             if key in RELOADED:
+                if held[key] != value:
+                    log.warning("reload: %s is %s now", key,
+                                SERVER_SETTINGS[key][0].show(value) or "empty")
                 held[key] = value
             elif held[key] != value:
                 log.warning("reload: %s changes with the next start only", key)
@@ -2718,7 +2726,7 @@ class Broker:
         for queue in self.queues.values():
             queue.configure(config.queue(queue.name))
             self._configure(queue)
-        log.info("reloaded %s", config.path or "the default settings")
+        log.info("%s reloaded by %s", config.path or "the default settings", who)
 
     def discard_expired(self, queue, now, limit=UNLIMITED):
         """A long job: drop what has expired at the head of a queue. Yields how many, after
@@ -3233,17 +3241,20 @@ class Session:
         """Whether a command may be given from here that is not for everybody."""
         rule = self.settings.admin_commands
         if rule == "none":
-            raise Refused("CLIENT_ERROR %s is turned off (admin_commands)" % command)
+            self._deny("%s is turned off (admin_commands)" % command)
         if not self.local and (rule == "local" or not rule and command == "shutdown" and not (
                 self.settings.allow_remote_shutdown)):
-            raise Refused("CLIENT_ERROR %s is taken from this machine only" % command)
+            self._deny("%s is taken from this machine only (admin_commands)" % command)
+
+    def _deny(self, why):
+        log.warning("%s is denied: %s", self.who, why)
+        raise Refused("CLIENT_ERROR " + why)
 
     def _check_user(self, right, *names):
         """Whether the client may use these queues. right: put_users or get_users."""
         for name in names:
             if not self.broker.may(self.user, right, name):
-                raise Refused("CLIENT_ERROR %s is not among the %s of %s" % (
-                    self.user, right, name))
+                self._deny("%s is not among the %s of %s" % (self.user, right, name))
 
     def _new_queue(self, name, now):
         """The queue of that name, made if it is new; None for an alias. Raises OSError."""
@@ -3269,6 +3280,7 @@ class Session:
         meanwhile, and _go_on() called then."""
         def tell(good):
             self.user = os.fsdecode(name) if good else None
+            self.who = self.who.partition(" (")[0] + (" (%s)" % self.user if good else "")
             self._is_asking = False
             self.release()
             self.wake()
@@ -3286,7 +3298,7 @@ class Session:
         self._check_admin("status")
         self._pass_turn()
         try:
-            self.broker.set_status(word.decode("ascii", "replace"))
+            self.broker.set_status(word.decode("ascii", "replace"), self.who)
         except ValueError as error:
             raise Refused("CLIENT_ERROR %s" % error) from None
 
@@ -3758,7 +3770,7 @@ class MemcacheSession(Session):
         self._check_admin("reload")
         self._pass_turn()
         try:
-            self.broker.reload()
+            self.broker.reload(self.who)
         except ConfigError as error:
             log.error("reload: %s; nothing has been changed", error)
             raise Refused("SERVER_ERROR %s" % error) from None
@@ -4357,7 +4369,7 @@ class ThriftSession(Session):
     def _set_status(self, now, number):
         self._check_admin("set_status")
         word = {number: word for word, number in reversed(_THRIFT_STATUSES.items())}.get(number)
-        self.broker.set_status(word or "status %d" % number)
+        self.broker.set_status(word or "status %d" % number, self.who)
         self._answer(b"")
 
     def _version(self, now):
@@ -4593,7 +4605,7 @@ class AdminSession(Session):
                     "host", ""):
             # A page of elsewhere, open in the browser of somebody who may come in here.
             self._respond(HTTPStatus.FORBIDDEN, "this is taken from pages of this server only")
-        elif self.broker.config.users is None:
+        elif self.broker.config.users is None or parts.path in _PROBES:
             call(self, now)
         else:
             self._call = call
@@ -4807,7 +4819,7 @@ class AdminSession(Session):
     def _reload(self, now):
         self._check_admin("reload")
         try:
-            self.broker.reload()
+            self.broker.reload(self.who)
         except ConfigError as error:
             log.error("reload: %s; nothing has been changed", error)
             self._respond(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
@@ -4816,7 +4828,7 @@ class AdminSession(Session):
 
     def _quiesce(self, now):
         self._check_admin("status")
-        self.broker.set_status("quiescent")
+        self.broker.set_status("quiescent", self.who)
         self._respond(HTTPStatus.OK, "quiescent")
 
     def _stop(self, now):
@@ -4852,6 +4864,9 @@ _ADMIN_PATHS = {
     "/quiesce": ("POST", AdminSession._quiesce),
     "/shutdown": ("POST", AdminSession._stop),
 }
+
+# What load balancers ask for, who have no password.
+_PROBES = ("/ping", "/readable", "/writable")
 
 # The page at /: it asks for /queues.json and /history.json, and shows what comes as text only.
 _PAGE = """\
@@ -5565,7 +5580,9 @@ class Listener:
             if config.server.allow and not any(ip in network for network in config.server.allow):
                 why = "%s is not among those in allow" % ip
             # Who has one IPv6 address has a network of them.
-            local, host = ip.is_loopback, str(ip) if ip.version == 4 else ip.exploded[:19]
+            host = str(ip) if ip.version == 4 else ip.exploded[:19]
+            # One that comes from the address to which it comes is on this machine.
+            local = ip.is_loopback or ip == _ip_of(sock.getsockname()[0])
             name = _name_of(address)
         if len(server.connections) >= config.server.max_connections:
             why = "max_connections"
@@ -6042,17 +6059,19 @@ def _cannot_listen(error, name):
 
 
 def _bind(address, port, ipv6_only):
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = None
     try:
+        family, _, _, _, name = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)   # of all that it accepts
         if family == socket.AF_INET6 and ipv6_only:    # :: is IPv4 too, as a rule
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((address, port))
+        sock.bind(name)
         sock.setblocking(False)
     except OSError as error:
-        sock.close()
+        if sock:
+            sock.close()
         raise _cannot_listen(error, _name_of((address, port))) from None
     return sock
 
@@ -6075,8 +6094,9 @@ def _remove_stale(path):
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         try:
-            if stat.S_ISSOCK(os.stat(path).st_mode):
-                probe.connect(path)
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise FileExistsError(errno.EEXIST, "there is something else")
+            probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
         except BlockingIOError:                        # many are at the door of another server
@@ -6332,9 +6352,7 @@ def main(arguments=None):
         if options.pack:
             return _pack(options.pack)
         if options.hash_password:
-            password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline()
-            print(hash_password(os.fsencode(password.rstrip("\n"))))
-            return 0
+            return _hash_password()
         config = Config(options.config, overrides)
         if options.check:
             print("\n".join(config.lines()))
@@ -6346,7 +6364,8 @@ def main(arguments=None):
         print(error, file=sys.stderr)
         return 1
     except OSError as error:
-        print("kestrel.py: %s" % (error.strerror or error), file=sys.stderr)
+        print("kestrel.py: %s%s" % (error.filename + ": " if error.filename else "",
+                                    error.strerror or error), file=sys.stderr)
         return 1
     _handle_signals(server)
     _raise_file_limit()
@@ -6394,6 +6413,19 @@ def _pack(path):
         queue.close()
     finally:
         os.close(spool)
+    return 0
+
+
+def _hash_password():
+    """Print what stands in an auth_file for a password."""
+    try:
+        password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+    except (EOFError, KeyboardInterrupt):
+        password = ""
+    if not password:
+        print("kestrel.py: there is no password", file=sys.stderr)
+        return 1
+    print(hash_password(os.fsencode(password)))
     return 0
 
 

@@ -5253,26 +5253,32 @@ LOGIN = "set any 0 0 12\r\nbob a secret\r\n"
 @pytest.mark.parametrize("text, words", [
     ("listen =", "there is no address"),
     ("listen = ::1, 127.0.0.1 ::1", "::1 is there twice"),
-    ("listen = 127.0.0.1:22133", "127.0.0.1:22133"),
-    ("listen = unix:", "the value is empty"),
+    ("listen = 127.0.0.1:22133", "'127.0.0.1:22133' is not a host, IP address or unix:PATH"),
+    ("listen = [::1]:22133", "'[::1]:22133' is not a host"), ("listen = *", "'*' is not a host"),
+    ("listen = 10.0.0.0/8", "'10.0.0.0/8' is not"), ("listen = /run/k.sock", "'/run/k.sock' is not"),
+    ("listen = unix:", "'unix:' is not a host"),
     ("listen_address = ::1\nlisten = ::1", "listen_address is the same as listen"),
     ("socket_mode = rw", "'rw' is not a mode"),
     ("admin_commands = some", "'some' is none of: local, all, none"),
-    ("tls_key = x", "tls_key needs a tls_cert"),
-    ("tls_client_ca = x", "tls_client_ca needs a tls_cert"),
-    ("tls_cert = {path}/missing", "No such file or directory: '{path}/missing'"),
-    ("tls_cert = {path}/users", "tls_cert, tls_key or tls_client_ca: "),
-    ("tls_cert = {path}/server.pem\ntls_key = {path}/two.pem", "mismatch"),
-    ("tls_cert = {path}/server.pem\ntls_key = {path}/locked.pem", "tls_cert, tls_key or"),
-    ("tls_cert = {path}/server.pem\ntls_client_ca = {path}/users", "tls_cert, tls_key or"),
-    ("auth_file = {path}/missing", "auth_file {path}/missing: "),
+    ("socket_mode = 7777", "'7777' is not a mode"),
+    ("tls_key = x", ":2: tls_key: it needs a tls_cert"),
+    ("tls_client_ca = x", ":2: tls_client_ca: it needs a tls_cert"),
+    ("tls_cert = {path}/missing", "tls_cert: [Errno 2] No such file or directory: '{path}/missing'"),
+    ("tls_cert = {path}/users", ":2: tls_cert: {path}/users has no key, without"),
+    ("tls_cert = {path}/ca.pem", ":2: tls_cert: {path}/ca.pem has no key"),
+    ("tls_cert = {path}/server.pem\ntls_key = {path}/two.pem", ":3: tls_key: {path}/two.pem has no"),
+    ("tls_cert = {path}/server.pem\ntls_key = {path}/locked.pem", ":3: tls_key: {path}/locked.pem"),
+    ("tls_cert = {path}/server.pem\ntls_key = {path}/missing", ":3: tls_key: [Errno 2] No such"),
+    ("tls_cert = {path}/server.pem\ntls_client_ca = {path}/users",
+     ":3: tls_client_ca: {path}/users has no certificate: "),
+    ("auth_file = {path}/missing", ":2: auth_file {path}/missing: "),
     ("auth_file = {path}/bad", "{path}/bad:3: not NAME:HASH"),
     ("auth_file = {path}/twice", "{path}/twice:2: not NAME:HASH with a new name"),
-    ("auth_file = {path}/binary", "auth_file {path}/binary: "),
+    ("auth_file = {path}/binary", ":2: auth_file {path}/binary: "),
     ("auth_file = {path}/users\ntext_port = 0", "clients of text_port cannot say who they are"),
     ("auth_file = {path}/users\nthrift_port = 0", "clients of thrift_port cannot"),
     ("auth_file = {path}/users\n[queue  q]\nput_users = ann, eve", ":4: put_users: there is no eve"),
-    ("[queue]\nget_users = ann", ":3: get_users: there is no ann in the auth_file"),
+    ("[queue]\nget_users = ann", ":3: get_users: there is no auth_file"),
 ])
 def test_mistakes_of_who_may_come_in_are_told(tmp_path, text, words):
     secured(tmp_path, two__pem=TWO, locked__pem=LOCKED, bad="# users\n\nbob:secret\n",
@@ -5456,7 +5462,7 @@ def test_a_host_with_a_wrong_password_waits_for_its_next_try(door, caplog):
     door.rest()
     door.pump()
     assert not door.broker.logins._lines and not door.timers
-    assert caplog.text.count("10.0.0.1: wrong password for 'bob'") == 5
+    assert caplog.text.count("10.0.0.1: wrong password for bob\n") == 5
 
 
 def test_a_host_can_keep_only_so_many_waiting(door, monkeypatch):
@@ -5518,8 +5524,10 @@ def test_the_admin_port_asks_for_the_same_passwords(door):
     assert door.checked == [] and not door.timers      # nobody was wrong
     assert ask("POST /shutdown", "bob", "wrong")[0] == 401 and not door.broker.stopping
     door.rest()
-    assert ask("GET /ping", "bob")[0] == 200
-    assert ask("GET /ping")[0] == 401                  # the next one on the connection
+    assert ask("GET /status", "bob")[0] == 200
+    assert ask("GET /status")[0] == 401                # the next one on the connection
+    for path in ("ping", "readable", "writable"):      # for load balancers
+        assert ask("GET /" + path)[0] == 200
     assert ask("GET /metrics", "ann")[0] == 200
     assert ask("GET /peek?queue=open", "bob")[0] == 200
     kestrel.Broker.queue(door.broker, "work", NOW)
@@ -5527,7 +5535,7 @@ def test_the_admin_port_asks_for_the_same_passwords(door):
         status, _, body = ask(line, "bob")
         assert (status, body) == (403, "bob is not among the get_users of work\n")
     assert ask("POST /delete?queue=work", "ann")[0] == 200
-    door.say(request("GET /ping", "Authorization: Basic %%%"))
+    door.say(request("GET /status", "Authorization: Basic %%%"))
     assert responses(door.heard())[0][0] == 400
 
 
@@ -5565,6 +5573,42 @@ def test_hash_password_on_the_command_line():
     status, out, err = run("--hash-password", input="a secret\n")
     assert status == 0 and err == ""
     assert kestrel.is_password(b"a secret", out.strip())
+    assert run("--hash-password", input="") == (1, "", "kestrel.py: there is no password\n")
+
+
+def test_what_is_denied_and_done_is_told_with_the_name(door, caplog):
+    caplog.set_level("INFO")
+    door = door("[queue work]\nput_users = ann\n")
+    door.broker.config.server.admin_commands = "local"
+    assert door.ask(LOGIN, "bob", who="memcache client 10.0.0.1:5", local=False) == "STORED\r\n"
+    door("set work 0 0 1 noreply\r\nx\r\nflush_all\r\n", "bob")
+    assert door.ask(LOGIN.replace("bob", "ann"), "ann", who="one") == "STORED\r\n"
+    door("status readonly\r\nreload\r\n", "ann")
+    assert [record.getMessage() for record in caplog.records if record.levelname != "DEBUG"] == [
+        "memcache client 10.0.0.1:5 (bob) is denied: bob is not among the put_users of work",
+        "memcache client 10.0.0.1:5 (bob) is denied: flush_all is taken from this machine only "
+        "(admin_commands)",
+        "the status is READONLY, by one (ann)",
+        "reload: admin_commands is empty now",
+        "%s reloaded by one (ann)" % door.broker.config.path]
+
+
+def test_what_somebody_wanted_to_put_is_not_in_the_log_for_a_name(door, caplog):
+    """A client that has not logged in again after it was cut off."""
+    assert "failure" in door().ask(set_("q", "secret things"))
+    assert "wrong password for somebody unknown" in caplog.text and "secret" not in caplog.text
+
+
+def test_who_comes_from_an_address_of_this_machine_is_local(serve):
+    server = serve("[server]\nlisten = 0.0.0.0\nadmin_commands = local\n")
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.99", 9))           # nothing is sent
+            client = Client(server.port, probe.getsockname()[0])
+    except OSError:                          # a machine without any
+        client = server.client()
+    with client:
+        assert client.ask("reload\r\n") == "Reloaded config.\r\n"
 
 
 def test_a_server_with_passwords_and_tls(serve, tmp_path):
@@ -5776,7 +5820,7 @@ def test_unix_sockets_that_are_left_in_use_or_no_sockets(tmp_path, short_path):
     server.run()
     assert not path.exists()
     path.write_text("something else")
-    with pytest.raises(OSError, match="Address already in use"):
+    with pytest.raises(OSError, match="cannot listen on unix:.*: there is something else"):
         kestrel.Server(config_of(other, text))
     assert path.read_text() == "something else"
     with pytest.raises(OSError, match="cannot listen on unix:.*too long"):
@@ -5812,9 +5856,11 @@ def test_several_addresses_and_protocols(serve, short_path):
 
 def test_every_address_of_both_kinds(tmp_path):
     addresses = ["0.0.0.0", "::"][:1 + HAS_IPV6]
-    server = kestrel.Server(config_of(tmp_path, "[server]\nlisten = %s\nmemcache_port = %d\n" % (
-        ", ".join(addresses), free_port())))
+    server = kestrel.Server(config_of(
+        tmp_path, "[server]\nlisten = %s\n" % ", ".join(addresses), memcache_port="0"))
     assert [one.address[0] for one in server.listeners] == addresses
+    for one in server.listeners[1:]:         # with the port of the first one it is in its way else
+        assert one.sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 1
     server.broker.stopping = True
     server.run()
 
