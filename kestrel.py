@@ -61,6 +61,7 @@ import os
 import queue as queues
 import re
 import resource
+import select
 import selectors
 import shlex
 import signal
@@ -125,11 +126,17 @@ def check_name(name):
     return name
 
 
+def _within_bounds(number):
+    if number > UNLIMITED:
+        raise ValueError("the number is too large")
+    return number
+
+
 def _parse_size(text):
     match = re.fullmatch(r"([0-9]+) *([a-z]*)", text.lower())
     if not match or match[2] not in _SIZES:
         raise ValueError("%r is not a size such as 512, 64kb, 16mb or 1gb" % text)
-    return int(match[1]) * _SIZES[match[2]]
+    return _within_bounds(int(match[1]) * _SIZES[match[2]])
 
 
 def _show_size(size):
@@ -228,7 +235,7 @@ def _time(units, examples):
             return 0
         if not match or match[2] not in units:
             raise ValueError("%r is not a time such as %s" % (text, examples))
-        return int(match[1]) * units[match[2]]
+        return _within_bounds(int(match[1]) * units[match[2]])
 
     def show(held):
         unit = max((unit for unit in units if held % units[unit] == 0), key=units.get)
@@ -370,6 +377,9 @@ def _defaults(settings):
     return {key: kind.parse(default) for key, (kind, default) in settings.items()}
 
 
+_QUEUE_DEFAULTS = _defaults(QUEUE_SETTINGS)
+
+
 def _shown(settings, values):
     return ["%s = %s" % (key, kind.show(values[key])) for key, (kind, _) in settings.items()]
 
@@ -391,7 +401,7 @@ class QueueConfig(Values):
         unknown = given.keys() - QUEUE_SETTINGS.keys()
         if unknown:
             raise TypeError("unknown settings: %s" % ", ".join(sorted(unknown)))
-        super().__init__(**{**_defaults(QUEUE_SETTINGS), **given})
+        super().__init__(**{**_QUEUE_DEFAULTS, **given})
 
     def lines(self):
         """Each setting as `key = value`, as it would stand in the config file."""
@@ -474,6 +484,9 @@ class Config:
         try:
             with open(self.path, encoding="utf-8-sig") as file:
                 self._lines = file.read().split("\n")
+            for number, line in enumerate(self._lines, 1):
+                if "\0" in line:
+                    raise self._error("a NUL in the file", line=number)
             parser.read_file(iter(line + "\n" for line in self._lines), self.path)
         except OSError as error:
             raise ConfigError("%s: %s" % (self.path, error.strerror)) from None
@@ -514,7 +527,7 @@ class Config:
         settings = self.server
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.options |= ssl.OP_NO_RENEGOTIATION
+        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)      # not on PyPy
         for key in ("tls_cert", "tls_key", "tls_client_ca"):
             path = getattr(settings, key)
             try:
@@ -872,6 +885,11 @@ def _pack_head(item):
     return _pack_addx(ADDX, size + 16, item.add_time, item.expiry)
 
 
+def _open_private(path, flags):
+    """The opener of files that are for their owner only."""
+    return os.open(path, flags, 0o600)
+
+
 def _open_locked(path, flags=0):
     """Open a journal for writing, so that no other process can. Raises OSError."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
@@ -1084,7 +1102,7 @@ class Journal:
     def _cut_out(self, file, data, cuts):
         """Put what is left of the data in the place of a file."""
         path = "%s~~%d" % (self.path, _now())
-        with open(path, "wb") as target:
+        with open(path, "wb", opener=_open_private) as target:
             done = 0
             for begin, end, lost, _ in cuts:
                 _copy(data, done, begin, target)
@@ -1105,7 +1123,8 @@ class Journal:
         for serial in itertools.count():
             kept = os.path.join(directory, "%s.%d.%d" % (
                 os.path.basename(file.path), begin, _now() + serial))
-            with contextlib.suppress(FileExistsError), open(kept, "xb") as target:
+            with contextlib.suppress(FileExistsError), open(
+                    kept, "xb", opener=_open_private) as target:
                 _copy(data, begin, end, target)
                 target.flush()
                 os.fsync(target.fileno())
@@ -2374,7 +2393,7 @@ SWEEP_STEP = 1000
 # How long a host whose password was wrong has to wait for the next try, how many of one host may
 # wait, and the password of somebody unknown, which takes as long to find wrong as any.
 _LOGIN_REST_MS = 1000
-_LOGINS = 1000
+_LOGINS = 100
 _NOBODY = "pbkdf2$200000$%032d$%064d" % (0, 0)
 
 # How often rates are taken, in seconds, and how many of the last samples are kept of a queue.
@@ -2418,8 +2437,8 @@ class Histogram:
 
 
 class Logins:
-    """Who is who: checks names and passwords, on the thread for long work, those of a host one
-    after the other, and in a second only one that is wrong.
+    """Who is who: checks names and passwords, aside from the loop, those of a host one after the
+    other, and in a second only one that is wrong.
 
     To check a password takes long; one that has been right is known again at once.
     """
@@ -2428,20 +2447,20 @@ class Logins:
         self._broker = broker
         self._key = os.urandom(32)
         self._known = set()              # keyed digests of what has been right
-        self._lines = {}                 # host -> deque of (name, password, tell) that wait
+        self._lines = {}                 # host -> deque of (session, name, password) that wait
 
-    def check(self, host, name, password, tell):
-        """Call tell(whether that is the password of the name), both bytes, now or later."""
-        line = self._lines.get(host)
+    def check(self, session, name, password):
+        """Have the session told, by identify(), who it is; name and password are bytes."""
+        line = self._lines.get(session.host)
         if self._digest(name, password) in self._known:
-            tell(True)
+            session.identify(os.fsdecode(name))
         elif line is None:
-            self._lines[host] = collections.deque([(name, password, tell)])
-            self._start(host)
+            self._lines[session.host] = collections.deque([(session, name, password)])
+            self._go_on(session.host)
         elif len(line) < _LOGINS:
-            line.append((name, password, tell))
+            line.append((session, name, password))
         else:
-            tell(False)
+            session.identify(None)
 
     def _stored(self, name):
         return self._broker.config.users.get(os.fsdecode(name), _NOBODY)
@@ -2450,28 +2469,37 @@ class Logins:
         stored = self._stored(name)      # so that one that has been changed is not known any more
         return hmac.new(self._key, b"%b %b" % (stored.encode(), password), "sha256").digest()
 
-    def _start(self, host):
-        self._broker.chores.append(self._check(host, self._lines[host]))
-
-    def _check(self, host, line):
-        """A chore: check those who wait, up to one who is wrong."""
-        while line:
-            name, password, tell = line.popleft()
-            digest = self._digest(name, password)
-            if digest not in self._known:
-                yield functools.partial(self._learn, digest, password, self._stored(name))
-            tell(digest in self._known)
-            if digest not in self._known:
-                # Not any name: with a client that has not logged in that is what it wants to put.
-                log.warning("%s: wrong password for %s", host, os.fsdecode(name)
-                            if self._stored(name) != _NOBODY else "somebody unknown")
-                self._broker.later(_LOGIN_REST_MS, functools.partial(self._start, host))
-                return
-        del self._lines[host]
+    def _go_on(self, host):
+        """Check who comes next at a host."""
+        line = self._lines[host]
+        while line and line[0][0].closing:             # gone
+            line.popleft()
+        if not line:
+            del self._lines[host]
+            return
+        _, name, password = line[0]
+        digest, stored = self._digest(name, password), self._stored(name)
+        if digest in self._known:
+            self._finish(host, digest)
+        else:
+            self._broker.aside(functools.partial(self._learn, digest, password, stored),
+                               lambda error, seconds: self._finish(host, digest))
 
     def _learn(self, digest, password, stored):
         if is_password(password, stored):
             self._known.add(digest)
+
+    def _finish(self, host, digest):
+        session, name, _ = self._lines[host].popleft()
+        is_right = digest in self._known
+        session.identify(os.fsdecode(name) if is_right else None)
+        if is_right:
+            self._broker.later(0, functools.partial(self._go_on, host))
+        else:
+            # Not any name: with a client that has not logged in that is what it wants to put.
+            log.warning("%s: wrong password for %s", host, os.fsdecode(name)
+                        if self._stored(name) != _NOBODY else "somebody unknown")
+            self._broker.later(_LOGIN_REST_MS, functools.partial(self._go_on, host))
 
 
 class Broker:
@@ -2480,7 +2508,7 @@ class Broker:
     config: a Config; the spool is its queue_path. later: see Queue. Loads every queue of
     the spool; raises OSError when the spool cannot be read.
 
-    After each turn commit() writes what has changed. `stats` holds the server's counters,
+    After each turn write() writes what has changed. `stats` holds the server's counters,
     `stopping` is set by whoever wants the server to stop, `chores` are generators of which
     the server runs one step a turn.
     """
@@ -2502,6 +2530,7 @@ class Broker:
             get_hits=0, get_misses=0, bytes_read=0, bytes_written=0, queue_creates=0,
             queue_deletes=0, queue_expires=0)
         self.logins = Logins(self)
+        self.aside = None                 # has (work, call) done like a Syncer, set by the server
         self.metrics = {                  # name -> what was seen of it
             "turn_usec": Histogram(), "fsync_usec": Histogram(),
             "delivery_latency_msec": Histogram()}
@@ -2516,16 +2545,19 @@ class Broker:
                                  config.server.connection_limit_refuse_writes)
         self._restore_status()
         self.spool = os.path.abspath(config.server.queue_path)
+        self._no_room_until = 0           # seconds of the monotonic clock, see make_room()
         self._unloaded = find_journals(self.spool)
         for name in sorted(self._unloaded):
             try:
-                self._create(name, self.started)
+                queue = self._create(name, self.started)
+                if self.dirty:            # reads that were open have been put back
+                    self.dirty.clear()
+                    queue.write()
             except OSError as error:
                 log.error("queue %s cannot be loaded: %s", name, error)
         for name in config.aliases.keys() & self.queues.keys():
             log.warning("the alias %s hides the queue of that name", name)
         self._cas = itertools.count(1)
-        self._no_room_until = 0           # seconds of the monotonic clock, see make_room()
 
     # -- names
 
@@ -2556,7 +2588,12 @@ class Broker:
         queue = self.queues.get(name)
         config = queue.config if queue else self.config.queue(name)
         users = getattr(config, right)
-        return not users or user in users
+        if users and user not in users:
+            return False
+        # A child of an alias gets what is put to all of its queues.
+        parent, is_child, _ = name.partition("+")
+        return not is_child or all(
+            self.may(user, right, other) for other in self.config.aliases.get(parent, ()))
 
     def route(self, key, now=None, who="the server"):
         """Where the items put under `key` (bytes) go. Raises ValueError when it cannot name
@@ -2760,14 +2797,9 @@ class Broker:
 
     # -- what is to be written
 
-    def commit(self, now):
+    def write(self):
         """Write every journal that has something to write; returns the queues written and,
-        as {queue: OSError}, those that could not be.
-
-        Items that have expired go on to their expire_to_queue when their being open is on
-        record, and are confirmed when they are safe there: each a commit later, so that
-        `dirty` may hold something anew.
-        """
+        as {queue: OSError}, those that could not be."""
         written, failed = [], {}
         for queue in self.dirty:
             try:
@@ -2777,6 +2809,12 @@ class Broker:
                 failed[queue] = _bare(error)
                 self.make_room(error)        # for the next time
         self.dirty.clear()
+        return written, failed
+
+    def move_expired(self, failed, now):
+        """To be called when what write() has written is answered for: items that have expired go
+        on to their expire_to_queue when their being open is on record, and are confirmed when
+        they are safe there. So `dirty` may hold something anew."""
         if self._moved:
             moved, self._moved = self._moved, []
             for move in moved:
@@ -2794,7 +2832,6 @@ class Broker:
                 # A failed write has taken it back to the head.
                 if source.opens.get(item.xid) is item:
                     self._move(source, item, now)
-        return written, failed
 
     def sync_failed(self, queue):
         """An fsync of the queue's journal failed: see Queue.sync_failed."""
@@ -3019,7 +3056,7 @@ def _parse_line(line):
 
 # The same lines come again and again. Longer ones are not kept, lest they fill the memory.
 _parse_line_cached = functools.lru_cache(maxsize=4096)(_parse_line)
-_LINE_CACHED = 512
+_LINE_CACHED = 120
 
 
 class Session:
@@ -3045,7 +3082,7 @@ class Session:
         self.who = who
         self.host = host
         self.user = None                # its name, with an auth_file and once it has said it
-        self._is_asking = False         # it is being found out who that is
+        self.is_asking = False          # it is being found out who that is
         self.wake = wake
         self.out = []
         self.load = 0
@@ -3088,7 +3125,7 @@ class Session:
         if self.held or self.closing:
             return
         try:
-            if self.job:
+            if self.job and not self.is_full():
                 self._work()
             if self.job or self.waiter or self.is_full():
                 return
@@ -3129,7 +3166,7 @@ class Session:
 
     def release(self):
         """resume() may go on again."""
-        self.held = self._is_asking
+        self.held = self.is_asking
 
     def _begin(self, job):
         """Do a command in pieces, each in a turn of its own: `job` is a generator."""
@@ -3278,17 +3315,22 @@ class Session:
     def _log_in(self, name, password):
         """Set `user` to the name if that is its password (both bytes), or None; nothing is parsed
         meanwhile, and _go_on() called then."""
-        def tell(good):
-            self.user = os.fsdecode(name) if good else None
-            self.who = self.who.partition(" (")[0] + (" (%s)" % self.user if good else "")
-            self._is_asking = False
-            self.release()
-            self.wake()
-
-        self._is_asking = True
-        self._put_off(iter(()))          # with that in hand one that hung up is still answered
+        self.is_asking = True
+        self._put_off(iter(()))          # nothing to do but to wait
         self.hold()
-        self.broker.logins.check(self.host, name, password, tell)
+        self.broker.logins.check(self, name, password)
+
+    def _check_all_users(self):
+        if self.broker.config.users is not None:
+            self._check_user("get_users", *self.broker.queues)
+
+    def identify(self, user):
+        """The user is known now; None if the password was wrong."""
+        self.user = user
+        self.who = self.who.partition(" (")[0] + ("" if user is None else " (%s)" % user)
+        self.is_asking = False
+        self.release()
+        self.wake()
 
     def _reads_of(self, queue):
         """The xids open here; some may have timed out, which the client cannot know."""
@@ -3369,6 +3411,19 @@ class Session:
                 yield
         answer(*arguments)
 
+    def _put_each(self, route, items, expiry, now, answer):
+        """A job: put the items, some in each turn, then call `answer` with how many were taken."""
+        count = size = 0
+        for item in items:
+            count += self.broker.put(route, item, 0, expiry, now)
+            size += (len(item) + _COMMAND_COST) * len(route.queues)
+            if size > _STEP_SIZE:
+                size = 0
+                for queue in route.queues:
+                    self._rest_on(queue)
+                yield
+        answer(count)
+
     def _shutdown(self, words, now):
         self._check_admin("shutdown")
         log.info("told to shut down by %s", self.who)
@@ -3388,7 +3443,7 @@ class MemcacheSession(Session):
         self._skip = 0                  # bytes of a refused data block still to come
         self._block = None              # the Block of a set without its data yet
         self._key = None                # the ReadKey that could not be answered at once
-        self._keys = None               # an iterator of those after it, in a get of many
+        self._keys = None               # a deque of those after it, in a get of many
         self._whole = True              # of the Get in hand
         self._with_cas = False
         self._monitor = None            # [name, number of items still wanted]
@@ -3468,8 +3523,8 @@ class MemcacheSession(Session):
         if self._block and self.unparsed >= self._needed:
             self._finish_block(now)
         key, self._key = self._key, None
-        if self._keys:
-            self._keys = itertools.chain(filter(None, [key]), self._keys)
+        if self._keys is not None:
+            self._keys.extendleft(filter(None, [key]))
             self._read_keys(now)
         elif key:
             self._read(key, now)
@@ -3523,7 +3578,7 @@ class MemcacheSession(Session):
             for queue in route.queues:
                 self.touched.append((queue, len(out), 1, True))
             out.append(b"STORED\r\n" if stored else b"NOT_STORED\r\n")
-        self.load += _COMMAND_COST
+        self.load += _COMMAND_COST * (len(route.queues) or 1)
 
     # -- reading
 
@@ -3532,13 +3587,14 @@ class MemcacheSession(Session):
         if self._whole:
             self._read(keys[0], now)
         else:
-            self._keys = iter(keys)
+            self._keys = collections.deque(keys)
             self._read_keys(now)
 
     def _read_keys(self, now):
         """Answer the keys of a get of many, up to one that has to wait."""
         try:
-            for key in self._keys:
+            while self._keys:
+                key = self._keys.popleft()
                 try:
                     self._read(key, now)
                 except OSError as error:
@@ -3652,7 +3708,7 @@ class MemcacheSession(Session):
         limit = self.broker.config.server.max_open_transactions
         while self._monitor and not self._is_to_pause():
             if not self.queue or self._monitor[1] <= 0 or (
-                    len(self.open_reads.get(self.queue, ())) >= limit):
+                    len(self._reads_of(self.queue)) >= limit):
                 self._show(None)
                 return
             item = self.queue.remove(True, now)
@@ -3708,7 +3764,7 @@ class MemcacheSession(Session):
     def _flush_all(self, words, now):
         self._check_admin("flush_all")
         self._check_writes()
-        self._check_user("get_users", *self.broker.queues)
+        self._check_all_users()
         stock = self.broker.config.server.flush_all_reply == "memcached"
         self._begin(self._flush_each(
             self._reply, words, b"OK\r\n" if stock else b"Flushed all queues.\r\n"))
@@ -3716,10 +3772,12 @@ class MemcacheSession(Session):
     def _flush_expired(self, words, now):
         queue = self._queue_of(words)
         self._check_writes()
+        self._check_user("get_users", *[queue.name] if queue else [])
         self._begin(self._discard_expired([queue] if queue else [], now))
 
     def _flush_all_expired(self, words, now):
         self._check_writes()
+        self._check_all_users()
         self._begin(self._discard_expired(list(self.broker.queues.values()), now))
 
     def _discard_expired(self, queues, now):
@@ -3750,7 +3808,7 @@ class MemcacheSession(Session):
             self._say(os.fsencode("queue '%s' {\r\n" % queue.name))
             self._say_pairs("  %s=%s", pairs(queue))
             self._say(b"}\r\n")
-        names = [os.fsdecode(word) for word in words[1:]] or sorted(self.broker.queues)
+        names = list(dict.fromkeys(map(os.fsdecode, words[1:]))) or sorted(self.broker.queues)
         self._begin(self._list(names, dump))
 
     def _list(self, names, say):
@@ -3836,8 +3894,6 @@ class MemcacheLogin(MemcacheSession):
     Authentication): the first command is a set, under any key, of `name password`. Then it is a
     MemcacheSession; whatever else it says is the end."""
 
-    idle_timeout = LOGIN_MS
-
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self._most_item = MAX_LOGIN
@@ -3869,9 +3925,10 @@ class MemcacheLogin(MemcacheSession):
         self._end()
 
 
-# The longest item that can be put as a line of text, and how many with one put.
+# The longest item that can be put as a line of text, how many with one put, and how much.
 MAX_TEXT_ITEM = 1 << 20
 MAX_TEXT_ITEMS = 1024
+MAX_TEXT_PUT = 16 << 20
 
 
 class TextSession(Session):
@@ -3881,13 +3938,15 @@ class TextSession(Session):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self._put = None                # [command words, items so far] of a put
+        self._put_size = 0              # of these items together
         self._left = 0                  # items that the read in hand may still give
         self._waits = self._peeking = self._watching = False
 
     def _parse(self, data, now):
         pos = 0
         while not (self.stalled or self.is_full()):
-            limit = self.settings.max_line if self._put is None else MAX_TEXT_ITEM
+            limit = self.settings.max_line if self._put is None else min(
+                MAX_TEXT_ITEM, self.settings.max_item_size)
             eol = data.find(b"\n", pos, pos + limit + 2)
             try:
                 if eol < 0:
@@ -3900,13 +3959,17 @@ class TextSession(Session):
                     self._command(line.split(), now)
                 elif line not in (b"", b"\r"):
                     self._put[1].append(line)
+                    self._put_size += len(line)
                 else:
-                    (words, items), self._put = self._put, None
+                    (words, items), self._put, self._put_size = self._put, None, 0
                     self._store(words, items, now)
                     self._spare_others()
                 if self._put and len(self._put[1]) > MAX_TEXT_ITEMS:
                     raise Refused("CLIENT_ERROR Too many items; limit=%d" % MAX_TEXT_ITEMS,
                                   close=True)
+                if self._put_size > MAX_TEXT_PUT:
+                    raise Refused("CLIENT_ERROR Items are too large together; limit=%d" % (
+                        MAX_TEXT_PUT), close=True)
             except (Refused, OSError) as error:
                 self._refuse(error)
         return pos
@@ -3960,8 +4023,8 @@ class TextSession(Session):
         self._check_writes()
         route = self.broker.routes.get(words[1]) or self._new_route(words[1], now)
         expiry = 0 if expiry is None else min(max(now + expiry, 1), _LATEST)
-        count = sum([self.broker.put(route, item, 0, expiry, now) for item in items])
-        self._say(b"+%d\n" % count, *route.queues)
+        self._begin(self._put_each(route, items, expiry, now, lambda count: self._say(
+            b"+%d\n" % count, *route.queues)))
 
     def _put_nothing(self, words, now):
         self._name_in(words)
@@ -4243,18 +4306,10 @@ class ThriftSession(Session):
             _name(name)
             route = self._new_route(name, now)
         expiry = now + expiration if expiration > 0 else 0
-        self._begin(self._put_each(route, items, expiry, now))
-
-    def _put_each(self, route, items, expiry, now):
-        """A job: put the items, some in each turn."""
-        count = 0
-        for number, item in enumerate(items, 1):
-            count += self.broker.put(route, item, 0, expiry, now)
-            if number % SWEEP_STEP == 0:
-                for queue in route.queues:
-                    self._rest_on(queue)
-                yield
-        self._answer(_i32_field(0, count), *route.queues)
+        if any(len(item) > self.settings.max_item_size for item in items):
+            raise Refused("SERVER_ERROR object too large for cache")
+        self._begin(self._put_each(route, items, expiry, now, lambda count: self._answer(
+            _i32_field(0, count), *route.queues)))
 
     def _start_get(self, now, name, most, timeout, auto_abort):
         self._check_reads()
@@ -4319,12 +4374,18 @@ class ThriftSession(Session):
             self.queue.abort(*self.open_reads.pop(self.queue, ()), orphaned=True)
             self._get = None
 
+    def _check_ids(self, ids):
+        if not all(type(one) is int for one in ids):
+            raise ValueError("ids are to be integers")
+
     def _confirm(self, now, name, ids):
+        self._check_ids(ids)
         queue = self._find(name)
         count = sum([queue.confirm(xid) for xid in dict.fromkeys(ids)]) if queue else 0
         self._answer(_i32_field(0, count), *filter(None, [queue]))
 
     def _abort(self, now, name, ids):
+        self._check_ids(ids)
         queue = self._find(name)
         count = queue.abort(*sorted(set(ids)), now=now) if queue else 0
         self._answer(_i32_field(0, count), *filter(None, [queue]))
@@ -4638,7 +4699,7 @@ class AdminSession(Session):
             self._respond(HTTPStatus.INTERNAL_SERVER_ERROR, _why(error))
         else:
             self._respond(HTTPStatus.SERVICE_UNAVAILABLE if error.close else
-                          HTTPStatus.FORBIDDEN, error.answer.decode().split(" ", 1)[1].strip())
+                          HTTPStatus.FORBIDDEN, os.fsdecode(error.answer).split(" ", 1)[1].strip())
 
     def _failure(self, why, answer):
         return b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: %d\r\n\r\n%b\n" % (
@@ -5117,11 +5178,16 @@ _SYNCS = 64
 # How often it is waited for fsyncs before the end, a second each.
 _LAST_ROUNDS = 30
 
-# How many connections are seen to in a turn, how many new ones by each listener, and how often
-# the log tells of those refused.
+# How many connections are seen to in a turn, of these how many TLS handshakes, for how long jobs
+# in hand are, how many new ones by each listener, and how often the log tells of those refused.
 _EVENTS = 1000
+_GREETINGS = 8
+_WORK_SECONDS = 0.005
 _ACCEPTS = 256
 _TELL_SECONDS = 10
+
+# How often it is looked after clients who have said too much to be listened to.
+_LOOK_SECONDS = 1
 
 # IOV_MAX: how many pieces one sendmsg() takes.
 _MAX_VECTOR = 1024
@@ -5241,15 +5307,21 @@ class TLSSocket(ssl.SSLSocket):
     """A client's socket with TLS on it, which can be used as a plain one that does not block:
     the handshake is part of the first reads."""
 
+    _is_over = False                 # after shutdown()
+
     def recv(self, size):
+        if self._is_over:
+            return super().recv(size)    # in plain, to be thrown away
         try:
-            return super().recv(size)
+            return self.read(size)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise BlockingIOError from None
+        except ValueError as error:      # it was gone before it was wrapped, and so is not
+            raise ConnectionError(str(error)) from None
 
     def send(self, data):
         try:
-            return super().send(data)
+            return super().send(data) if data else 0       # to send nothing is an error to some
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise BlockingIOError from None
 
@@ -5260,6 +5332,7 @@ class TLSSocket(ssl.SSLSocket):
     def shutdown(self, how):
         with contextlib.suppress(OSError, ValueError):
             self.unwrap()                # says that this is the end, and does not wait for its echo
+        self._is_over = True
         super().shutdown(how)
 
 
@@ -5272,11 +5345,13 @@ class Connection:
         self.session = session
         session.wake = functools.partial(server.woken.append, self)
         self.holds = {}                  # queue -> fsyncs of it that answers wait for
-        self.last_active = server.mono
+        self.since = self.last_active = server.mono
+        self.is_greeting = isinstance(sock, TLSSocket)         # the handshake is not done
         self._unsent = []
         self._watched = _READ
         self._checked = 0                # entries of session.touched seen by settle()
-        self._deadline = self._alarm = self.idle_alarm = self._send_alarm = None
+        self._deadline = self._alarm = self.idle_alarm = None
+        self._send_alarm = self._look_alarm = None
         self._sent = 0                   # bytes sent since _watch_sending()
         self._at_end = False             # the client will send no more
         self._finished = False           # nothing more will be said
@@ -5291,6 +5366,10 @@ class Connection:
         """Whether the next word is the client's."""
         return not (self.session.waiter or self.session.job or self.session.out or self.holds
                     or self._unsent)
+
+    def is_sending(self):
+        """Whether there are answers that the kernel has not taken yet."""
+        return bool(self._unsent)
 
     def ready(self, mask):
         """The socket can be read or written."""
@@ -5312,11 +5391,13 @@ class Connection:
         server = self.server
         server.broker.stats.bytes_read += len(data)
         self.last_active = server.mono
+        self.is_greeting = False
         if self._at_end:                 # we have said all that we will
             return
         if self.is_traced:
             trace.info("%s: says %r", self.session.who, data[:200])
         session = self.session
+        session.most_load = server.share
         session.feed(data, server.now)
         server.active.append(self)
         if session.stalled or session.unparsed or self.is_paused:
@@ -5326,10 +5407,13 @@ class Connection:
         """The session can go on after a wait."""
         if not self.closed:
             self.server.waiting.discard(self)
+            self.session.most_load = self.server.share
             self.session.resume(self.server.now)
             self.server.active.append(self)
             self._after_feed()
-            if self._at_end and not (self.session.job or self.session.closing):
+            session = self.session
+            if self._at_end and not (session.job or session.held or session.is_full()
+                                     or session.closing):
                 self._hang_up()
 
     def _after_feed(self):
@@ -5345,13 +5429,28 @@ class Connection:
             self._set_alarm()
         if session.waiter:
             self.server.waiting.add(self)
-        elif session.job and not session.held:         # else it is woken
-            self.server.working.append(self)
+        elif session.job and not (session.held or session.is_full()):  # else it is woken
+            self.server.working[self] = None
         paused = session.backlog() > _CHUNK
         if paused != self.is_paused and not self._at_end:
             self.is_paused = paused
             self._watch(self._watched & ~_READ if paused
                         else self._watched | _READ)
+        if session.waiter and paused and self._look_alarm is None:
+            self._look_alarm = self.server.timers.at(
+                self.server.mono + _LOOK_SECONDS, self._look)
+
+    def _look(self):
+        """Nothing else tells that a client has gone while it waits and its socket is not read."""
+        self._look_alarm = None
+        if self.session.waiter and self.is_paused:
+            poll = select.poll()
+            poll.register(self.sock, getattr(select, "POLLRDHUP", 0))
+            if poll.poll(0):
+                self.close()
+            else:
+                self._look_alarm = self.server.timers.at(
+                    self.server.mono + _LOOK_SECONDS, self._look)
 
     def _set_alarm(self):
         if self._alarm:
@@ -5368,9 +5467,12 @@ class Connection:
 
     def _hang_up(self):
         """The client has closed its side. What it is owed by now is still sent."""
-        if self.session.job and not self.session.waiter:
+        session = self.session
+        if not (session.waiter or session.is_asking) and (
+                session.job or session.unparsed and not self._at_end):
             self._at_end = True              # resume() comes back here when that is done
             self._watch(self._watched & ~_READ)
+            session.wake()
             return
         self.session.close(self.server.now)
         if self.session.out or self._unsent:
@@ -5430,7 +5532,7 @@ class Connection:
                 return
         if self._watched & _WRITE:
             self._watch(self._watched & ~_WRITE)
-        if session.is_full():
+        if session.is_full() or session.job and not session.held:
             session.wake()
         session.load = 0
         if session.closing and not (self.holds or self._finished):
@@ -5498,7 +5600,8 @@ class Connection:
             self.session.close(self.server.now)
             self.session.wake = lambda: None     # no cycle is left for a garbage collector
             self._watch(0)
-            for alarm in filter(None, (self._alarm, self.idle_alarm, self._send_alarm)):
+            for alarm in filter(None, (
+                    self._alarm, self.idle_alarm, self._send_alarm, self._look_alarm)):
                 self.server.timers.cancel(alarm)
             self.sock.close()
             self.server.connections.discard(self)
@@ -5522,6 +5625,8 @@ class Connection:
 
 class Listener:
     """A port on which clients of one protocol come in. Raises OSError."""
+
+    is_greeting = False
 
     def __init__(self, server, sock, protocol, session_type):
         self.server = server
@@ -5565,7 +5670,7 @@ class Listener:
                 server.timers.at(server.mono + 1, self._start)
                 return
             connection = self._admit(sock, address)
-            if connection:
+            if connection and not connection.is_greeting:
                 connection.ready(_READ)      # its first word is there as a rule: saves a turn
 
     def _admit(self, sock, address):
@@ -5579,8 +5684,7 @@ class Listener:
             ip = _ip_of(address[0])
             if config.server.allow and not any(ip in network for network in config.server.allow):
                 why = "%s is not among those in allow" % ip
-            # Who has one IPv6 address has a network of them.
-            host = str(ip) if ip.version == 4 else ip.exploded[:19]
+            host = _host_of(ip)
             # One that comes from the address to which it comes is on this machine.
             local = ip.is_loopback or ip == _ip_of(sock.getsockname()[0])
             name = _name_of(address)
@@ -5653,20 +5757,30 @@ class Server:
     open already. notify: told what systemd wants to know, see sd_notify(3).
     """
 
+    is_greeting = False
+
     def __init__(self, config, given=(), notify=lambda text: None):
         self.config = config
         self.notify = notify
+        self.given = dict(given)
+        self._spool = _lock_spool(os.path.abspath(config.server.queue_path))
+        try:
+            sockets = self._bind_all()
+        except OSError:
+            os.close(self._spool)
+            raise
         self.selector = selectors.DefaultSelector()
         self.timers = Timers()
         self.connections = set()
         self.active = []                 # connections that may have something to send
         self.woken = []                  # connections whose sessions can go on
-        self.working = []                # connections whose sessions have a job in hand
+        self.working = {}                # connections whose sessions have a job in hand
         self.waiting = set()             # connections whose sessions wait for an item
         self.mono = time.monotonic()
         self.now = _now()
         self.reload_wanted = False
         self._busy_poll = 0 if _cores() == 1 else config.server.busy_poll / 1e6
+        self.share = 0                   # how much load a session may pile up in this turn
         self._short_waits = 0            # how many in a row, see _wait()
         self._synced_some = False
         self._events = []                # what select() told of and is still to be seen to
@@ -5675,13 +5789,6 @@ class Server:
         self._running = {}               # queue -> connections that wait for the one running
         self._failing = {}               # queue -> when writing its journal failed last
         self._recovering = set()         # queues whose recovery is planned
-        self.given = dict(given)
-        self._spool = _lock_spool(os.path.abspath(config.server.queue_path))
-        try:
-            sockets = self._bind_all()
-        except OSError:
-            os.close(self._spool)
-            raise
         log.info("kestrel.py %s, journals in %s", __version__,
                  os.path.abspath(config.server.queue_path))
         self.broker = Broker(config, self.later, self.now)
@@ -5693,6 +5800,10 @@ class Server:
         self._syncer = Syncer(self.interrupt)
         self.listeners = [
             Listener(self, sock, protocol, session) for sock, protocol, session in sockets]
+        self._syncers = [self._syncer]
+        if config.users is not None:         # what takes long for the processor delays no fsync
+            self._syncers.append(Syncer(self.interrupt))
+            self.broker.aside = self._syncers[1].submit
         if config.server.status_command:
             statuses = queues.SimpleQueue()
             self.broker.announce = statuses.put
@@ -5705,8 +5816,8 @@ class Server:
         self._sampled_at = self.mono
         self.later(SAMPLE_SECONDS * 1000, self._sample)
         # The memcache port, None if there are UNIX sockets only.
-        self.port = next((one.address[1] for one in self.listeners
-                          if isinstance(one.address, tuple)), None)
+        self.port = next((one.address[1] for one in self.listeners if one.protocol == "memcache"
+                          and isinstance(one.address, tuple)), None)
 
     def _bind_all(self):
         """(socket, protocol, type of session) of each address and port there is to be."""
@@ -5776,7 +5887,15 @@ class Server:
         if self.waiting:
             # These first: one that has hung up must not be given an item.
             events.sort(key=lambda event: event[0].data not in self.waiting)
+        # The more there are, the less is done for each.
+        self.share = self.config.server.max_output_buffer // max(
+            1, len(events) + len(self.woken) - 1)
+        greetings = 0
         for key, mask in events[:_EVENTS]:
+            if key.data.is_greeting:
+                greetings += 1
+                if greetings > _GREETINGS:
+                    continue                           # select() will tell of it again
             key.data.ready(mask)
         self._events = events[_EVENTS:]
         if not self._events:             # who has spoken before its time was over is heard first
@@ -5786,9 +5905,12 @@ class Server:
         if self.reload_wanted:
             self.reload_wanted = False
             self._reload()
-        working, self.working = self.working, []
-        for connection in working:
+        working, self.working = list(self.working), {}
+        for number, connection in enumerate(working, 1):
             connection.resume()
+            if time.monotonic() > self.mono + _WORK_SECONDS:         # the others are first in the next
+                self.working = {**dict.fromkeys(working[number:]), **self.working}
+                break
         self._resume_woken()
         self._commit()
         self._turns.add(int((time.monotonic() - self.mono) * 1e6))
@@ -5832,22 +5954,20 @@ class Server:
         return functools.partial(self.timers.cancel, entry)
 
     def watch_idle(self, connection):
-        """Close the connection once it has been idle for client_timeout, or what is usual."""
-        sock = connection.sock
-        timeouts = list(filter(None, (
-            self.config.server.client_timeout, connection.session.idle_timeout,
-            LOGIN_MS if isinstance(sock, TLSSocket) and not sock.version() else None)))
-        if not timeouts:
-            return
-        timeout = min(timeouts)
+        """Close the connection once it has been idle for client_timeout, or what is usual, or has
+        not logged in when the time for that is over."""
+        session = connection.session
         if not connection.is_idle():
             connection.last_active = self.mono
-        left = connection.last_active + timeout / 1000 - self.mono
-        if left <= 0:
+        ends = [connection.last_active + timeout / 1000 for timeout in (
+            self.config.server.client_timeout, session.idle_timeout) if timeout]
+        if connection.is_greeting or isinstance(session, MemcacheLogin) and not session.is_asking:
+            ends.append(connection.since + LOGIN_MS / 1000)
+        if ends and min(ends) <= self.mono:
             connection.close()
-        else:
+        elif ends:
             connection.idle_alarm = self.timers.at(
-                self.mono + left, functools.partial(self.watch_idle, connection))
+                min(ends), functools.partial(self.watch_idle, connection))
 
     def _resume_woken(self):
         for connection in self.woken:                  # which may wake others
@@ -5900,7 +6020,7 @@ class Server:
     # -- writing, fsyncing, answering
 
     def _commit(self):
-        written, failed = self.broker.commit(self.now)
+        written, failed = self.broker.write()
         durable = set()
         for queue in written:
             self._note_success(queue)
@@ -5914,10 +6034,13 @@ class Server:
         for queue, error in failed.items():
             self._note_failure(queue, error)
         self._answer(failed, durable)
-        self._synced_some = bool(self._syncer.done)    # what waited for it may go on
-        while self._syncer.done:
-            call, error, seconds = self._syncer.done.popleft()
-            call(error, seconds)
+        self.broker.move_expired(failed, self.now)
+        self._synced_some = False
+        for syncer in self._syncers:
+            while syncer.done:
+                call, error, seconds = syncer.done.popleft()
+                call(error, seconds)
+                self._synced_some = True               # what waited for it may go on
         if self._wanted:
             self._start_syncs()
 
@@ -6012,14 +6135,21 @@ class Server:
                 self._wake_in.recv(4096)
         while self.broker.chores:
             self._step(self.broker.chores.popleft())
-        self._syncer.stop()
+        for syncer in self._syncers:
+            syncer.stop()
         self._commit()                                 # what it had still to say
         for queue in self.broker.queues.values():
             queue.abort(*queue.opens)        # in the order of all, not connection by connection
+        end = time.monotonic() + 1                     # for those who have answers still to take
+        while time.monotonic() < end and any(one.is_sending() for one in self.connections):
+            for key, mask in self.selector.select(.1):
+                if mask & _WRITE:
+                    key.data.flush()
         for connection in list(self.connections):
             connection.close()
-        self.broker.commit(self.now)
-        self.broker.commit(self.now)                   # expired items on their way
+        for _ in range(2):                             # with expired items on their way
+            _, failed = self.broker.write()
+            self.broker.move_expired(failed, self.now)
         for queue in self.broker.queues.values():
             try:
                 queue.close()
@@ -6045,6 +6175,13 @@ def _ip_of(host):
     """The ipaddress of a host as sockets name it; an IPv4 one if it is that in IPv6's clothes."""
     ip = ipaddress.ip_address(host.partition("%")[0])
     return getattr(ip, "ipv4_mapped", None) or ip
+
+
+def _host_of(ip):
+    """What all have in common who may be one: who has one IPv6 address has a network of them."""
+    if ip.is_loopback:
+        return "this machine"
+    return str(ip) if ip.version == 4 else ip.exploded[:19]
 
 
 def _name_of(address):
@@ -6107,15 +6244,16 @@ def _lock_spool(path):
     """Make the spool directory if need be and lock it; returns its descriptor."""
     try:
         os.makedirs(path, 0o700, exist_ok=True)
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise OSError(error.errno, "cannot use the spool %s: %s" % (path, error.strerror)
                       ) from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        os.close(fd)
         raise OSError(error.errno, "the spool %s is held by another server" % path) from None
     return fd
 
@@ -6189,7 +6327,7 @@ class Client:
         try:
             yield data
         except BaseException:
-            with contextlib.suppress(OSError):         # then it goes back anyway
+            with contextlib.suppress(OSError, ServerError):          # then it goes back anyway
                 self._get(queue, 0, "/abort")
             raise
         else:
@@ -6209,7 +6347,7 @@ class Client:
                 yield data
                 data = self._get(queue, timeout, "/close/open")
         except BaseException:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ServerError):
                 self._get(queue, 0, "/abort")
             raise
         finally:
@@ -6359,6 +6497,7 @@ def main(arguments=None):
             return 0
         _set_up_log(config.server)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)   # while it loads there is nothing to reload
+        _raise_file_limit()
         server = Server(config, _inherited(config), _notify)
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -6368,7 +6507,6 @@ def main(arguments=None):
                                     error.strerror or error), file=sys.stderr)
         return 1
     _handle_signals(server)
-    _raise_file_limit()
     watchdog = int(os.environ.get("WATCHDOG_USEC", 0))
     if watchdog and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
         server.keep_watch(watchdog // 2000)            # twice as often as it wants it
