@@ -30,7 +30,7 @@ The file is read from top to bottom; no section refers to one below its own:
 One turn of the loop reads every ready socket once, lets the sessions change the
 queues in memory, writes each changed journal with one write, fsyncs where that was
 asked for (on a helper thread), and only then sends the answers, one send a
-connection. Time is read once a turn and handed down as `now`.
+connection as a rule. Time is read once a turn and handed down as `now`.
 
 Two clocks: `now` is the time of day in milliseconds of the epoch, for items (add
 time, expiry) only; whatever waits is timed by the server on the monotonic clock.
@@ -204,10 +204,9 @@ def _parse_addresses(text):
     for address in addresses:
         if addresses.count(address) > 1:
             raise ValueError("%s is there twice" % address)
-        if not re.fullmatch(r"unix:.+|[A-Za-z0-9.-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.%\w]*",
-                            address):
-            raise ValueError("%r is not a host, IP address or unix:PATH (without a port, which is a "
-                             "setting of its own)" % address)
+        if not re.fullmatch(r"unix:.+|[A-Za-z0-9.-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[\w:.%]*", address):
+            raise ValueError("%r is not a host, IP address or unix:PATH (without a port, which "
+                             "is a setting of its own)" % address)
     return addresses
 
 
@@ -410,7 +409,8 @@ class QueueConfig(Values):
 
 class Config:
     """Everything that a config file says. `server` holds the [server] settings, `tls` an
-    ssl.SSLContext or None, `users` {name: what hash_password() has made}, None without an auth_file.
+    ssl.SSLContext or None, `users` {name: what hash_password() has made}, None if there is no
+    auth_file.
 
     `path` is an INI file (configparser), None for the defaults. `overrides` are [server]
     settings, given as text, that go before the file's. Raises ConfigError.
@@ -3169,14 +3169,15 @@ class Session:
         self.held = self.is_asking
 
     def _begin(self, job):
-        """Do a command in pieces, each in a turn of its own: `job` is a generator."""
+        """Do a command in pieces, the first one now: `job` is a generator."""
         self.job = job
         self._work()
         if self.job:
             self.stalled = True
 
     def _put_off(self, job):
-        """Go on with the command in hand when `job` is done, of which each turn does a piece."""
+        """Do `job` in pieces from resume() on; then the command in hand goes on, if it is not done
+        with that."""
         self.job = job
         self.stalled = True
 
@@ -3792,7 +3793,7 @@ class MemcacheSession(Session):
 
     def _stats(self, words, now):
         self._say_pairs("STAT %s %s", self.broker.server_stats(now))
-        self._begin(self._list(sorted(self.broker.queues), lambda queue: self._say_pairs(
+        self._put_off(self._list(sorted(self.broker.queues), lambda queue: self._say_pairs(
             "STAT queue_%s_%%s %%s" % queue.name.replace("%", "%%"),
             self.broker.queue_stats(queue, now))))
 
@@ -3809,7 +3810,7 @@ class MemcacheSession(Session):
             self._say_pairs("  %s=%s", pairs(queue))
             self._say(b"}\r\n")
         names = list(dict.fromkeys(map(os.fsdecode, words[1:]))) or sorted(self.broker.queues)
-        self._begin(self._list(names, dump))
+        self._put_off(self._list(names, dump))
 
     def _list(self, names, say):
         """A job: say something of each of these queues, some in each turn."""
@@ -4762,7 +4763,7 @@ class AdminSession(Session):
                 report[kind + "s"].append(line(
                     "q/%s/%s" % (_shown_name(queue.name), name), stats[key]))
 
-        self._begin(self._each_queue(now, tell, lambda: finish(report)))
+        self._put_off(self._each_queue(now, tell, lambda: finish(report)))
 
     def _stats_json(self, now):
         self._report(
@@ -4810,7 +4811,7 @@ class AdminSession(Session):
             self._respond(HTTPStatus.OK, "\n".join(lines),
                           "text/plain; version=0.0.4; charset=utf-8")
 
-        self._begin(self._each_queue(now, tell, finish))
+        self._put_off(self._each_queue(now, tell, finish))
 
     # -- for the page
 
@@ -4829,7 +4830,7 @@ class AdminSession(Session):
                        key=urllib.parse.quote(os.fsencode(queue.name), safe=""))
             pieces.append(json.dumps(row))
 
-        self._begin(self._each_queue(now, tell, lambda: self._respond(
+        self._put_off(self._each_queue(now, tell, lambda: self._respond(
             HTTPStatus.OK, '%s,"queues":[%s]}' % (
                 json.dumps(facts)[:-1], ",".join(pieces)), _JSON)))
 
@@ -5908,7 +5909,7 @@ class Server:
         working, self.working = list(self.working), {}
         for number, connection in enumerate(working, 1):
             connection.resume()
-            if time.monotonic() > self.mono + _WORK_SECONDS:         # the others are first in the next
+            if time.monotonic() > self.mono + _WORK_SECONDS:   # the others are first in the next
                 self.working = {**dict.fromkeys(working[number:]), **self.working}
                 break
         self._resume_woken()
