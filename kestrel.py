@@ -5417,6 +5417,14 @@ class Connection:
                                      or session.closing):
                 self._hang_up()
 
+    def _go_on(self):
+        """Have the session resumed: in the time that there is for jobs, or in the next turn. One
+        that is held is woken by its release."""
+        if not self.session.job:
+            self.session.wake()
+        elif not self.session.held:
+            self.server.working[self] = None
+
     def _after_feed(self):
         """See to what the session asks for: a timeout, and a pause in its input."""
         session = self.session
@@ -5473,7 +5481,7 @@ class Connection:
                 session.job or session.unparsed and not self._at_end):
             self._at_end = True              # resume() comes back here when that is done
             self._watch(self._watched & ~_READ)
-            session.wake()
+            self._go_on()
             return
         self.session.close(self.server.now)
         if self.session.out or self._unsent:
@@ -5533,8 +5541,8 @@ class Connection:
                 return
         if self._watched & _WRITE:
             self._watch(self._watched & ~_WRITE)
-        if session.is_full() or session.job and not session.held:
-            session.wake()
+        if session.is_full() or session.job:
+            self._go_on()
         session.load = 0
         if session.closing and not (self.holds or self._finished):
             self._finish()

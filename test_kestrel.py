@@ -6489,6 +6489,31 @@ def test_jobs_of_many_are_done_in_turn(serve, monkeypatch):
         assert len(list(iter(other.line, "END\r\n"))) > 250
 
 
+def test_jobs_of_many_that_have_hung_up_are_done_in_turn_too(serve, monkeypatch):
+    monkeypatch.setattr(kestrel, "_WORK_SECONDS", 0)
+    server = serve()
+    client = server.client()
+    for number in range(350):
+        client.put("q%d" % number, b"x")
+    steps, resume = [], kestrel.Session.resume
+    turn = server.server.turn
+    server.server.turn = lambda: steps.append(0) or turn()
+
+    def counted(session, now):
+        if session.job:
+            steps[-1] += 1
+        resume(session, now)
+
+    monkeypatch.setattr(kestrel.Session, "resume", counted)
+    others = [server.client() for _ in range(10)]
+    for other in others:
+        other.send("stats\r\n")
+        other.sock.shutdown(socket.SHUT_WR)
+    for other in others:
+        assert other.file.read().endswith(b"END\r\n")
+    assert max(steps) <= 2
+
+
 def test_a_job_waits_for_a_client_that_takes_nothing(tmp_path):
     talk = Talk(tmp_path, "[server]\nmax_output_buffer = 100kb\n")
     for number in range(1000):
