@@ -2109,7 +2109,7 @@ class Queue:
             log.warning("%s: %d operations on items that are not there, ignored",
                         journal.path, ignored)
         journal.account(added, last_head, self.count)
-        self.abort(*opens)
+        self.abort(*opens, orphaned=True)
         self.canceled_transactions = 0
 
     def _append(self, item, file, offset):
@@ -2550,11 +2550,15 @@ class Broker:
         for name in sorted(self._unloaded):
             try:
                 queue = self._create(name, self.started)
-                if self.dirty:            # reads that were open have been put back
-                    self.dirty.clear()
-                    queue.write()
             except OSError as error:
                 log.error("queue %s cannot be loaded: %s", name, error)
+                continue
+            if queue in self.dirty[-1:]:  # reads that were open have been put back
+                try:
+                    queue.write()         # so that it can be closed; for the fsync it stays dirty
+                except OSError:
+                    self.dirty.pop()
+                    queue.recover(self.started)        # dirty anew: the server says so, and tries again
         for name in config.aliases.keys() & self.queues.keys():
             log.warning("the alias %s hides the queue of that name", name)
         self._cas = itertools.count(1)

@@ -6690,6 +6690,27 @@ def test_more_queues_than_open_files_at_the_start(daemon):
         assert client.stats()["curr_items"] == "150"
 
 
+@pytest.mark.parametrize("sync", ["never", "0"])
+def test_reads_that_were_open_go_back_though_the_disk_was_full_at_the_start(
+        tmp_path, disk, caplog, monkeypatch, sync):
+    monkeypatch.setattr(kestrel, "RETRY_MS", 20)
+    spool_of(tmp_path, q=addx(b"a") + xid_record(9, 1))
+    disk.failing = {"pwrite": errno.ENOSPC}
+    server = kestrel.Server(config_of(
+        tmp_path, "[queue]\nsync_journal = %s\n" % sync, memcache_port="0",
+        queue_path=str(tmp_path)))
+    server.interrupt()
+    server.turn()
+    queue = server.broker.queues["q"]
+    assert "the journal of q cannot be written" in caplog.text and not queue.count
+    disk.failing = {}
+    while not queue.count or queue.is_unsafe():
+        server.turn()
+    server.broker.stopping = True
+    server.run()
+    assert contents(load(tmp_path)) == [b"a"]
+
+
 def test_to_send_nothing_over_tls_is_no_error(serve, tmp_path):
     server = serve(secured(tmp_path))
     with tls_client(server.port, tmp_path) as client:
