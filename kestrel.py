@@ -371,7 +371,6 @@ def _read_users(path):
     return users
 
 
-
 def _defaults(settings):
     return {key: kind.parse(default) for key, (kind, default) in settings.items()}
 
@@ -454,7 +453,8 @@ class Config:
         self.given = server.keys()       # the [server] settings that are not just defaults
         self.server = Values(**{**_defaults(SERVER_SETTINGS), **server})
         self.tls = self._read_tls()
-        self._read_users(queues)
+        self.users = self._read_auth_file()
+        self._check_users(queues)
 
     def queue(self, name):
         """The QueueConfig of `name`: built-in, then [queue], [queue q], [queue q+child]."""
@@ -530,36 +530,42 @@ class Config:
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)      # not on PyPy
         for key in ("tls_cert", "tls_key", "tls_client_ca"):
             path = getattr(settings, key)
+            if not path:
+                continue
+            lacks = "key, without a password, to the certificate of tls_cert"
             try:
-                if path and not settings.tls_cert:
+                if not settings.tls_cert:
                     raise ValueError("it needs a tls_cert")
-                if path:
-                    open(path).close()       # its error says what is wrong, those below do not
-                if path and key == "tls_client_ca":
+                open(path).close()           # its error says what is wrong, those below do not
+                if key == "tls_client_ca":
+                    lacks = "certificate"
                     context.load_verify_locations(path)
                     context.verify_mode = ssl.CERT_REQUIRED
-                elif key == ("tls_key" if settings.tls_key else "tls_cert") and settings.tls_cert:
+                elif key == "tls_key" or not settings.tls_key:
                     # Without a password it asks for one, at the terminal.
                     context.load_cert_chain(settings.tls_cert, path, password=lambda: "")
             except ssl.SSLError as error:
-                raise self._error("%s: %s has no %s: %s" % (
-                    key, path, "certificate" if key == "tls_client_ca" else "key, without a "
-                    "password, to the certificate of tls_cert", error), "server", key) from None
+                raise self._error("%s: %s has no %s: %s" % (key, path, lacks, error), "server",
+                                  key) from None
             except (OSError, ValueError) as error:
                 raise self._error("%s: %s" % (key, error), "server", key) from None
         return context if settings.tls_cert else None
 
-    def _read_users(self, queues):
+    def _read_auth_file(self):
         path = self.server.auth_file
+        if not path:
+            return None
+        for key in ("text_port", "thrift_port"):
+            if getattr(self.server, key) is not None:
+                raise self._error("auth_file: clients of %s cannot say who they are; turn it off"
+                                  % key, "server", "auth_file")
         try:
-            self.users = _read_users(path) if path else None
+            return _read_users(path)
         except (OSError, UnicodeDecodeError) as error:
             raise self._error("auth_file %s: %s" % (path, error), "server", "auth_file") from None
-        if self.users is not None:
-            for key in ("text_port", "thrift_port"):
-                if getattr(self.server, key) is not None:
-                    raise self._error("auth_file: clients of %s cannot say who they are; turn it "
-                                      "off" % key, "server", "auth_file")
+
+    def _check_users(self, queues):
+        """Who is named by these (header, settings) of queues must be known."""
         for header, values in queues:
             for key in ("put_users", "get_users"):
                 for user in values.get(key, ()):
@@ -2558,7 +2564,7 @@ class Broker:
                     queue.write()         # so that it can be closed; for the fsync it stays dirty
                 except OSError:
                     self.dirty.pop()
-                    queue.recover(self.started)        # dirty anew: the server says so, and tries again
+                    queue.recover(self.started)        # dirty anew, for the server to try again
         for name in config.aliases.keys() & self.queues.keys():
             log.warning("the alias %s hides the queue of that name", name)
         self._cas = itertools.count(1)
@@ -2749,7 +2755,11 @@ class Broker:
 
     def reload(self, who="SIGHUP"):
         """Read the config file again. Raises ConfigError; then nothing has changed."""
-        config = Config(self.config.path, self.config.overrides)
+        try:
+            config = Config(self.config.path, self.config.overrides)
+        except ConfigError as error:
+            log.error("reload: %s; nothing has been changed", error)
+            raise
         held = vars(self.config.server)
         for key, value in vars(config.server).items():
             if key in RELOADED:
@@ -2939,13 +2949,14 @@ class Broker:
 #
 #   out          byte strings to be sent, in order; take() takes them
 #   load         what the commands since the last sending have cost, in bytes: their answers, and
-#                more for what takes its time; set to 0 by the server when all has been sent.
-#                From max_output_buffer on the next command waits for the next turn
+#                more for what takes its time; set to 0 by the server when all has been sent
+#   most_load    set by the server: with more load the next command waits for the next turn
 #   touched      (queue, index in out, count, whole) of each answer that rests on a journal
 #   held         between hold() and release(), while answers wait for an fsync, or a login for
 #                its password to be checked
 #   stalled      the next command has to wait: for an item, a job, an fsync, for ever. Only
 #                resume() sees whether it still has to
+#   waiter       while it waits for an item; is_asking: for a password to be checked
 #   unparsed     how much input has been kept
 #   timeout      milliseconds from now at which time_out() is to be called, then None again
 #   job          a long command in hand, of which resume() does a piece; for the next turn
@@ -3298,6 +3309,11 @@ class Session:
             if not self.broker.may(self.user, right, name):
                 self._deny("%s is not among the %s of %s" % (self.user, right, name))
 
+    def _check_all_queues(self):
+        """Whether the client may drop what is in any queue."""
+        if self.broker.config.users is not None:
+            self._check_user("get_users", *self.broker.queues)
+
     def _new_queue(self, name, now):
         """The queue of that name, made if it is new; None for an alias. Raises OSError."""
         self.load += _QUEUE_COST
@@ -3324,10 +3340,6 @@ class Session:
         self._put_off(iter(()))          # nothing to do but to wait
         self.hold()
         self.broker.logins.check(self, name, password)
-
-    def _check_all_users(self):
-        if self.broker.config.users is not None:
-            self._check_user("get_users", *self.broker.queues)
 
     def identify(self, user):
         """The user is known now; None if the password was wrong."""
@@ -3438,6 +3450,11 @@ class Session:
     def _quit(self, words, now):
         self._end()
 
+    def _refuse_http(self, words):
+        """What a browser posts, sent here by a page, is not to be taken for commands."""
+        if words and words[0].lower() in (b"post", b"host:"):
+            raise Refused("ERROR this is not HTTP", close=True)
+
 
 class MemcacheSession(Session):
     """One client of the memcache text protocol, as Kestrel speaks it."""
@@ -3458,7 +3475,7 @@ class MemcacheSession(Session):
         pos = 0
         dirty = self.broker.dirty
         while not (self.stalled or self.load > self.most_load):
-            if pos and len(dirty) > _MOST_DIRTY:
+            if pos and len(dirty) > _MOST_DIRTY:       # _spare_others(), without a call
                 self._pass_turn()
                 break
             if self._skip:
@@ -3769,7 +3786,7 @@ class MemcacheSession(Session):
     def _flush_all(self, words, now):
         self._check_admin("flush_all")
         self._check_writes()
-        self._check_all_users()
+        self._check_all_queues()
         stock = self.broker.config.server.flush_all_reply == "memcached"
         self._begin(self._flush_each(
             self._reply, words, b"OK\r\n" if stock else b"Flushed all queues.\r\n"))
@@ -3782,7 +3799,7 @@ class MemcacheSession(Session):
 
     def _flush_all_expired(self, words, now):
         self._check_writes()
-        self._check_all_users()
+        self._check_all_queues()
         self._begin(self._discard_expired(list(self.broker.queues.values()), now))
 
     def _discard_expired(self, queues, now):
@@ -3835,7 +3852,6 @@ class MemcacheSession(Session):
         try:
             self.broker.reload(self.who)
         except ConfigError as error:
-            log.error("reload: %s; nothing has been changed", error)
             raise Refused("SERVER_ERROR %s" % error) from None
         self._say(b"Reloaded config.\r\n")
 
@@ -3855,9 +3871,7 @@ class MemcacheSession(Session):
     def _unknown(self, words, now):
         if words and words[0].startswith(b"\x80"):
             raise Refused("ERROR the binary protocol is not spoken here", close=True)
-        if words and words[0].lower() in (b"post", b"host:"):
-            # A browser, sent here by a page: what it posts is not to be taken for commands.
-            raise Refused("ERROR this is not HTTP", close=True)
+        self._refuse_http(words)
         self._reply(words, b"ERROR\r\n")
 
 
@@ -3985,9 +3999,8 @@ class TextSession(Session):
             self._put = [list(filter(None, words)), []]
             return
         command = _TEXT_COMMANDS.get(words[0].lower()) if words else None
-        if words and words[0].lower() in (b"post", b"host:"):
-            raise Refused("ERROR this is not HTTP", close=True)    # as above
         if command is None:
+            self._refuse_http(words)
             raise Refused("CLIENT_ERROR Unknown command: %s" % os.fsdecode(b" ".join(words[:1])))
         command(self, words, now)
 
@@ -4887,7 +4900,6 @@ class AdminSession(Session):
         try:
             self.broker.reload(self.who)
         except ConfigError as error:
-            log.error("reload: %s; nothing has been changed", error)
             self._respond(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
         else:
             self._respond(HTTPStatus.OK, "reloaded")
@@ -5211,17 +5223,6 @@ _PROTOCOLS = {"memcache": MemcacheSession, "text": TextSession, "thrift": Thrift
               "admin": AdminSession}
 
 
-def _first_of(pieces, size):
-    """The first `size` bytes, or so many as one sendmsg() takes, as a list of pieces."""
-    taken = []
-    for piece in pieces[:_MAX_VECTOR]:
-        if size <= 0:
-            break
-        taken.append(memoryview(piece)[:size])
-        size -= len(piece)
-    return taken
-
-
 class Timers:
     """Calls to be made at a time, on a heap. Times are seconds of the monotonic clock."""
 
@@ -5306,6 +5307,17 @@ def _announce_all(command, endpoints, statuses):
                            timeout=_ANNOUNCE_SECONDS, stdin=subprocess.DEVNULL)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             log.error("status_command: %s", error)
+
+
+def _first_of(pieces, size):
+    """The first `size` bytes, or so many as one sendmsg() takes, as a list of pieces."""
+    taken = []
+    for piece in pieces[:_MAX_VECTOR]:
+        if size <= 0:
+            break
+        taken.append(memoryview(piece)[:size])
+        size -= len(piece)
+    return taken
 
 
 class TLSSocket(ssl.SSLSocket):
@@ -5639,7 +5651,7 @@ class Connection:
 class Listener:
     """A port on which clients of one protocol come in. Raises OSError."""
 
-    is_greeting = False
+    is_greeting = False                  # as a Connection may be
 
     def __init__(self, server, sock, protocol, session_type):
         self.server = server
@@ -5755,7 +5767,7 @@ class Listener:
         with contextlib.suppress(KeyError):            # out of descriptors at the moment
             self.server.selector.unregister(self.sock)
         self.sock.close()
-        if isinstance(self.address, str) and self.protocol not in self.server.given:
+        if isinstance(self.address, str) and self.protocol not in self.server.inherited:
             with contextlib.suppress(OSError):
                 os.unlink(self.address)
         if self._spare is not None:
@@ -5770,12 +5782,12 @@ class Server:
     open already. notify: told what systemd wants to know, see sd_notify(3).
     """
 
-    is_greeting = False
+    is_greeting = False                  # as a Connection may be
 
     def __init__(self, config, given=(), notify=lambda text: None):
         self.config = config
         self.notify = notify
-        self.given = dict(given)
+        self.inherited = dict(given)
         self._spool = _lock_spool(os.path.abspath(config.server.queue_path))
         try:
             sockets = self._bind_all()
@@ -5840,8 +5852,8 @@ class Server:
             setting = protocol + "_port"
             port = getattr(settings, setting)
             try:
-                if protocol in self.given:
-                    bound += [(sock, protocol, session) for sock in self.given[protocol]]
+                if protocol in self.inherited:
+                    bound += [(sock, protocol, session) for sock in self.inherited[protocol]]
                     continue
                 for address in settings.listen:
                     if address.startswith("unix:") and protocol == "memcache":
@@ -6024,10 +6036,8 @@ class Server:
 
     def _reload(self):
         self.notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic_ns() // 1000))
-        try:
+        with contextlib.suppress(ConfigError):         # the log has it
             self.broker.reload()
-        except ConfigError as error:
-            log.error("reload: %s; nothing has been changed", error)
         self.notify("READY=1\n" + self._summary())
 
     # -- writing, fsyncing, answering

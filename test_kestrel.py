@@ -6293,26 +6293,32 @@ def test_one_large_item_for_many_readers_is_in_memory_once(talk):
         assert any(piece is item.data for piece in session.out)
 
 
-def test_who_has_spoken_in_time_is_heard_though_many_are_at_once(tmp_path, monkeypatch):
-    """After a while in which the process did not run, say."""
-    monkeypatch.setattr(kestrel, "_EVENTS", 2)
-    server = kestrel.Server(config_of(
-        tmp_path, "[server]\nclient_timeout = 300ms\n", memcache_port="0"))
-    port = server.listeners[0].address[1]
-    clients = [Client(port) for _ in range(9)]
-    while len(server.connections) < 9:
+@contextlib.contextmanager
+def turned_by_hand(path, text, count):
+    """A Server that turns when it is told to, and so many clients that have come in."""
+    server = kestrel.Server(config_of(path, text, memcache_port="0"))
+    clients = [Client(server.port) for _ in range(count)]
+    while len(server.connections) < count:
         server.turn()
+    yield server, clients
     for client in clients:
-        client.send("version\r\n")
-    time.sleep(0.4)
-    for _ in range(20):
-        server.interrupt()                   # lest it waits for more
-        server.turn()
-    for client in clients:
-        assert client.line() == "VERSION 1.0.0\r\n"
         client.close()
     server.broker.stopping = True
     server.run()
+
+
+def test_who_has_spoken_in_time_is_heard_though_many_are_at_once(tmp_path, monkeypatch):
+    """After a while in which the process did not run, say."""
+    monkeypatch.setattr(kestrel, "_EVENTS", 2)
+    with turned_by_hand(tmp_path, "[server]\nclient_timeout = 300ms\n", 9) as (server, clients):
+        for client in clients:
+            client.send("version\r\n")
+        time.sleep(0.4)
+        for _ in range(20):
+            server.interrupt()                   # lest it waits for more
+            server.turn()
+        for client in clients:
+            assert client.line() == "VERSION 1.0.0\r\n"
 
 
 def turns_of(session, data):
@@ -6455,24 +6461,16 @@ def test_a_text_put_has_its_limit_and_is_stored_in_pieces(text, monkeypatch):
 
 
 def test_a_turn_does_less_for_each_the_more_there_are(tmp_path):
-    server = kestrel.Server(config_of(
-        tmp_path, "[queue]\nkeep_journal = false\n", memcache_port="0"))
-    port = server.listeners[0].address[1]
-    clients = [Client(port) for _ in range(30)]
-    while len(server.connections) < 30:
-        server.turn()
-    for client in clients:
-        client.send(b"set q 0 0 1 noreply\r\nx\r\n" * 2000)
-    before = most = 0
-    while before < 60000:
-        server.turn()
-        count = server.broker.queues["q"].count if "q" in server.broker.queues else 0
-        most, before = max(most, count - before), count
-    assert most < 3500
-    for client in clients:
-        client.close()
-    server.broker.stopping = True
-    server.run()
+    in_memory = "[queue]\nkeep_journal = false\n"
+    with turned_by_hand(tmp_path, in_memory, 30) as (server, clients):
+        for client in clients:
+            client.send(b"set q 0 0 1 noreply\r\nx\r\n" * 2000)
+        before = most = 0
+        while before < 60000:
+            server.turn()
+            count = server.broker.queues["q"].count if "q" in server.broker.queues else 0
+            most, before = max(most, count - before), count
+        assert most < 3500
 
 
 def test_jobs_of_many_are_done_in_turn(serve, monkeypatch):
