@@ -262,6 +262,8 @@ MODE = Kind(_parse_mode, "{:04o}".format)
 NETWORKS = Kind(_parse_networks, lambda networks: ", ".join(map(str, networks)))
 SIZE_LIMIT = _or("unlimited", UNLIMITED, SIZE)
 COUNT_LIMIT = _or("unlimited", UNLIMITED, COUNT)
+MEMORY = _or("auto", None, Kind(lambda text: _parse_size(text) or UNLIMITED,
+                                lambda size: "0" if size == UNLIMITED else _show_size(size)))
 PORT_OR_OFF = _or("off", None, PORT)
 ADMIN_PORT = Kind(lambda text: PORT_OR_OFF.parse(text) or None, PORT_OR_OFF.show)
 TIME_OR_NEVER = _or("never", None, TIME)
@@ -291,6 +293,7 @@ SERVER_SETTINGS = {
     "max_connections": (COUNT_LIMIT, "unlimited"),
     "max_line": (LINE_SIZE, "8kb"),
     "max_item_size": (ITEM_SIZE, "128mb"),
+    "max_memory": (MEMORY, "auto"),
     "max_output_buffer": (SIZE, "1mb"),
     "send_timeout": (TIMEOUT, "1m"),
     "connection_limit_refuse_writes": (COUNT_LIMIT, "unlimited"),
@@ -598,28 +601,41 @@ class Config:
         return ConfigError("%s:%s: %s" % (self.path, line, why))
 
 
-# == 2. Journal ===========================================================================
+# == 2. Records ===========================================================================
 #
-# Items, the records that stand for what was done with them, and the files of one queue.
-# The format is Kestrel's own (2.1 to 2.4, net.lag.kestrel.Journal) so that a spool can be
-# taken over and handed back. A journal is a sequence of operations; the queue is empty at
-# its start, and doing each operation in order gives the queue. Knows files; no clients.
+# Items, the records that stand for what was done with them, and damage to records. The format
+# is Kestrel's own (2.1 to 2.4, net.lag.kestrel.Journal) so that a spool can be taken over and
+# handed back. A journal is a sequence of operations; the queue is empty at its start, and doing
+# each operation in order gives the queue. Knows the bytes of one file; no queues, no clients.
 
 
 def _now(now=None):
-    """`now` itself, or the time of day in milliseconds where the caller has none."""
+    """Return `now` itself, or the time of day in milliseconds where the caller has none."""
     return time.time_ns() // 1000000 if now is None else now
+
+
+class Place:
+    """Where the data of an item is: in which JournalFile, at which offset, how many bytes. All
+    copies of an item share it, so that it can be moved."""
+
+    __slots__ = ("file", "offset", "size")
+
+    def __init__(self, file, offset, size):
+        self.file = file
+        self.offset = offset
+        self.size = size
 
 
 class Item:
     """One item of a queue.
 
-    data: bytes. flags: the memcache client's 32 bits. add_time and expiry: milliseconds of
-    the epoch, expiry 0 for none. deliveries: kept as journalled. xid: the number of the
-    latest open read of it. cas: what `gets` told of it, None until asked.
+    data: bytes; None while it is only on disk, at `place`. flags: the memcache client's 32 bits.
+    add_time and expiry: milliseconds of the epoch, expiry 0 for none. deliveries: kept as
+    journalled. xid: the number of the latest open read of it. cas: what `gets` told of it, None
+    until asked. place: the Place of its data, if it was read from there.
     """
 
-    __slots__ = ("data", "add_time", "expiry", "flags", "deliveries", "xid", "cas")
+    __slots__ = ("data", "add_time", "expiry", "flags", "deliveries", "xid", "cas", "place")
 
     def __init__(self, data, add_time, expiry=0, flags=0, deliveries=0):
         self.data = data
@@ -629,12 +645,28 @@ class Item:
         self.deliveries = deliveries
         self.xid = 0
         self.cas = None
+        self.place = None
+
+    def stub(self):
+        """Return a copy without the data, which is read again from `place` when it is needed."""
+        stub = Item(None, self.add_time, self.expiry, self.flags, self.deliveries)
+        stub.xid, stub.cas, stub.place = self.xid, self.cas, self.place
+        return stub
 
 
 # The opcodes. What this server writes is ADDX, REMOVE, SAVE_XID, OPEN, CONFIRM, UNREMOVE,
 # and ADDF where flags or deliveries need it; the others it only reads.
 ADD, REMOVE, ADDX, OPEN_NEXT, SAVE_XID = 0, 1, 2, 3, 4
 UNREMOVE, CONFIRM, ADD_XID, CONTINUE, OPEN, ADDF = 5, 6, 7, 8, 9, 10
+
+# An operation that stands for as many REMOVEs as there are waiting items; not an opcode.
+FLUSH = -1
+
+OPCODE_NAMES = {
+    ADD: "ADD", REMOVE: "REMOVE", ADDX: "ADDX", OPEN_NEXT: "REMOVE_TENTATIVE",
+    SAVE_XID: "SAVE_XID", UNREMOVE: "UNREMOVE", CONFIRM: "CONFIRM_REMOVE", ADD_XID: "ADD_XID",
+    CONTINUE: "CONTINUE", OPEN: "REMOVE_TENTATIVE_XID", ADDF: "ADDF",
+}
 
 # What follows the opcode and stands before the data: xid, size, add time, expiry, flags
 # and deliveries, as far as the opcode has them. `size` counts all that comes after it.
@@ -652,51 +684,24 @@ _pack_addx = struct.Struct("<Biqq").pack
 _pack_addf = struct.Struct("<BiqqII").pack
 _pack_xid = struct.Struct("<Bi").pack
 
-# Nobody has been handed an item so often.
-_DELIVERIES_BELIEVED = 1000000
+# A larger count of deliveries means a corrupt record.
+_MOST_DELIVERIES = 1000000
 
 _READ_SIZE = 1 << 20
-_LARGE = 1 << 20                # written without another copy, in bytes
-_STEP_SIZE = 1 << 20            # how much of a long job is done at a time, in bytes
-
-
-def _bare(error):
-    """The same OSError without the frames that it came through: kept, it would be in a cycle
-    with them, and all that they hold would stay."""
-    return OSError(error.errno, error.strerror, error.filename)
-
-
-def fsync_all(fds):
-    """fsync the descriptors and close them; returns the last OSError, None if all is well."""
-    failure = None
-    for fd in fds:
-        try:
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            failure = _bare(error)
-    return failure
-
-
-def _close_all(fds):
-    for fd in fds:
-        with contextlib.suppress(OSError):             # it is closed all the same
-            os.close(fd)
-
+_LARGE = 1 << 20                # bytes of a write that is not done on the loop's thread
+_STEP_SIZE = 1 << 20            # bytes that a task reads or writes in one step
 
 # What stands in a repaired journal for an item that was lost; nobody is ever given it.
 LOST = Item(b"", 0, 1)
 
 
 def is_lost(item):
-    """Whether it is such a stand-in."""
+    """Return whether the item stands for one that was lost."""
     return item.expiry == 1 and not item.add_time and not item.data
 
 
 class Damage(Exception):
-    """A journal does not go on with a whole record at `offset`. `torn`: it just ends early."""
+    """A journal does not go on with a whole record at `offset`. torn: it just ends early."""
 
     def __init__(self, offset, why, torn):
         super().__init__("%s at byte %d" % (why, offset))
@@ -749,7 +754,7 @@ def read_records(file, piece=_READ_SIZE):
                 head = _HEADS[ADDF]
                 size, add_time, expiry, flags, deliveries = head.unpack_from(data, pos + 1)
                 smallest = 24
-                if deliveries >= _DELIVERIES_BELIEVED:       # an ADDX with a flipped bit
+                if deliveries >= _MOST_DELIVERIES:           # an ADDX with a flipped bit
                     raise Damage(base + pos, "impossible count of deliveries", torn=False)
             elif opcode in _HEADS:
                 head = _HEADS[opcode]
@@ -775,101 +780,6 @@ def read_records(file, piece=_READ_SIZE):
         yield opcode, xid, item, base + pos
 
 
-# What a time must lie between to be believed after damage: 2005 and 2100.
-_TIMES_BELIEVED = range(1104537600000, 4102444800000)
-
-# Where a record that adds an item may begin: opcode, (xid,) size, a time to be believed.
-_LIKELY_START = re.compile(rb"(?=[\x02\x0a].{9}[\1-\3]\0\0|[\x07\x08].{13}[\1-\3]\0\0)", re.S)
-
-
-def _is_believable(opcode, xid, item):
-    if item is None:
-        return opcode in (REMOVE, OPEN_NEXT) or xid > 0
-    return opcode in (ADDX, ADDF, ADD_XID, CONTINUE) and (is_lost(item) or (
-        item.add_time in _TIMES_BELIEVED
-        and (item.expiry == 0 or item.expiry in _TIMES_BELIEVED)))
-
-
-def _is_good(data, start, past=0):
-    """Whether records can be read from data[start] on that are believable, up to one that ends
-    beyond data[past] or the end of the file. The first one adds an item."""
-    data.seek(start)
-    first = True
-    with contextlib.suppress(Damage):
-        for opcode, xid, item, end in read_records(data, 4096):
-            if not _is_believable(opcode, xid, item) or first and item is None:
-                return False
-            if start + end > past:
-                return True
-            first = False
-    return False
-
-
-def find_damage(data):
-    """Yield (begin, end, how many items may have been there, why) of each damaged piece of a
-    journal file, which `data` is an mmap of."""
-    start = 0
-    while True:
-        last, offset, items, size = None, start, 0, 0
-        data.seek(start)
-        try:
-            for opcode, xid, item, end in read_records(data):
-                if item is not None:
-                    believable = _is_believable(opcode, xid, item)
-                    if believable or last is None or last[2]:
-                        last = offset, start + end, believable
-                    else:                    # one doubtful record after the other
-                        last = last[0], start + end, False
-                    items += 1
-                    size += start + end - offset
-                offset = start + end
-            return
-        except Damage as damage:
-            torn = damage.torn
-            why = damage.why
-        begin, end, lost = _delimit(data, offset, last, torn, size // items if items else 0)
-        yield begin, end, lost, why
-        start = end
-
-
-def _delimit(data, begin, last, torn, mean):
-    """Where damaged bytes that reading came upon at `begin` begin and end, and how many items
-    may have stood there. last: of the last record that adds an item, or the last ones that are
-    doubtful, where it begins and ends and whether it is believable. mean: how long such
-    records are here.
-
-    The end is where records can be read again, or the end of the file. That last record may
-    be to blame: a size that was changed leads the reader astray.
-    """
-    if last:                                 # it may have run over good ones
-        last, last_end, believable = last
-        inside = [match.start() for match in _LIKELY_START.finditer(data, last + 1, begin + 17)
-                  if match.start() < begin]
-        if inside and (not believable or any(_is_good(data, at, begin) for at in inside)):
-            end = next((at for at in inside if _is_good(data, at)), None)
-            if end:
-                return last, end, 1
-    if data[begin] not in _HEADS and len(data) - begin > 21:      # its opcode alone is wrong
-        size, add_time, expiry = _HEADS[ADDX].unpack_from(data, begin + 1)
-        jump = begin + 5 + size
-        if _is_believable(ADDX, 0, Item(b"", add_time, expiry)) and (
-                begin + 21 <= jump < len(data) and _is_good(data, jump)):
-            return begin, jump, 1
-    end = next((match.start() for match in _LIKELY_START.finditer(data, begin + 1)
-                if _is_good(data, match.start())), len(data))
-    if end < len(data) and last is not None:
-        # Is this the rest of its data, its size being one bit wrong? Of the head of another
-        # record a time would be left as a rule.
-        size, = struct.unpack_from("<i", data, last + 1)
-        if last_end == begin and not believable or (
-                data[last] == ADDX and bin(size ^ (end - last - 5)).count("1") == 1
-                and not re.search(rb"[\1-\3]\0\0", data[begin:min(begin + 40, end)])):
-            return last, end, 1
-    if torn and end == len(data) or end - begin < 21:
-        return begin, end, 0
-    return begin, end, max(1, (end - begin) // (mean or end - begin))
-
-
 def _only_zeros(data, file):
     while data:
         if data.count(0) != len(data):
@@ -878,105 +788,37 @@ def _only_zeros(data, file):
     return True
 
 
-def _copy(data, begin, end, target):
-    for offset in range(begin, end, _STEP_SIZE):
-        target.write(data[offset:min(end, offset + _STEP_SIZE)])
+def _record_size(data):
+    """Return how long the record at the start of `data` is, 0 if that cannot be said."""
+    head = _HEADS.get(data[0]) if data else None
+    if head is None or len(data) < 1 + head.size:
+        return 0
+    size = head.unpack_from(data, 1)[1 if data[0] in (ADD_XID, CONTINUE) else 0]
+    return size + (9 if data[0] in (ADD_XID, CONTINUE) else 5)
 
 
-def _pack_head(item):
-    size = len(item.data)
+def _head(item, size):
+    """Return the head of the record that adds an item with `size` bytes of data."""
     if item.flags or item.deliveries:
         return _pack_addf(ADDF, size + 24, item.add_time, item.expiry, item.flags,
                           item.deliveries)
     return _pack_addx(ADDX, size + 16, item.add_time, item.expiry)
 
 
-def _open_private(path, flags):
-    """The opener of files that are for their owner only."""
-    return os.open(path, flags, 0o600)
-
-
-def _open_locked(path, flags=0):
-    """Open a journal for writing, so that no other process can. Raises OSError."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise OSError(error.errno, "held by another process", path) from None
-    return fd
-
-
-def _discard(path):
-    """Delete an unfinished file. What stays, on a disk that fails, goes at the next start."""
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-
-
-def _write_all(fd, chunks, offset):
-    """Write the byte strings `chunks` at `offset`, however often the kernel stops short;
-    returns how many bytes these are."""
-    size = sum(map(len, chunks))
-    # To join them costs less than many calls; to copy what is large does not.
-    pieces = [b"".join(chunks)] if size < _LARGE else itertools.chain.from_iterable(
-        group if large else [b"".join(group)]
-        for large, group in itertools.groupby(chunks, lambda chunk: len(chunk) >= _LARGE))
-    for piece in pieces:
-        done = os.pwrite(fd, piece, offset)
-        offset += done
-        while done < len(piece):
-            count = os.pwrite(fd, memoryview(piece)[done:], offset)
-            offset += count
-            done += count
-    return size
-
-
-def find_journals(directory):
-    """Return {queue name: [numbers of its older files]} of a spool, tidied up on the way.
-
-    Unfinished rewrites are deleted and packed files take the place of what they stand for.
-    Files that are no journals are left alone, each with a warning; so are directories.
-    """
-    found = {}
-    packs = []
-    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-        if entry.is_dir():
-            continue
-        match = re.fullmatch(r"([^.~]+)(?:\.(0|-?[1-9][0-9]*)(\.pack)?|~~[0-9]+)?", entry.name, re.S)
-        try:
-            name = check_name(match[1] if match else "")
-        except ValueError:
-            log.warning("%s: not a journal, left alone", entry.path)
-            continue
-        if "~" in entry.name:
-            log.info("%s: deleted, an unfinished rewrite", entry.path)
-            os.unlink(entry.path)
-            continue
-        numbers = found.setdefault(name, [])
-        if match[3]:
-            packs.append((name, int(match[2])))
-        elif match[2]:
-            numbers.append(int(match[2]))
-    for name, last in sorted(packs):
-        older = "%s.%d" % (os.path.join(directory, name), last)
-        for number in [number for number in found[name] if number <= last]:
-            os.unlink("%s.%d" % (os.path.join(directory, name), number))
-            found[name].remove(number)
-        os.rename(older + ".pack", older)
-        found[name].append(last)
-    for numbers in found.values():
-        numbers.sort()
-    return found
-
-
-_WAITING_AFTER = {REMOVE: -1, OPEN: -1, UNREMOVE: 1, CONFIRM: 0}
-
-
-OPCODE_NAMES = {
-    ADD: "ADD", REMOVE: "REMOVE", ADDX: "ADDX", OPEN_NEXT: "REMOVE_TENTATIVE",
-    SAVE_XID: "SAVE_XID", UNREMOVE: "UNREMOVE", CONFIRM: "CONFIRM_REMOVE", ADD_XID: "ADD_XID",
-    CONTINUE: "CONTINUE", OPEN: "REMOVE_TENTATIVE_XID", ADDF: "ADDF",
-}
+def _encode(ops):
+    """Return the records of operations as a list of byte strings."""
+    chunks = []
+    for opcode, item, xid in ops:
+        if opcode == ADDX:
+            data = item.data
+            chunks += _head(item, len(data)), data
+        elif opcode == REMOVE:
+            chunks.append(b"\1")
+        elif opcode == FLUSH:
+            chunks.append(b"\1" * xid)
+        else:
+            chunks.append(_pack_xid(opcode, xid))
+    return chunks
 
 
 def dump_records(path):
@@ -1001,81 +843,475 @@ def dump_records(path):
                    "bytes": os.path.getsize(path) - damage.offset}
 
 
-def _encode(ops):
-    """The records of these operations, as a list of byte strings."""
-    chunks = []
-    for opcode, item, xid in ops:
-        if opcode == ADDX:
-            chunks += _pack_head(item), item.data
-        elif opcode == REMOVE:
-            chunks.append(b"\1")
-        elif opcode == Journal.FLUSH:
-            chunks.append(b"\1" * xid)
-        else:
-            chunks.append(_pack_xid(opcode, xid))
-    return chunks
+# -- damage
+#
+# Where reading fails, good records may follow. What a damaged record looked like cannot be
+# known; each hypothesis below is one way in which a single change leads the reader astray. The
+# first one that finds good records behind it wins. Records are good when they can be read to
+# the end of the file and are plausible.
+
+# Plausible times lie between 2005 and 2100.
+_PLAUSIBLE_TIMES = range(1104537600000, 4102444800000)
+
+# Where a record that adds an item may begin: opcode, (xid,) size, a plausible time.
+_LIKELY_START = re.compile(rb"(?=[\x02\x0a].{9}[\1-\3]\0\0|[\x07\x08].{13}[\1-\3]\0\0)", re.S)
+
+# Where reading failed. begin: the offset. torn: the file just ends there. last, last_end: the
+# last record before it that adds an item, or the first of several doubtful ones in a row, and
+# where these end; last is None if there is none. plausible: whether it is. mean: the average
+# size of such records here.
+_Failure = collections.namedtuple("_Failure", "begin torn last last_end plausible mean")
+
+
+def _is_plausible(opcode, xid, item):
+    if item is None:
+        return opcode in (REMOVE, OPEN_NEXT) or xid > 0
+    return opcode in (ADDX, ADDF, ADD_XID, CONTINUE) and (is_lost(item) or (
+        item.add_time in _PLAUSIBLE_TIMES
+        and (item.expiry == 0 or item.expiry in _PLAUSIBLE_TIMES)))
+
+
+def _is_good(data, start, past=0):
+    """Return whether plausible records can be read from data[start] on, up to one that ends
+    beyond data[past] or the end of the file. The first one adds an item."""
+    data.seek(start)
+    first = True
+    with contextlib.suppress(Damage):
+        for opcode, xid, item, end in read_records(data, 4096):
+            if not _is_plausible(opcode, xid, item) or first and item is None:
+                return False
+            if start + end > past:
+                return True
+            first = False
+    return False
+
+
+def _next_good(data, begin):
+    """Return where good records begin again after `begin`, or the end of the file."""
+    return next((match.start() for match in _LIKELY_START.finditer(data, begin + 1)
+                 if _is_good(data, match.start())), len(data))
+
+
+def _size_was_raised(data, at):
+    """The last record has swallowed good ones, since its size was changed."""
+    if at.last is None:
+        return None
+    inside = [match.start() for match in _LIKELY_START.finditer(data, at.last + 1, at.begin + 17)
+              if match.start() < at.begin]
+    if not inside or at.plausible and not any(_is_good(data, start, at.begin) for start in inside):
+        return None
+    end = next((start for start in inside if _is_good(data, start)), None)
+    return end and (at.last, end, 1)
+
+
+def _opcode_was_changed(data, at):
+    """The opcode alone is wrong: good records follow after the size that is still there."""
+    if data[at.begin] in _HEADS or len(data) - at.begin <= 21:
+        return None
+    size, add_time, expiry = _HEADS[ADDX].unpack_from(data, at.begin + 1)
+    end = at.begin + 5 + size
+    if _is_plausible(ADDX, 0, Item(b"", add_time, expiry)) and (
+            at.begin + 21 <= end < len(data) and _is_good(data, end)):
+        return at.begin, end, 1
+    return None
+
+
+def _size_was_lowered(data, at):
+    """One bit of the last record's size is wrong, and reading failed within its data. In the
+    head of another record there would be a time as a rule."""
+    end = _next_good(data, at.begin)
+    if at.last is None or end == len(data):
+        return None
+    size, = struct.unpack_from("<i", data, at.last + 1)
+    if at.last_end == at.begin and not at.plausible or (
+            data[at.last] == ADDX and bin(size ^ (end - at.last - 5)).count("1") == 1
+            and not re.search(rb"[\1-\3]\0\0", data[at.begin:min(at.begin + 40, end)])):
+        return at.last, end, 1
+    return None
+
+
+def _anything_else(data, at):
+    """Nothing is known but where good records begin again."""
+    end = _next_good(data, at.begin)
+    if at.torn and end == len(data) or end - at.begin < 21:
+        return at.begin, end, 0
+    size = end - at.begin
+    return at.begin, end, max(1, size // (at.mean or size))
+
+
+_HYPOTHESES = _size_was_raised, _opcode_was_changed, _size_was_lowered, _anything_else
+
+
+def find_damage(data, start=0):
+    """Yield (begin, end, how many items may have been there, why) of each damaged piece of a
+    journal file from byte `start` on. data: an mmap of the file."""
+    while True:
+        last, last_end, plausible, offset, items, size = None, 0, True, start, 0, 0
+        data.seek(start)
+        try:
+            for opcode, xid, item, end in read_records(data):
+                end += start
+                if item is not None:
+                    is_plausible = _is_plausible(opcode, xid, item)
+                    if is_plausible or last is None or plausible:
+                        last = offset
+                    plausible = is_plausible
+                    last_end = end
+                    items += 1
+                    size += end - offset
+                offset = end
+            return
+        except Damage as damage:
+            failure = _Failure(offset, damage.torn, last, last_end, plausible,
+                               size // items if items else 0)
+            why = damage.why
+        begin, end, lost = next(filter(None, (
+            hypothesis(data, failure) for hypothesis in _HYPOTHESES)))
+        yield begin, end, lost, why
+        start = end
+
+
+# == 3. Journal ===========================================================================
+#
+# The files of one queue: appending to them, cutting back what failed, fsync, rotation, putting
+# new files in the place of old ones, repair, and reading behind. Knows records and files, and
+# the positions of operations; no clients, no other queues.
+#
+# A *task* is a generator that does long work in bounded steps. Where it yields None it is to be
+# resumed in a later turn; where it yields a call, the call may block: it is made on a worker
+# thread, and the OSError that it returns or raises, if any, is thrown into the task.
+
+
+class Unclear(OSError):
+    """Operations failed, and whether they are in the files cannot be said."""
+
+
+def _bare(error):
+    """Return a copy of an OSError without its traceback, which would keep every frame alive:
+    the daemon runs without the garbage collector."""
+    return type(error)(error.errno, error.strerror, error.filename)
+
+
+def run_task(task):
+    """Run a task to its end at once. Raises what it raises."""
+    error = None
+    with contextlib.suppress(StopIteration):
+        while True:
+            call = task.throw(error) if error else next(task)
+            error = call and call()
+
+
+def fsync_all(fds):
+    """fsync the descriptors and close them. Return the last OSError, None if all is well."""
+    failure = None
+    for fd in fds:
+        try:
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            failure = _bare(error)
+    return failure
+
+
+def _fsync_directory(path):
+    return fsync_all([os.open(path, os.O_RDONLY | os.O_CLOEXEC)])
+
+
+def _close_all(fds):
+    for fd in fds:
+        with contextlib.suppress(OSError):             # it is closed all the same
+            os.close(fd)
+
+
+def _open_private(path, flags):
+    """The opener of files that are for their owner only."""
+    return os.open(path, flags, 0o600)
+
+
+def _open_journal(path, flags=0):
+    """Open a file of a journal for writing. Raises OSError, also for what is no file: a pipe
+    would keep the opener waiting, and what is written to a device is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | flags, 0o600)
+
+
+def _identity(status):
+    return status.st_dev, status.st_ino
+
+
+def _discard(path):
+    """Delete an unfinished file. If that fails it is deleted at the next start."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _write_all(fd, chunks, offset):
+    """Write byte strings at `offset`, however often the kernel stops short; return their size."""
+    size = sum(map(len, chunks))
+    # Joining chunks costs less than many calls; copying large ones does not.
+    pieces = [b"".join(chunks)] if size < _LARGE else itertools.chain.from_iterable(
+        group if large else [b"".join(group)]
+        for large, group in itertools.groupby(chunks, lambda chunk: len(chunk) >= _LARGE))
+    for piece in pieces:
+        done = os.pwrite(fd, piece, offset)
+        offset += done
+        while done < len(piece):
+            count = os.pwrite(fd, memoryview(piece)[done:], offset)
+            offset += count
+            done += count
+    return size
+
+
+def _write_and_close(writes):
+    """Make several writes (fd, chunks, offset), in the worker."""
+    try:
+        for fd, chunks, offset in writes:
+            _write_all(fd, chunks, offset)
+    finally:
+        _close_all([fd for fd, _, _ in writes])
+
+
+def _copy(data, begin, end, target):
+    for offset in range(begin, end, _STEP_SIZE):
+        target.write(data[offset:min(end, offset + _STEP_SIZE)])
+
+
+def find_journals(directory, only=None):
+    """Return {queue name: [numbers of its older files]} of a spool, tidied up on the way.
+
+    Unfinished files are deleted and packed files take the place of what they stand for. What is
+    no journal is left alone, with a warning; so are directories. Of a queue whose files cannot
+    be tidied up the numbers are None. only: the name of the one queue to look at, whose errors
+    are raised. Raises OSError when the directory cannot be read.
+    """
+    found = {}
+    packs = []
+    changed = False
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+        match = re.fullmatch(r"([^.~]+)(?:\.(0|-?[1-9][0-9]*)(\.pack)?|~~[0-9]+)?", entry.name, re.S)
+        if entry.is_dir() or only is not None and not (match and match[1] == only):
+            continue
+        try:
+            name = check_name(match[1] if match else "")
+            if not entry.is_file():
+                raise ValueError("not a regular file")
+        except ValueError as error:
+            log.warning("%s: %s, left alone", entry.path,
+                        error if match and not entry.is_file() else "not a journal")
+            continue
+        if "~" in entry.name:
+            log.info("%s: deleted, an unfinished rewrite", entry.path)
+            _discard(entry.path)
+            continue
+        numbers = found.setdefault(name, [])
+        if match[3]:
+            packs.append((int(match[2]), name))
+        elif match[2]:
+            numbers.append(int(match[2]))
+    for last, name in sorted(packs):
+        path = "%s.%d" % (os.path.join(directory, name), last)
+        if found[name] is None:              # an earlier pack of it has failed
+            continue
+        changed = True
+        try:
+            for number in [number for number in found[name] if number <= last]:
+                os.unlink("%s.%d" % (os.path.join(directory, name), number))
+                found[name].remove(number)
+            _raise(_fsync_directory(directory))
+            os.rename(path + ".pack", path)
+            found[name].append(last)
+        except OSError as error:
+            if only is not None:
+                raise
+            log.error("queue %s cannot be loaded: %s.pack: %s", name, path, error.strerror)
+            found[name] = None
+    if changed:
+        _raise(_fsync_directory(directory))
+    for numbers in filter(None, found.values()):
+        numbers.sort()
+    return found
+
+
+def is_short_of_descriptors(error):
+    """Return whether a call failed only since too many files are open, here or in the system."""
+    return error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+def _raise(error):
+    if error:
+        raise error
+
+
+class Budget:
+    """What the queues of a server share: memory for items, and descriptors for files.
+
+    memory: the bytes that items in memory take, see ITEM_COST. most_memory: where queues begin
+    to leave items on disk, and, where they cannot, refuse them. most_files: how many journal
+    files are open at once; the one that was opened first is closed for another.
+    """
+
+    def __init__(self, most_memory=UNLIMITED, most_files=UNLIMITED):
+        self.memory = 0
+        self.most_memory = most_memory
+        self.most_files = most_files
+        self.files = {}                  # open JournalFiles, the one opened first first
+
+    def opened(self, file):
+        """Count a file that has been opened, and close another one if there are too many."""
+        self.files[file] = None
+        if len(self.files) > self.most_files:
+            self.close(next(iter(self.files)))
+
+    def close(self, file):
+        """Close a file, if it is open."""
+        if file.fd is not None:
+            fd, file.fd = file.fd, None
+            del self.files[file]
+            os.close(fd)
 
 
 class JournalFile:
-    """One file of a journal. number: None for the current one. waiting: how many of the
-    items that wait are accounted to it, see Journal. packed: it stands for others and holds
-    nothing that is not in memory."""
+    """One file of a journal.
 
-    __slots__ = ("path", "number", "size", "waiting", "packed", "fd", "torn")
+    path: None once it has been deleted. number: None for the current one. size: how many of its
+    bytes count. waiting: how many waiting items are accounted to it, see Journal. inode: what
+    identifies the file that was opened under that path.
+    """
 
-    def __init__(self, path, number, size=0, fd=None):
+    __slots__ = ("path", "number", "size", "waiting", "inode", "fd")
+
+    def __init__(self, path, number, size=0):
         self.path = path
         self.number = number
         self.size = size
         self.waiting = 0
-        self.packed = False
-        self.fd = fd                     # held while something may be written to it
-        self.torn = False                # what a failed write left is to be cut off
+        self.inode = None
+        self.fd = None                   # while open for writing, see Budget
+
+    def age(self):
+        """Return what files are sorted by, the oldest first."""
+        return self.number is None, self.number
+
+
+# A batch of operations on its way to the files. shares: (file, records) of each file that gets
+# some. waiting: {file: its count of waiting items then}. passed: how many files are passed then.
+# opens: the reads that are open when the last of them is passed.
+Plan = collections.namedtuple("Plan", "shares size waiting passed opens")
+
+# What commit() has done. before: (file, size, count of waiting items) of each file changed.
+Write = collections.namedtuple("Write", "position before passed")
+
+# Files have been passed with the operation at `position`. Of those up to `number` these open
+# reads and items are to be kept.
+Passing = collections.namedtuple("Passing", "position number opens items")
+
+# An fsync under way, of all that has been written up to `position`.
+Sync = collections.namedtuple("Sync", "position files directory")
+
+_WAITING_AFTER = {REMOVE: -1, OPEN: -1, UNREMOVE: 1, CONFIRM: 0}
 
 
 class Journal:
     """The files of one queue.
 
-    Operations are collected in `ops` and reach the kernel together in write(). Each is a
-    tuple (opcode, item, xid); the xid of FLUSH is the number of REMOVEs that it stands for.
+        passed files | files[0] ... files[-1]
+                       head         current
 
-    Items are added to the last of `files`. What is done to the head of the queue is written
-    to the first one, in which the head item stands, or to which it was put back; the files
-    are read again in order, so that comes to the same. When nothing that waits is accounted
-    to the first file any more it has been passed: it moves to `passed`, the next one takes
-    its place, and no operation will ever speak of what is in it but for the reads that are
-    open at that moment. pack() puts these into one small file in place of all that have
-    been passed. So the files on the disk follow the backlog and not its history, and a
+    Items are added to the last of `files`, the current one. What is done to the head of the
+    queue is written to the first one, in which the head item stands, or to which it was put
+    back; the files are read again in order, so that comes to the same. The counts of waiting
+    items of `files` add up to that of the queue. A file that has none left has been *passed*:
+    it moves to `passed`, and no operation will ever speak of what is in it but for the reads
+    that are open at that moment. pack() puts these into one small file in place of all that
+    have been passed. So the files on the disk follow the backlog and not its history, and a
     queue of one file, the usual case, has one write a turn.
+
+    A batch of operations is written in two steps: plan() says what goes where, write() does
+    it, perhaps on the worker thread, and commit() makes it count. Until then the sizes of the
+    files are those before it, and cut() cuts off what is there beyond. What is committed but
+    not safe is remembered in `writes`, so that go_back() can return to any safe position.
+
+    lock: keep other processes out of the current file, for a queue without a server.
     """
 
-    FLUSH = -1
-
-    def __init__(self, directory, name, older=()):
+    def __init__(self, directory, name, older=(), budget=None, lock=False):
         self.directory = directory
         self.name = name
         self.path = os.path.join(directory, name)
-        self.ops = []
+        self.budget = budget or Budget()
+        self.lock = lock
         self.passed = []
         self.files = [JournalFile("%s.%d" % (self.path, number), number) for number in older]
-        self.files.append(JournalFile(self.path, None, fd=_open_locked(self.path)))
         for file in self.files:
-            file.size = os.path.getsize(file.path)
-        self.renamed = not self.files[-1].size      # the directory is to be fsynced as well
-        self.broken = False                  # an fsync failed: written anew before all else
-        self.torn = False                    # a file of them is
-        self._unsynced = set()               # files written to since descriptors()
-        self._in_doubt = []                  # those that were to be fsynced last
-        self.wanted = None                  # what pack() is to do next
+            file.size = os.stat(file.path).st_size
+        self.directory_changed = False       # it has to be fsynced
+        self.unsynced = {}                   # files written to since the last fsync began
+        self.torn = set()                    # files to be cut before anything is written
+        self.writes = collections.deque()    # a Write for each that is not safe
+        self.passings = collections.deque()  # Passings whose files are still there
+        self.add_current()
+        self.size = sum(file.size for file in self.files)      # of all files together
 
     @property
     def current(self):
         """The file to which items are added."""
         return self.files[-1]
 
-    def total_size(self):
-        """Bytes of all files of the queue together."""
-        return sum(file.size for file in self.passed) + sum(file.size for file in self.files)
+    def add_current(self, flags=0):
+        """Open the current file, made if it is new. Raises OSError."""
+        file = JournalFile(self.path, None)
+        self._opened(file, _open_journal(self.path, os.O_CREAT | flags))
+        file.size = os.fstat(file.fd).st_size
+        self.files.append(file)
+        if len(self.files) > 2:              # nothing will be written to it for long
+            self.budget.close(self.files[-2])
+        # It may have been created just before a crash.
+        self.directory_changed = self.directory_changed or not file.size
+
+    def _opened(self, file, fd):
+        if self.lock:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(fd)
+                raise OSError(error.errno, "held by another process", file.path) from None
+        file.fd = fd
+        file.inode = _identity(os.fstat(fd))
+        self.budget.opened(file)
+
+    def _open(self, file):
+        """Return the descriptor of a file. Raises OSError; ESTALE if it is not there any more."""
+        if file.fd is None:
+            inode = file.inode
+            try:
+                self._opened(file, _open_journal(file.path))
+            except FileNotFoundError:
+                raise self._lost(file) from None
+            if inode not in (None, file.inode):
+                file.inode = inode
+                self.budget.close(file)
+                raise self._lost(file)
+            if file not in self.torn and os.fstat(file.fd).st_size != file.size:
+                self.budget.close(file)
+                raise OSError(errno.EBUSY, "changed by another process", file.path)
+        return file.fd
+
+    @staticmethod
+    def _lost(file):
+        return OSError(errno.ESTALE, "removed or replaced by somebody else", file.path)
+
+    def has_fresh_current(self):
+        """Return whether the current file is an empty one that is still there."""
+        current = self.current
+        with contextlib.suppress(OSError):
+            return (current.number is None and not current.size
+                    and _identity(os.stat(current.path)) == current.inode)
+        return False
 
     # -- reading
 
@@ -1084,15 +1320,367 @@ class Journal:
         with open(file.path, "rb") as source:
             yield from read_records(source)
 
-    def repair(self, file):
-        """Cut what is damaged out of a file, and keep it in lost+found.
+    def load(self, item):
+        """Give a stub its data back. Raises OSError."""
+        place = item.place
+        fd = os.open(place.file.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.pread(fd, place.size, place.offset)
+        finally:
+            os.close(fd)
+        if len(data) < place.size:
+            raise OSError(errno.EIO, "the file has become shorter", place.file.path)
+        item.data = data
 
-        In its place come records of items that have expired already, as many as may have
+    def account(self, added, last_head, count):
+        """After a replay: what waits in which file. added: how many items each file adds.
+        last_head: the index of the last file that does something to the head of the queue.
+        count: how many items wait."""
+        for file, number in zip(self.files, added):
+            file.waiting = number
+        self.files[last_head].waiting = count - sum(added[last_head + 1:])
+        while last_head < len(self.files) - 1 and not self.files[last_head].waiting:
+            last_head += 1
+        self.passed, self.files = self.files[:last_head], self.files[last_head:]
+
+    # -- writing
+
+    def plan(self, ops, count, opens):
+        """Return the Plan for a batch of operations. count: how many items wait after it.
+        opens: the reads open after it."""
+        files = self.files
+        if len(files) == 1:
+            chunks = _encode(ops)
+            return Plan([(files[0], chunks)], sum(map(len, chunks)), {files[0]: count}, 0, None)
+        shares = {}
+        waiting = {}
+        head = after = 0
+        for index, op in enumerate(ops):
+            while not waiting.get(head, files[head].waiting) and head < len(files) - 1:
+                head += 1
+                after = index
+            opcode, item, xid = op
+            if opcode == FLUSH:
+                for number in range(head, len(files)):
+                    left = waiting.get(number, files[number].waiting)
+                    if left:
+                        shares.setdefault(number, []).append((FLUSH, None, left))
+                    waiting[number] = 0
+                continue
+            number = len(files) - 1 if opcode == ADDX else head
+            shares.setdefault(number, []).append(op)
+            waiting[number] = waiting.get(number, files[number].waiting) + (
+                1 if opcode == ADDX else _WAITING_AFTER[opcode])
+        while not waiting.get(head, files[head].waiting) and head < len(files) - 1:
+            head += 1
+            after = len(ops)
+        shares = [(files[number], _encode(shares[number])) for number in sorted(shares)]
+        return Plan(shares, sum(len(chunk) for _, chunks in shares for chunk in chunks),
+                    {files[number]: left for number, left in waiting.items()},
+                    head, _opens_before(opens, ops[after:]) if head else None)
+
+    def write(self, plan):
+        """Write what is planned, one write a file. Raises OSError; cut() is then due."""
+        for file, chunks in plan.shares:
+            fd = self._open(file)
+            self.torn.add(file)
+            try:
+                _write_all(fd, chunks, file.size)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, file.path) from None
+        self.torn.difference_update(file for file, _ in plan.shares)
+
+    def write_call(self, plan):
+        """Return the call for the worker that writes what is planned. Raises OSError."""
+        writes = []
+        try:
+            for file, chunks in plan.shares:
+                writes.append((os.dup(self._open(file)), chunks, file.size))
+        except OSError:
+            _close_all([fd for fd, _, _ in writes])
+            raise
+        return functools.partial(_write_and_close, writes)
+
+    def tear(self, plan):
+        """Note that a plan may have been written in part."""
+        self.torn.update(file for file, _ in plan.shares)
+
+    def commit(self, plan, position, safe):
+        """Make a written batch count. position: of its last operation. safe: whether that is
+        safe now, so that nobody will go back."""
+        if not safe:
+            self.writes.append(Write(position, [
+                (file, file.size, file.waiting) for file in plan.waiting], plan.passed))
+        for file, chunks in plan.shares:
+            size = sum(map(len, chunks))
+            file.size += size
+            self.size += size
+            self.unsynced[file] = None
+        for file, count in plan.waiting.items():
+            file.waiting = count
+        if plan.passed:
+            self._pass(plan.passed, position, plan.opens)
+
+    def _pass(self, count, position, opens, items=()):
+        self.passed += self.files[:count]
+        del self.files[:count]
+        self.passings.append(Passing(position, self.passed[-1].number, opens, items))
+
+    def pass_all(self, position, safe, opens, items):
+        """Have everything written anew: pack() will put these open reads, and the items, which
+        are all that wait, into one file in place of all but the current one, which is empty."""
+        if not safe:
+            self.writes.append(Write(position, [(self.current, 0, 0)], len(self.files) - 1))
+        if not self.passed and len(self.files) == 1:           # there is nothing yet
+            self.passed.append(JournalFile(None, self._next_number()))
+        self.current.waiting = len(items)
+        self.passed += self.files[:-1]
+        del self.files[:-1]
+        self.passings.append(Passing(position, self.passed[-1].number, opens, items))
+
+    def forget(self, safe):
+        """What is up to this position will not be undone any more."""
+        while self.writes and self.writes[0].position <= safe:
+            self.writes.popleft()
+
+    def go_back(self, safe):
+        """Make the files count as they did at this position; cut() is then due."""
+        while self.writes and self.writes[-1].position > safe:
+            write = self.writes.pop()
+            for file, size, waiting in write.before:
+                self.size += size - file.size
+                file.size, file.waiting = size, waiting
+                self.torn.add(file)
+            if write.passed:
+                self.files[:0] = self.passed[-write.passed:]
+                del self.passed[-write.passed:]
+        while self.passings and self.passings[-1].position > safe:
+            self.passings.pop()
+
+    def cut(self):
+        """Cut off what failed or undone operations have left. Raises OSError."""
+        for file in list(self.torn):
+            os.ftruncate(self._open(file), file.size)
+            self.torn.discard(file)
+
+    # -- fsync
+
+    def needs_sync(self):
+        """Return whether something was written or renamed since the last fsync began."""
+        return bool(self.unsynced or self.directory_changed)
+
+    def begin_sync(self, position):
+        """Return the call that fsyncs all that has been written, and the Sync of it.
+
+        Raises OSError: ESTALE if one of the files is not there any more under its name.
+        """
+        # The oldest first: what is done to the head in one file builds on those before it.
+        files = sorted(self.unsynced, key=JournalFile.age)
+        fds = []
+        try:
+            for file in files:
+                with contextlib.suppress(FileNotFoundError):
+                    if _identity(os.stat(file.path)) == file.inode:
+                        fds.append(os.dup(file.fd) if file.fd is not None
+                                   else os.open(file.path, os.O_RDONLY | os.O_CLOEXEC))
+                        continue
+                raise self._lost(file)
+            if self.directory_changed:
+                fds.append(os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError:
+            _close_all(fds)
+            raise
+        for file in files:
+            if file is not self.files[0] and file is not self.files[-1]:
+                self.budget.close(file)      # nothing will be written to it for long
+        sync = Sync(position, files, self.directory_changed)
+        self.unsynced = {}
+        self.directory_changed = False
+        return functools.partial(fsync_all, fds), sync
+
+    def sync_failed(self, sync):
+        """Note that an fsync failed, so that all of it has to be done again."""
+        self.unsynced.update(dict.fromkeys(file for file in sync.files if file.path))
+        self.directory_changed = self.directory_changed or sync.directory
+
+    def _sync_directory(self):
+        return functools.partial(_fsync_directory, self.directory)
+
+    # -- new files for old
+
+    def _next_number(self):
+        numbers = [file.number for file in (self.passed + self.files)[-2:]
+                   if file.number is not None]
+        return max([_now()] + [number + 1 for number in numbers])
+
+    def retire_current(self):
+        """A task: give the current file a number, so that add_current() can open another one.
+        Meanwhile it is still written to. Two renames would be one too many: a crash could
+        leave the later of them alone on the disk."""
+        current = self.current
+        if current.number is None:           # else an earlier try came as far as this
+            number = self._next_number()
+            path = "%s.%d" % (self.path, number)
+            with contextlib.suppress(FileNotFoundError):       # removed by somebody else
+                os.rename(self.path, path)
+            current.path, current.number = path, number
+        yield self._sync_directory()
+
+    def _write_file(self, file, pieces):
+        """A task: put a new file, made of `pieces`, in the place of what is at file.path.
+
+        pieces: yields lists of byte strings, one for each step. This is the only way in which
+        files are replaced, so that a crash finds the old one or the whole of the new one.
+        """
+        temporary = "%s~~%d" % (self.path, _now())
+        fd = _open_journal(temporary, os.O_CREAT | os.O_TRUNC)
+        try:
+            size = 0
+            for chunks in pieces:
+                size += _write_all(fd, chunks, size)
+                yield None
+            yield functools.partial(fsync_all, [os.dup(fd)])
+            os.rename(temporary, file.path)
+        except BaseException:                # also when the queue is deleted meanwhile
+            os.close(fd)
+            _discard(temporary)
+            raise
+        self.budget.close(file)
+        self.size += size - file.size
+        file.size = size
+        self._opened(file, fd)
+        self.torn.discard(file)
+        self.unsynced.pop(file, None)
+
+    def _remove(self, file):
+        """A task: delete a file that has been passed."""
+        fds = []
+        if file.path:
+            fds = self._unlink(file)
+            self.size -= file.size
+        file.path = None
+        self.unsynced.pop(file, None)
+        self.torn.discard(file)
+        self.passed.remove(file)
+        if fds:
+            yield functools.partial(_close_all, fds)
+
+    def _unlink(self, file):
+        """Delete a file. Return the descriptors to be closed elsewhere: the last close of a
+        large file takes long. Raises OSError."""
+        fds = []
+        if file.size >= _STEP_SIZE:
+            with contextlib.suppress(OSError):
+                fds.append(os.open(file.path, os.O_RDONLY | os.O_CLOEXEC))
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file.path)
+        except OSError:
+            _close_all(fds)
+            raise
+        self.budget.close(file)
+        return fds
+
+    def next_passing(self, safe):
+        """Return the Passing whose files may be packed, None if there is none."""
+        passings = self.passings
+        while len(passings) > 1 and passings[1].position <= safe:
+            passings.popleft()
+        return passings[0] if passings and passings[0].position <= safe else None
+
+    def pack(self, passing, last_xid):
+        """A task: put one file in place of those that have been passed. Raises OSError; then
+        it can be done again."""
+        old = [file for file in self.passed if file.number <= passing.number]
+        if passing.opens or passing.items:
+            path = "%s.%d" % (self.path, passing.number)
+            pack = next((file for file in old if file.path == path + ".pack"),   # tried before
+                        JournalFile(path + ".pack", passing.number))
+            places = []
+            yield from self._write_file(pack, self._pieces(passing, last_xid, places))
+            rest = self.passed[len(old):]
+            old = [file for file in old if file is not pack]
+            self.passed = old + [pack] + rest
+            for place, offset in places:
+                place.file, place.offset = pack, offset
+            yield self._sync_directory()
+            for file in old:
+                yield from self._remove(file)
+            yield self._sync_directory()
+            os.rename(pack.path, path)
+            pack.path = path
+            self.budget.close(pack)
+            yield self._sync_directory()
+        else:
+            # Nothing is left of them. The oldest goes first: whatever is done to items
+            # that are not there, a queue that ended empty ends empty.
+            for file in old:
+                yield from self._remove(file)
+                yield self._sync_directory()
+        if self.passings and self.passings[0] is passing:
+            self.passings.popleft()
+
+    def _pieces(self, passing, last_xid, places):
+        """Yield the records of a pack in pieces. places: filled with (Place, new offset) for
+        each item that has one."""
+        chunks = [_pack_xid(SAVE_XID, last_xid)]
+        size = offset = len(chunks[0])
+        records = itertools.chain(((item, _pack_xid(OPEN, xid)) for xid, item in
+                                   passing.opens.items()), ((item, b"") for item in passing.items))
+        for item, end in records:
+            data = item.data
+            if data is None:
+                loaded = item.stub()
+                self.load(loaded)
+                data = loaded.data
+            head = _head(item, len(data))
+            if item.place:
+                places.append((item.place, offset + len(head)))
+            record = [head, data, end]
+            chunks += record
+            length = sum(map(len, record))
+            offset += length
+            size += length
+            if size >= _STEP_SIZE:
+                yield chunks
+                chunks, size = [], 0
+        yield chunks
+
+    def adopt_pack(self):
+        """Let the packed file be the current one, which nothing has been written to."""
+        if self.passed:
+            pack, = self.passed
+            os.rename(pack.path, self.path)
+            self.close()
+            pack.path, pack.number, pack.waiting = self.path, None, self.current.waiting
+            self.passed, self.files = [], [pack]
+            self.directory_changed = True
+
+    def copy(self):
+        """A task: write every file anew of which acknowledged records may not be on the disk."""
+        for file in sorted(self.unsynced, key=JournalFile.age):
+            source = os.dup(file.fd) if file.fd is not None else os.open(
+                file.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                yield from self._write_file(file, (
+                    [os.pread(source, min(_STEP_SIZE, file.size - offset), offset)]
+                    for offset in range(0, file.size, _STEP_SIZE)))
+                yield self._sync_directory()
+            finally:
+                os.close(source)
+
+    # -- repair
+
+    def repair(self, file, start=0):
+        """Cut what is damaged out of a file, from byte `start` on, and keep it in lost+found.
+        Return how many bytes of damaged records were replaced.
+
+        In their place come records of items that have expired already, as many as may have
         been lost: each REMOVE of a lost item will take one of them, and not a good item.
         """
         with open(file.path, "rb") as source, mmap.mmap(
                 source.fileno(), 0, prot=mmap.PROT_READ) as data:
-            cuts = list(find_damage(data))
+            cuts = list(find_damage(data, start))
             for begin, end, lost, why in cuts:
                 log.warning(
                     "%s: %s at byte %d; %d bytes cut out%s and kept in %s", file.path, why,
@@ -1101,27 +1689,29 @@ class Journal:
                     self._keep(file, data, begin, end))
             if len(cuts) == 1 and end == len(data) and not lost:      # a torn tail
                 os.truncate(file.path, begin)
+                self.size += begin - file.size
                 file.size = begin
-            else:
-                self._cut_out(file, data, cuts)
+            elif cuts:
+                self._write_file_now(file, self._good_pieces(data, cuts))
+        return sum(end - begin for begin, end, _, _ in cuts)
 
-    def _cut_out(self, file, data, cuts):
-        """Put what is left of the data in the place of a file."""
-        path = "%s~~%d" % (self.path, _now())
-        with open(path, "wb", opener=_open_private) as target:
-            done = 0
-            for begin, end, lost, _ in cuts:
-                _copy(data, done, begin, target)
-                target.write(_pack_head(LOST) * lost)
-                done = end
-            _copy(data, done, len(data), target)
-            file.size = target.tell()
-            target.flush()
-            os.fsync(target.fileno())
-        os.rename(path, file.path)
-        if file.fd is not None:
-            os.close(file.fd)
-            file.fd = _open_locked(file.path)
+    def replace_missing(self, file, lost):
+        """Put a file in the place of one that has disappeared. lost: for how many items of it,
+        which are in memory, there will be REMOVEs."""
+        self._write_file_now(file, [[_head(LOST, 0) * lost]])
+
+    def _write_file_now(self, file, pieces):
+        run_task(self._write_file(file, pieces))
+        _raise(_fsync_directory(self.directory))
+
+    @staticmethod
+    def _good_pieces(data, cuts):
+        done = 0
+        for begin, end, lost, _ in cuts + [(len(data), len(data), 0, None)]:
+            for offset in range(done, begin, _STEP_SIZE):
+                yield [data[offset:min(begin, offset + _STEP_SIZE)]]
+            yield [_head(LOST, 0) * lost]
+            done = end
 
     def _keep(self, file, data, begin, end):
         directory = os.path.join(self.directory, "lost+found")
@@ -1136,421 +1726,60 @@ class Journal:
                 os.fsync(target.fileno())
                 return kept
 
-    def account(self, added, last_head, count):
-        """After a replay: what waits in which file. added: how many items each file adds.
-        last_head: the index of the last file that does something to the head of the queue.
-        count: how many items wait."""
-        self.passed, self.files = self.files[:last_head], self.files[last_head:]
-        for file, number in zip(self.files, added[last_head:]):
-            file.waiting = number
-        self.files[0].waiting = count - sum(file.waiting for file in self.files[1:])
-
-    # -- writing
-
-    def write(self, opens):
-        """Hand the collected operations to the kernel: one write a file.
-
-        opens: the reads open after them, xid -> item. Returns whether files have been
-        passed. Raises OSError when it fails; the files then end where they ended before,
-        and the operations are still in `ops`.
-        """
-        if self.broken:
-            raise OSError(errno.EIO, "to be written anew after a failed fsync", self.path)
-        if len(self.files) == 1:
-            shares, waiting, crossing = [self.ops], [0], None
-        else:
-            shares, waiting, crossing = self._share_out()
-        written = []
-        for file, ops in zip(self.files, shares):
-            if ops or file.torn:
-                written.append((file, file.size))
-                try:
-                    self._append(file, _encode(ops))
-                except OSError as error:
-                    for file, size in written:
-                        if file.fd is not None:        # else it could not be opened
-                            self._cut_back(file, size)
-                    raise OSError(error.errno, error.strerror, file.path) from None
-        self.torn = False
-        self._unsynced.update(file for file, _ in written)
-        for file, number in zip(self.files, waiting):
-            file.waiting = number
-        if crossing is not None:
-            passed, after = crossing
-            self._pass(passed, _opens_before(opens, self.ops[after:]))
-        self.ops = []
-        return crossing is not None
-
-    def _share_out(self):
-        """Which operations go to which file; how many items wait in each then; and, if files
-        have been passed, how many and after how many operations."""
-        files = self.files
-        waiting = [file.waiting for file in files]
-        shares = [[] for _ in files]
-        at = 0
-        crossing = None
-        for index, op in enumerate(self.ops + [(None, None, 0)]):
-            while not waiting[at] and at < len(files) - 1:
-                at += 1
-                crossing = at, index
-            opcode, item, xid = op
-            if opcode is None:               # the end
-                break
-            if opcode == ADDX:
-                shares[-1].append(op)
-                waiting[-1] += 1
-            elif opcode == Journal.FLUSH:
-                for number, count in enumerate(waiting):
-                    shares[number].append((opcode, item, count))
-                    waiting[number] = 0
-            else:
-                shares[at].append(op)
-                waiting[at] += _WAITING_AFTER[opcode]
-        return shares, waiting, crossing
-
-    def _append(self, file, chunks):
-        if file.fd is None:
-            fd = _open_locked(file.path)
-            if not file.torn and os.fstat(fd).st_size != file.size:
-                os.close(fd)
-                raise OSError(errno.EBUSY, "changed by another process", file.path)
-            file.fd = fd
-        if file.torn:
-            os.ftruncate(file.fd, file.size)
-            file.torn = False
-        file.size += _write_all(file.fd, chunks, file.size)
-
-    def _cut_back(self, file, size):
-        # Left alone, half a record would stand before the next good one.
-        file.size = size
-        file.torn = True
-        if file.fd is not None:
-            with contextlib.suppress(OSError):     # else before the next write
-                os.ftruncate(file.fd, size)
-                file.torn = False
-        self.torn = any(file.torn for file in self.files)
-
-    def checkpoint(self):
-        """What go_back() needs to undo all that is written from now on."""
-        return self.wanted, {file: (file.size, file.waiting) for file in self.files}
-
-    def go_back(self, checkpoint, count):
-        """Cut the files back to a checkpoint, at which `count` items waited."""
-        wanted, known = checkpoint
-        files = self.passed + self.files
-        # Those that pack() has replaced since are not needed any more.
-        first = min((files.index(file) for file in known if file in files),
-                    default=len(self.passed))
-        if first < len(self.passed):
-            self.wanted = wanted
-        self.passed, self.files = files[:first], files[first:]
-        for file in self.files:
-            size, file.waiting = known.get(file, (0, 0))
-            if size < file.size:
-                self._cut_back(file, size)
-        if len(known) == 1:
-            self.files[0].waiting = count
-
-    # -- fsync
-
-    def rest(self, unsynced):
-        """Let go of the files until they are written to again, unless something is to be fsynced
-        first and not left `unsynced`; how many were open."""
-        # The duplicates that are being fsynced hold the lock.
-        if (self._in_doubt or self.ops or self.torn or self.broken
-                or self._unsynced and not unsynced):
-            return 0
-        return self.close()
-
-    def synced(self):
-        """What descriptors() gave has been fsynced, and closed."""
-        if not self.broken:
-            self._in_doubt = []
-
-    def descriptors(self):
-        """Duplicates of what has to be fsynced, in that order, for all that was written; they
-        are to be closed."""
-        fds = []
-        # The oldest first: what is done to the head in one file builds on those before it.
-        files = [file for file in self.passed + self.files if file in self._unsynced]
-        self._in_doubt = files
-        try:
-            for file in files:
-                fds.append(os.dup(file.fd) if file.fd is not None
-                           else os.open(file.path, os.O_RDONLY | os.O_CLOEXEC))
-            if self.renamed:
-                fds.append(self.directory_fd())
-        except OSError:                      # no descriptors left
-            for fd in fds:
-                os.close(fd)
-            raise
-        for file in files:
-            if file not in (self.files[0], self.current) and file.fd is not None:
-                os.close(file.fd)
-                file.fd = None
-        self._unsynced.clear()
-        self.renamed = False
-        return fds
-
-    def directory_fd(self):
-        return os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC)
-
-    def _sync_directory(self):
-        return functools.partial(fsync_all, [self.directory_fd()])
-
-    # -- new files for old
-
-    def rotate(self, count):
-        """Go on with a fresh current file. count: how many items wait. Raises OSError, and
-        then nothing has changed."""
-        old = self.current
-        last = max(file.number or 0 for file in self.passed + self.files)
-        number = max(_now(), last + 1)
-        fresh = "%s~~%d" % (self.path, number)
-        fd = _open_locked(fresh)
-        try:
-            os.rename(self.path, "%s.%d" % (self.path, number))
-            try:
-                os.rename(fresh, self.path)
-            except OSError:
-                os.rename("%s.%d" % (self.path, number), self.path)
-                raise
-        except OSError:
-            os.close(fd)
-            _discard(fresh)
-            raise
-        old.path, old.number = "%s.%d" % (self.path, number), number
-        if len(self.files) == 1:
-            old.waiting = count
-        elif old.fd is not None:             # nothing will be written to it for long
-            os.close(old.fd)
-            old.fd = None
-        self.files.append(JournalFile(self.path, None, fd=fd))
-        self.renamed = True
-
-    def _pass(self, number, opens, items=()):
-        """The first files are done with: these open reads and items are to stay of them."""
-        self.passed += self.files[:number]
-        self.files = self.files[number:]
-        self.wanted = self.passed[-1].number, opens, items
-
-    def start_over(self, opens, items):
-        """Have everything written anew: pack() will put the open reads and all items that
-        wait into one file in place of all there are now. Raises OSError."""
-        self.rotate(len(items))
-        self.current.waiting = len(items)
-        self._pass(len(self.files) - 1, dict(opens), list(items))
-
-    def pack(self, last_xid):
-        """A chore that puts one file in place of those that have been passed.
-
-        A generator that does a bounded piece of work at each step. Where it yields a call,
-        that takes long: it is to be made before the chore is resumed, where it holds nobody
-        up, and the OSError that it returns is to be thrown into the chore. Raises OSError;
-        what it was to do stays to be done.
-        """
-        wanted = self.wanted
-        number, opens, items = wanted
-        if opens or items:
-            yield from self._write_pack(number, last_xid, opens, items)
-        else:
-            # Nothing is left of them. The oldest goes first: whatever is done to items
-            # that are not there, a queue that ended empty ends empty.
-            for file in [file for file in self.passed if file.number <= number]:
-                yield from self._remove(file)
-                yield self._sync_directory()
-        if self.wanted is wanted:
-            self.wanted = None
-
-    def _write_pack(self, number, last_xid, opens, items):
-        path = "%s~~%d" % (self.path, number)
-        pack = JournalFile(path, number, fd=_open_locked(path, os.O_TRUNC))
-        pack.packed = True
-        try:
-            self._append(pack, [_pack_xid(SAVE_XID, last_xid)])
-            records = itertools.chain(
-                ([_pack_head(item), item.data, _pack_xid(OPEN, xid)]
-                 for xid, item in opens.items()),
-                ([_pack_head(item), item.data] for item in items))
-            while True:
-                chunks, size = [], 0
-                for record in records:
-                    chunks += record
-                    size += sum(map(len, record))
-                    if size >= _STEP_SIZE:
-                        break
-                if not chunks:
-                    break
-                self._append(pack, chunks)
-                yield None
-            yield functools.partial(fsync_all, [os.dup(pack.fd)])
-            os.rename(path, "%s.%d.pack" % (self.path, number))
-        except BaseException:                # also when the queue is deleted meanwhile
-            os.close(pack.fd)
-            _discard(path)
-            raise
-        os.close(pack.fd)
-        pack.fd = None
-        pack.path = "%s.%d.pack" % (self.path, number)
-        rest = [file for file in self.passed if file.number > number]
-        old = [file for file in self.passed
-               if file.number <= number and file.path != pack.path]     # of an earlier try
-        self.passed = old + [pack] + rest
-        yield self._sync_directory()
-        for file in old:
-            yield from self._remove(file)
-        yield self._sync_directory()
-        os.rename(pack.path, "%s.%d" % (self.path, number))
-        pack.path = "%s.%d" % (self.path, number)
-        yield self._sync_directory()
-
-    def adopt_pack(self):
-        """Let the packed file be the current one, which nothing has been written to."""
-        if self.passed:
-            pack, = self.passed
-            os.rename(pack.path, self.path)
-            self.close()
-            pack.path, pack.number, pack.waiting = self.path, None, self.current.waiting
-            pack.fd = _open_locked(self.path)
-            self.passed, self.files = [], [pack]
-            self.renamed = True
-
-    def _remove(self, file):
-        """A chore, part of pack(): delete a file that has been passed."""
-        fds = self._unlink(file)
-        self._unsynced.discard(file)
-        self.passed.remove(file)
-        yield functools.partial(_close_all, fds)
-
-    def _unlink(self, file):
-        """Delete a file; returns, in a list, the descriptor that keeps it on the disk: to free
-        a large one takes long, and that is done with the last close."""
-        is_large = file.size >= _STEP_SIZE
-        if is_large and file.fd is None:
-            with contextlib.suppress(OSError):         # no descriptors left: then it takes long
-                file.fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(file.path)
-        fd, file.fd = file.fd, None
-        fds = [] if fd is None else [fd]
-        if not is_large:
-            _close_all(fds)
-        return fds if is_large else []
-
-    def copy_anew(self):
-        """A chore like pack(): copy every file that may not have reached the disk to a fresh
-        one that will, after a failed fsync."""
-        for file in self.passed + self.files:
-            if file not in self._unsynced and file not in self._in_doubt:
-                continue
-            path = "%s~~%d" % (self.path, _now())
-            source = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                fd = _open_locked(path, os.O_TRUNC)
-                try:
-                    for offset in range(0, file.size, _STEP_SIZE):
-                        size = min(_STEP_SIZE, file.size - offset)
-                        _write_all(fd, [os.pread(source, size, offset)], offset)
-                        yield None
-                    yield functools.partial(fsync_all, [os.dup(fd)])
-                    os.rename(path, file.path)
-                except BaseException:
-                    os.close(fd)
-                    _discard(path)
-                    raise
-            finally:
-                os.close(source)
-            if file.fd is not None:
-                os.close(file.fd)
-            file.fd = fd
-            file.torn = False
-        yield self._sync_directory()
-        self._unsynced.clear()
-
     # -- the end
 
     def close(self):
-        """Let go of the files; how many were open."""
-        count = 0
+        """Close the files."""
         for file in self.passed + self.files:
-            if file.fd is not None:
-                os.close(file.fd)
-                file.fd = None
-                count += 1
-        return count
+            self.budget.close(file)
 
     def delete(self):
-        """Remove the files, the oldest first, and then return a chore that frees them, or None
-        if there is nothing to it. Raises OSError."""
-        fds = []
+        """Remove the files: all of them, or none. Return a task that finishes what can be
+        finished later, or None. Raises OSError, and then nothing has changed.
+
+        One file goes with one unlink. Several go with one rename, of an empty file that stands
+        for all of them; what is left of them then is deleted now, or at the next start.
+        """
+        files = self.passed + self.files
+        if len(files) == 1:
+            fds = self._unlink(files[0])
+            self.unsynced = {}
+            return iter([functools.partial(_close_all, fds)]) if fds else None
+        current = self.current
+        if current.number is None:
+            number = self._next_number()
+            path = "%s.%d" % (self.path, number)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self.path, path)
+            current.path, current.number = path, number
+        pack = "%s.%d.pack" % (self.path, current.number)
+        temporary = "%s~~%d" % (self.path, current.number)
+        os.close(_open_journal(temporary, os.O_CREAT | os.O_TRUNC))
         try:
-            for file in self.passed + self.files:
-                fds += self._unlink(file)
+            os.rename(temporary, pack)
         except OSError:
-            _close_all(fds)
-            self.close()
+            _discard(temporary)
             raise
-        return self._free(fds) if fds else None
+        self.passed = files + [JournalFile(pack, current.number)]
+        self.files = []
+        self.unsynced = {}
+        return self.clear()
 
-    def _free(self, fds):
-        yield functools.partial(_close_all, fds)
-
-
-class ReadBehind:
-    """Reads the items that a queue does not hold in memory from its journal, forward: those
-    that follow byte `offset` of `file`, but for the first `skip` of them."""
-
-    def __init__(self, journal, file, offset, skip=0):
-        self._journal = journal
-        self._file = file
-        self._offset = offset
-        self._skip = skip
-
-    def read(self, most, size):
-        """The next items, at most `most` of them, from a piece of about `size` bytes of the
-        journal. There must be some. Raises OSError."""
-        items = []
-        while not items:
-            if self._file not in self._journal.passed + self._journal.files:
-                self._next_file()            # packed since; there was nothing left in it
-            left = self._file.size - self._offset        # what a failed write left may follow
-            fd = os.open(self._file.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                data = os.pread(fd, min(size, left), self._offset)
-            finally:
-                os.close(fd)
-            done, skip = 0, self._skip
-            try:
-                for _, _, item, done in read_records(io.BytesIO(data)):
-                    if item is not None and skip:
-                        skip -= 1
-                    elif item is not None:
-                        items.append(item)
-                        if len(items) == most:
-                            break
-            except Damage as damage:
-                if not damage.torn:
-                    raise OSError(errno.EIO, str(damage), self._file.path) from None
-            self._skip = skip
-            self._offset += done
-            if done:
-                continue
-            if len(data) == left:
-                self._next_file()
-            else:
-                size *= 2                    # a record larger than the piece
-        return items
-
-    def _next_file(self):
-        last = self._file.number
-        self._offset = 0
-        self._file = next(
-            file for file in self._journal.passed + self._journal.files
-            if not file.packed and (file.number is None or file.number > last))
+    def clear(self):
+        """A task: delete what delete() has left, and at last the file that stands for it."""
+        yield self._sync_directory()
+        while self.passed:
+            if len(self.passed) == 1:
+                yield self._sync_directory()
+            yield from self._remove(self.passed[0])
 
 
 def _opens_before(opens, ops):
-    """The reads that were open before these operations, as they are `opens` after them."""
+    """Return the reads that were open before operations, of those that are open after them.
+
+    Files are passed in the middle of a batch, and until it is written all of it may be undone;
+    so what was open then is found by going backwards from the end.
+    """
     opens = dict(opens)
     for opcode, item, xid in reversed(ops):
         if opcode == OPEN:
@@ -1559,18 +1788,87 @@ def _opens_before(opens, ops):
             opens[xid] = item
     return dict(sorted(opens.items()))
 
-# == 3. Queue =============================================================================
+
+class ReadBehind:
+    """How far a journal has been read: the items that follow byte `offset` of `file`, but for
+    the first `skip` of them, are not in memory."""
+
+    def __init__(self, journal, file, offset, skip=0):
+        self._journal = journal
+        self.file = file
+        self.offset = offset
+        self.skip = skip
+
+    def read(self, most, size):
+        """Return the next items, at most `most` of them, from a piece of about `size` bytes of
+        the journal; none at its end. Raises OSError, and Damage where `file` is damaged."""
+        items = []
+        while not items:
+            left = self.file.size - self.offset if self.file.path else 0
+            if left <= 0:                    # what a failed write has left may follow
+                if not self._go_to_next_file():
+                    break
+                continue
+            fd = os.open(self.file.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                data = os.pread(fd, min(size, left), self.offset)
+            finally:
+                os.close(fd)
+            size = self._take(data, left, most, items) or size
+        return items
+
+    def _take(self, data, left, most, items):
+        """Take the items of a piece; return how long the next one has to be at least."""
+        done, skip, end = 0, self.skip, self.offset
+        try:
+            for _, _, item, done in read_records(io.BytesIO(data)):
+                if item is not None and skip:
+                    skip -= 1
+                elif item is not None:
+                    size = len(item.data)
+                    item.place = Place(self.file, end + done - size, size)
+                    items.append(item)
+                    if len(items) == most:
+                        break
+        except Damage as damage:
+            # The file was written whole: a record that ends beyond it is damaged.
+            if not damage.torn or len(data) >= left or not done and not (
+                    0 < _record_size(data[:_LONGEST_HEAD]) <= left):
+                del items[:]
+                raise
+        self.skip = skip
+        self.offset += done
+        return 0 if done else _record_size(data[:_LONGEST_HEAD])
+
+    def _go_to_next_file(self):
+        """Go on with the file after this one, which may have been packed since; False if there
+        is none."""
+        last = self.file.number
+        for file in self._journal.files:
+            if last is not None and (file.number is None or file.number > last):
+                self.file, self.offset = file, 0
+                return True
+        return False
+
+
+# == 4. Queue =============================================================================
 #
-# One queue: items in order, open reads, waiters, limits, expiry, and the journal that
-# records each change. Can be used alone. Knows no sockets, no protocols, no other queues:
-# what expires is handed to `bury`, what is to be written is announced through `dirty`.
+# One queue: items in order, open reads, waiters, limits, expiry, and the journal that records
+# each change. Can be used alone. Knows no sockets, no protocols, no other queues: what expires
+# is handed to its host, which is also told when there is something to write.
 
 
 # What an item takes of the memory besides its data, in bytes: about that is what CPython 3.8
 # to 3.13 were seen to need.
-ITEM_COST = 190
+ITEM_COST = 200
 
-# How long after a failed write the next try is made without a client asking for it.
+# How much memory each queue may use though the server has reached max_memory, in bytes.
+MEMORY_FLOOR = 1 << 18
+
+# How long a write that found no descriptors left is put off, in milliseconds.
+_NO_DESCRIPTOR_MS = 50
+
+# How long after a failure the next try is made without a client asking for it.
 RETRY_MS = 1000
 
 # How often the log says how far the loading of a queue has got.
@@ -1588,90 +1886,111 @@ class Waiter:
         self.peek = peek
 
 
+class Alone:
+    """The host of a queue that is used without a server: everything is done at once.
+
+    A server has another one, with the same attributes. changed(queue): there is something for
+    queue.write() to do. failed(queue, error): its unsafe operations were undone. start(task): run a task. work(call, done): have a blocking call made,
+    then call done with its OSError or None. later(milliseconds, call): make a call in that
+    time; returns what cancels it. bury(queue, item, now): an expired item is open and is to be
+    moved. sweep_limit: how many expired items a read drops at once. locks_files: whether to keep
+    other processes out. budget: see Budget.
+    """
+
+    later = bury = work = None
+    sweep_limit = UNLIMITED
+    locks_files = True
+
+    def __init__(self):
+        self.budget = Budget()
+
+    def changed(self, queue):
+        queue.write_now()
+
+    def failed(self, queue, error):
+        pass                                 # the caller gets the error
+
+    def start(self, task):
+        run_task(task)
+
+
 class Queue:
     """A durable FIFO queue.
 
     name: see check_name. path: the directory of its journal, None to keep it in memory
-    only. config: a QueueConfig. older: numbers of its older journal files.
+    only. config: a QueueConfig. older: numbers of its older journal files. host: see Alone.
 
     Every method that takes `now` (milliseconds of the epoch) reads the clock itself when
     it is None. Used alone, each change is in the kernel's hands when the method returns,
     and on the disk too if sync_journal is 0; a change that cannot be written is undone
-    and raises OSError. A server collects the changes of a turn instead: it gives `dirty`,
-    which is called with the queue when there is something for write() to do, `later`
-    (milliseconds, call), which runs a call in that time and returns what cancels it, and
-    `start`, which takes the queue and a chore, see Journal.pack.
+    and raises OSError. A server collects the changes of a turn instead, and calls write().
+
+    Each change is an operation, and has a position: its number in the history of the queue.
+    `logged`, `written` and `durable` are the last positions in memory, handed to the kernel and
+    fsynced. `safe` is the last one that may be acknowledged: with sync_journal = 0 what is
+    durable, else what is written. Whoever must not act before a change is safe asks
+    when_safe(). A failure undoes all operations after `safe`, in memory and in the files; their
+    positions are skipped.
 
     Past max_memory_size only the head of the queue is in memory; the rest is read from the
-    journal as it drains.
+    journal as it drains:
+
+        items (in memory) | on disk only | _fresh (on their way there)
     """
 
-    def __init__(self, name, path=None, config=None, older=(), dirty=None, later=None,
-                 start=None, now=None):
+    def __init__(self, name, path=None, config=None, older=(), host=None, now=None):
         self.name = check_name(name)
         self.path = path
-        self.dirty = dirty or Queue._write_now
-        self.later = later
-        self.start = start or Queue._run_now
-        self.bury = None                     # takes an expired item as (self, item)
-        self.sweep_limit = UNLIMITED         # how many expired ones a read drops at once
+        self.host = host or Alone()
         self.items = collections.deque()     # what waits, the head first, as far as in memory
         self.opens = {}                      # xid -> item, the oldest open read first
         self.waiters = collections.OrderedDict()     # in order of coming; an ordered set
         self.count = 0                       # how many items wait; open reads do not count
         self.bytes = 0                       # data of the waiting items
-        self.memory = 0                      # what those in memory take, see ITEM_COST
+        self.memory = 0                      # what `items` take, see ITEM_COST
+        self.open_memory = 0                 # what `opens` take
         self.xid = 0                         # the last one used
         self.closed = False
-        self.create_time = _now(now)
-        self.age = 0
-        self.total_items = self.expired_items = self.discarded = self.total_flushes = 0
-        self.transactions = self.canceled_transactions = 0
-        self.put_bytes = self.get_bytes = self.get_hits = self.get_misses = 0
-        self.fsync_usec = 0                  # how long the last fsync took
-        self.put_rate = self.get_rate = 0.0  # items a second, kept up by the broker
-        self.journal_rewrites = self.journal_rotations = 0
-        self._orphans = set()                # see abort()
-        self._unsynced = []                  # see write(); how many ever, how many done:
-        self.remembered = self.safe = 0
-        self._checkpoint = self._next_checkpoint = None
+        self.counters = Values(
+            create_time=_now(now), age=0, total_items=0, expired_items=0, discarded=0,
+            total_flushes=0, transactions=0, canceled_transactions=0, put_bytes=0, get_bytes=0,
+            get_hits=0, get_misses=0, put_rate=0.0, get_rate=0.0, fsync_usec=0,
+            journal_rewrites=0, journal_rotations=0)
+        self.safe = self.written = self.durable = 0
+        self.ops = []                        # operations that are not being written yet
+        self.unsafe = []                     # those that are, but are not safe
+        self._writing = None                 # the Plan that the worker writes
+        self._failure = None                 # a failed fsync, to be seen to after that
+        self._pending = collections.deque()  # (position, call) of when_safe()
+        self._behind = None                  # the ReadBehind of what is not in memory
+        self._fresh = collections.deque()    # items not written yet that are not in `items`
         self._alarms = {}                    # xid -> what cancels its timeout
         self._overdue = []                   # xids whose time is over
-        self._behind = None                  # the ReadBehind of what is not in memory
-        self._fresh = collections.deque()    # added since the last write, while behind
-        self._troubled = False               # a chore has failed, and none has not since
-        self._chore = None                   # the one that packs the journal, or copies it
-        self._resting = False                # too soon for the next compaction,
-        self._floor = 0                      # or, used alone, too little since this size
-        self._pack_mark = 0                  # what `safe` must have reached for packing
-        self._started_over = False           # renew() has got so far
-        self._retry = None                   # a chore has failed; stands for its next try,
-        self._retry_due = False              # which comes after the next write
         self.journal = None
+        self.upkeep = Upkeep(self)
         self.config = config or QueueConfig()
-        self._trace_if_wanted()
         if path is not None and self.config.keep_journal:
-            self.journal = Journal(path, name, older)
+            self.journal = self._new_journal(older)
             try:
                 self._load()
             except BaseException:
-                self.journal.close()         # which others may open then
+                self.journal.close()         # others may open it then
                 raise
+
+    def _new_journal(self, older):
+        return Journal(self.path, self.name, older, self.host.budget, self.host.locks_files)
 
     def configure(self, config):
         """Go on with other settings."""
         keep_journal = self.config.keep_journal
         self.config = config
-        self._trace_if_wanted()
         if self.path is None or config.keep_journal == keep_journal:
             return
         try:
             if config.keep_journal:
-                self.journal = Journal(self.path, self.name, sorted(
-                    int(name.rpartition(".")[2]) for name in os.listdir(self.path)
-                    if re.fullmatch(re.escape(self.name) + r"\.-?[0-9]+", name)))
-                self.renew()                 # puts all that there is in place of what it held
-                self.journal.broken = self._retry is not None      # it has not begun
+                self.journal = self._new_journal(
+                    find_journals(self.path, self.name).get(self.name, ()))
+                self.upkeep.renew()          # puts what there is in place of what it held
             else:
                 self._give_up_journal()
         except OSError as error:
@@ -1683,27 +2002,22 @@ class Queue:
             log.warning("keep_journal of %s stays: the queue is larger than its memory; "
                         "reload when it has shrunk", self.name)
             return
-        self._end_chore()
-        self.safe += len(self._unsynced)
-        self._unsynced.clear()
-        self._delete_journal()
+        for item in itertools.chain(self.opens.values(), self.items):
+            if item.data is None:
+                self._load_data(item)
+        task = self.journal.delete()
+        self.upkeep.stop()
+        self._forget_operations()
+        if task:
+            self.host.start(self._clear(task, self.journal.path))
+        self.journal = None
 
-    def _delete_journal(self):
-        journal, self.journal = self.journal, None
-        chore = journal and journal.delete()
-        if chore:
-            self.start(self, chore)
-
-    def _trace_if_wanted(self):
-        self.__dict__.pop("_log", None)
-        if self.config.enable_trace:         # costs nothing where it is off
-            self._log = self._log_and_tell
-
-    def _log_and_tell(self, opcode, item, xid=0):
-        trace.info("queue %s: %s%s", self.name, OPCODE_NAMES.get(opcode, "FLUSH"),
-                   " %d items" % xid if opcode == Journal.FLUSH
-                   else " xid=%d" % xid if xid else " %d bytes" % len(item.data))
-        Queue._log(self, opcode, item, xid)
+    def _forget_operations(self):
+        """Nothing will be written any more of the operations so far."""
+        self.safe = self.written = self.logged
+        self.ops, self.unsafe = [], []
+        self._fresh.clear()
+        self._settle()
 
     # -- adding and taking
 
@@ -1711,7 +2025,7 @@ class Queue:
         """Append an item; False when the queue is full or the item too large for it.
 
         flags: 32 bits given back with the item. expiry: milliseconds of the epoch from
-        which on it is not handed out any more, 0 for none.
+        which on it is not handed out any more, 0 for none. Raises OSError if memory is short.
         """
         config = self.config
         if now is None:
@@ -1723,24 +2037,32 @@ class Queue:
         size = len(data)
         if size > config.max_item_size:
             return False
+        cost = size + ITEM_COST
+        budget = self.host.budget
+        if self._behind is None and (
+                self.memory + self.open_memory + cost > config.max_memory_size
+                or budget.memory + cost > budget.most_memory):
+            self._fall_behind(cost)
         if self.count >= config.max_items or self.bytes >= config.max_size:
-            self.discard_expired(now, min(config.max_expire_sweep, self.sweep_limit))
+            self.discard_expired(now, min(config.max_expire_sweep, self.host.sweep_limit))
             while self.count >= config.max_items or self.bytes >= config.max_size:
                 if not config.discard_old_when_full or not self.count:
                     return False
-                self.discarded += 1
-                self._log(REMOVE, self._pop())
+                if self.items or self._refill():
+                    self.counters.discarded += 1
+                    self._log(REMOVE, self._pop())
         item = Item(data, now, expiry, flags if config.keep_flags else 0)
-        if self._behind or (self.memory + size + ITEM_COST > config.max_memory_size
-                            and self._fall_behind()):
+        if self._behind:
             self._fresh.append(item)
         else:
             self.items.append(item)
-            self.memory += size + ITEM_COST
+            self.memory += cost
+            budget.memory += cost
         self.count += 1
         self.bytes += size
-        self.total_items += 1
-        self.put_bytes += size
+        counters = self.counters
+        counters.total_items += 1
+        counters.put_bytes += size
         self._log(ADDX, item)
         if self.waiters:
             self._serve(now)
@@ -1751,72 +2073,87 @@ class Queue:
         the number by which it is to be confirmed or aborted.
 
         With a sweep_limit, None though there are items (`count`) means that so many at the
-        head have expired that it is to be called again."""
+        head have expired that it is to be called again. Raises OSError when it cannot be read.
+        """
         if now is None:
             now = _now()
-        if not self.count:
+        if not self.count or not (self.items or self._refill()):
             return None
-        head = self.items[0] if self.items else self._head()
+        head = self.items[0]
         if ((head.expiry or self.config.max_age) and self._is_expired(head, now)
                 and not self._sweep(now)):
             return None
         item = self._pop()
-        self.age = now - item.add_time if now > item.add_time else 0
-        self.get_hits += 1
-        self.get_bytes += len(item.data)
+        counters = self.counters
+        counters.age = now - item.add_time if now > item.add_time else 0
+        counters.get_hits += 1
+        counters.get_bytes += len(item.data)
         if open:
-            self.transactions += 1
+            counters.transactions += 1
             self._open(item)
         else:
             self._log(REMOVE, item)
         return item
 
     def peek(self, now=None):
-        """The head item, which stays where it is, or None, as remove()."""
+        """Return the head item, which stays where it is, or None, as remove()."""
         now = _now(now)
-        if not self.count or self._is_expired(self._head(), now) and not self._sweep(now):
+        if not self.count or not (self.items or self._refill()):
             return None
-        return self._head()
+        if self._is_expired(self.items[0], now) and not self._sweep(now):
+            return None
+        if self.items[0].data is None:
+            self._load_data(self.items[0])
+        return self.items[0]
 
     def _sweep(self, now):
-        """Drop what has expired before a read; whether there is an item for it then."""
-        self.discard_expired(now, self.sweep_limit)
-        return self.count and not self._is_expired(self._head(), now)
+        """Drop expired items before a read; return whether there is an item for it then."""
+        self.discard_expired(now, self.host.sweep_limit)
+        return (self.count and (self.items or self._refill())
+                and not self._is_expired(self.items[0], now))
 
     def confirm(self, xid):
         """Finish an open read; False when there is none of that number."""
-        item = self.opens.pop(xid, None)
-        if item is None:
+        if xid not in self.opens:
             return False
         self._stop_alarm(xid)
-        self._log(CONFIRM, item, xid)
+        self._log(CONFIRM, self._end_read(xid), xid)
         return True
 
     def abort(self, *xids, now=None, orphaned=False):
         """Put open reads back at the head, the first one given in front of the others;
         return how many there were. `orphaned`: nobody waits to hear of it, so that it has
-        to be done all the same after a failed write."""
+        to be done all the same after a failure."""
         known = [xid for xid in xids if xid in self.opens]
         for xid in reversed(known):
-            item = self.opens.pop(xid)
+            item = self._end_read(xid)
             self._stop_alarm(xid)
             self._push(item)
-            self.canceled_transactions += 1
-            if orphaned:
-                self._orphans.add(xid)
+            self.counters.canceled_transactions += 1
             self._log(UNREMOVE, item, xid)
-        if known and self.waiters:
-            self._serve(_now(now))
+        if known:
+            if orphaned:
+                self.when_safe(functools.partial(self._abort_again, known))
+            if self.waiters:
+                self._serve(_now(now))
         return len(known)
+
+    def _abort_again(self, xids, error):
+        if error and self.host.later:
+            self.host.later(RETRY_MS, functools.partial(self.abort, *xids, orphaned=True))
 
     def flush(self):
         """Drop all waiting items. Open reads stay open."""
-        self.total_flushes += 1
+        self.counters.total_flushes += 1
         if self.count:
             held = self.items, self._fresh, self._behind, self.count, self.bytes, self.memory
-            self.items, self._fresh, self._behind = collections.deque(), collections.deque(), None
-            self.count = self.bytes = self.memory = 0
-            self._log(Journal.FLUSH, held, held[3])
+            self._drop_items()
+            self._log(FLUSH, held, held[3])
+
+    def _drop_items(self):
+        self.items, self._fresh, self._behind = collections.deque(), collections.deque(), None
+        self.host.budget.memory -= self.memory
+        self.count = self.bytes = self.memory = 0
 
     def discard_expired(self, now=None, limit=None):
         """Take expired items from the head, at most `limit` (default: max_expire_sweep),
@@ -1825,16 +2162,18 @@ class Queue:
         count = 0
         if limit is None:
             limit = self.config.max_expire_sweep
-        while count < limit and self.count and self._is_expired(self._head(), now):
+        moves = self.host.bury and self.config.expire_to_queue not in (None, self.name)
+        while count < limit and self.count and (self.items or self._refill()) and (
+                self._is_expired(self.items[0], now)):
             count += 1
-            item = self._pop()
-            if self.bury and not is_lost(item):
+            item = self._pop(moves)
+            if moves and not is_lost(item):
                 # Open until it is safe elsewhere, so that a crash cannot lose it.
                 self._open(item)
-                self.bury(self, item)
+                self.host.bury(self, item, now)
             else:
                 self._log(REMOVE, item)
-        self.expired_items += count
+        self.counters.expired_items += count
         return count
 
     # -- waiting
@@ -1859,8 +2198,8 @@ class Queue:
                 item = self.peek(now) if waiter.peek else self.remove(waiter.open, now)
             except OSError as error:         # while reading behind: they wait on
                 log.error("%s: cannot be read: %s", self.journal.path, error.strerror)
-                if self.later:
-                    self.later(RETRY_MS, self.recover)
+                if self.host.later:
+                    self.host.later(RETRY_MS, self.recover)
                 return
             if item is not None:
                 del self.waiters[waiter]
@@ -1870,179 +2209,269 @@ class Queue:
 
     # -- the journal
 
-    def write(self):
-        """Hand what has changed to the kernel.
+    @property
+    def logged(self):
+        """The position of the last operation."""
+        return self.safe + len(self.unsafe) + len(self.ops)
 
-        Raises OSError when that fails; every change since the last write() has then been
-        undone. With sync_journal = 0 the changes are remembered until synced().
+    def when_safe(self, call):
+        """Make a call, with None, when all operations so far are safe; or, with an OSError,
+        when they have been undone."""
+        if self.logged <= self.safe:
+            call(None)
+        else:
+            self._pending.append((self.logged, call))
+
+    def _settle(self):
+        while self._pending and self._pending[0][0] <= self.safe:
+            self._pending.popleft()[1](None)
+
+    def write(self):
+        """Hand the operations so far to the kernel.
+
+        A large batch is handed to the worker, if there is one, and what comes after it waits.
+        Raises OSError when that fails; all operations that are not safe have been undone then.
         """
         journal = self.journal
-        if journal is None:
+        if journal is None or self.closed or self._writing:
             return
-        ops = journal.ops
-        if ops or journal.torn:
-            if self.config.sync_journal == 0 and not self._unsynced:
-                self._checkpoint = journal.checkpoint()
-            try:
-                passed = journal.write(self.opens)
-            except OSError:
-                journal.ops = []
-                self._undo(ops)
-                if self._retry_due or self._retry and not self.later:
-                    self._try_again(self._retry)
-                raise
-            self._fresh.clear()
-            if self.config.sync_journal == 0 or self._unsynced:
-                self._unsynced += ops
-                self.remembered += len(ops)
-            elif self._orphans:
-                self._orphans.clear()
-            if passed:
-                self._pack_mark = self.remembered
-        if self._retry_due:
-            self._try_again(self._retry)
+        upkeep = self.upkeep
+        if upkeep.renewing is not None and not upkeep.can_write():
+            return                           # it comes back here at its end
+        ops = self.ops
+        plan = None
+        try:
+            if upkeep.renewing is not None:
+                raise upkeep.error
+            if journal.torn:
+                journal.cut()
+            if not ops:
+                upkeep.check()
+                return
+            plan = journal.plan(ops, self.count, self.opens)
+            if plan.size >= _LARGE and self.host.work:
+                call = journal.write_call(plan)
+            else:
+                call = None
+                journal.write(plan)
+        except (OSError, MemoryError) as error:
+            if isinstance(error, MemoryError):
+                error = OSError(errno.ENOMEM, "out of memory", journal.path)
+            if is_short_of_descriptors(error) and self.host.later:
+                self.host.later(_NO_DESCRIPTOR_MS, functools.partial(self.host.changed, self))
+                return
+            raise self._go_back(error, plan is not None) from None
+        position = self.logged
+        self.ops = []
+        if call:
+            self.unsafe += ops
+            self._writing = plan
+            self.host.work(call, functools.partial(
+                self._wrote, plan, position, self._fresh, len(self._fresh)))
+            return
+        if self.config.sync_journal == 0 or self.unsafe:
+            self.unsafe += ops
         else:
-            self._compact()
+            self.safe = position             # as a rule
+        self._fresh.clear()
+        self._commit(plan, position)
 
-    def rest(self):
-        """Close the files, which a queue that is idle does not need; how many were open."""
-        if not self.journal or self._chore:
-            return 0
-        return self.journal.rest(self.config.sync_journal is None)
+    def _commit(self, plan, position):
+        """Make a batch that has been written count."""
+        self.written = position
+        if self.config.sync_journal != 0 and self.unsafe:
+            self._advance(position)
+        self.journal.commit(plan, position, self.safe >= position)
+        if self._pending:
+            self._settle()
+        self.upkeep.check()
+
+    def _advance(self, position):
+        """All operations up to a position are safe."""
+        if position > self.safe:
+            del self.unsafe[:position - self.safe]
+            self.safe = position
+            self.journal.forget(position)
+
+    def _wrote(self, plan, position, fresh, count, error):
+        """The worker has written a plan, or failed."""
+        self._writing = None
+        if self.closed or self.journal is None:
+            return
+        failure, self._failure = self._failure, None
+        if error:
+            self.journal.tear(plan)
+            self._go_back(error, True)
+        else:
+            if fresh is self._fresh:         # else they have been flushed or read since
+                for _ in range(count):
+                    fresh.popleft()
+            self._commit(plan, position)
+        if failure:
+            self.sync_failed(*failure)
+        self.host.changed(self)
 
     def begin_sync(self):
-        """What to fsync (descriptors, to be closed) and what to tell synced() then."""
-        self._next_checkpoint = self.journal.checkpoint()
-        return self.journal.descriptors(), len(self._unsynced)
+        """Return the call that fsyncs what has been written, and the Sync to pass on to
+        synced() then, or to sync_failed(). Raises OSError."""
+        return self.journal.begin_sync(self.written)
 
-    def synced(self, count):
-        """The first `count` of the remembered changes are on the disk."""
-        if self.journal is None:             # a reload has taken it away
+    def needs_sync(self):
+        """Return whether there is something that begin_sync() could begin."""
+        return (self.journal is not None and self.upkeep.renewing is None
+                and self.journal.needs_sync())
+
+    def synced(self, sync):
+        """An fsync has been done."""
+        if self.journal is None or self.upkeep.renewing is not None:
+            return                           # a reload has taken it away, or it is out of date
+        self.durable = max(self.durable, sync.position)
+        if self.closed:
+            self._forget_operations()
             return
-        self.journal.synced()
-        del self._unsynced[:count]
-        self.safe += count
-        if not self._unsynced:
-            self._orphans.clear()
-        self._checkpoint = self._next_checkpoint
-        self._compact()
+        self._advance(sync.position)
+        self._settle()
+        self.upkeep.check()
 
-    def is_unsafe(self):
-        """Whether there are remembered changes."""
-        return bool(self._unsynced)
+    def sync_failed(self, sync, error):
+        """An fsync has failed, or could not begin: undo what waits for it. What has been
+        acknowledged and may be lost by now is written anew. sync: None if it did not begin."""
+        if self.journal is None:
+            return
+        if sync:
+            self.journal.sync_failed(sync)
+        if self._writing:                    # the worker would write behind what is cut
+            self._failure = sync, error
+            return
+        if self.closed:
+            self._tell_pending(Unclear(error.errno, error.strerror, error.filename))
+            return
+        is_doubtful = self.durable < self.safe
+        self._go_back(error)
+        if is_doubtful and self.upkeep.renewing is None:
+            self.upkeep.renew()
 
-    def mark(self):
-        """What `safe` will have reached when the changes so far are as safe as the answers
-        to them must be."""
-        if self.journal is None or self.config.sync_journal != 0:
-            return self.safe
-        return self.remembered + len(self.journal.ops)
-
-    def sync_failed(self):
-        """An fsync failed: undo the changes that were to wait for it, and have the rest
-        written anew, since the kernel may have dropped any of it."""
-        self._end_chore()
-        self.safe += len(self._unsynced)
-        undone = bool(self._unsynced)
-        ops = self._unsynced + self.journal.ops
-        self._unsynced = []
-        self.journal.ops = []
+    def _go_back(self, error, was_written=False):
+        """Undo all operations that are not safe. Return the error to be told: Unclear when
+        they may still be in the files. was_written: whether this can be so of all of them."""
+        logged, safe = self.logged, self.safe
+        ops = self.unsafe + self.ops
+        was_written = was_written or bool(self.unsafe)
+        self.unsafe, self.ops = [], []
         self._undo(ops)
-        if undone and self._behind:
-            self.journal.go_back(self._checkpoint, self.count)
-        self.journal.broken = True
-        self.renew()
+        self.journal.go_back(safe)
+        if self.durable == safe:
+            self.durable = logged
+        self.safe = self.written = logged
+        error = _bare(error)
+        if error.errno == errno.ESTALE:      # what is in a file without a name does not matter
+            if self.upkeep.renewing is None:
+                log.error("%s: %s; the queue is written anew", error.filename, error.strerror)
+                self.upkeep.renew()
+        elif was_written:
+            try:
+                self.journal.cut()
+            except OSError as failure:
+                log.error("%s: cannot be cut back: %s", self.journal.path, failure.strerror)
+                error = Unclear(error.errno, error.strerror, error.filename)
+        self.host.failed(self, error)
+        self._tell_pending(error)
+        return error
 
-    def renew(self):
-        """Have the journal written anew: from memory, or from what can be read of it. Until
-        that is done nothing can be written."""
-        self._end_chore()
-        self.journal_rewrites += 1
-        try:
-            if self._behind:
-                chore = self.journal.copy_anew()
-            else:
-                if not self._started_over:
-                    self.journal.start_over(self.opens, self.items)
-                    self._started_over = True
-                chore = self.journal.pack(self.xid)
-            self._begin(chore)
-        except OSError as error:
-            self._chore_failed(error)
+    def _tell_pending(self, error):
+        pending, self._pending = self._pending, collections.deque()
+        for _, call in pending:
+            call(error)
 
     def pack(self):
         """Write what the queue holds as one minimal file in place of all its files, at once.
         For a queue that is used alone. Raises OSError."""
-        self.journal.start_over(self.opens, self.items)
-        self._begin(self.journal.pack(self.xid))
-        if self.journal.wanted:
-            raise OSError(errno.EIO, "not packed, see the log", self.journal.path)
+        if self._behind:
+            raise OSError(errno.ENOMEM, "larger than max_memory_size", self.journal.path)
+        run_task(self.upkeep.rewrite())
+        passing = self.journal.next_passing(self.safe)
+        if passing:
+            run_task(self.journal.pack(passing, self.xid))
         self.journal.adopt_pack()
 
     def recover(self, now=None):
-        """After a failed write, or read: do what is still to be done and give waiters their
-        items."""
-        if self.closed:
-            return
-        now = _now(now)
-        if self.journal and self.journal.torn:
-            self.dirty(self)
-        orphans = [xid for xid in self.opens if xid in self._orphans]
-        self.abort(*orphans, now=now, orphaned=True)
-        self._serve(now)
+        """After a failure: do what is still to be done and give waiters their items."""
+        if not self.closed:
+            if self.journal and self.journal.torn:
+                self.host.changed(self)
+            self._serve(_now(now))
 
     def close(self):
         """Write and fsync what has changed, and close the journal. Raises OSError."""
         if self.closed:
             return
-        self.closed = True
         self.dismiss_waiters()
-        self.dirty = Queue._refuse_closed
-        if self.journal:
-            try:
+        try:
+            if self.journal:
                 self.write()
-                self._end_chore()
-                error = fsync_all(self.journal.descriptors())
-                if error:
-                    raise error
-            finally:
-                self._end_chore()
+                self.upkeep.finish()
+                try:
+                    self.sync_now()
+                except OSError:
+                    if self.upkeep.renewing is None:
+                        raise
+                    self.upkeep.finish()
+        finally:
+            self.closed = True
+            self.upkeep.stop()
+            if self.journal:
                 self.journal.close()
 
     def delete(self):
-        """Forget all items and remove the files. Raises OSError."""
+        """Forget all items and remove the files. Raises OSError, and then nothing has changed."""
+        task = self.journal.delete() if self.journal else None
         self.closed = True
-        self.items.clear()
-        self._fresh.clear()
-        self._behind = None
-        self.opens.clear()
-        self.count = self.bytes = self.memory = 0
+        self.upkeep.stop()
+        self.upkeep.renewing = None
+        self._drop_items()
+        for xid in list(self.opens):
+            self._stop_alarm(xid)
+            self._end_read(xid)
+        self._forget_operations()
         self.dismiss_waiters()
-        self._end_chore()
-        self._delete_journal()
+        if task:
+            self.host.start(self._clear(task, self.journal.path))
+        if self.journal and self.config.sync_journal == 0:
+            self.unsafe = [None]             # stands for the removal, until it is durable
+            self.journal.directory_changed = True
+            if self.host.work:
+                self.host.changed(self)
+            else:
+                self.sync_now()
 
-    def _write_now(self):
-        """The `dirty` of a queue that is used alone."""
+    @staticmethod
+    def _clear(task, path):
+        try:
+            yield from task
+        except OSError as error:
+            log.error("%s: what is left of it is deleted later: %s", path, error.strerror)
+
+    def write_now(self):
+        """Write what has changed, and fsync it if sync_journal is 0. Raises OSError."""
+        if self.closed:
+            self.ops = []
+            raise ValueError("the queue %s is closed" % self.name)
         self.write()
         if self.config.sync_journal == 0:
-            fds, count = self.begin_sync()
-            error = fsync_all(fds)
-            if error:
-                self.sync_failed()
-                raise error
-            self.synced(count)
+            self.sync_now()
 
-    def _refuse_closed(self):
-        self.journal.ops.clear()
-        raise ValueError("the queue %s is closed" % self.name)
-
-    def _run_now(self, chore):
-        """The `start` of a queue that is used alone."""
-        error = None
-        with contextlib.suppress(StopIteration):
-            while True:
-                call = chore.throw(error) if error else next(chore)
-                error = call and call()
+    def sync_now(self):
+        """fsync what has been written, at once. Raises OSError."""
+        sync = None
+        try:
+            if not self.needs_sync():
+                return
+            call, sync = self.begin_sync()
+            _raise(call())
+        except OSError as error:
+            self.sync_failed(sync, error)
+            raise
+        self.synced(sync)
 
     def _load(self):
         """Read the journal, as often as it takes to repair it."""
@@ -2054,19 +2483,17 @@ class Queue:
                 return
             except Damage:
                 self.journal.repair(file)
-                self.items.clear()
+                self._drop_items()
                 self.opens.clear()
-                self._behind = None
-                self.count = self.bytes = self.memory = self.xid = 0
+                self.xid = 0
 
     def _replay(self):
-        """Do what the journal says; yields each file before it is read. Raises Damage."""
+        """Do what the journal says; yield each file before it is read. Raises Damage."""
         opens = self.opens
         journal = self.journal
         ignored = 0
         added = []                      # how many items each file adds
         last_head = 0                   # the last file that does something to the head
-        total = journal.total_size()
         told = time.monotonic()
         done = 0                        # bytes of the files before this one
         records = 0
@@ -2079,7 +2506,7 @@ class Queue:
                 if not records % 10000 and time.monotonic() > told + _PROGRESS_SECONDS:
                     told = time.monotonic()
                     log.info("loading %s: %d %%, %d items", self.name,
-                             100 * (done + offset) // total, self.count)
+                             100 * (done + offset) // journal.size, self.count)
                 if item is not None:
                     added[-1] += 1
                     if opcode == CONTINUE:
@@ -2093,12 +2520,12 @@ class Queue:
                 offset = end
                 last_head = number
                 if opcode == REMOVE and self.count:
-                    self._pop()
+                    self._replay_pop()
                 elif opcode == OPEN and self.count:
-                    opens[xid] = self._pop()
+                    opens[xid] = self._replay_pop()
                     self.xid = xid
                 elif opcode == OPEN_NEXT and self.count:
-                    item = self._pop()
+                    item = self._replay_pop()
                     xid = item.xid or self._next_xid()
                     opens[xid] = item
                     self.xid = xid
@@ -2115,160 +2542,201 @@ class Queue:
             log.warning("%s: %d operations on items that are not there, ignored",
                         journal.path, ignored)
         journal.account(added, last_head, self.count)
+        for item in opens.values():
+            self._count_read(item)
         self.abort(*opens, orphaned=True)
-        self.canceled_transactions = 0
+        self.counters.canceled_transactions = 0
+
+    def _replay_pop(self):
+        """Take the head item, whose data may have to be read again."""
+        if not self.items:
+            self._read_more(self.count)
+        return self._take()
 
     def _append(self, item, file, offset):
         """Append an item that stands at `offset` of a file of the journal."""
-        size = len(item.data)
+        cost = len(item.data) + ITEM_COST
         if self._behind is None and (
-                self.memory + size + ITEM_COST > self.config.max_memory_size):
+                self.memory + cost > self.config.max_memory_size
+                or self.items and self._is_short_for(cost)):
             self._behind = ReadBehind(self.journal, file, offset)
         if self._behind is None:
             self.items.append(item)
-            self.memory += size + ITEM_COST
+            self._use(cost)
         self.count += 1
-        self.bytes += size
+        self.bytes += len(item.data)
 
-    # -- compaction and read-behind
+    # -- memory
 
-    def _compact(self):
-        """See to it that the journal does not outgrow what it stands for."""
-        journal = self.journal
-        config = self.config
-        current = journal.current
-        total = journal.total_size() if journal.passed or len(journal.files) > 1 else current.size
-        if self._chore or self._retry or journal.broken or journal.ops:
-            return                           # the next write, or the end of that, comes here
-        try:
-            if not self.count and not self.opens and not self._unsynced:
-                if total >= config.default_journal_size:
-                    journal.start_over({}, ())
-            elif current.size > config.max_memory_size:
-                journal.rotate(self.count)
-                self.journal_rotations += 1
-            elif (total > config.max_journal_size and not self._behind
-                    and not self._resting and (self.later or total > 2 * self._floor)):
-                journal.start_over(self.opens, self.items)
-                self.journal_rewrites += 1
-                self._rest(config.min_journal_compact_delay)
-            if journal.wanted and self.safe >= self._pack_mark:
-                self._begin(journal.pack(self.xid))
-        except OSError as error:
-            log.error("%s: cannot be compacted: %s", journal.path, error.strerror)
+    def _use(self, cost):
+        self.memory += cost
+        self.host.budget.memory += cost
 
-    def _rest(self, delay):
-        """No other compaction for so many milliseconds."""
-        if self.later:
-            self._resting = True
-            self.later(delay, self._rested)
+    def check_memory(self, size):
+        """Raise OSError if there is no memory for an item of so many bytes."""
+        if not self.journal and self._is_short_for(size + ITEM_COST):
+            raise OSError(errno.ENOMEM, "out of memory", self.name)
 
-    def _rested(self):
-        self._resting = False
+    def _is_short_for(self, cost):
+        """Return whether the server has no memory left for an item of that cost."""
+        budget = self.host.budget
+        return (budget.memory + cost > budget.most_memory
+                and self.memory + self.open_memory + cost > MEMORY_FLOOR)
 
-    def _begin(self, chore):
-        self._chore = self._attend(chore)
-        self.start(self, self._chore)
-
-    def _attend(self, chore):
-        """The chore, and what is to be seen to when it is done."""
-        try:
-            yield from chore
-        except OSError as error:
-            self._chore_failed(error)
-        else:
-            was_broken = self.journal.broken
-            self.journal.broken = self._started_over = False
-            self._chore = None
-            self._troubled = False
-            self._floor = self.journal.total_size()
-            self._compact()
-            if was_broken:
-                self.recover()
-
-    def _chore_failed(self, error):
-        if not self._troubled:
-            log.error("%s: not rewritten: %s", self.journal.path, error.strerror)
-        self._troubled = True
-        self._chore = None
-        self._retry = object()
-        if self.later:
-            self.later(RETRY_MS, functools.partial(self._try_again, self._retry))
-
-    def _try_again(self, retry):
-        if self.closed or retry is not self._retry:
-            return
-        # What is in memory must be what has been written: else write() comes back to it.
-        self._retry_due = bool(self.journal.ops)
-        if not self._retry_due:
-            self._retry = None
-            if self.journal.broken:
-                self.renew()
-            else:
-                self._compact()
-
-    def _end_chore(self):
-        chore, self._chore = self._chore, None
-        self._retry = None
-        self._retry_due = False
-        if chore:
-            chore.close()
-
-    def _fall_behind(self):
-        """From here on the items are left in the journal, if there is one; else False."""
-        if not self.journal or not self.items:
-            return False
-        journal = self.journal
-        pending = sum(op[0] == ADDX for op in journal.ops)     # written behind what is there
-        self._behind = ReadBehind(journal, journal.current, journal.current.size, pending)
-        return True
+    def _fall_behind(self, cost):
+        """From here on leave items in the journal, if memory is used up for an item of that
+        cost. Raises OSError if there is no journal and the server has no memory left."""
+        self.check_memory(cost - ITEM_COST)
+        memory = self.memory + self.open_memory + cost
+        if self.journal and (self._is_short_for(cost) or self.items and (
+                memory > self.config.max_memory_size)):
+            journal = self.journal
+            pending = sum(op[0] == ADDX for op in self.ops)    # written behind what is there
+            if self._writing:
+                pending += sum(op[0] == ADDX for op in self.unsafe[self.written - self.safe:])
+            self._behind = ReadBehind(journal, journal.current, journal.current.size, pending)
 
     def _refill(self):
-        """Read more of the items that are not in memory. Raises OSError."""
-        most = self.count - len(self.items) - len(self._fresh)
-        if most:
-            # A quarter for the items, another for their data; the first half is still there.
-            room = self.config.max_memory_size // 4
-            most = min(most, max(1, room // ITEM_COST))
-            for item in self._behind.read(most, max(4096, min(_STEP_SIZE, room))):
-                self.items.append(item)
-                self.memory += len(item.data) + ITEM_COST
-        if self.count == len(self.items) + len(self._fresh):
+        """Read more of the items that are not in memory. Return whether there are any in
+        memory then. Raises OSError."""
+        unread = self.count - len(self.items) - len(self._fresh)
+        while unread > 0:
+            file = self._behind.file
+            try:
+                found = self._read_more(unread)
+            except Damage:
+                self._mend(unread)
+            except FileNotFoundError as error:
+                self._mend_missing(unread, error)
+            else:
+                if self._behind.file is not file or not found:
+                    self._check_count(file, unread, found)
+                if found:
+                    break
+            unread = self.count - len(self.items) - len(self._fresh)
+        if self._behind and self.count == len(self.items) + len(self._fresh):
             self._catch_up()
+        return bool(self.items)
+
+    def _read_more(self, unread):
+        """Read some of the items that are not in memory, and return how many. Raises OSError
+        and Damage."""
+        budget = self.host.budget
+        most = self.config.max_memory_size
+        # A quarter for the items, another for their data; the first half is still there.
+        room = max(min(most, budget.most_memory - budget.memory), min(most, MEMORY_FLOOR)) // 4
+        items = self._behind.read(min(unread, max(1, room // ITEM_COST)),
+                                  max(4096, min(_STEP_SIZE, room)))
+        for item in items:
+            self.items.append(item)
+            self._use(len(item.data) + ITEM_COST)
+        return len(items)
 
     def _catch_up(self):
         """All that waits is in memory again."""
         self.items.extend(self._fresh)
-        self.memory += sum(len(item.data) + ITEM_COST for item in self._fresh)
-        self._fresh.clear()
+        self._use(sum(len(item.data) + ITEM_COST for item in self._fresh))
+        self._fresh = collections.deque()
         self._behind = None
+
+    def _mend(self, unread):
+        """Repair the file that is being read behind. Raises OSError."""
+        file, start = self._behind.file, self._behind.offset
+        if self._writing and file in self._writing.waiting:
+            raise OSError(errno.EAGAIN, "damaged, and repaired in a moment", file.path)
+        for item in itertools.chain(self.opens.values(), self.items):
+            if item.place and item.place.file is file and item.place.offset >= start:
+                if item.data is None:        # its offset will change
+                    self._load_data(item)
+                item.place = None
+        size = file.size
+        cut = self.journal.repair(file, start)
+        with open(file.path, "rb") as source:
+            source.seek(start)
+            there = sum(item is not None for _, _, item, _ in read_records(source))
+        lost = self._unread_of(file, unread) - there + self._behind.skip
+        for write in self.journal.writes:    # what is not safe is behind what is damaged
+            write.before[:] = [
+                (one, old + file.size - size, waiting - lost) if one is file
+                else (one, old, waiting) for one, old, waiting in write.before]
+        self._lose(file, lost, cut)
+
+    def _mend_missing(self, unread, error):
+        """The file that is to be read behind has disappeared: go on without it. Raises OSError."""
+        file = self._behind.file
+        lost = self._unread_of(file, unread)
+        log.error("%s: %s; %d items are lost", file.path, error.strerror, lost)
+        self.journal.replace_missing(file, max(0, file.waiting - lost))
+        self._behind.offset = file.size
+        self._lose(file, lost, 0)
+
+    def _check_count(self, file, unread, found):
+        """A file has been read to its end: correct the counts if it had more or fewer items
+        than it should have had, since somebody else has changed it."""
+        files = self.journal.files
+        if found and self._behind.file is files[0]:
+            return                           # the file was passed, so that its count was right
+        after = files[files.index(self._behind.file):] if found else []
+        lost = unread - sum(other.waiting for other in after)
+        if lost:
+            log.error("%s: %d items are missing", file.path, lost)
+            self._lose(file, lost, 0)
+
+    def _unread_of(self, file, unread):
+        """Return how many of the unread items should be in this file, not in those after it."""
+        files = self.journal.files
+        after = files[files.index(file) + 1:] if file in files else files
+        return unread - sum(other.waiting for other in after)
+
+    def _lose(self, file, count, size):
+        """Count items that are lost from a file, of about so many bytes."""
+        file.waiting -= count
+        self.count -= count
+        self.bytes = max(0, self.bytes - size) if self.count else 0
+
+    def _load_data(self, item):
+        """Read the data of a stub among `items` or `opens` again. Raises OSError."""
+        self.journal.load(item)
+        if self.opens.get(item.xid) is item:
+            self.open_memory += len(item.data)
+            self.host.budget.memory += len(item.data)
+        else:
+            self._use(len(item.data))
 
     # -- single steps
 
-    def _head(self):
-        if not self.items:
+    def _pop(self, load=True):
+        """Take the head item, of which there is one in memory. Raises OSError."""
+        if self._behind and self.memory <= self._allowance() // 2:
             self._refill()
-        return self.items[0]
-
-    def _pop(self):
-        if self._behind and self.memory <= self.config.max_memory_size // 2:
-            self._refill()
+        if self.items[0].data is None and load:
+            self._load_data(self.items[0])
         return self._take()
+
+    def _allowance(self):
+        budget = self.host.budget
+        if budget.memory > budget.most_memory:
+            return min(MEMORY_FLOOR, self.config.max_memory_size)
+        return self.config.max_memory_size
 
     def _take(self):
         item = self.items.popleft()
-        size = len(item.data)
         self.count -= 1
-        self.bytes -= size
-        self.memory -= size + ITEM_COST
+        if item.data is None:
+            self.bytes -= item.place.size
+            self._use(-ITEM_COST)
+        else:
+            size = len(item.data)
+            self.bytes -= size
+            self.memory -= size + ITEM_COST
+            self.host.budget.memory -= size + ITEM_COST
         return item
 
     def _push(self, item):
-        size = len(item.data)
         self.items.appendleft(item)
         self.count += 1
-        self.bytes += size
-        self.memory += size + ITEM_COST
+        self.bytes += item.place.size if item.data is None else len(item.data)
+        self._use(_cost(item))
 
     def _is_expired(self, item, now):
         if item.expiry and item.expiry <= now:
@@ -2285,9 +2753,26 @@ class Queue:
 
     def _open(self, item):
         self.xid = item.xid = xid = self._next_xid()
-        self.opens[xid] = item
+        kept = item
+        if item.place and self.memory + self.open_memory > self._allowance():
+            kept = item.stub()               # it can be read again if it comes back
+        self.opens[xid] = kept
+        self._count_read(kept)
         self._start_alarm(xid)
-        self._log(OPEN, item, xid)
+        self._log(OPEN, kept, xid)
+
+    def _count_read(self, item):
+        cost = _cost(item)
+        self.open_memory += cost
+        self.host.budget.memory += cost
+
+    def _end_read(self, xid):
+        """Take an item out of `opens`."""
+        item = self.opens.pop(xid)
+        cost = _cost(item)
+        self.open_memory -= cost
+        self.host.budget.memory -= cost
+        return item
 
     def limit(self, xid, timeout):
         """Have an open read aborted in so many milliseconds, whatever the settings say."""
@@ -2296,15 +2781,15 @@ class Queue:
 
     def _start_alarm(self, xid, timeout=None):
         timeout = timeout or self.config.open_transaction_timeout
-        if timeout and self.later:
-            self._alarms[xid] = self.later(
+        if timeout and self.host.later:
+            self._alarms[xid] = self.host.later(
                 timeout, functools.partial(self._time_out, xid, timeout // 10))
 
     def _time_out(self, xid, delay):
         # Those that time out soon after go back together with it, to be in their order.
         self._overdue.append(xid)
         if len(self._overdue) == 1:
-            self.later(delay, self._abort_overdue)
+            self.host.later(delay, self._abort_overdue)
 
     def _abort_overdue(self):
         overdue, self._overdue = self._overdue, []
@@ -2315,11 +2800,15 @@ class Queue:
             self._alarms.pop(xid, lambda: None)()
 
     def _log(self, opcode, item, xid=0):
-        journal = self.journal
-        if journal:
-            journal.ops.append((opcode, item, xid))
-            if len(journal.ops) == 1:
-                self.dirty(self)
+        if self.config.enable_trace:
+            trace.info("queue %s: %s%s", self.name, OPCODE_NAMES.get(opcode, "FLUSH"),
+                       " %d items" % xid if opcode == FLUSH
+                       else " xid=%d" % xid if xid else " %d bytes" % len(item.data or b""))
+        if self.journal:
+            ops = self.ops
+            ops.append((opcode, item, xid))
+            if len(ops) == 1:
+                self.host.changed(self)
 
     def _undo(self, ops):
         for opcode, item, xid in reversed(ops):
@@ -2327,63 +2816,224 @@ class Queue:
                 if self._fresh:
                     self._fresh.pop()
                 elif self.count == len(self.items):
-                    self.items.pop()
-                    self.memory -= len(item.data) + ITEM_COST
+                    self._use(-_cost(self.items.pop()))
                 self.count -= 1
                 self.bytes -= len(item.data)
-                self.total_items -= 1
+                self.counters.total_items -= 1
             elif opcode == REMOVE:
                 self._push(item)
             elif opcode == OPEN:
-                self._push(self.opens.pop(xid))
+                self._push(self._end_read(xid))
                 self._stop_alarm(xid)
-            elif opcode == UNREMOVE:
-                self.opens[xid] = self._take()
-                self._start_alarm(xid)
-            elif opcode == CONFIRM:
-                self.opens[xid] = item
+            elif opcode in (UNREMOVE, CONFIRM):
+                self.opens[xid] = self._take() if opcode == UNREMOVE else item
+                self._count_read(self.opens[xid])
                 self._start_alarm(xid)
             else:
                 (self.items, self._fresh, self._behind, self.count, self.bytes,
-                 self.memory) = item
+                 memory) = item
+                self._use(memory)
         if self._behind and self.count == len(self.items) + len(self._fresh):
             self._catch_up()
         self.opens = dict(sorted(self.opens.items()))      # the oldest first, as before
 
     def stats(self, now=None):
-        """What there is to know of it, as (name, value) pairs: those under Kestrel's names,
-        then what is new here. Ages are milliseconds, rates items a second."""
+        """Return what there is to know of it, as (name, value) pairs: those under Kestrel's
+        names, then what is new here. Ages are milliseconds, rates items a second."""
         now = _now(now)
+        counters = self.counters
         return [
             ("items", self.count),
             ("bytes", self.bytes),
-            ("total_items", self.total_items),
-            ("logsize", self.journal.total_size() if self.journal else 0),
-            ("expired_items", self.expired_items),
+            ("total_items", counters.total_items),
+            ("logsize", self.journal.size if self.journal else 0),
+            ("expired_items", counters.expired_items),
             ("mem_items", len(self.items)),
             ("mem_bytes", self.memory - ITEM_COST * len(self.items)),
-            ("age", self.age if self.count else 0),
-            ("discarded", self.discarded),
+            ("age", counters.age if self.count else 0),
+            ("discarded", counters.discarded),
             ("waiters", len(self.waiters)),
             ("open_transactions", len(self.opens)),
-            ("transactions", self.transactions),
-            ("canceled_transactions", self.canceled_transactions),
-            ("total_flushes", self.total_flushes),
-            ("journal_rewrites", self.journal_rewrites),
-            ("journal_rotations", self.journal_rotations),
-            ("create_time", self.create_time),
+            ("transactions", counters.transactions),
+            ("canceled_transactions", counters.canceled_transactions),
+            ("total_flushes", counters.total_flushes),
+            ("journal_rewrites", counters.journal_rewrites),
+            ("journal_rotations", counters.journal_rotations),
+            ("create_time", counters.create_time),
             ("head_age", max(0, now - self.items[0].add_time) if self.items else 0),
-            ("put_bytes", self.put_bytes),
-            ("get_bytes", self.get_bytes),
-            ("get_hits", self.get_hits),
-            ("get_misses", self.get_misses),
-            ("put_rate", round(self.put_rate, 1)),
-            ("get_rate", round(self.get_rate, 1)),
-            ("fsync_usec", self.fsync_usec),
+            ("put_bytes", counters.put_bytes),
+            ("get_bytes", counters.get_bytes),
+            ("get_hits", counters.get_hits),
+            ("get_misses", counters.get_misses),
+            ("put_rate", round(counters.put_rate, 1)),
+            ("get_rate", round(counters.get_rate, 1)),
+            ("fsync_usec", counters.fsync_usec),
         ]
 
 
-# == 4. Broker ============================================================================
+def _cost(item):
+    """Return what an item takes of the memory."""
+    return ITEM_COST + (0 if item.data is None else len(item.data))
+
+
+class Upkeep:
+    """Keeps the journal of a queue small, and writes it anew after a failed fsync: one task
+    at a time.
+
+    error: what ended the last task; it is tried again in a while. renewing: None, or the (open
+    reads, items) of a journal that has to be written anew before anything else is written to
+    it; () if the queue is behind, so that its files have to be copied.
+    """
+
+    def __init__(self, queue):
+        self.queue = queue
+        self.task = None
+        self.error = None
+        self.renewing = None
+        self._rewrite_above = 0              # smaller journals are not rewritten for now
+
+    def can_write(self):
+        """Return whether operations may go on while everything is to be written anew: to be
+        refused, if that has failed. Until it has failed they wait for it."""
+        if self.error and not self.queue.host.later:
+            self.check()                     # without a server it is tried now
+        return self.renewing is None or self.error is not None
+
+    def check(self):
+        """Begin what there is to do, unless something is being done."""
+        if self.task or self.error and self.queue.host.later:
+            return
+        task = self._choose()
+        if task:
+            self.task = self._attend(task)
+            self.queue.host.start(self.task)
+
+    def _choose(self):
+        queue = self.queue
+        journal = queue.journal
+        config = queue.config
+        if self.renewing is not None:
+            return self._renew()
+        if journal.passings:
+            passing = journal.next_passing(queue.safe)
+            if passing:
+                return journal.pack(passing, queue.xid)
+        if queue.count or queue.opens:
+            if journal.current.size > config.max_memory_size:
+                return self._rotate()
+            if journal.size > config.max_journal_size and not queue._behind and (
+                    journal.size > self._rewrite_above and not journal.passings):
+                return self._compact()
+        elif journal.size and journal.size >= config.default_journal_size and not journal.passings:
+            return self.rewrite()
+        return None
+
+    def _attend(self, task):
+        """A task: the one given, and what follows from it."""
+        try:
+            yield from task
+        except OSError as error:
+            self._failed(error)
+            return
+        self.task = self.error = None
+        self.check()
+
+    def _failed(self, error):
+        if self.error is None:
+            log.error("%s: not rewritten: %s", self.queue.journal.path, error.strerror)
+        self.task = None
+        self.error = _bare(error)
+        if self.queue.host.later:
+            self.queue.host.later(RETRY_MS, self._try_again)
+        if self.queue.ops:
+            self.queue.host.changed(self.queue)        # they are refused
+
+    def _try_again(self):
+        if self.error and not self.task and not self.queue.closed and self.queue.journal:
+            task = self._choose()
+            if task:
+                self.task = self._attend(task)
+                self.queue.host.start(self.task)
+            else:
+                self.error = None
+
+    def _rotate(self):
+        """A task: go on with a fresh current file."""
+        yield from self._open_fresh()
+        self.queue.counters.journal_rotations += 1
+
+    def _open_fresh(self):
+        queue = self.queue
+        yield from queue.journal.retire_current()
+        while self.renewing is None and (queue.ops or queue._writing):
+            yield None                       # until memory is what is in the files
+        queue.journal.add_current(os.O_EXCL)
+
+    def rewrite(self):
+        """A task: write all that there is anew, in place of all files there are now."""
+        queue = self.queue
+        yield from self._open_fresh()
+        if queue._behind is None:
+            queue.journal.pass_all(queue.written, queue.safe >= queue.written,
+                                   dict(queue.opens), list(queue.items))
+
+    def _compact(self):
+        """A task: rewrite a journal that has grown too large, at most once in
+        min_journal_compact_delay, or, without a server, once for each doubling."""
+        queue = self.queue
+        yield from self.rewrite()
+        queue.counters.journal_rewrites += 1
+        if queue.host.later:
+            self._rewrite_above = UNLIMITED
+            queue.host.later(queue.config.min_journal_compact_delay, self._allow_rewrites)
+        else:
+            self._rewrite_above = 2 * (queue.memory + queue.open_memory)
+
+    def _allow_rewrites(self):
+        self._rewrite_above = 0
+
+    def renew(self):
+        """Have everything written anew before anything else is written: what is in the files
+        may not be on the disk, or not be what is in memory. No operation may be unwritten."""
+        self.stop()
+        queue = self.queue
+        self.renewing = () if queue._behind else (dict(queue.opens), list(queue.items))
+        queue.counters.journal_rewrites += 1
+        self.check()
+
+    def _renew(self):
+        queue = self.queue
+        journal = queue.journal
+        if self.renewing:
+            if not journal.has_fresh_current():
+                yield from self._open_fresh()
+            journal.pass_all(queue.written, True, *self.renewing)
+            yield from journal.pack(journal.passings[-1], queue.xid)
+            journal.torn.clear()
+            journal.unsynced.clear()
+        else:
+            yield from journal.copy()
+        queue.durable = queue.written
+        self.renewing = None
+        if queue.ops:
+            queue.host.changed(queue)
+        queue.recover()
+
+    def finish(self):
+        """Do at once what has to be done before the journal may be closed. Raises OSError."""
+        if self.renewing is not None:
+            self.stop()
+            run_task(self._renew())
+
+    def stop(self):
+        """Give up the task."""
+        task, self.task = self.task, None
+        self.error = None
+        if task:
+            task.close()
+
+
+# == 5. Broker ============================================================================
 #
 # All queues by name: which queues a name leads to (fanout children, aliases), where
 # expired items go, status, counters. Whatever a client can ask for, in any protocol, is
@@ -2514,21 +3164,28 @@ class Broker:
     config: a Config; the spool is its queue_path. later: see Queue. Loads every queue of
     the spool; raises OSError when the spool cannot be read.
 
-    After each turn write() writes what has changed. `stats` holds the server's counters,
-    `stopping` is set by whoever wants the server to stop, `chores` are generators of which
-    the server runs one step a turn.
+    It is the host of its queues, see Alone. After each turn write() writes what has changed.
+    `stats` holds the server's counters, `stopping` is set by whoever wants the server to stop,
+    `tasks` are run by the server, `work` is set by it when there is a worker.
     """
 
-    def __init__(self, config, later=None, now=None):
+    work = None
+    locks_files = False                   # the spool is locked
+
+    def __init__(self, config, later=None, now=None, budget=None):
         self.config = config
         self.later = later
+        self.budget = budget or Budget()
+        self.sweep_limit = SWEEP_STEP
         self.queues = {}
         self.routes = {}                  # what route() found
         self.children = {}                # parent -> names of its fanout children
         self.dirty = []                   # queues with something to write
-        self.chores = collections.deque()
-        self._expired = []                # (source, item) on the way to expire_to_queue
-        self._moved = []                  # (source, xid, [(target, mark)]) on arrival there
+        self.changed = self.dirty.append
+        self.tasks = collections.deque()
+        self.start = self.tasks.append
+        self._failed = {}                 # queue -> OSError, since the last write()
+        self._deleted = {}                # name -> queue of which files may be left
         self.stopping = False
         self.started = _now(now)
         self.stats = Values(
@@ -2536,7 +3193,7 @@ class Broker:
             get_hits=0, get_misses=0, bytes_read=0, bytes_written=0, queue_creates=0,
             queue_deletes=0, queue_expires=0)
         self.logins = Logins(self)
-        self.aside = None                 # has (work, call) done like a Syncer, set by the server
+        self.aside = None                 # has (work, call) done like a Worker, set by the server
         self.metrics = {                  # name -> what was seen of it
             "turn_usec": Histogram(), "fsync_usec": Histogram(),
             "delivery_latency_msec": Histogram()}
@@ -2551,20 +3208,12 @@ class Broker:
                                  config.server.connection_limit_refuse_writes)
         self._restore_status()
         self.spool = os.path.abspath(config.server.queue_path)
-        self._no_room_until = 0           # seconds of the monotonic clock, see make_room()
         self._unloaded = find_journals(self.spool)
-        for name in sorted(self._unloaded):
+        for name in sorted(name for name, older in self._unloaded.items() if older is not None):
             try:
-                queue = self._create(name, self.started)
+                self._create(name, self.started)
             except OSError as error:
                 log.error("queue %s cannot be loaded: %s", name, error)
-                continue
-            if queue in self.dirty[-1:]:  # reads that were open have been put back
-                try:
-                    queue.write()         # so that it can be closed; for the fsync it stays dirty
-                except OSError:
-                    self.dirty.pop()
-                    queue.recover(self.started)        # dirty anew, for the server to try again
         for name in config.aliases.keys() & self.queues.keys():
             log.warning("the alias %s hides the queue of that name", name)
         self._cas = itertools.count(1)
@@ -2622,44 +3271,29 @@ class Broker:
         return route
 
     def _create(self, name, now):
-        new = functools.partial(
-            Queue, name, self.spool, self.config.queue(name), self._unloaded.get(name, ()),
-            self.dirty.append, self.later, self._start, now)
-        try:
-            queue = new()
-        except OSError as error:
-            if not self.make_room(error):
-                raise
-            queue = new()
+        old = self._deleted.get(name)
+        if old:
+            run_task(old.journal.clear())
+            del self._deleted[name]
+        older = self._unloaded.get(name, ())
+        if older is None:                 # its files could not be tidied up
+            older = find_journals(self.spool, name)[name]
+        queue = Queue(name, self.spool, self.config.queue(name), older, self, now)
         self._unloaded.pop(name, None)
-        queue.sweep_limit = SWEEP_STEP
-        self._configure(queue)
         self.queues[name] = queue
         if "+" in name:
             self.children.setdefault(name.partition("+")[0], []).append(name)
             self.routes.clear()
         return queue
 
-    def make_room(self, error):
-        """If the error is that no descriptors are left, close all journals that are idle; whether
-        that was of any use."""
-        mono = time.monotonic()
-        if error.errno not in (errno.EMFILE, errno.ENFILE) or mono < self._no_room_until:
-            return False
-        closed = sum([queue.rest() for queue in self.queues.values()])
-        if closed * 10 < len(self.queues):   # lest everyone who comes looks at them all, in vain
-            self._no_room_until = mono + 1
-        return closed > 0
-
-    def _configure(self, queue):
-        target = queue.config.expire_to_queue
-        queue.bury = self._bury if target not in (None, queue.name) else None
-
     # -- what clients ask for
 
     def put(self, route, data, flags, expiry, now):
         """Add an item to every queue of the route; False when a target refused it."""
         self.stats.cmd_set += 1
+        if len(route.queues) > 1:
+            for queue in route.queues:
+                queue.check_memory(len(data))
         stored = True
         for queue in route.targets:
             if not queue.add(data, flags, expiry, now):
@@ -2681,8 +3315,12 @@ class Broker:
 
     def delete(self, queue, who="the server"):
         """Remove a queue and its journal. Raises OSError."""
-        log.info("queue %s deleted with %d items by %s", queue.name, queue.count, who)
+        count = queue.count
+        queue.delete()
+        log.info("queue %s deleted with %d items by %s", queue.name, count, who)
         self.stats.queue_deletes += 1
+        if queue.journal and queue.journal.passed:
+            self._deleted[queue.name] = queue
         del self.queues[queue.name]
         self._sampled.pop(queue, None)
         self._history.pop(queue, None)
@@ -2690,7 +3328,6 @@ class Broker:
         parent = queue.name.partition("+")[0]
         if parent != queue.name:
             self.children[parent].remove(queue.name)
-        queue.delete()
 
     def set_status(self, word, who="the server"):
         """Change the status. Raises ValueError if there is no such status."""
@@ -2776,7 +3413,6 @@ class Broker:
         self.routes.clear()
         for queue in self.queues.values():
             queue.configure(config.queue(queue.name))
-            self._configure(queue)
         log.info("%s reloaded by %s", config.path or "the default settings", who)
 
     def discard_expired(self, queue, now, limit=UNLIMITED):
@@ -2790,7 +3426,7 @@ class Broker:
             yield dropped
 
     def sweep(self, now):
-        """A chore: drop what has expired, and queues older than their max_queue_age."""
+        """A task: drop what has expired, and queues older than their max_queue_age."""
         for count, queue in enumerate(list(self.queues.values()), 1):
             try:
                 for _ in self.discard_expired(queue, now, queue.config.max_expire_sweep):
@@ -2798,7 +3434,7 @@ class Broker:
             except OSError as error:
                 log.error("queue %s: what has expired is not dropped: %s", queue.name, error)
             max_age = queue.config.max_queue_age
-            if max_age and queue.create_time + max_age <= now and not (
+            if max_age and queue.counters.create_time + max_age <= now and not (
                     queue.count or queue.opens or queue.waiters or queue.closed):
                 try:
                     self.delete(queue, "max_queue_age")
@@ -2812,97 +3448,90 @@ class Broker:
     # -- what is to be written
 
     def write(self):
-        """Write every journal that has something to write; returns the queues written and,
-        as {queue: OSError}, those that could not be."""
-        written, failed = [], {}
-        for queue in self.dirty:
-            try:
+        """Write every journal that has something to write; return the queues written and, as
+        {queue: OSError}, those of which operations have been undone since the last time."""
+        written = []
+        for queue in self.dirty:             # more may come while items move between queues
+            with contextlib.suppress(OSError):         # failed() has it
                 queue.write()
                 written.append(queue)
-            except OSError as error:
-                failed[queue] = _bare(error)
-                self.make_room(error)        # for the next time
         self.dirty.clear()
+        failed, self._failed = self._failed, {}
         return written, failed
 
-    def move_expired(self, failed, now):
-        """To be called when what write() has written is answered for: items that have expired go
-        on to their expire_to_queue when their being open is on record, and are confirmed when
-        they are safe there. So `dirty` may hold something anew."""
-        if self._moved:
-            moved, self._moved = self._moved, []
-            for move in moved:
-                source, xid, marks = move
-                if any(queue in failed for queue, _ in marks):
-                    self._give_back(source, xid)
-                elif all(queue.safe >= mark or queue.closed or not queue.is_unsafe()
-                         for queue, mark in marks):
-                    source.confirm(xid)
-                else:
-                    self._moved.append(move)
-        if self._expired:
-            expired, self._expired = self._expired, []
-            for source, item in expired:
-                # A failed write has taken it back to the head.
-                if source.opens.get(item.xid) is item:
-                    self._move(source, item, now)
+    def failed(self, queue, error):
+        """The operations of a queue that are not safe have been undone."""
+        self._failed[queue] = _bare(error)
 
-    def sync_failed(self, queue):
-        """An fsync of the queue's journal failed: see Queue.sync_failed."""
-        moved, self._moved = self._moved, []
-        for move in moved:
-            if any(target is queue for target, _ in move[2]):
-                self._give_back(*move[:2])
-            else:
-                self._moved.append(move)
-        queue.sync_failed()
+    def bury(self, queue, item, now):
+        """Move an item that has expired, and is open now, to another queue."""
+        self._advance(self._move(queue, item, now))
 
-    def _start(self, queue, chore):
-        self.chores.append(chore)
-
-    def _bury(self, queue, item):
-        self._expired.append((queue, item))
+    def _advance(self, move, error=None):
+        """Go on with a move, up to where it has to wait again."""
+        with contextlib.suppress(StopIteration):
+            queue = move.send(error)
+            while queue and queue.logged <= queue.safe:
+                queue = move.send(None)
+            if queue:
+                queue.when_safe(functools.partial(self._advance, move))
+            elif self.later:
+                self.later(RETRY_MS, functools.partial(self._advance, move))
 
     def _move(self, source, item, now):
-        key = os.fsencode(source.config.expire_to_queue or "")
+        """Move an open item, in steps. Yield the queue that has to be safe before it goes on,
+        and then be sent the error, if any; or None to go on in a while.
+
+        It stays open until it is safe in all the queues it goes to: what fails on the way is
+        undone, or tried again, and a crash finds it here, or there, or in both places.
+        """
+        error = yield source
+        if error:
+            return                           # it is at the head again
         try:
-            route = self.routes.get(key) or self.route(key, now)
-            for queue in route.queues:
-                queue.add(item.data, item.flags, 0, now)
-        except (OSError, ValueError) as error:       # or there is none since a reload
+            key = os.fsencode(source.config.expire_to_queue or "")
+            targets = (self.routes.get(key) or self.route(key, now)).queues
+            arrived = 0
+            for queue in targets:
+                while not queue.closed:
+                    queue.add(item.data, item.flags, 0, now)
+                    error = yield queue
+                    if not error:
+                        break
+                    if not arrived:
+                        raise error
+                    yield None
+                arrived += 1
+        except (OSError, ValueError) as error:       # or there is no such setting since a reload
             log.error("queue %s: items that expired cannot be moved: %s", source.name, error)
-            self._give_back(source, item.xid)
+            yield None                       # lest a disk that fails makes it go round and round
+            source.abort(item.xid, orphaned=True)
             return
-        self._moved.append((source, item.xid, [(queue, queue.mark()) for queue in route.queues]))
+        while source.confirm(item.xid):
+            error = yield source
+            if not error:
+                break
+            yield None
 
-    def _give_back(self, source, xid):
-        """Put an expired item back that could not be moved; in a while, lest a disk that
-        fails makes it go round and round."""
-        back = functools.partial(source.abort, xid, orphaned=True)
-        if self.later:
-            self.later(RETRY_MS, back)
-        else:
-            back()
-
+    # -- telling
     # -- telling
 
     def sample(self, seconds):
-        """A chore: take the rates of all queues; so many seconds have passed since the last."""
+        """A task: take the rates of all queues; so many seconds have passed since the last."""
         put_rate = get_rate = 0.0
         for count, queue in enumerate(list(self.queues.values()), 1):
             if queue.closed:                 # deleted since the last step
                 continue
             before = self._sampled.get(queue, (0, 0))
-            self._sampled[queue] = after = queue.total_items, queue.get_hits
-            queue.put_rate, queue.get_rate = [
+            counters = queue.counters
+            self._sampled[queue] = after = counters.total_items, counters.get_hits
+            counters.put_rate, counters.get_rate = [
                 (new - old) / seconds for new, old in zip(after, before)]
-            put_rate += queue.put_rate
-            get_rate += queue.get_rate
-            if after == before:
-                queue.rest()
+            put_rate += counters.put_rate
+            get_rate += counters.get_rate
             history = self._history.setdefault(queue, array.array("f"))
             if history or queue.count or after != before:        # nothing is kept of nothing
-                history.extend([queue.count, queue.put_rate, queue.get_rate])
+                history.extend([queue.count, counters.put_rate, counters.get_rate])
                 del history[:-3 * SAMPLES]
             if count % SWEEP_STEP == 0:
                 yield
@@ -2925,7 +3554,7 @@ class Broker:
             ("time", now // 1000),
             ("version", __version__),
             ("curr_items", sum(queue.count for queue in queues)),
-            ("total_items", sum(queue.total_items for queue in queues)),
+            ("total_items", sum(queue.counters.total_items for queue in queues)),
             ("bytes", sum(queue.bytes for queue in queues)),
             ("reserved_memory_ratio", "%.3f" % (reserved / memory)),
             *vars(self.stats).items(),
@@ -2941,7 +3570,7 @@ class Broker:
         return queue.stats(now) + ([("children", ",".join(children))] if children else [])
 
 
-# == 5. Protocols =========================================================================
+# == 6. Protocols =========================================================================
 #
 # What clients say and what they are told. A session is fed bytes and answers with bytes in
 # `out`; it asks the broker, and never touches a socket, a clock or a file, so that every
@@ -3231,10 +3860,10 @@ class Session:
         self.load += len(answer) + _COMMAND_COST
         self.out.append(answer)
 
-    def fail(self, failed, since=0):
+    def fail(self, failed, since=0, until=None):
         """Answer with an error where a journal could not be written or fsynced. failed:
-        {queue: OSError}. since: which entry of `touched` is the first to look at."""
-        for queue, index, count, whole in self.touched[since:]:
+        {queue: OSError}. since, until: which entries of `touched` to look at."""
+        for queue, index, count, whole in self.touched[since:until]:
             if queue in failed:
                 if index == len(self.out) and count:   # of a command that is still in hand
                     self._give_up()
@@ -3409,13 +4038,13 @@ class Session:
     def _hit(self):
         """A get has been given an item of the queue in hand."""
         self.broker.stats.get_hits += 1
-        self._latency.add(self.queue.age)
+        self._latency.add(self.queue.counters.age)
 
     def _missed(self):
         """A get has found the queue in hand empty, or none of that name."""
         self.broker.stats.get_misses += 1
         if self.queue:
-            self.queue.get_misses += 1
+            self.queue.counters.get_misses += 1
 
     # -- what all protocols have
 
@@ -5175,7 +5804,7 @@ def _page_policy():
             "frame-ancestors 'none'" % digest)
 
 
-# == 6. Server ============================================================================
+# == 7. Server ============================================================================
 #
 # Sockets, time, fsync, signals: the loop that feeds the sessions and sends their answers.
 # Knows nothing of records or of command words.
@@ -5189,8 +5818,13 @@ _ANNOUNCE_SECONDS = 30
 # How long a journal must have been written without a failure to be called well.
 _CALM_SECONDS = 3
 
-# How many queues are being fsynced at once, each of which takes descriptors.
+# How many queues are being fsynced at once, each of which takes descriptors; and when it is
+# tried again if there were none, in milliseconds.
 _SYNCS = 64
+_SYNC_AGAIN_MS = 50
+
+# How many descriptors the server needs besides those of connections, journals and fsyncs.
+_OTHER_FILES = 20
 
 # How often it is waited for fsyncs before the end, a second each.
 _LAST_ROUNDS = 30
@@ -5264,24 +5898,34 @@ class Timers:
                 self._cancelled -= 1
 
 
-class Syncer:
-    """The thread that does what has to wait for the disk, fsync above all, so that the loop
-    never does.
+class Worker:
+    """A thread for calls that block, above all fsync, so that the loop never does.
 
     `done` is filled with (call, OSError or None, seconds that it took); `wake` is called
-    after each, from the thread.
+    after each, from the thread. `unfinished` counts what is not in `done` yet or still there.
     """
 
     def __init__(self, wake):
         self.done = collections.deque()
+        self.unfinished = 0
         self._wake = wake
         self._jobs = queues.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="syncer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
         self._thread.start()
 
     def submit(self, work, call):
         """Have `work` done, which returns an OSError or None; then pass on `call` and that."""
+        self.unfinished += 1
         self._jobs.put((work, call))
+
+    def take_results(self):
+        """Make the calls for what has been done; return whether there were any."""
+        found = bool(self.done)
+        while self.done:
+            call, error, seconds = self.done.popleft()
+            self.unfinished -= 1
+            call(error, seconds)
+        return found
 
     def stop(self):
         """Finish what has been submitted and end the thread."""
@@ -5295,6 +5939,9 @@ class Syncer:
                 error = work()
             except OSError as failure:
                 error = _bare(failure)
+            except Exception:                          # it must not end the thread
+                log.exception("unexpected, on the worker thread")
+                error = OSError(errno.EIO, "unexpected, see the log")
             self.done.append((call, error, time.monotonic() - start))
             self._wake()
 
@@ -5361,7 +6008,7 @@ class Connection:
         self.sock = sock
         self.session = session
         session.wake = functools.partial(server.woken.append, self)
-        self.holds = {}                  # queue -> fsyncs of it that answers wait for
+        self.holds = 0                   # how many queues have to be safe before answers go
         self.since = self.last_active = server.mono
         self.is_greeting = isinstance(sock, TLSSocket)         # the handshake is not done
         self._unsent = []
@@ -5507,30 +6154,37 @@ class Connection:
         else:
             self.close()
 
-    def settle(self, failed, durable):
+    def settle(self, failed, unsafe):
         """Put errors in the place of answers that rest on a failed journal, and hold those
-        that rest on one which has still to be fsynced."""
+        that rest on operations which are not safe yet."""
         session = self.session
-        session.fail(failed, self._checked)
-        for queue in {entry[0] for entry in session.touched[self._checked:]} & durable:
-            self.holds[queue] = self.holds.get(queue, 0) + 1
-            self.server.want_sync(queue, self)
-        self._checked = len(session.touched)
+        if self.closed:
+            return
+        since, self._checked = self._checked, len(session.touched)
+        touched = {entry[0] for entry in session.touched[since:]}
+        if any(isinstance(failed.get(queue), Unclear) for queue in touched):
+            self.close()
+            return
+        session.fail(failed, since)
+        for queue in touched & unsafe:
+            self.holds += 1
+            queue.when_safe(functools.partial(self._release, queue, since, self._checked))
         if self.holds:
             session.hold()
 
-    def release(self, queue, error):
-        """The fsync that answers waited for is done, or has failed."""
-        self.holds[queue] -= 1
-        if not self.holds[queue]:
-            del self.holds[queue]
+    def _release(self, queue, since, until, error):
+        """Operations that answers waited for are safe, or have been undone."""
+        self.holds -= 1
         if self.closed:
             return
+        if isinstance(error, Unclear):
+            self.close()                     # nobody knows what has become of them
+            return
         if error:
-            self.session.fail({queue: error})
+            self.session.fail({queue: error}, since, until)
         if not self.holds:
             self.session.release()
-            self.flush()
+            self.server.active.append(self)
             self.session.wake()              # in the next turn: others are being released
 
     def flush(self):
@@ -5660,7 +6314,6 @@ class Listener:
         self.session_type = session_type
         self.address = sock.getsockname()
         self.name = _name_of(self.address)
-        self._spare = None               # a descriptor for when there are no others, see _make_room()
         self._refused = 0                # connections refused since the log told of it,
         self._told = -_TELL_SECONDS      # and when that was
         try:
@@ -5684,12 +6337,6 @@ class Listener:
             except ConnectionAbortedError:
                 continue
             except OSError as error:
-                if server.broker.make_room(error):
-                    continue
-                if error.errno in (errno.EMFILE, errno.ENFILE) and self._spare is not None:
-                    self._make_room()
-                    self._tell_refused(error.strerror)
-                    continue
                 log.error("cannot accept connections for a second: %s", error.strerror)
                 server.selector.unregister(self.sock)
                 server.timers.at(server.mono + 1, self._start)
@@ -5715,6 +6362,8 @@ class Listener:
             name = _name_of(address)
         if len(server.connections) >= config.server.max_connections:
             why = "max_connections"
+        elif len(server.connections) >= server.most_connections:
+            why = "the limit of open files"
         if why:
             sock.close()
             self._tell_refused(why)
@@ -5736,15 +6385,6 @@ class Listener:
         server.watch_idle(connection)
         return connection
 
-    def _make_room(self):
-        """No descriptors are left: let the next client in with the spare one, and out again,
-        lest it waits and the loop turns for it."""
-        os.close(self._spare)
-        self._spare = None
-        with contextlib.suppress(OSError):
-            self.sock.accept()[0].close()
-        self._keep_spare()
-
     def _tell_refused(self, why):
         self._refused += 1
         if self.server.mono >= self._told + _TELL_SECONDS:
@@ -5753,13 +6393,7 @@ class Listener:
             self._told = self.server.mono
             self._refused = 0
 
-    def _keep_spare(self):
-        if self._spare is None:
-            with contextlib.suppress(OSError):         # taken by somebody else meanwhile
-                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-
     def _start(self):
-        self._keep_spare()
         if self.sock.fileno() >= 0:
             self.server.selector.register(self.sock, _READ, self)
 
@@ -5770,9 +6404,6 @@ class Listener:
         if isinstance(self.address, str) and self.protocol not in self.server.inherited:
             with contextlib.suppress(OSError):
                 os.unlink(self.address)
-        if self._spare is not None:
-            os.close(self._spare)
-            self._spare = None
 
 
 class Server:
@@ -5807,28 +6438,30 @@ class Server:
         self._busy_poll = 0 if _cores() == 1 else config.server.busy_poll / 1e6
         self.share = 0                   # how much load a session may pile up in this turn
         self._short_waits = 0            # how many in a row, see _wait()
-        self._synced_some = False
         self._events = []                # what select() told of and is still to be seen to
         self._planned = set()            # queues whose fsync has a time set
-        self._wanted = {}                # queue -> connections that wait for its next fsync
-        self._running = {}               # queue -> connections that wait for the one running
+        self._wanted = {}                # queues to be fsynced, in order; an ordered set
+        self._running = set()            # queues that are being fsynced
         self._failing = {}               # queue -> when writing its journal failed last
         self._recovering = set()         # queues whose recovery is planned
         log.info("kestrel.py %s, journals in %s", __version__,
                  os.path.abspath(config.server.queue_path))
-        self.broker = Broker(config, self.later, self.now)
+        self.most_connections, most_files = _share_descriptors()
+        most_memory = config.server.max_memory or _usable_memory() * 3 // 4
+        self.broker = Broker(config, self.later, self.now, Budget(most_memory, most_files))
         self._turns = self.broker.metrics["turn_usec"]
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
         self.selector.register(self._wake_in, _READ, self)
-        self._syncer = Syncer(self.interrupt)
+        self._worker = Worker(self.interrupt)
+        self.broker.work = self._work
         self.listeners = [
             Listener(self, sock, protocol, session) for sock, protocol, session in sockets]
-        self._syncers = [self._syncer]
+        self._workers = [self._worker]
         if config.users is not None:         # what takes long for the processor delays no fsync
-            self._syncers.append(Syncer(self.interrupt))
-            self.broker.aside = self._syncers[1].submit
+            self._workers.append(Worker(self.interrupt))
+            self.broker.aside = self._workers[1].submit
         if config.server.status_command:
             statuses = queues.SimpleQueue()
             self.broker.announce = statuses.put
@@ -5904,8 +6537,7 @@ class Server:
     def turn(self):
         """Wait for events and see to all of them."""
         broker = self.broker
-        busy = (broker.dirty or broker.chores or self.woken or self.working or self.active
-                or self._synced_some)
+        busy = broker.dirty or broker.tasks or self.woken or self.working or self.active
         events = self._events or (self.selector.select(0) if busy else self._wait())
         self.mono = time.monotonic()
         self.now = _now()
@@ -5925,8 +6557,6 @@ class Server:
         self._events = events[_EVENTS:]
         if not self._events:             # who has spoken before its time was over is heard first
             self.timers.run(self.mono)
-        if broker.chores:
-            self._step(broker.chores.popleft())
         if self.reload_wanted:
             self.reload_wanted = False
             self._reload()
@@ -5938,6 +6568,8 @@ class Server:
                 break
         self._resume_woken()
         self._commit()
+        if broker.tasks:
+            self._run_tasks()
         self._turns.add(int((time.monotonic() - self.mono) * 1e6))
 
     def _wait(self):
@@ -5999,17 +6631,33 @@ class Server:
             connection.resume()
         self.woken.clear()
 
-    def _step(self, chore, error=None, seconds=0):
-        """Do the next piece of a chore; `error` is what came of the call it asked for."""
+    def _run_tasks(self):
+        """Run each task a step, as long as there is time. It comes last in a turn, when all
+        that has been logged has been written."""
+        tasks = self.broker.tasks
+        end = time.monotonic() + _WORK_SECONDS
+        for _ in range(len(tasks)):
+            self._step(tasks.popleft())
+            if time.monotonic() > end:
+                break
+
+    def _step(self, task, error=None, seconds=0):
+        """Run a task one step; `error` is what came of the call that it asked for."""
         try:
-            # A chore that was closed meanwhile, with its queue, has no frame any more.
-            work = chore.throw(error) if error and chore.gi_frame else next(chore)
+            # A task that was closed meanwhile, with its queue, has no frame any more.
+            work = task.throw(error) if error and task.gi_frame else next(task)
         except StopIteration:
             return
+        except MemoryError:
+            log.error("out of memory, in a task")
+            return
         if work:
-            self._syncer.submit(work, functools.partial(self._step, chore))
+            self._worker.submit(work, functools.partial(self._step, task))
         else:
-            self.broker.chores.append(chore)
+            self.broker.tasks.append(task)
+
+    def _work(self, call, done):
+        self._worker.submit(call, lambda error, seconds: done(error))
 
     def _plan_sweep(self):
         frequency = self.config.server.expiration_timer_frequency
@@ -6017,14 +6665,14 @@ class Server:
             self.later(frequency, self._sweep)
 
     def _sweep(self):
-        self.broker.chores.append(self._swept())
+        self.broker.start(self._swept())
 
     def _swept(self):
         yield from self.broker.sweep(self.now)
         self._plan_sweep()
 
     def _sample(self):
-        self.broker.chores.append(self.broker.sample(self.mono - self._sampled_at))
+        self.broker.start(self.broker.sample(self.mono - self._sampled_at))
         self._sampled_at = self.mono
         self.later(SAMPLE_SECONDS * 1000, self._sample)
         self.notify(self._summary())
@@ -6043,85 +6691,77 @@ class Server:
     # -- writing, fsyncing, answering
 
     def _commit(self):
+        for worker in self._workers:
+            worker.take_results()
         written, failed = self.broker.write()
-        durable = set()
+        unsafe = set()
         for queue in written:
             self._note_success(queue)
             delay = queue.config.sync_journal
-            if delay == 0 or queue.is_unsafe():
-                durable.add(queue)
-                self.want_sync(queue)
+            if queue.safe < queue.logged:
+                unsafe.add(queue)
+            if delay == 0:
+                self._wanted[queue] = None
             elif delay is not None and queue not in self._planned:
                 self._planned.add(queue)
                 self.later(delay, functools.partial(self._sync_due, queue))
         for queue, error in failed.items():
             self._note_failure(queue, error)
-        self._answer(failed, durable)
-        self.broker.move_expired(failed, self.now)
-        self._synced_some = False
-        for syncer in self._syncers:
-            while syncer.done:
-                call, error, seconds = syncer.done.popleft()
-                call(error, seconds)
-                self._synced_some = True               # what waited for it may go on
+        # No answer stays unseen that rests on what has been handed to the kernel: a failure
+        # from now on could not be told from one that came before it.
+        active, self.active = self.active + self.woken, []
+        for connection in active:
+            if failed or unsafe:
+                connection.settle(failed, unsafe)
+            connection.flush()
         if self._wanted:
             self._start_syncs()
 
-    def _answer(self, failed, durable):
-        active, self.active = self.active, []
-        for connection in active:
-            if failed or durable:
-                connection.settle(failed, durable)
-            connection.flush()
-
-    def want_sync(self, queue, connection=None):
-        """Have the queue's journal fsynced, with all that has been written by now."""
-        waiting = self._wanted.setdefault(queue, [])
-        if connection:
-            waiting.append(connection)
-
     def _sync_due(self, queue):
         self._planned.discard(queue)
-        self.want_sync(queue)
+        self._wanted[queue] = None
 
     def _start_syncs(self):
-        most = _SYNCS - len(self._running)
-        # One at a time of each queue, the next for all that has come since.
-        chosen = itertools.islice(
-            (queue for queue in self._wanted if queue not in self._running), max(0, most))
-        for queue in list(chosen):
-            self._running[queue] = self._wanted.pop(queue)
-            if queue.journal is None or queue.closed or queue.journal.broken:
-                self._synced(queue, 0, None)
+        """Begin the fsyncs that are wanted, one at a time of each queue, the next for all that
+        has been written since."""
+        for queue in list(self._wanted):
+            if len(self._running) >= _SYNCS:
+                break
+            if queue in self._running:
+                continue
+            del self._wanted[queue]
+            if not queue.needs_sync():
                 continue
             try:
-                fds, count = queue.begin_sync()
-            except OSError as error:                   # no descriptors left
-                self._synced(queue, 0, error)
-            else:
-                self._syncer.submit(functools.partial(fsync_all, fds),
-                                    functools.partial(self._synced, queue, count))
+                call, sync = queue.begin_sync()
+            except OSError as error:
+                if is_short_of_descriptors(error):
+                    self.later(_SYNC_AGAIN_MS, functools.partial(self._sync_due, queue))
+                    continue
+                # It counts as one that has been done and has failed.
+                call, sync = functools.partial(_bare, error), None
+            self._running.add(queue)
+            self._worker.submit(call, functools.partial(self._synced, queue, sync))
 
-    def _synced(self, queue, count, error, seconds=0):
-        connections = self._running.pop(queue)
-        queue.fsync_usec = int(seconds * 1e6)
-        self.broker.metrics["fsync_usec"].add(queue.fsync_usec)
-        if queue.closed or queue.journal is None:
-            error = None                     # nothing rests on it any more
+    def _synced(self, queue, sync, error, seconds):
+        self._running.discard(queue)
+        queue.counters.fsync_usec = int(seconds * 1e6)
+        self.broker.metrics["fsync_usec"].add(queue.counters.fsync_usec)
         if error:
-            log.error("fsync of the journal of %s: %s; it is written anew", queue.name,
-                      error.strerror)
-            connections += self._wanted.pop(queue, [])
-            self.broker.sync_failed(queue)
-        elif not queue.closed:
-            queue.synced(count)
-        for connection in connections:
-            connection.release(queue, error)
+            self._sync_failed(queue, sync, error)
+        else:
+            queue.synced(sync)
 
-    def _note_failure(self, queue, error):
+    def _sync_failed(self, queue, sync, error):
+        if not queue.closed:
+            self._note_failure(queue, error, "fsynced")
+            self.later(RETRY_MS, functools.partial(self._sync_due, queue))
+        queue.sync_failed(sync, error)
+
+    def _note_failure(self, queue, error, what="written"):
         """Say that a journal cannot be written, once, and see to it in a while."""
         if queue not in self._failing:
-            log.error("the journal of %s cannot be written: %s", queue.name, _why(error))
+            log.error("the journal of %s cannot be %s: %s", queue.name, what, _why(error))
         self._failing[queue] = self.mono
         if queue not in self._recovering:
             self._recovering.add(queue)
@@ -6152,15 +6792,17 @@ class Server:
         self._wake_in.settimeout(1)
         for _ in range(_LAST_ROUNDS):        # an answer may wait for one fsync after the other
             self._commit()
-            if not (self._running or self._wanted):
+            for _ in range(len(self.broker.tasks)):
+                self._step(self.broker.tasks.popleft())
+            if not (self._worker.unfinished or self._wanted or self.broker.dirty):
                 break
-            with contextlib.suppress(OSError):
-                self._wake_in.recv(4096)
-        while self.broker.chores:
-            self._step(self.broker.chores.popleft())
-        for syncer in self._syncers:
-            syncer.stop()
-        self._commit()                                 # what it had still to say
+            if self._worker.unfinished:
+                with contextlib.suppress(OSError):
+                    self._wake_in.recv(4096)
+        for worker in self._workers:
+            worker.stop()
+        self._commit()                                 # what they had still to say
+        self.broker.work = None                        # from here on all is done at once
         for queue in self.broker.queues.values():
             queue.abort(*queue.opens)        # in the order of all, not connection by connection
         end = time.monotonic() + 1                     # for those who have answers still to take
@@ -6170,9 +6812,7 @@ class Server:
                     key.data.flush()
         for connection in list(self.connections):
             connection.close()
-        for _ in range(2):                             # with expired items on their way
-            _, failed = self.broker.write()
-            self.broker.move_expired(failed, self.now)
+        self.broker.write()
         for queue in self.broker.queues.values():
             try:
                 queue.close()
@@ -6183,6 +6823,38 @@ class Server:
         self._wake_out.close()
         os.close(self._spool)
         log.info("stopped")
+
+
+def _share_descriptors():
+    """Return how many connections and how many journal files may be open at once, so that
+    neither can use up the descriptors of the other."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return UNLIMITED, UNLIMITED
+    files = max(4, limit // 4)
+    return max(1, limit - files - 2 * min(_SYNCS, limit // 16) - _OTHER_FILES), files
+
+
+def _usable_memory():
+    """Return how much memory this process can have at most: what the machine has, or its
+    cgroup, or its own limit allows, in bytes."""
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        sizes.append(limit)
+    with contextlib.suppress(OSError, ValueError):
+        with open("/proc/self/cgroup", encoding="ascii", errors="replace") as file:
+            for line in file:
+                _, kinds, path = line.strip().split(":", 2)
+                where = "/sys/fs/cgroup%s/%s" if not kinds else (
+                    "/sys/fs/cgroup/memory%s/%s" if kinds == "memory" else None)
+                while where and path:
+                    for name in ("memory.max", "memory.limit_in_bytes"):
+                        with contextlib.suppress(OSError, ValueError):
+                            with open(where % (path.rstrip("/"), name)) as limit:
+                                sizes.append(int(limit.read()))
+                    path = path.rstrip("/").rpartition("/")[0]
+    return min(sizes)
 
 
 def _cores():
@@ -6281,7 +6953,7 @@ def _lock_spool(path):
     return fd
 
 
-# == 7. From Python =======================================================================
+# == 8. From Python =======================================================================
 #
 # For programs that have this file beside them: a server in a thread, and a client. (A queue
 # without any server is Queue itself, see section 3.)
@@ -6468,7 +7140,7 @@ def serve(port=0, spool=None, config=None):
             thread.join()
 
 
-# == 8. Command line ======================================================================
+# == 9. Command line ======================================================================
 #
 # What `python3 kestrel.py` does: arguments, logging, signals, exit status.
 
@@ -6567,10 +7239,10 @@ def _pack(path):
         if older is None:
             raise OSError(errno.ENOENT, "%s: there is no such queue" % path)
         queue = Queue(name, directory, QueueConfig(max_memory_size=UNLIMITED), older)
-        before = queue.journal.total_size()
+        before = queue.journal.size
         queue.pack()
         log.info("%s: %d items, %d bytes before, %d bytes now", path, queue.count, before,
-                 queue.journal.total_size())
+                 queue.journal.size)
         queue.close()
     finally:
         os.close(spool)
