@@ -810,8 +810,7 @@ def _encode(ops):
     chunks = []
     for opcode, item, xid in ops:
         if opcode == ADDX:
-            data = item.data
-            chunks += _head(item, len(data)), data
+            chunks += _head(item, len(item.data)), item.data
         elif opcode == REMOVE:
             chunks.append(b"\1")
         elif opcode == FLUSH:
@@ -1050,9 +1049,9 @@ def _discard(path):
         os.unlink(path)
 
 
-def _write_all(fd, chunks, offset):
-    """Write byte strings at `offset`, however often the kernel stops short; return their size."""
-    size = sum(map(len, chunks))
+def _write_all(fd, chunks, offset, size):
+    """Write byte strings of `size` bytes in all at `offset`, however often the kernel stops
+    short."""
     # Joining chunks costs less than many calls; copying large ones does not.
     pieces = [b"".join(chunks)] if size < _LARGE else itertools.chain.from_iterable(
         group if large else [b"".join(group)]
@@ -1064,16 +1063,15 @@ def _write_all(fd, chunks, offset):
             count = os.pwrite(fd, memoryview(piece)[done:], offset)
             offset += count
             done += count
-    return size
 
 
 def _write_and_close(writes):
-    """Make several writes (fd, chunks, offset), in the worker."""
+    """Make several writes (fd, chunks, offset, size), in the worker."""
     try:
-        for fd, chunks, offset in writes:
-            _write_all(fd, chunks, offset)
+        for write in writes:
+            _write_all(*write)
     finally:
-        _close_all([fd for fd, _, _ in writes])
+        _close_all([write[0] for write in writes])
 
 
 def _copy(data, begin, end, target):
@@ -1198,8 +1196,8 @@ class JournalFile:
         return self.number is None, self.number
 
 
-# A batch of operations on its way to the files. shares: (file, records) of each file that gets
-# some. waiting: {file: its count of waiting items then}. passed: how many files are passed then.
+# A batch of operations on its way to the files. shares: (file, records, their size) of each
+# file that gets some. waiting: {file: its count of waiting items then}. passed: how many files are passed then.
 # opens: the reads that are open when the last of them is passed.
 Plan = collections.namedtuple("Plan", "shares size waiting passed opens")
 
@@ -1351,7 +1349,8 @@ class Journal:
         files = self.files
         if len(files) == 1:
             chunks = _encode(ops)
-            return Plan([(files[0], chunks)], sum(map(len, chunks)), {files[0]: count}, 0, None)
+            size = sum(map(len, chunks))
+            return Plan(((files[0], chunks, size),), size, {files[0]: count}, 0, None)
         shares = {}
         waiting = {}
         head = after = 0
@@ -1375,35 +1374,39 @@ class Journal:
             head += 1
             after = len(ops)
         shares = [(files[number], _encode(shares[number])) for number in sorted(shares)]
-        return Plan(shares, sum(len(chunk) for _, chunks in shares for chunk in chunks),
+        shares = [(file, chunks, sum(map(len, chunks))) for file, chunks in shares]
+        return Plan(shares, sum(size for _, _, size in shares),
                     {files[number]: left for number, left in waiting.items()},
                     head, _opens_before(opens, ops[after:]) if head else None)
 
     def write(self, plan):
         """Write what is planned, one write a file. Raises OSError; cut() is then due."""
-        for file, chunks in plan.shares:
-            fd = self._open(file)
-            self.torn.add(file)
-            try:
-                _write_all(fd, chunks, file.size)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, file.path) from None
-        self.torn.difference_update(file for file, _ in plan.shares)
+        begun = []
+        try:
+            for file, chunks, size in plan.shares:
+                fd = file.fd if file.fd is not None else self._open(file)
+                begun.append(file)
+                _write_all(fd, chunks, file.size, size)
+        except (OSError, MemoryError) as error:
+            self.torn.update(begun)
+            if isinstance(error, MemoryError):
+                raise
+            raise OSError(error.errno, error.strerror, file.path) from None
 
     def write_call(self, plan):
         """Return the call for the worker that writes what is planned. Raises OSError."""
         writes = []
         try:
-            for file, chunks in plan.shares:
-                writes.append((os.dup(self._open(file)), chunks, file.size))
+            for file, chunks, size in plan.shares:
+                writes.append((os.dup(self._open(file)), chunks, file.size, size))
         except OSError:
-            _close_all([fd for fd, _, _ in writes])
+            _close_all([write[0] for write in writes])
             raise
         return functools.partial(_write_and_close, writes)
 
     def tear(self, plan):
         """Note that a plan may have been written in part."""
-        self.torn.update(file for file, _ in plan.shares)
+        self.torn.update(share[0] for share in plan.shares)
 
     def commit(self, plan, position, safe):
         """Make a written batch count. position: of its last operation. safe: whether that is
@@ -1411,8 +1414,7 @@ class Journal:
         if not safe:
             self.writes.append(Write(position, [
                 (file, file.size, file.waiting) for file in plan.waiting], plan.passed))
-        for file, chunks in plan.shares:
-            size = sum(map(len, chunks))
+        for file, _, size in plan.shares:
             file.size += size
             self.size += size
             self.unsynced[file] = None
@@ -1537,7 +1539,9 @@ class Journal:
         try:
             size = 0
             for chunks in pieces:
-                size += _write_all(fd, chunks, size)
+                length = sum(map(len, chunks))
+                _write_all(fd, chunks, size, length)
+                size += length
                 yield None
             yield functools.partial(fsync_all, [os.dup(fd)])
             os.rename(temporary, file.path)
@@ -1865,6 +1869,9 @@ ITEM_COST = 200
 # How much memory each queue may use though the server has reached max_memory, in bytes.
 MEMORY_FLOOR = 1 << 18
 
+# How much the memory of a queue may change before it is counted again, in bytes.
+_MEMORY_STEP = 1 << 12
+
 # How long a write that found no descriptors left is put off, in milliseconds.
 _NO_DESCRIPTOR_MS = 50
 
@@ -1962,6 +1969,8 @@ class Queue:
         self._writing = None                 # the Plan that the worker writes
         self._failure = None                 # a failed fsync, to be seen to after that
         self._pending = collections.deque()  # (position, call) of when_safe()
+        self._counted = 0                    # how much memory the server counts for this queue,
+        self._allowance = 0                  # and how much it may use
         self._behind = None                  # the ReadBehind of what is not in memory
         self._fresh = collections.deque()    # items not written yet that are not in `items`
         self._alarms = {}                    # xid -> what cancels its timeout
@@ -1969,10 +1978,12 @@ class Queue:
         self.journal = None
         self.upkeep = Upkeep(self)
         self.config = config or QueueConfig()
+        self.count_memory()
         if path is not None and self.config.keep_journal:
             self.journal = self._new_journal(older)
             try:
                 self._load()
+                self.count_memory()
             except BaseException:
                 self.journal.close()         # others may open it then
                 raise
@@ -1984,10 +1995,12 @@ class Queue:
         """Go on with other settings."""
         keep_journal = self.config.keep_journal
         self.config = config
+        self.count_memory()
         if self.path is None or config.keep_journal == keep_journal:
             return
         try:
             if config.keep_journal:
+                self._forget_operations()    # they are part of what is written first
                 self.journal = self._new_journal(
                     find_journals(self.path, self.name).get(self.name, ()))
                 self.upkeep.renew()          # puts what there is in place of what it held
@@ -2038,10 +2051,7 @@ class Queue:
         if size > config.max_item_size:
             return False
         cost = size + ITEM_COST
-        budget = self.host.budget
-        if self._behind is None and (
-                self.memory + self.open_memory + cost > config.max_memory_size
-                or budget.memory + cost > budget.most_memory):
+        if self.memory + self.open_memory + cost > self._allowance and self._behind is None:
             self._fall_behind(cost)
         if self.count >= config.max_items or self.bytes >= config.max_size:
             self.discard_expired(now, min(config.max_expire_sweep, self.host.sweep_limit))
@@ -2057,7 +2067,6 @@ class Queue:
         else:
             self.items.append(item)
             self.memory += cost
-            budget.memory += cost
         self.count += 1
         self.bytes += size
         counters = self.counters
@@ -2083,7 +2092,7 @@ class Queue:
         if ((head.expiry or self.config.max_age) and self._is_expired(head, now)
                 and not self._sweep(now)):
             return None
-        item = self._pop()
+        item = self._pop() if self._behind or head.data is None else self._take()
         counters = self.counters
         counters.age = now - item.add_time if now > item.add_time else 0
         counters.get_hits += 1
@@ -2152,7 +2161,6 @@ class Queue:
 
     def _drop_items(self):
         self.items, self._fresh, self._behind = collections.deque(), collections.deque(), None
-        self.host.budget.memory -= self.memory
         self.count = self.bytes = self.memory = 0
 
     def discard_expired(self, now=None, limit=None):
@@ -2233,7 +2241,14 @@ class Queue:
         Raises OSError when that fails; all operations that are not safe have been undone then.
         """
         journal = self.journal
-        if journal is None or self.closed or self._writing:
+        if self.closed or self._writing:
+            return                           # _wrote() comes back here
+        if not -_MEMORY_STEP < self.memory + self.open_memory - self._counted < _MEMORY_STEP:
+            self.count_memory()
+        if journal is None:
+            if self.config.enable_trace:
+                self._trace(self.ops)
+            self._forget_operations()
             return
         upkeep = self.upkeep
         if upkeep.renewing is not None and not upkeep.can_write():
@@ -2261,7 +2276,9 @@ class Queue:
                 self.host.later(_NO_DESCRIPTOR_MS, functools.partial(self.host.changed, self))
                 return
             raise self._go_back(error, plan is not None) from None
-        position = self.logged
+        if self.config.enable_trace:
+            self._trace(ops)
+        position = self.safe + len(self.unsafe) + len(ops)
         self.ops = []
         if call:
             self.unsafe += ops
@@ -2432,6 +2449,7 @@ class Queue:
         for xid in list(self.opens):
             self._stop_alarm(xid)
             self._end_read(xid)
+        self.count_memory()
         self._forget_operations()
         self.dismiss_waiters()
         if task:
@@ -2556,40 +2574,45 @@ class Queue:
     def _append(self, item, file, offset):
         """Append an item that stands at `offset` of a file of the journal."""
         cost = len(item.data) + ITEM_COST
-        if self._behind is None and (
-                self.memory + cost > self.config.max_memory_size
-                or self.items and self._is_short_for(cost)):
+        if self._behind is None and self.memory + cost > self._allowance and (
+                self.items or self._allowance < self.config.max_memory_size):
             self._behind = ReadBehind(self.journal, file, offset)
         if self._behind is None:
             self.items.append(item)
-            self._use(cost)
+            self.memory += cost
         self.count += 1
         self.bytes += len(item.data)
 
     # -- memory
 
-    def _use(self, cost):
-        self.memory += cost
-        self.host.budget.memory += cost
+    def count_memory(self):
+        """Bring the server's count of memory up to date, and with it how much this queue may
+        use: between one count and the next, a turn as a rule, it goes by what it was told."""
+        budget = self.host.budget
+        used = self.memory + self.open_memory
+        budget.memory += used - self._counted
+        self._counted = used
+        self._allowance = self.config.max_memory_size
+        left = used + budget.most_memory - budget.memory
+        if left < self._allowance:
+            self._allowance = min(self._allowance, max(left, MEMORY_FLOOR))
 
     def check_memory(self, size):
-        """Raise OSError if there is no memory for an item of so many bytes."""
-        if not self.journal and self._is_short_for(size + ITEM_COST):
-            raise OSError(errno.ENOMEM, "out of memory", self.name)
-
-    def _is_short_for(self, cost):
-        """Return whether the server has no memory left for an item of that cost."""
-        budget = self.host.budget
-        return (budget.memory + cost > budget.most_memory
-                and self.memory + self.open_memory + cost > MEMORY_FLOOR)
+        """Raise OSError if the server has no memory left for an item of so many bytes, and it
+        cannot be left in a journal."""
+        if not self.journal:
+            self.count_memory()
+            cost = self.memory + self.open_memory + size + ITEM_COST
+            if self._allowance < cost and self._allowance < self.config.max_memory_size:
+                raise OSError(errno.ENOMEM, "out of memory", self.name)
 
     def _fall_behind(self, cost):
         """From here on leave items in the journal, if memory is used up for an item of that
         cost. Raises OSError if there is no journal and the server has no memory left."""
         self.check_memory(cost - ITEM_COST)
-        memory = self.memory + self.open_memory + cost
-        if self.journal and (self._is_short_for(cost) or self.items and (
-                memory > self.config.max_memory_size)):
+        self.count_memory()
+        if self.journal and self.memory + self.open_memory + cost > self._allowance and (
+                self.items or self._allowance < self.config.max_memory_size):
             journal = self.journal
             pending = sum(op[0] == ADDX for op in self.ops)    # written behind what is there
             if self._writing:
@@ -2621,21 +2644,19 @@ class Queue:
     def _read_more(self, unread):
         """Read some of the items that are not in memory, and return how many. Raises OSError
         and Damage."""
-        budget = self.host.budget
-        most = self.config.max_memory_size
+        self.count_memory()
         # A quarter for the items, another for their data; the first half is still there.
-        room = max(min(most, budget.most_memory - budget.memory), min(most, MEMORY_FLOOR)) // 4
+        room = self._allowance // 4
         items = self._behind.read(min(unread, max(1, room // ITEM_COST)),
                                   max(4096, min(_STEP_SIZE, room)))
-        for item in items:
-            self.items.append(item)
-            self._use(len(item.data) + ITEM_COST)
+        self.items.extend(items)
+        self.memory += sum(map(_cost, items))
         return len(items)
 
     def _catch_up(self):
         """All that waits is in memory again."""
         self.items.extend(self._fresh)
-        self._use(sum(len(item.data) + ITEM_COST for item in self._fresh))
+        self.memory += sum(map(_cost, self._fresh))
         self._fresh = collections.deque()
         self._behind = None
 
@@ -2699,44 +2720,32 @@ class Queue:
         self.journal.load(item)
         if self.opens.get(item.xid) is item:
             self.open_memory += len(item.data)
-            self.host.budget.memory += len(item.data)
         else:
-            self._use(len(item.data))
+            self.memory += len(item.data)
 
     # -- single steps
 
     def _pop(self, load=True):
         """Take the head item, of which there is one in memory. Raises OSError."""
-        if self._behind and self.memory <= self._allowance() // 2:
+        if self._behind and self.memory <= self._allowance // 2:
             self._refill()
         if self.items[0].data is None and load:
             self._load_data(self.items[0])
         return self._take()
 
-    def _allowance(self):
-        budget = self.host.budget
-        if budget.memory > budget.most_memory:
-            return min(MEMORY_FLOOR, self.config.max_memory_size)
-        return self.config.max_memory_size
-
     def _take(self):
         item = self.items.popleft()
         self.count -= 1
-        if item.data is None:
-            self.bytes -= item.place.size
-            self._use(-ITEM_COST)
-        else:
-            size = len(item.data)
-            self.bytes -= size
-            self.memory -= size + ITEM_COST
-            self.host.budget.memory -= size + ITEM_COST
+        size = len(item.data) if item.data is not None else item.place.size
+        self.bytes -= size
+        self.memory -= ITEM_COST if item.data is None else size + ITEM_COST
         return item
 
     def _push(self, item):
         self.items.appendleft(item)
         self.count += 1
         self.bytes += item.place.size if item.data is None else len(item.data)
-        self._use(_cost(item))
+        self.memory += _cost(item)
 
     def _is_expired(self, item, now):
         if item.expiry and item.expiry <= now:
@@ -2754,7 +2763,7 @@ class Queue:
     def _open(self, item):
         self.xid = item.xid = xid = self._next_xid()
         kept = item
-        if item.place and self.memory + self.open_memory > self._allowance():
+        if item.place and self.memory + self.open_memory > self._allowance:
             kept = item.stub()               # it can be read again if it comes back
         self.opens[xid] = kept
         self._count_read(kept)
@@ -2762,16 +2771,12 @@ class Queue:
         self._log(OPEN, kept, xid)
 
     def _count_read(self, item):
-        cost = _cost(item)
-        self.open_memory += cost
-        self.host.budget.memory += cost
+        self.open_memory += _cost(item)
 
     def _end_read(self, xid):
         """Take an item out of `opens`."""
         item = self.opens.pop(xid)
-        cost = _cost(item)
-        self.open_memory -= cost
-        self.host.budget.memory -= cost
+        self.open_memory -= _cost(item)
         return item
 
     def limit(self, xid, timeout):
@@ -2800,15 +2805,16 @@ class Queue:
             self._alarms.pop(xid, lambda: None)()
 
     def _log(self, opcode, item, xid=0):
-        if self.config.enable_trace:
+        ops = self.ops
+        ops.append((opcode, item, xid))
+        if len(ops) == 1:
+            self.host.changed(self)
+
+    def _trace(self, ops):
+        for opcode, item, xid in ops:
             trace.info("queue %s: %s%s", self.name, OPCODE_NAMES.get(opcode, "FLUSH"),
                        " %d items" % xid if opcode == FLUSH
                        else " xid=%d" % xid if xid else " %d bytes" % len(item.data or b""))
-        if self.journal:
-            ops = self.ops
-            ops.append((opcode, item, xid))
-            if len(ops) == 1:
-                self.host.changed(self)
 
     def _undo(self, ops):
         for opcode, item, xid in reversed(ops):
@@ -2816,7 +2822,7 @@ class Queue:
                 if self._fresh:
                     self._fresh.pop()
                 elif self.count == len(self.items):
-                    self._use(-_cost(self.items.pop()))
+                    self.memory -= _cost(self.items.pop())
                 self.count -= 1
                 self.bytes -= len(item.data)
                 self.counters.total_items -= 1
@@ -2831,8 +2837,7 @@ class Queue:
                 self._start_alarm(xid)
             else:
                 (self.items, self._fresh, self._behind, self.count, self.bytes,
-                 memory) = item
-                self._use(memory)
+                 self.memory) = item
         if self._behind and self.count == len(self.items) + len(self._fresh):
             self._catch_up()
         self.opens = dict(sorted(self.opens.items()))      # the oldest first, as before
@@ -2901,8 +2906,10 @@ class Upkeep:
 
     def check(self):
         """Begin what there is to do, unless something is being done."""
-        if self.task or self.error and self.queue.host.later:
-            return
+        if self.task is None and (self.error is None or not self.queue.host.later):
+            self._begin()
+
+    def _begin(self):
         task = self._choose()
         if task:
             self.task = self._attend(task)
@@ -2912,6 +2919,9 @@ class Upkeep:
         queue = self.queue
         journal = queue.journal
         config = queue.config
+        if queue.count and journal.size <= config.max_memory_size and not journal.passings and (
+                self.renewing is None and journal.size <= config.max_journal_size):
+            return None                      # as a rule
         if self.renewing is not None:
             return self._renew()
         if journal.passings:
@@ -2950,11 +2960,8 @@ class Upkeep:
 
     def _try_again(self):
         if self.error and not self.task and not self.queue.closed and self.queue.journal:
-            task = self._choose()
-            if task:
-                self.task = self._attend(task)
-                self.queue.host.start(self.task)
-            else:
+            self._begin()
+            if not self.task:
                 self.error = None
 
     def _rotate(self):
@@ -3290,15 +3297,16 @@ class Broker:
 
     def put(self, route, data, flags, expiry, now):
         """Add an item to every queue of the route; False when a target refused it."""
+        targets, copies, queues = route
         self.stats.cmd_set += 1
-        if len(route.queues) > 1:
-            for queue in route.queues:
+        if len(queues) > 1:                  # all of them, or none
+            for queue in queues:
                 queue.check_memory(len(data))
         stored = True
-        for queue in route.targets:
+        for queue in targets:
             if not queue.add(data, flags, expiry, now):
                 stored = False
-        for queue in route.copies:
+        for queue in copies:
             queue.add(data, flags, expiry, now)
         return stored
 
@@ -3452,9 +3460,11 @@ class Broker:
         {queue: OSError}, those of which operations have been undone since the last time."""
         written = []
         for queue in self.dirty:             # more may come while items move between queues
-            with contextlib.suppress(OSError):         # failed() has it
+            try:
                 queue.write()
                 written.append(queue)
+            except OSError:
+                pass                         # failed() has it
         self.dirty.clear()
         failed, self._failed = self._failed, {}
         return written, failed
@@ -5919,13 +5929,11 @@ class Worker:
         self._jobs.put((work, call))
 
     def take_results(self):
-        """Make the calls for what has been done; return whether there were any."""
-        found = bool(self.done)
+        """Make the calls for what has been done."""
         while self.done:
             call, error, seconds = self.done.popleft()
             self.unfinished -= 1
             call(error, seconds)
-        return found
 
     def stop(self):
         """Finish what has been submitted and end the thread."""
@@ -6162,10 +6170,11 @@ class Connection:
             return
         since, self._checked = self._checked, len(session.touched)
         touched = {entry[0] for entry in session.touched[since:]}
-        if any(isinstance(failed.get(queue), Unclear) for queue in touched):
-            self.close()
-            return
-        session.fail(failed, since)
+        if failed:
+            if any(isinstance(failed.get(queue), Unclear) for queue in touched):
+                self.close()
+                return
+            session.fail(failed, since)
         for queue in touched & unsafe:
             self.holds += 1
             queue.when_safe(functools.partial(self._release, queue, since, self._checked))
@@ -6184,7 +6193,6 @@ class Connection:
             self.session.fail({queue: error}, since, until)
         if not self.holds:
             self.session.release()
-            self.server.active.append(self)
             self.session.wake()              # in the next turn: others are being released
 
     def flush(self):
@@ -6692,7 +6700,8 @@ class Server:
 
     def _commit(self):
         for worker in self._workers:
-            worker.take_results()
+            if worker.done:
+                worker.take_results()
         written, failed = self.broker.write()
         unsafe = set()
         for queue in written:

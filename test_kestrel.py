@@ -1081,6 +1081,7 @@ class Life:
         assert queue.bytes == sum(map(len, self.waiting))
         assert queue.memory == sum(map(kestrel._cost, queue.items))
         assert queue.open_memory == sum(map(kestrel._cost, queue.opens.values()))
+        queue.count_memory()
         assert self.bench.budget.memory == queue.memory + queue.open_memory
         assert sum(len(item.data or b"") for item in queue.items) <= (
             self.settings["max_memory_size"] + 5000 + sum(
