@@ -788,13 +788,20 @@ def _only_zeros(data, file):
     return True
 
 
-def _record_size(data):
-    """Return how long the record at the start of `data` is, 0 if that cannot be said."""
+def _parse_head(data):
+    """Return (item without data, where its data begins, its size) of the record at the start of
+    `data`; None if it adds no item, or its head is not whole."""
     head = _HEADS.get(data[0]) if data else None
     if head is None or len(data) < 1 + head.size:
-        return 0
-    size = head.unpack_from(data, 1)[1 if data[0] in (ADD_XID, CONTINUE) else 0]
-    return size + (9 if data[0] in (ADD_XID, CONTINUE) else 5)
+        return None
+    fields = head.unpack_from(data, 1)
+    if data[0] in (ADD_XID, CONTINUE):
+        fields = fields[1:]
+    size, *fields = fields
+    if data[0] == ADD:
+        fields = 0, fields[0] * 1000
+    counted = head.size - (8 if data[0] in (ADD_XID, CONTINUE) else 4)       # by the size
+    return Item(None, *fields), 1 + head.size, size - counted
 
 
 def _head(item, size):
@@ -1074,6 +1081,17 @@ def _write_and_close(writes):
         _close_all([write[0] for write in writes])
 
 
+def _load(item, fd):
+    place = item.place
+    try:
+        data = os.pread(fd, place.size, place.offset)
+    finally:
+        os.close(fd)
+    if len(data) < place.size:
+        raise OSError(errno.EIO, "the file has become shorter", place.file.path)
+    item.data = data
+
+
 def _copy(data, begin, end, target):
     for offset in range(begin, end, _STEP_SIZE):
         target.write(data[offset:min(end, offset + _STEP_SIZE)])
@@ -1318,17 +1336,11 @@ class Journal:
         with open(file.path, "rb") as source:
             yield from read_records(source)
 
-    def load(self, item):
-        """Give a stub its data back. Raises OSError."""
-        place = item.place
-        fd = os.open(place.file.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            data = os.pread(fd, place.size, place.offset)
-        finally:
-            os.close(fd)
-        if len(data) < place.size:
-            raise OSError(errno.EIO, "the file has become shorter", place.file.path)
-        item.data = data
+    def load_call(self, item):
+        """Return the call that gives a stub its data back. Raises OSError, as does the call."""
+        # Opened here: by the time of the call the file may have another name.
+        return functools.partial(_load, item, os.open(
+            item.place.file.path, os.O_RDONLY | os.O_CLOEXEC))
 
     def account(self, added, last_head, count):
         """After a replay: what waits in which file. added: how many items each file adds.
@@ -1635,7 +1647,7 @@ class Journal:
             data = item.data
             if data is None:
                 loaded = item.stub()
-                self.load(loaded)
+                self.load_call(loaded)()
                 data = loaded.data
             head = _head(item, len(data))
             if item.place:
@@ -1818,11 +1830,12 @@ class ReadBehind:
                 data = os.pread(fd, min(size, left), self.offset)
             finally:
                 os.close(fd)
-            size = self._take(data, left, most, items) or size
+            if not self._take(data, left, most, items):
+                self._take_large(data, left, items)
         return items
 
     def _take(self, data, left, most, items):
-        """Take the items of a piece; return how long the next one has to be at least."""
+        """Take the items of a piece. Return whether there was a whole record in it."""
         done, skip, end = 0, self.skip, self.offset
         try:
             for _, _, item, done in read_records(io.BytesIO(data)):
@@ -1836,13 +1849,24 @@ class ReadBehind:
                         break
         except Damage as damage:
             # The file was written whole: a record that ends beyond it is damaged.
-            if not damage.torn or len(data) >= left or not done and not (
-                    0 < _record_size(data[:_LONGEST_HEAD]) <= left):
+            if not damage.torn or len(data) >= left:
                 del items[:]
                 raise
         self.skip = skip
         self.offset += done
-        return 0 if done else _record_size(data[:_LONGEST_HEAD])
+        return done > 0
+
+    def _take_large(self, data, left, items):
+        """Take an item that is larger than a piece, without its data."""
+        item, start, size = _parse_head(data)
+        if start + size > left:
+            raise Damage(self.offset, "record cut short", torn=True)
+        if self.skip:
+            self.skip -= 1
+        else:
+            item.place = Place(self.file, self.offset + start, size)
+            items.append(item)
+        self.offset += start + size
 
     def _go_to_next_file(self):
         """Go on with the file after this one, which may have been packed since; False if there
@@ -1871,6 +1895,9 @@ MEMORY_FLOOR = 1 << 18
 
 # How much the memory of a queue may change before it is counted again, in bytes.
 _MEMORY_STEP = 1 << 12
+
+# What it costs to free an item, in bytes that could be freed instead.
+_FREE_COST = 1 << 10
 
 # How long a write that found no descriptors left is put off, in milliseconds.
 _NO_DESCRIPTOR_MS = 50
@@ -1973,6 +2000,7 @@ class Queue:
         self._allowance = 0                  # and how much it may use
         self._behind = None                  # the ReadBehind of what is not in memory
         self._fresh = collections.deque()    # items not written yet that are not in `items`
+        self._loading = None                 # the head item that a worker reads, or its OSError
         self._alarms = {}                    # xid -> what cancels its timeout
         self._overdue = []                   # xids whose time is over
         self.journal = None
@@ -2060,7 +2088,7 @@ class Queue:
                     return False
                 if self.items or self._refill():
                     self.counters.discarded += 1
-                    self._log(REMOVE, self._pop())
+                    self._log(REMOVE, self._pop(False))
         item = Item(data, now, expiry, flags if config.keep_flags else 0)
         if self._behind:
             self._fresh.append(item)
@@ -2081,8 +2109,9 @@ class Queue:
         """Take the head item, or return None. `open`: only for a while; item.xid is then
         the number by which it is to be confirmed or aborted.
 
-        With a sweep_limit, None though there are items (`count`) means that so many at the
-        head have expired that it is to be called again. Raises OSError when it cannot be read.
+        With a server, None though there are items (`count`) means that many at the head have
+        expired, or that the worker reads a large one: it is to be called again. Raises OSError
+        when it cannot be read.
         """
         if now is None:
             now = _now()
@@ -2092,7 +2121,9 @@ class Queue:
         if ((head.expiry or self.config.max_age) and self._is_expired(head, now)
                 and not self._sweep(now)):
             return None
-        item = self._pop() if self._behind or head.data is None else self._take()
+        if head.data is None and self._is_loading(head):
+            return None
+        item = self._pop() if self._behind else self._take()
         counters = self.counters
         counters.age = now - item.add_time if now > item.add_time else 0
         counters.get_hits += 1
@@ -2158,6 +2189,12 @@ class Queue:
             held = self.items, self._fresh, self._behind, self.count, self.bytes, self.memory
             self._drop_items()
             self._log(FLUSH, held, held[3])
+            self.when_safe(functools.partial(self._let_go, held[0], held[5]))
+
+    def _let_go(self, items, memory, error=None):
+        """Free the memory of items that are not needed any more: of many it takes long."""
+        if not error and memory + _FREE_COST * len(items) > 4 * _STEP_SIZE:
+            self.host.start(_free(items))
 
     def _drop_items(self):
         self.items, self._fresh, self._behind = collections.deque(), collections.deque(), None
@@ -2212,7 +2249,7 @@ class Queue:
             if item is not None:
                 del self.waiters[waiter]
                 waiter.deliver(item)
-            elif not self.count:             # else a run of expired ones went on
+            elif not self.count or self._loading:      # else a run of expired ones went on
                 return
 
     # -- the journal
@@ -2445,6 +2482,7 @@ class Queue:
         self.closed = True
         self.upkeep.stop()
         self.upkeep.renewing = None
+        self._let_go(self.items, self.memory)
         self._drop_items()
         for xid in list(self.opens):
             self._stop_alarm(xid)
@@ -2715,9 +2753,32 @@ class Queue:
         self.count -= count
         self.bytes = max(0, self.bytes - size) if self.count else 0
 
+    def _is_loading(self, head):
+        """Give the head item, a stub, its data back; True if a worker is at it. Raises OSError."""
+        loading, self._loading = self._loading, None
+        if isinstance(loading, OSError):
+            raise loading
+        if head.place.size < _LARGE or not self.host.work:
+            self._load_data(head)
+            return False
+        self._loading = head
+        if loading is not head:
+            loaded = head.stub()
+            self.host.work(self.journal.load_call(loaded),
+                           functools.partial(self._loaded, head, loaded))
+        return True
+
+    def _loaded(self, head, loaded, error):
+        if self._loading is head:
+            self._loading = error
+            if not error and self.items and self.items[0] is head and head.data is None:
+                head.data = loaded.data
+                self.memory += len(head.data)
+            self._serve(_now())
+
     def _load_data(self, item):
         """Read the data of a stub among `items` or `opens` again. Raises OSError."""
-        self.journal.load(item)
+        self.journal.load_call(item)()
         if self.opens.get(item.xid) is item:
             self.open_memory += len(item.data)
         else:
@@ -2874,6 +2935,15 @@ class Queue:
             ("get_rate", round(counters.get_rate, 1)),
             ("fsync_usec", counters.fsync_usec),
         ]
+
+
+def _free(items):
+    """A task: take all items out of a deque, a few megabytes in each step."""
+    while items:
+        size = 0
+        while items and size < 4 * _STEP_SIZE:
+            size += _cost(items.popleft()) + _FREE_COST
+        yield None
 
 
 def _cost(item):
@@ -3888,6 +3958,15 @@ class Session:
             mine = [xid for xid in mine if xid in queue.opens]
             if mine:
                 self.open_reads[queue] = mine
+
+    def out_of_memory(self):
+        """Refuse the command in hand, drop all other input, and end."""
+        self._kept, self.unparsed, self._needed = None, 0, 0
+        if self.waiter:
+            self.queue.cancel(self.waiter)
+            self.waiter = None
+        self.job = None
+        self._refuse(Refused("SERVER_ERROR out of memory", close=True))
 
     def _give_up(self):
         """End the command in hand, a read that waits or a job, without its answer."""
@@ -6120,6 +6199,11 @@ class Connection:
             self._look_alarm = self.server.timers.at(
                 self.server.mono + _LOOK_SECONDS, self._look)
 
+    def give_up(self):
+        """There is no memory for what the client has sent: tell it so, and close."""
+        self.session.out_of_memory()
+        self.server.active.append(self)
+
     def _look(self):
         """Nothing else tells that a client has gone while it waits and its socket is not read."""
         self._look_alarm = None
@@ -6561,7 +6645,10 @@ class Server:
                 greetings += 1
                 if greetings > _GREETINGS:
                     continue                           # select() will tell of it again
-            key.data.ready(mask)
+            try:
+                key.data.ready(mask)
+            except Exception as error:
+                self._unexpected(key.data, error)
         self._events = events[_EVENTS:]
         if not self._events:             # who has spoken before its time was over is heard first
             self.timers.run(self.mono)
@@ -6570,7 +6657,7 @@ class Server:
             self._reload()
         working, self.working = list(self.working), {}
         for number, connection in enumerate(working, 1):
-            connection.resume()
+            self._resume(connection)
             if time.monotonic() > self.mono + _WORK_SECONDS:   # the others are first in the next
                 self.working = {**dict.fromkeys(working[number:]), **self.working}
                 break
@@ -6636,8 +6723,25 @@ class Server:
 
     def _resume_woken(self):
         for connection in self.woken:                  # which may wake others
-            connection.resume()
+            self._resume(connection)
         self.woken.clear()
+
+    def _resume(self, connection):
+        try:
+            connection.resume()
+        except Exception as error:
+            self._unexpected(connection, error)
+
+    def _unexpected(self, one, error):
+        """What nobody foresaw costs the client that it happened to, and nobody else."""
+        if not isinstance(one, Connection):
+            log.exception("unexpected")
+        elif isinstance(error, MemoryError):
+            log.error("%s: out of memory", one.session.who)
+            one.give_up()
+        else:
+            log.exception("%s: unexpected, closed", one.session.who)
+            one.close()
 
     def _run_tasks(self):
         """Run each task a step, as long as there is time. It comes last in a turn, when all
@@ -6720,9 +6824,12 @@ class Server:
         # from now on could not be told from one that came before it.
         active, self.active = self.active + self.woken, []
         for connection in active:
-            if failed or unsafe:
-                connection.settle(failed, unsafe)
-            connection.flush()
+            try:
+                if failed or unsafe:
+                    connection.settle(failed, unsafe)
+                connection.flush()
+            except Exception as error:
+                self._unexpected(connection, error)
         if self._wanted:
             self._start_syncs()
 
@@ -6948,6 +7055,8 @@ def _lock_spool(path):
     """Make the spool directory if need be and lock it; returns its descriptor."""
     try:
         os.makedirs(path, 0o700, exist_ok=True)
+        if os.statvfs(path).f_flag & os.ST_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
