@@ -701,13 +701,15 @@ def is_lost(item):
 
 
 class Damage(Exception):
-    """A journal does not go on with a whole record at `offset`. torn: it just ends early."""
+    """A journal does not go on with a whole record at `offset`. torn: it just ends early. file:
+    the JournalFile, where the reader does not know it."""
 
-    def __init__(self, offset, why, torn):
+    def __init__(self, offset, why, torn, file=None):
         super().__init__("%s at byte %d" % (why, offset))
         self.offset = offset
         self.why = why
         self.torn = torn
+        self.file = file
 
 
 def read_records(file, piece=_READ_SIZE):
@@ -1301,7 +1303,8 @@ class Journal:
         self.budget.opened(file)
 
     def _open(self, file):
-        """Return the descriptor of a file. Raises OSError; ESTALE if it is not there any more."""
+        """Return the descriptor of a file. Raises OSError, ESTALE if it is not there any more,
+        and Damage if it has another size than it should have."""
         if file.fd is None:
             inode = file.inode
             try:
@@ -1312,9 +1315,12 @@ class Journal:
                 file.inode = inode
                 self.budget.close(file)
                 raise self._lost(file)
-            if file not in self.torn and os.fstat(file.fd).st_size != file.size:
+            size = os.fstat(file.fd).st_size
+            if file not in self.torn and size != file.size:
                 self.budget.close(file)
-                raise OSError(errno.EBUSY, "changed by another process", file.path)
+                if self.lock:
+                    raise OSError(errno.EBUSY, "changed by another process", file.path)
+                raise Damage(min(size, file.size), "size changed", False, file)
         return file.fd
 
     @staticmethod
@@ -1689,7 +1695,6 @@ class Journal:
 
     def repair(self, file, start=0):
         """Cut what is damaged out of a file, from byte `start` on, and keep it in lost+found.
-        Return how many bytes of damaged records were replaced.
 
         In their place come records of items that have expired already, as many as may have
         been lost: each REMOVE of a lost item will take one of them, and not a good item.
@@ -1709,7 +1714,9 @@ class Journal:
                 file.size = begin
             elif cuts:
                 self._write_file_now(file, self._good_pieces(data, cuts))
-        return sum(end - begin for begin, end, _, _ in cuts)
+            else:                            # it has become longer
+                self.size += len(data) - file.size
+                file.size = len(data)
 
     def replace_missing(self, file, lost):
         """Put a file in the place of one that has disappeared. lost: for how many items of it,
@@ -1820,17 +1827,19 @@ class ReadBehind:
         the journal; none at its end. Raises OSError, and Damage where `file` is damaged."""
         items = []
         while not items:
+            data = b""
             left = self.file.size - self.offset if self.file.path else 0
-            if left <= 0:                    # what a failed write has left may follow
+            if left > 0:                     # what a failed write has left may follow
+                fd = os.open(self.file.path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    left = min(left, os.fstat(fd).st_size - self.offset)
+                    data = os.pread(fd, min(size, max(0, left)), self.offset)
+                finally:
+                    os.close(fd)
+            if not data:
                 if not self._go_to_next_file():
                     break
-                continue
-            fd = os.open(self.file.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                data = os.pread(fd, min(size, left), self.offset)
-            finally:
-                os.close(fd)
-            if not self._take(data, left, most, items):
+            elif not self._take(data, left, most, items):
                 self._take_large(data, left, items)
         return items
 
@@ -1858,7 +1867,7 @@ class ReadBehind:
 
     def _take_large(self, data, left, items):
         """Take an item that is larger than a piece, without its data."""
-        item, start, size = _parse_head(data)
+        item, start, size = _parse_head(data) or (None, 0, left + 1)
         if start + size > left:
             raise Damage(self.offset, "record cut short", torn=True)
         if self.skip:
@@ -2306,9 +2315,15 @@ class Queue:
             else:
                 call = None
                 journal.write(plan)
-        except (OSError, MemoryError) as error:
+        except (OSError, MemoryError, Damage) as error:
             if isinstance(error, MemoryError):
                 error = OSError(errno.ENOMEM, "out of memory", journal.path)
+            elif isinstance(error, Damage):
+                if self._behind:
+                    self._mend(error.file)
+                    self.host.changed(self)
+                    return
+                error = OSError(errno.ESTALE, "changed by somebody else", error.file.path)
             if is_short_of_descriptors(error) and self.host.later:
                 self.host.later(_NO_DESCRIPTOR_MS, functools.partial(self.host.changed, self))
                 return
@@ -2666,9 +2681,9 @@ class Queue:
             try:
                 found = self._read_more(unread)
             except Damage:
-                self._mend(unread)
+                self._mend(self._behind.file)
             except FileNotFoundError as error:
-                self._mend_missing(unread, error)
+                self._mend_missing(error)
             else:
                 if self._behind.file is not file or not found:
                     self._check_count(file, unread, found)
@@ -2693,41 +2708,49 @@ class Queue:
 
     def _catch_up(self):
         """All that waits is in memory again."""
+        # If items were lost to damage on the way, nobody could tell how large they had been.
+        self.bytes = sum(len(item.data) if item.data is not None else item.place.size
+                         for item in itertools.chain(self.items, self._fresh))
         self.items.extend(self._fresh)
         self.memory += sum(map(_cost, self._fresh))
         self._fresh = collections.deque()
         self._behind = None
 
-    def _mend(self, unread):
-        """Repair the file that is being read behind. Raises OSError."""
-        file, start = self._behind.file, self._behind.offset
+    def _mend(self, file):
+        """Repair a file while the queue is behind. Raises OSError."""
+        behind, files = self._behind, self.journal.files
         if self._writing and file in self._writing.waiting:
             raise OSError(errno.EAGAIN, "damaged, and repaired in a moment", file.path)
+        self.journal.cut()                   # what was refused must not be found again
+        start = behind.offset if file is behind.file else 0
         for item in itertools.chain(self.opens.values(), self.items):
             if item.place and item.place.file is file and item.place.offset >= start:
                 if item.data is None:        # its offset will change
                     self._load_data(item)
                 item.place = None
         size = file.size
-        cut = self.journal.repair(file, start)
-        with open(file.path, "rb") as source:
-            source.seek(start)
-            there = sum(item is not None for _, _, item, _ in read_records(source))
-        lost = self._unread_of(file, unread) - there + self._behind.skip
+        self.journal.repair(file, start)
+        lost = 0
+        if file is behind.file or behind.file not in files[files.index(file):]:
+            with open(file.path, "rb") as source:
+                source.seek(start)
+                there = sum(item is not None for _, _, item, _ in read_records(source))
+            lost = (self._unread_of(file) + behind.skip if file is behind.file
+                    else file.waiting) - there
+            self._lose(file, lost)
         for write in self.journal.writes:    # what is not safe is behind what is damaged
             write.before[:] = [
                 (one, old + file.size - size, waiting - lost) if one is file
                 else (one, old, waiting) for one, old, waiting in write.before]
-        self._lose(file, lost, cut)
 
-    def _mend_missing(self, unread, error):
+    def _mend_missing(self, error):
         """The file that is to be read behind has disappeared: go on without it. Raises OSError."""
         file = self._behind.file
-        lost = self._unread_of(file, unread)
+        lost = self._unread_of(file)
         log.error("%s: %s; %d items are lost", file.path, error.strerror, lost)
         self.journal.replace_missing(file, max(0, file.waiting - lost))
         self._behind.offset = file.size
-        self._lose(file, lost, 0)
+        self._lose(file, lost)
 
     def _check_count(self, file, unread, found):
         """A file has been read to its end: correct the counts if it had more or fewer items
@@ -2739,19 +2762,20 @@ class Queue:
         lost = unread - sum(other.waiting for other in after)
         if lost:
             log.error("%s: %d items are missing", file.path, lost)
-            self._lose(file, lost, 0)
+            self._lose(file, lost)
 
-    def _unread_of(self, file, unread):
+    def _unread_of(self, file):
         """Return how many of the unread items should be in this file, not in those after it."""
+        unread = self.count - len(self.items) - len(self._fresh)
         files = self.journal.files
         after = files[files.index(file) + 1:] if file in files else files
         return unread - sum(other.waiting for other in after)
 
-    def _lose(self, file, count, size):
-        """Count items that are lost from a file, of about so many bytes."""
-        file.waiting -= count
+    def _lose(self, file, count):
+        """Count items that are lost from a file. How large they were is not known for now."""
+        self.bytes -= self.bytes * count // self.count
         self.count -= count
-        self.bytes = max(0, self.bytes - size) if self.count else 0
+        file.waiting -= count
 
     def _is_loading(self, head):
         """Give the head item, a stub, its data back; True if a worker is at it. Raises OSError."""

@@ -1375,6 +1375,93 @@ def test_a_late_retry_starts_no_second_chore(tmp_path, disk):
     queue.close()
 
 
+def behind_three_files(path, items, size=21):
+    """A queue of one item in memory and the others in q.1, q.2 and q, with a third in each."""
+    third = len(items) // 3
+    spool_of(path, q__1=b"".join(map(addx, items[:third])),
+             q__2=b"".join(map(addx, items[third:2 * third])),
+             q=b"".join(map(addx, items[2 * third:])))
+    queue = kestrel.Queue("q", str(path), kestrel.QueueConfig(max_memory_size=300), (1, 2), Bench(),
+                          NOW)
+    assert queue.count == len(items) and len(queue.items) < third
+    return queue
+
+
+@pytest.mark.parametrize("kind", ["flip", "zero", "cut", "insert"])
+def test_damage_that_is_met_while_reading_behind(tmp_path, caplog, kind):
+    """As at the start: the good items that follow come once, in order, the others are kept."""
+    items = [b"item%02d-" % number + b"abc\1\2\x09z" * (number % 4) for number in range(36)]
+    journal = b"".join(map(addx, items[12:24]))
+    ends = [len(b"".join(map(addx, items[12:number + 1]))) for number in range(12, 24)]
+    for place in range(0, len(journal), 7):
+        path = tmp_path / str(place)
+        path.mkdir()
+        queue = behind_three_files(path, items)
+        (path / "q.2").write_bytes(damaged(kind, journal, place))
+        caplog.clear()
+        found = []
+        while queue.count:
+            item = queue.remove(now=NOW)
+            if item and not kestrel.is_lost(item):
+                found.append(item.data)
+            if len(found) % 9 == 0:
+                queue.write()
+                queue.host.run()
+        hit = 12 + next(number for number, end in enumerate(ends) if place < end)
+        near = items[max(0, hit - 1):hit + 2]
+        assert [item for item in found if item in items and item not in near] == [
+            item for item in items if item not in near], place
+        assert len(set(found)) == len(found)
+        if "cut o" in caplog.text:           # else a time was changed
+            assert os.listdir(str(path / "lost+found")), place
+        queue.add(b"last", now=NOW)
+        queue.write()
+        assert queue.bytes == 4 and contents_of(path) == [b"last"], place
+        queue.close()
+
+
+def test_a_file_that_disappears_while_it_is_read_behind(tmp_path, caplog):
+    items = [b"item%02d" % number for number in range(36)]
+    queue = behind_three_files(tmp_path, items)
+    queue.remove(now=NOW)
+    (tmp_path / "q.2").unlink()
+    found = []
+    while queue.count:
+        item = queue.remove(now=NOW)
+        if item and not kestrel.is_lost(item):
+            found.append(item.data)
+        queue.write()
+        queue.host.run()
+    assert found == items[1:12] + items[24:]
+    assert "12 items are lost" in caplog.text
+    assert contents_of(tmp_path) == []
+    queue.close()
+
+
+def test_damage_of_one_queue_costs_the_server_nothing(serve, tmp_path):
+    """It was the end of the daemon once."""
+    server = serve("[queue]\nmax_memory_size = 100kb\nsync_journal = never\n")
+    client = server.client()
+    items = [b"%06d" % number * 60 for number in range(1500)]
+    for number in range(0, 1500, 100):
+        client.send("".join(set_("q", item.decode()) for item in items[number:number + 100]))
+        assert [client.line() for _ in range(100)] == ["STORED\r\n"] * 100
+    second = sorted((tmp_path / "spool").glob("q.*"))[1]
+    data = bytearray(second.read_bytes())
+    data[10 * len(addx(items[0])) + 3] ^= 0x55
+    second.write_bytes(data)
+    found = []
+    for _ in range(1501):
+        item = client.get("q")
+        if item is not None:
+            found.append(item)
+    lost = set(items) - set(found)
+    assert len(lost) <= 1 and found == [item for item in items if item not in lost]
+    assert client.put("r", b"x") == "STORED\r\n"
+    server.stop()
+    assert contents_of(tmp_path / "spool") == []
+
+
 class Recorder:
     """Notes every call that changes the disk, so that the directory can be rebuilt as it
     was, or may have been, after each."""
