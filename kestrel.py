@@ -1479,7 +1479,8 @@ class Journal:
 
     def cut(self):
         """Cut off what failed or undone operations have left. Raises OSError."""
-        for file in list(self.torn):
+        # The newest first: what is done to the head there builds on the files before it.
+        for file in sorted(self.torn, key=JournalFile.age, reverse=True):
             os.ftruncate(self._open(file), file.size)
             self.torn.discard(file)
 

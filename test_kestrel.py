@@ -860,10 +860,12 @@ def test_open_transaction_timeout():
 
 
 class FailingDisk:
-    """Makes chosen calls of the journal fail as the kernel would: name -> errno."""
+    """Makes chosen calls of the journal fail as the kernel would: name -> errno. once: only
+    the next of them."""
 
     def __init__(self, monkeypatch):
         self.failing = {}
+        self.once = False
         for name in ("pwrite", "fsync", "ftruncate", "rename", "unlink", "open"):
             monkeypatch.setattr(kestrel.os, name, self._wrap(name, getattr(os, name)))
 
@@ -871,6 +873,8 @@ class FailingDisk:
         def call(*args, **options):
             code = self.failing.get(name)
             if code:
+                if self.once:
+                    self.failing = {}
                 if name == "pwrite":           # as far as it goes, and then no further
                     real(args[0], args[1][:3], args[2])
                 raise OSError(code, os.strerror(code))
@@ -1641,6 +1645,145 @@ def test_a_crash_after_any_call_loses_nothing(tmp_path, monkeypatch, caplog):
                 checked += 2
     print(checked, "states")
     assert checked > 200
+
+
+class IllLife(Life):
+    """A Life over a disk that fails. It notes among the recorded calls what the answers have
+    said by then: what must be there, and the states that may have been reached as well."""
+
+    def __init__(self, path, chances, recorder):
+        self.acked = ([], {}, 0)
+        self.history = []                    # (position, state) of what is not safe yet
+        self.unclear = []                    # states that could not be cut off
+        self.calls = recorder.calls
+        super().__init__(path, chances)
+
+    def state(self):
+        return list(self.waiting), dict(self.opens), self.serial
+
+    def tell(self, *reached):
+        self.calls.append(("told", self.acked, self.unclear + list(reached)))
+
+    def go_back(self, reached):
+        waiting, opens, _ = self.acked
+        self.waiting, self.opens = collections.deque(waiting), dict(opens)
+        self.history = []
+        self.unclear = self.unclear + [reached] if self.queue.journal.torn else []
+        self.tell()
+
+    def change(self):
+        with contextlib.suppress(OSError):   # it cannot be read: nothing has changed
+            super().change()
+
+    def write(self):
+        queue = self.queue
+        position, state = queue.logged, self.state()
+        self.tell(state)
+        try:
+            queue.write()
+        except OSError:
+            self.go_back(state)
+            return
+        self.history.append((position, state))
+        if not queue.journal.torn:
+            self.unclear = []
+        self.advance()
+
+    def advance(self):
+        while self.history and self.history[0][0] <= self.queue.safe:
+            self.acked = self.history.pop(0)[1]
+        self.tell(*[state for _, state in self.history[-1:]])
+
+    def sync(self):
+        queue = self.queue
+        if not queue.needs_sync():
+            return
+        sync = None
+        try:
+            call, sync = queue.begin_sync()
+            error = call()
+        except OSError as failure:
+            error = failure
+        if self.chances.random() < 0.3:
+            self.write()                     # while it is under way
+        state = self.state()
+        if error:
+            queue.sync_failed(sync, error)
+            self.go_back(state)
+        else:
+            queue.synced(sync)
+            self.advance()
+
+
+def check_told(found, acked, reached):
+    """Whether what a restart finds is what the answers said."""
+    waiting, opens, serial = acked
+    if found == list(opens.values()) + list(waiting):
+        return
+    assert reached, (found, acked)
+    for state in reached:
+        try:
+            check_found(found, (waiting, list(opens.values()), serial),
+                        (state[0], list(state[1].values()), state[2]))
+            return
+        except AssertionError:
+            if state is reached[-1]:
+                raise
+
+
+FAILING_CALLS = ["pwrite", "fsync", "ftruncate", "rename", "unlink", "open"]
+
+
+def test_contents_are_what_the_answers_said_whatever_fails(tmp_path, monkeypatch, caplog):
+    """Calls fail, once or for a while; the server is killed after each call that changed the
+    disk, or stopped while it still fails, and started on a good disk."""
+    caplog.set_level("CRITICAL")
+    chances = seeded()
+    everything = "KESTREL_ALL_CRASHES" in os.environ
+    checked = unclear = 0
+    for number in range(150 if everything else 15):
+        path = tmp_path / str(number)
+        path.mkdir()
+        with monkeypatch.context() as patch:
+            recorder = Recorder(patch)
+            disk = FailingDisk(patch)
+            life = IllLife(path, chances, recorder)
+            for _ in range(80):
+                if chances.random() < 0.2:
+                    disk.once = chances.random() < 0.5
+                    disk.failing = {} if chances.random() < 0.3 else {
+                        name: chances.choice([errno.EIO, errno.ENOSPC])
+                        for name in chances.sample(FAILING_CALLS, chances.choice([1, 2]))}
+                for _ in range(chances.randrange(6)):
+                    life.change()
+                life.write()
+                if chances.random() < 0.5:
+                    life.sync()
+                for _ in range(chances.randrange(3)):
+                    life.bench.step()
+                if chances.random() < 0.3:
+                    calls, life.bench.calls = life.bench.calls, []
+                    for call in calls:
+                        call()
+                unclear += bool(life.unclear)
+            recorder.calls.append("stopped")
+            with contextlib.suppress(OSError):
+                life.queue.close()           # it is stopped in the middle of it
+        check_told(contents_of(path), life.acked,
+                   life.unclear + [state for _, state in life.history])
+        disk = Disk()
+        told = None
+        share = 1 if everything else 0.1
+        for call in recorder.calls[:recorder.calls.index("stopped")]:
+            if call[0] == "told":
+                told = call[1:]
+            else:
+                disk.apply(call)
+            if told and chances.random() < share:
+                check_told(disk.found(disk.names, disk.data), *told)
+                checked += 1
+    print(checked, "states", unclear, "unclear")
+    assert checked > 100 and unclear
 
 
 # == Broker ===============================================================================
