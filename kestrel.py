@@ -1006,7 +1006,10 @@ def run_task(task):
     with contextlib.suppress(StopIteration):
         while True:
             call = task.throw(error) if error else next(task)
-            error = call and call()
+            try:
+                error = call and call()
+            except OSError as failure:
+                error = _bare(failure)
 
 
 def fsync_all(fds):

@@ -861,18 +861,21 @@ def test_open_transaction_timeout():
 
 class FailingDisk:
     """Makes chosen calls of the journal fail as the kernel would: name -> errno. once: only
-    the next of them."""
+    the next of them. good: how many go well before."""
 
     def __init__(self, monkeypatch):
         self.failing = {}
         self.once = False
+        self.good = 0
         for name in ("pwrite", "fsync", "ftruncate", "rename", "unlink", "open"):
             monkeypatch.setattr(kestrel.os, name, self._wrap(name, getattr(os, name)))
 
     def _wrap(self, name, real):
         def call(*args, **options):
             code = self.failing.get(name)
-            if code:
+            if code and self.good:
+                self.good -= 1
+            elif code:
                 if self.once:
                     self.failing = {}
                 if name == "pwrite":           # as far as it goes, and then no further
@@ -1784,6 +1787,262 @@ def test_contents_are_what_the_answers_said_whatever_fails(tmp_path, monkeypatch
                 checked += 1
     print(checked, "states", unclear, "unclear")
     assert checked > 100 and unclear
+
+
+def test_both_renames_of_a_pack_can_fail_and_rotation_is_tried_again(tmp_path, disk):
+    """Rotation needs one rename and the creation of a file; each of them fails once."""
+    for failing in ("rename", "open", "fsync"):
+        path = tmp_path / failing
+        path.mkdir()
+        queue = turn_queue(path, max_memory_size=500)
+        bench = queue.host
+        items = []
+        for number in range(20):
+            items.append(b"%d" % number * 30)
+            queue.add(items[-1], now=NOW)
+            queue.write()
+            disk.failing, disk.once = {failing: errno.EIO}, True
+            bench.step()
+            bench.step()
+            disk.failing = {}
+            assert contents_of(path) == items
+            while bench.calls:
+                bench.calls.pop(0)()
+            bench.run()
+        assert len(queue.journal.files) >= 3
+        assert data_of(take(queue, 20)) == items
+        queue.close()
+
+
+def test_an_fsync_under_way_keeps_nobody_from_the_file(tmp_path):
+    """Duplicates of descriptors once kept the lock of a file that was closed meanwhile."""
+    queue = turn_queue(tmp_path, sync_journal=100)
+    queue.add(b"1", now=NOW)
+    queue.write()
+    call, under_way = queue.begin_sync()
+    queue.host.budget.close(queue.journal.current)
+    queue.add(b"2", now=NOW)
+    queue.write()
+    assert call() is None
+    queue.synced(under_way)
+    queue.close()
+    assert contents_of(tmp_path) == [b"1", b"2"]
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("failing", ["unlink", "rename", "open", "fsync"])
+def test_delete_is_all_or_nothing(tmp_path, disk, several, failing):
+    """From one of its calls on all of that kind fail."""
+    items = [b"%d" % number * 50 for number in range(10)]
+    outcomes = set()
+    for good in range(9):
+        path = tmp_path / str(good)
+        path.mkdir()
+        queue = turn_queue(path, max_memory_size=300 if several else 10000)
+        for item in items:
+            queue.add(item, now=NOW)
+            queue.write()
+            queue.host.run()
+        assert (len(queue.journal.files) > 1) == several
+        disk.failing, disk.good = {failing: errno.EIO}, good
+        try:
+            queue.delete()
+            queue.host.run()
+            outcomes.add("gone")
+            expected = []
+        except OSError:
+            outcomes.add("as it was")
+            queue.add(b"more", now=NOW)
+            expected = items + [b"more"]
+        disk.failing = {}
+        if expected:
+            queue.write()
+            assert data_of(take(queue, 11)) == expected
+        assert contents_of(path) == expected
+    assert "gone" in outcomes and (failing == "fsync" or "as it was" in outcomes or (
+        failing, several) in (("unlink", True), ("rename", False), ("open", False)))
+
+
+def test_a_queue_that_is_made_again_never_shows_an_old_item(tmp_path, disk):
+    broker = broker_of(tmp_path, "[queue]\nmax_memory_size = 300\n")
+    for number in range(10):
+        put(broker, "q", b"old" * 30)
+        commit(broker, NOW)
+    assert len(broker.queues["q"].journal.files) > 1
+    broker.delete(broker.queues["q"])
+    disk.failing = {"unlink": errno.EIO}
+    run_tasks(broker)                         # nothing can be deleted
+    with pytest.raises(OSError):
+        broker.queue("q", NOW)                # nor is it made again in that state
+    spool = tmp_path / "spool"
+    disk.failing = {}
+    assert contents_of(spool, "q") == []
+    put(broker, "q", b"new")
+    commit(broker, NOW)
+    settle(broker)
+    assert contents_of(spool, "q") == [b"new"]
+
+
+def test_keep_journal_turned_on_is_safe_at_each_moment(tmp_path):
+    """Nothing is acknowledged before the first file is complete; and then it is in it."""
+    broker = broker_of(tmp_path, "[queue]\nkeep_journal = false\n")
+    put(broker, "q", *[b"%d" % number * 20 for number in range(100)])
+    commit(broker, NOW)
+    config_of(tmp_path, "")
+    broker.reload()
+    queue, spool = broker.queues["q"], tmp_path / "spool"
+    assert queue.remove(now=NOW).data == b"0" * 20
+    put(broker, "q", b"new")
+    told = []
+    queue.when_safe(told.append)
+    steps = 0
+    while broker.tasks or broker.dirty:
+        broker.write()
+        if told:
+            assert contents_of(spool, "q") == data_of(queue.items)
+        for _ in range(len(broker.tasks)):
+            task = broker.tasks.popleft()
+            assert not step_of(task)
+            if task.gi_frame:
+                broker.tasks.append(task)
+        steps += 1
+    assert told == [None] and steps > 4
+    assert contents_of(spool, "q") == data_of(queue.items) and queue.items[-1].data == b"new"
+
+
+def test_a_move_whose_confirmation_fails_is_confirmed_later(tmp_path, disk):
+    broker = broker_of(tmp_path, "[queue work]\nexpire_to_queue = late\n")
+    calls = []
+    broker.later = lambda delay, call: calls.append(call)
+    put(broker, "work", b"1", expiry=NOW + 10)
+    commit(broker, NOW)
+    work = broker.queues["work"]
+    confirm = work.confirm
+
+    def fail(xid):
+        work.confirm = confirm
+        disk.failing, disk.once = {"pwrite": errno.EIO}, True
+        return confirm(xid)
+
+    work.confirm = fail
+    work.discard_expired(NOW + 10)
+    commit(broker, NOW + 10)
+    late = broker.queues["late"]
+    assert late.remove(now=NOW + 10).data == b"1" and len(work.opens) == 1
+    while calls:
+        calls.pop()()
+        commit(broker, NOW + 10)
+    assert not work.opens and not late.count
+    spool = tmp_path / "spool"
+    assert contents_of(spool, "work") == contents_of(spool, "late") == []
+
+
+@pytest.mark.parametrize("failing", ["work", "late"])
+def test_a_move_is_made_once_though_fsyncs_fail(tmp_path, failing):
+    broker = broker_of(tmp_path, "[queue]\nsync_journal = 0\n"
+                                 "[queue work]\nexpire_to_queue = late\n")
+    calls = []
+    broker.later = lambda delay, call: calls.append(call)
+    put(broker, "work", b"1", expiry=NOW + 10)
+    commit(broker, NOW)
+    queues = {"work": broker.queues["work"], "late": broker.queue("late", NOW)}
+    for queue in queues.values():
+        sync(queue)
+    queues["work"].discard_expired(NOW + 10)
+    failed = False
+    for _ in range(20):
+        broker.write()
+        for name, queue in queues.items():
+            if queue.written > queue.durable:
+                if name == failing and not failed:
+                    fail_sync(queue)
+                    failed = True
+                else:
+                    sync(queue)
+        for call in calls:
+            call()
+        del calls[:]
+        queues["work"].discard_expired(NOW + 10)
+    assert failed and not queues["work"].count and not queues["work"].opens
+    assert data_of(queues["late"].items) == [b"1"]
+    spool = tmp_path / "spool"
+    assert (contents_of(spool, "work"), contents_of(spool, "late")) == ([], [b"1"])
+
+
+def test_opened_items_count_as_memory_and_need_not_stay_in_it(tmp_path):
+    queue = load(tmp_path, max_memory_size=20000)
+    items = [bytes([number]) * 5000 for number in range(60)]
+    fill(queue, *items)
+    opened = take(queue, 60, open=True)
+    assert data_of(opened) == items
+    xids = [item.xid for item in opened]
+    del opened
+    assert queue.open_memory < 60 * kestrel.ITEM_COST + 30000
+    held = [item.data for item in queue.opens.values() if item.data is not None]
+    assert sum(map(len, held)) <= 25000
+    queue.abort(*xids)
+    assert queue.memory < 60 * kestrel.ITEM_COST + 30000
+    assert data_of(take(queue, 61)) == items + [None]
+    queue.close()
+
+
+def test_max_memory_is_shared_by_all_queues(tmp_path):
+    """Three hundred queues of which each could have all of it, and more on disk."""
+    broker = broker_of(tmp_path, "[queue]\nsync_journal = never\n"
+                                 "[queue plain]\nkeep_journal = false\n")
+    broker.budget.most_memory = most = 4 << 20
+    floor = 300 * kestrel.MEMORY_FLOOR
+    names = ["q%d" % number for number in range(300)]
+    for turn in range(20):
+        for name in names:
+            put(broker, name, *[b"%d" % turn * 3000] * 4)
+        commit(broker, NOW)
+    assert most / 2 < broker.budget.memory < most + floor
+    assert sum(queue.bytes for queue in broker.queues.values()) > 15 * most
+    with pytest.raises(OSError, match="out of memory"):
+        for number in range(2000):
+            put(broker, "plain", b"x" * 10000)
+            commit(broker, NOW)
+    assert broker.queues["plain"].memory <= kestrel.MEMORY_FLOOR
+    for name in names:
+        queue = broker.queues[name]
+        got = take(queue, 80)
+        assert data_of(got) == [b"%d" % (number // 4) * 3000 for number in range(80)]
+        commit(broker, NOW)
+    assert broker.budget.memory <= kestrel.MEMORY_FLOOR
+
+
+def calls_of(function):
+    """How many Python functions are called, and loops gone through, by a call."""
+    count = [0]
+    sys.settrace(lambda *_: count.__setitem__(0, count[0] + 1) or (
+        lambda *_: count.__setitem__(0, count[0] + 1)))
+    try:
+        function()
+    finally:
+        sys.settrace(None)
+    return count[0]
+
+
+def test_a_write_costs_the_same_however_many_files_there_are(tmp_path):
+    costs = []
+    for number in (4, 400):
+        path = tmp_path / str(number)
+        path.mkdir()
+        queue = turn_queue(path, max_memory_size=300, sync_journal=0)
+        while len(queue.journal.files) < number:
+            queue.add(b"x" * 320, now=NOW)
+            queue.write()
+            queue.host.run()
+            sync(queue)
+        def lone_put():
+            queue.add(b"y", now=NOW)
+            queue.write()
+            sync(queue)
+        lone_put()
+        costs.append(calls_of(lone_put))
+        queue.close()
+    assert costs[1] <= costs[0] * 1.1
 
 
 # == Broker ===============================================================================
