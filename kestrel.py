@@ -2436,7 +2436,7 @@ class Queue:
         if self.durable == safe:
             self.durable = logged
         self.safe = self.written = logged
-        error = _bare(error)
+        error = type(error)(error.errno, error.strerror, error.filename or self.journal.path)
         if error.errno == errno.ESTALE:      # what is in a file without a name does not matter
             if self.upkeep.renewing is None:
                 log.error("%s: %s; the queue is written anew", error.filename, error.strerror)
@@ -4520,7 +4520,7 @@ class MemcacheSession(Session):
         self._check_writes()
         if queue:
             self._drop(queue, True)
-        self._reply(words, b"DELETED\r\n")
+        self._reply(words, b"DELETED\r\n", *filter(None, [queue]))
 
     def _flush(self, words, now):
         queue = self._queue_of(words)
@@ -4887,7 +4887,7 @@ class TextSession(Session):
         self._check_writes()
         if queue:
             self._drop(queue, True)
-        self._say(b"+0\n")
+        self._say(b"+0\n", *filter(None, [queue]))
 
     def _status(self, words, now):
         if len(words) < 2:
@@ -5186,7 +5186,7 @@ class ThriftSession(Session):
         self._check_writes()
         if queue:
             self._drop(queue, True)
-        self._answer(b"")
+        self._answer(b"", *filter(None, [queue]))
 
     def _status(self, now):
         self._answer(_i32_field(0, _THRIFT_STATUSES[self.broker.status]))
@@ -5639,7 +5639,7 @@ class AdminSession(Session):
         queue = self._asked_queue()
         if queue:
             self._drop(queue, True)
-            self._respond(HTTPStatus.OK, "deleted")
+            self._respond(HTTPStatus.OK, "deleted", queues=[queue])
 
     def _reload(self, now):
         self._check_admin("reload")
@@ -6995,7 +6995,8 @@ def _usable_memory():
                 while where and path:
                     for name in ("memory.max", "memory.limit_in_bytes"):
                         with contextlib.suppress(OSError, ValueError):
-                            with open(where % (path.rstrip("/"), name)) as limit:
+                            with open(where % (path.rstrip("/"), name),
+                                      encoding="ascii") as limit:
                                 sizes.append(int(limit.read()))
                     path = path.rstrip("/").rpartition("/")[0]
     return min(sizes)

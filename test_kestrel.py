@@ -19,6 +19,7 @@ import functools
 import gc
 import hashlib
 import ipaddress
+import io
 import itertools
 import json
 import logging
@@ -4502,6 +4503,163 @@ def test_stopping_answers_those_who_wait(serve, tmp_path):
     assert waiting.sock and contents_of(tmp_path / "spool") == [b"1", b"2"]
 
 
+@pytest.mark.parametrize("then_full", [False, True])
+@pytest.mark.parametrize("stop", ["killed", "stopped"])
+def test_refused_commands_have_not_happened(serve, disk, tmp_path, then_full, stop):
+    server = serve("[queue]\nsync_journal = 0\n")
+    client, reader = server.client(), server.client()
+    spool = tmp_path / "spool"
+    assert client.put("q", b"A") == client.put("q", b"B") == "STORED\r\n"
+    assert client.put("r", b"1") == "STORED\r\n"
+    assert reader.get("r/open") == b"1"
+
+    def check():
+        failing, disk.failing = disk.failing, {}
+        assert contents_of(spool, "q") == [b"A", b"B"] and contents_of(spool, "r") == [b"1"]
+        disk.failing = failing
+
+    disk.failing, disk.once = {"fsync": errno.EIO}, then_full
+    for command, queue in (("get q\r\n", "q"), (set_("q", "C"), "q"),
+                           ("get r/close\r\n", "r"), ("flush q\r\n", "q")):
+        answerer = reader if queue == "r" else client
+        assert answerer.ask(command).startswith("SERVER_ERROR "), command
+        if then_full:
+            disk.failing, disk.once = {"pwrite": errno.ENOSPC}, False
+        check()
+    if stop == "stopped":
+        server.stop()
+    check()
+    if stop == "killed":
+        disk.failing = {}
+        until(lambda: client.put("q", b"C") == "STORED\r\n")
+        assert [client.get("q") for _ in range(3)] == [b"A", b"B", b"C"]
+
+
+def test_an_unclear_outcome_is_told_to_nobody(serve, disk):
+    """What could not be written can also not be cut off: the client is disconnected."""
+    server = serve("[queue]\nsync_journal = never\n")
+    client, other = server.client(), server.client()
+    assert client.put("q", b"1") == "STORED\r\n"
+    disk.failing = {"pwrite": errno.EIO, "ftruncate": errno.EIO}
+    assert client.put("q", b"2") == ""
+    assert other.put("q", b"3") == "SERVER_ERROR q: Input/output error\r\n"
+    assert other.put("r", b"x") == ""
+    disk.failing = {}
+    other = server.client()
+    assert other.put("q", b"4") == "STORED\r\n"
+    assert [other.get("q") for _ in range(3)] == [b"1", b"4", None]
+
+
+def test_deleted_is_answered_when_it_is_durable(serve, monkeypatch):
+    server = serve("[queue]\nsync_journal = 0\n")
+    client = server.client()
+    client.put("q", b"x")
+    held = HeldFsync(monkeypatch)
+    client.send("delete q\r\n")
+    assert held.called.acquire(timeout=20)
+    nothing_comes(client)
+    held.disarm()
+    assert client.line() == "DELETED\r\n"
+
+
+@pytest.mark.parametrize("how", ["unlinked", "replaced"])
+@pytest.mark.parametrize("sync", ["0", "1ms", "never"])
+def test_a_journal_that_loses_its_name_is_written_anew(serve, tmp_path, caplog, how, sync):
+    server = serve("[queue]\nsync_journal = %s\n" % sync)
+    client = server.client()
+    path = tmp_path / "spool" / "q"
+    assert client.put("q", b"1") == client.put("q", b"2") == "STORED\r\n"
+    until(lambda: sync == "never" or not server.server.broker.queues["q"].needs_sync()
+          and not server.server._running)
+    path.unlink()
+    if how == "replaced":
+        path.write_bytes(b"not a journal")
+    expected = [b"1", b"2"]
+    for number in range(20):
+        data = b"more%d" % number
+        if client.put("q", data) == "STORED\r\n":
+            expected.append(data)
+    if sync != "never":
+        until(lambda: "written anew" in caplog.text)
+        until(lambda: client.put("q", b"last") == "STORED\r\n")
+        expected.append(b"last")
+        assert contents_of(tmp_path / "spool") == expected
+    server.stop()
+    assert contents_of(tmp_path / "spool") == expected
+    assert caplog.text.count("written anew") == 1
+
+
+def test_a_large_set_and_get_leave_the_loop_to_others(serve, monkeypatch):
+    """Writing and reading it are left to the worker; meanwhile others are served."""
+    server = serve("[queue]\nsync_journal = never\nmax_memory_size = 1mb\n")
+    client, other = server.client(), server.client()
+    other.put("q", b"x")
+    data = os.urandom(5 << 20)
+    client.put("big", b"small")
+    gate, waiting = threading.Event(), threading.Event()
+    threads = set()
+
+    def slow(name):
+        real = getattr(os, name)
+
+        def call(fd, what, *rest):
+            if max(what if isinstance(what, int) else len(what), 0) > 1 << 20:
+                threads.add(threading.current_thread().name)
+                waiting.set()
+                assert gate.wait(20)
+            return real(fd, what, *rest)
+
+        monkeypatch.setattr(kestrel.os, name, call)
+
+    slow("pwrite")
+    slow("pread")
+    client.send(b"set big 0 0 %d\r\n%b\r\nget big\r\nget big\r\n" % (len(data), data))
+    assert waiting.wait(20)
+    for _ in range(20):
+        assert other.get("q/open") == b"x" and other.get("q/abort") is None
+    other.send("set big 0 0 4\r\nlate\r\n")       # waits for what comes before it
+    assert other.get is not None
+    gate.set()
+    assert client.line() == "STORED\r\n"
+    assert other.line() == "STORED\r\n"
+    assert client.item() == b"small"
+    assert client.item() == data
+    assert threads == {"worker"}
+    assert client.get("big") == b"late"
+
+
+def test_a_large_set_that_fails_is_undone_with_all_that_followed(serve, disk):
+    server = serve("[queue]\nsync_journal = never\n")
+    client, other = server.client(), server.client()
+    assert client.put("q", b"1") == "STORED\r\n"
+    disk.failing, disk.once = {"pwrite": errno.ENOSPC}, True
+    assert client.put("q", b"x" * (3 << 20)) == "SERVER_ERROR q: No space left on device\r\n"
+    assert other.put("q", b"2") == "STORED\r\n"
+    assert [other.get("q") for _ in range(3)] == [b"1", b"2", None]
+
+
+def test_what_is_no_file_is_left_alone(serve, tmp_path, caplog):
+    """A pipe named like a queue once kept the server from starting, without a word."""
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    os.mkfifo(str(spool / "pipe"))
+    (spool / "link").symlink_to(spool / "pipe")
+    (spool / "null").symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as sock:
+        here = os.getcwd()
+        os.chdir(str(spool))                 # the path may be too long for a socket
+        try:
+            sock.bind("sock")
+        finally:
+            os.chdir(here)
+    server = serve("")
+    client = server.client()
+    for name in ("pipe", "link", "null", "sock"):
+        assert "%s: not a regular file, left alone" % (spool / name) in caplog.text
+        assert client.put(name, b"x") == "SERVER_ERROR %s: not a regular file\r\n" % name
+    assert client.put("q", b"x") == "STORED\r\n" and client.get("q") == b"x"
+
+
 # == The daemon, as a process =============================================================
 
 
@@ -4519,18 +4677,23 @@ def run(*arguments, **options):
 class Daemon:
     """kestrel.py as a process on a free port; its log is in `log`."""
 
-    def __init__(self, path, text=None, most_files=None, log=None):
+    def __init__(self, path, text=None, most_files=None, most_memory=None, log=None):
         self.log = log or path / "log"
         self.log.write_text("")
         arguments = ["--port", 0, "--spool", path / "spool"]
         if text is not None:
             (path / "kestrel.conf").write_text(text)
             arguments += ["-c", path / "kestrel.conf"]
+
+        def limit():
+            if most_files:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (min(20, most_files), most_files))
+            if most_memory:
+                resource.setrlimit(resource.RLIMIT_AS, (most_memory, most_memory))
+
         with open(str(self.log), "ab") as log:
             self.process = subprocess.Popen(
-                command(*arguments), stderr=log, cwd=str(path),
-                preexec_fn=most_files and (lambda: resource.setrlimit(
-                    resource.RLIMIT_NOFILE, (min(20, most_files), most_files))))
+                command(*arguments), stderr=log, cwd=str(path), preexec_fn=limit)
         until(self._is_up)
         self.port = int(re.search(r"listening on \S+:(\d+) ", self.log.read_text())[1])
 
@@ -4595,6 +4758,37 @@ def test_the_longest_turn_is_told_of_once(serve, monkeypatch):
     monkeypatch.setattr(kestrel.os, "pwrite", pwrite)
     assert int(client.stats()["max_turn_usec"]) >= 500000
     assert int(client.stats()["max_turn_usec"]) < 500000
+
+
+def test_memory_that_runs_out_is_answered(daemon):
+    server = daemon(most_memory=130 << 20)
+    with server.client() as client:
+        assert client.put("q", b"x") == "STORED\r\n"
+        refused = 0
+        for _ in range(6):
+            with server.client() as other:
+                other.send(b"set big 0 0 30000000\r\n" + b"x" * 30000000 + b"\r\n")
+                answer = other.line()
+                assert answer in ("STORED\r\n", "SERVER_ERROR out of memory\r\n")
+                refused += answer != "STORED\r\n"
+        assert refused
+        assert client.get("q") == b"x"
+        assert client.put("q", b"y") == "STORED\r\n" and client.get("q") == b"y"
+
+
+def test_a_flood_of_connections_does_not_keep_queues_from_their_files(daemon):
+    server = daemon("[queue]\nsync_journal = 0\n", most_files=64)
+    with server.client() as client:
+        for number in range(10):
+            assert client.put("q%d" % number, b"1") == "STORED\r\n"
+        flood = [server.client() for _ in range(100)]
+        for number in range(20):
+            assert client.put("q%d" % number, b"2") == "STORED\r\n"
+        for number in range(10):
+            assert [client.get("q%d" % number) for _ in range(3)] == [b"1", b"2", None]
+        for one in flood:
+            one.close()
+        assert "Too many open files" not in server.log.read_text()
 
 
 def test_version():
@@ -4688,6 +4882,37 @@ def test_what_keeps_it_from_starting_is_told_in_one_line(daemon, tmp_path):
         status, out, err = run(*arguments, cwd=str(tmp_path))
         lines = [line for line in err.splitlines() if not re.search(" INFO |no admin port", line)]
         assert status == 1 and len(lines) == 1 and words in lines[0], err
+
+
+def test_a_read_only_file_system_is_named(tmp_path, monkeypatch):
+    class Status:
+        f_flag = os.ST_RDONLY
+
+    monkeypatch.setattr(kestrel.os, "statvfs", lambda path: Status)
+    with pytest.raises(OSError) as caught:
+        kestrel._lock_spool(str(tmp_path))
+    assert caught.value.errno == errno.EROFS and "Read-only" in str(caught.value)
+
+
+@pytest.mark.parametrize("files, expected", [
+    ({"/proc/self/cgroup": "0::/a/b\n", "/sys/fs/cgroup/a/b/memory.max": "max\n",
+      "/sys/fs/cgroup/a/memory.max": "1000000\n"}, 1000000),
+    ({"/proc/self/cgroup": "5:memory:/c\n4:cpu:/c\n",
+      "/sys/fs/cgroup/memory/c/memory.limit_in_bytes": "2000000\n"}, 2000000),
+    ({}, None)])
+def test_how_much_memory_there_is(monkeypatch, files, expected):
+    """What the machine has, what its cgroup allows, or RLIMIT_AS: the least of them."""
+    def fake_open(path, **_):
+        if path not in files:
+            raise FileNotFoundError(path)
+        return io.StringIO(files[path])
+
+    monkeypatch.setattr(kestrel, "open", fake_open, raising=False)
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(kestrel.resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+    assert kestrel._usable_memory() == (expected or machine)
+    monkeypatch.setattr(kestrel.resource, "getrlimit", lambda _: (5000, 5000))
+    assert kestrel._usable_memory() == 5000
 
 
 def test_listen_addresses(tmp_path):
@@ -6676,6 +6901,7 @@ def test_a_journal_that_somebody_else_has_changed_is_not_written_over(tmp_path):
     queue.add(b"1", now=NOW)
     queue.write()
     queue.host.budget.close(queue.journal.current)
+    queue.journal.lock = True                # as of a queue without a server
     other = kestrel.Queue("q", str(tmp_path))
     other.add(b"3")
     with pytest.raises(OSError, match="held by another process"):
