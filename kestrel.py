@@ -1961,6 +1961,68 @@ class Alone:
         run_task(task)
 
 
+class History:
+    """The positions of a queue's operations, and who waits for them.
+
+    Each operation has a position: its number in the history of the queue. `logged`, `written`
+    and `durable` are the last positions in memory, handed to the kernel and fsynced. `safe` is
+    the last one that may be acknowledged: with sync_journal = 0 what is durable, else what is
+    written. Whoever must not act before a change is safe asks when_safe().
+    """
+
+    def __init__(self):
+        self.safe = self.written = self.durable = 0
+        self.ops = []                        # (opcode, item, xid) of what is not being written yet,
+        self.unsafe = []                     # and of what is, but is not safe
+        self._pending = collections.deque()  # (position, call) of when_safe()
+
+    @property
+    def logged(self):
+        """The position of the last operation."""
+        return self.safe + len(self.unsafe) + len(self.ops)
+
+    def when_safe(self, call):
+        """Make a call, with None, when all operations so far are safe; or, with an OSError,
+        when they have been undone."""
+        if self.logged <= self.safe:
+            call(None)
+        else:
+            self._pending.append((self.logged, call))
+
+    def advance(self, position):
+        """Note that all operations up to a position are safe."""
+        if position > self.safe:
+            del self.unsafe[:position - self.safe]
+            self.safe = position
+
+    def settle(self):
+        """Make the calls that waited for what is safe now."""
+        while self._pending and self._pending[0][0] <= self.safe:
+            self._pending.popleft()[1](None)
+
+    def go_back(self):
+        """Give up the operations that are not safe, and return them. Their positions are
+        skipped."""
+        ops = self.unsafe + self.ops
+        logged = self.logged
+        if self.durable == self.safe:
+            self.durable = logged
+        self.safe = self.written = logged
+        self.ops, self.unsafe = [], []
+        return ops
+
+    def tell(self, error):
+        """Make the calls that waited for what has been undone."""
+        pending, self._pending = self._pending, collections.deque()
+        for _, call in pending:
+            call(error)
+
+    def forget(self):
+        """Nothing is, or will be, on a disk of the operations so far: they are safe."""
+        self.go_back()
+        self.settle()
+
+
 class Queue:
     """A durable FIFO queue.
 
@@ -1972,12 +2034,7 @@ class Queue:
     and on the disk too if sync_journal is 0; a change that cannot be written is undone
     and raises OSError. A server collects the changes of a turn instead, and calls write().
 
-    Each change is an operation, and has a position: its number in the history of the queue.
-    `logged`, `written` and `durable` are the last positions in memory, handed to the kernel and
-    fsynced. `safe` is the last one that may be acknowledged: with sync_journal = 0 what is
-    durable, else what is written. Whoever must not act before a change is safe asks
-    when_safe(). A failure undoes all operations after `safe`, in memory and in the files; their
-    positions are skipped.
+    A failure undoes all operations that are not safe, see History, in memory and in the files.
 
     Past max_memory_size only the head of the queue is in memory; the rest is read from the
     journal as it drains:
@@ -2003,12 +2060,9 @@ class Queue:
             total_flushes=0, transactions=0, canceled_transactions=0, put_bytes=0, get_bytes=0,
             get_hits=0, get_misses=0, put_rate=0.0, get_rate=0.0, fsync_usec=0,
             journal_rewrites=0, journal_rotations=0)
-        self.safe = self.written = self.durable = 0
-        self.ops = []                        # operations that are not being written yet
-        self.unsafe = []                     # those that are, but are not safe
+        self.history = History()
         self._writing = None                 # the Plan that the worker writes
         self._failure = None                 # a failed fsync, to be seen to after that
-        self._pending = collections.deque()  # (position, call) of when_safe()
         self._counted = 0                    # how much memory the server counts for this queue,
         self._allowance = 0                  # and how much it may use
         self._behind = None                  # the ReadBehind of what is not in memory
@@ -2041,7 +2095,7 @@ class Queue:
             return
         try:
             if config.keep_journal:
-                self._forget_operations()    # they are part of what is written first
+                self.history.forget()        # they are part of what is written first
                 self.journal = self._new_journal(
                     find_journals(self.path, self.name).get(self.name, ()))
                 self.upkeep.renew()          # puts what there is in place of what it held
@@ -2061,17 +2115,10 @@ class Queue:
                 self._load_data(item)
         task = self.journal.delete()
         self.upkeep.stop()
-        self._forget_operations()
+        self.history.forget()
         if task:
             self.host.start(self._clear(task, self.journal.path))
         self.journal = None
-
-    def _forget_operations(self):
-        """Nothing will be written any more of the operations so far."""
-        self.safe = self.written = self.logged
-        self.ops, self.unsafe = [], []
-        self._fresh.clear()
-        self._settle()
 
     # -- adding and taking
 
@@ -2186,7 +2233,7 @@ class Queue:
             self._log(UNREMOVE, item, xid)
         if known:
             if orphaned:
-                self.when_safe(functools.partial(self._abort_again, known))
+                self.history.when_safe(functools.partial(self._abort_again, known))
             if self.waiters:
                 self._serve(_now(now))
         return len(known)
@@ -2202,7 +2249,7 @@ class Queue:
             held = self.items, self._fresh, self._behind, self.count, self.bytes, self.memory
             self._drop_items()
             self._log(FLUSH, held, held[3])
-            self.when_safe(functools.partial(self._let_go, held[0], held[5]))
+            self.history.when_safe(functools.partial(self._let_go, held[0], held[5]))
 
     def _let_go(self, items, memory, error=None):
         """Free the memory of items that are not needed any more: of many it takes long."""
@@ -2267,23 +2314,6 @@ class Queue:
 
     # -- the journal
 
-    @property
-    def logged(self):
-        """The position of the last operation."""
-        return self.safe + len(self.unsafe) + len(self.ops)
-
-    def when_safe(self, call):
-        """Make a call, with None, when all operations so far are safe; or, with an OSError,
-        when they have been undone."""
-        if self.logged <= self.safe:
-            call(None)
-        else:
-            self._pending.append((self.logged, call))
-
-    def _settle(self):
-        while self._pending and self._pending[0][0] <= self.safe:
-            self._pending.popleft()[1](None)
-
     def write(self):
         """Hand the operations so far to the kernel.
 
@@ -2297,13 +2327,13 @@ class Queue:
             self.count_memory()
         if journal is None:
             if self.config.enable_trace:
-                self._trace(self.ops)
-            self._forget_operations()
+                self._trace(self.history.ops)
+            self.history.forget()
             return
         upkeep = self.upkeep
         if upkeep.renewing is not None and not upkeep.can_write():
             return                           # it comes back here at its end
-        ops = self.ops
+        ops = self.history.ops
         plan = None
         try:
             if upkeep.renewing is not None:
@@ -2334,37 +2364,32 @@ class Queue:
             raise self._go_back(error, plan is not None) from None
         if self.config.enable_trace:
             self._trace(ops)
-        position = self.safe + len(self.unsafe) + len(ops)
-        self.ops = []
+        history = self.history
+        position = history.safe + len(history.unsafe) + len(ops)
+        history.ops = []
         if call:
-            self.unsafe += ops
+            history.unsafe += ops
             self._writing = plan
             self.host.work(call, functools.partial(
                 self._wrote, plan, position, self._fresh, len(self._fresh)))
             return
-        if self.config.sync_journal == 0 or self.unsafe:
-            self.unsafe += ops
+        if self.config.sync_journal == 0 or history.unsafe:
+            history.unsafe += ops
         else:
-            self.safe = position             # as a rule
+            history.safe = position          # as a rule
         self._fresh.clear()
         self._commit(plan, position)
 
     def _commit(self, plan, position):
         """Make a batch that has been written count."""
-        self.written = position
-        if self.config.sync_journal != 0 and self.unsafe:
-            self._advance(position)
-        self.journal.commit(plan, position, self.safe >= position)
-        if self._pending:
-            self._settle()
-        self.upkeep.check()
-
-    def _advance(self, position):
-        """All operations up to a position are safe."""
-        if position > self.safe:
-            del self.unsafe[:position - self.safe]
-            self.safe = position
+        history = self.history
+        history.written = position
+        if self.config.sync_journal != 0 and history.unsafe:
+            history.advance(position)
             self.journal.forget(position)
+        self.journal.commit(plan, position, history.safe >= position)
+        history.settle()
+        self.upkeep.check()
 
     def _wrote(self, plan, position, fresh, count, error):
         """The worker has written a plan, or failed."""
@@ -2387,7 +2412,7 @@ class Queue:
     def begin_sync(self):
         """Return the call that fsyncs what has been written, and the Sync to pass on to
         synced() then, or to sync_failed(). Raises OSError."""
-        return self.journal.begin_sync(self.written)
+        return self.journal.begin_sync(self.history.written)
 
     def needs_sync(self):
         """Return whether there is something that begin_sync() could begin."""
@@ -2398,12 +2423,13 @@ class Queue:
         """An fsync has been done."""
         if self.journal is None or self.upkeep.renewing is not None:
             return                           # a reload has taken it away, or it is out of date
-        self.durable = max(self.durable, sync.position)
+        self.history.durable = max(self.history.durable, sync.position)
         if self.closed:
-            self._forget_operations()
+            self.history.forget()
             return
-        self._advance(sync.position)
-        self._settle()
+        self.history.advance(sync.position)
+        self.journal.forget(self.history.safe)
+        self.history.settle()
         self.upkeep.check()
 
     def sync_failed(self, sync, error):
@@ -2417,9 +2443,9 @@ class Queue:
             self._failure = sync, error
             return
         if self.closed:
-            self._tell_pending(Unclear(error.errno, error.strerror, error.filename))
+            self.history.tell(Unclear(error.errno, error.strerror, error.filename))
             return
-        is_doubtful = self.durable < self.safe
+        is_doubtful = self.history.durable < self.history.safe
         self._go_back(error)
         if is_doubtful and self.upkeep.renewing is None:
             self.upkeep.renew()
@@ -2427,15 +2453,10 @@ class Queue:
     def _go_back(self, error, was_written=False):
         """Undo all operations that are not safe. Return the error to be told: Unclear when
         they may still be in the files. was_written: whether this can be so of all of them."""
-        logged, safe = self.logged, self.safe
-        ops = self.unsafe + self.ops
-        was_written = was_written or bool(self.unsafe)
-        self.unsafe, self.ops = [], []
-        self._undo(ops)
+        was_written = was_written or bool(self.history.unsafe)
+        safe = self.history.safe
+        self._undo(self.history.go_back())
         self.journal.go_back(safe)
-        if self.durable == safe:
-            self.durable = logged
-        self.safe = self.written = logged
         error = type(error)(error.errno, error.strerror, error.filename or self.journal.path)
         if error.errno == errno.ESTALE:      # what is in a file without a name does not matter
             if self.upkeep.renewing is None:
@@ -2448,13 +2469,8 @@ class Queue:
                 log.error("%s: cannot be cut back: %s", self.journal.path, failure.strerror)
                 error = Unclear(error.errno, error.strerror, error.filename)
         self.host.failed(self, error)
-        self._tell_pending(error)
+        self.history.tell(error)
         return error
-
-    def _tell_pending(self, error):
-        pending, self._pending = self._pending, collections.deque()
-        for _, call in pending:
-            call(error)
 
     def pack(self):
         """Write what the queue holds as one minimal file in place of all its files, at once.
@@ -2462,7 +2478,7 @@ class Queue:
         if self._behind:
             raise OSError(errno.ENOMEM, "larger than max_memory_size", self.journal.path)
         run_task(self.upkeep.rewrite())
-        passing = self.journal.next_passing(self.safe)
+        passing = self.journal.next_passing(self.history.safe)
         if passing:
             run_task(self.journal.pack(passing, self.xid))
         self.journal.adopt_pack()
@@ -2507,12 +2523,12 @@ class Queue:
             self._stop_alarm(xid)
             self._end_read(xid)
         self.count_memory()
-        self._forget_operations()
+        self.history.forget()
         self.dismiss_waiters()
         if task:
             self.host.start(self._clear(task, self.journal.path))
         if self.journal and self.config.sync_journal == 0:
-            self.unsafe = [None]             # stands for the removal, until it is durable
+            self.history.unsafe = [None]             # stands for the removal, until it is durable
             self.journal.directory_changed = True
             if self.host.work:
                 self.host.changed(self)
@@ -2529,7 +2545,7 @@ class Queue:
     def write_now(self):
         """Write what has changed, and fsync it if sync_journal is 0. Raises OSError."""
         if self.closed:
-            self.ops = []
+            self.history.ops = []
             raise ValueError("the queue %s is closed" % self.name)
         self.write()
         if self.config.sync_journal == 0:
@@ -2671,9 +2687,11 @@ class Queue:
         if self.journal and self.memory + self.open_memory + cost > self._allowance and (
                 self.items or self._allowance < self.config.max_memory_size):
             journal = self.journal
-            pending = sum(op[0] == ADDX for op in self.ops)    # written behind what is there
+            history = self.history
+            pending = sum(op[0] == ADDX for op in history.ops)     # written behind what is there
             if self._writing:
-                pending += sum(op[0] == ADDX for op in self.unsafe[self.written - self.safe:])
+                pending += sum(
+                    op[0] == ADDX for op in history.unsafe[history.written - history.safe:])
             self._behind = ReadBehind(journal, journal.current, journal.current.size, pending)
 
     def _refill(self):
@@ -2894,7 +2912,7 @@ class Queue:
             self._alarms.pop(xid, lambda: None)()
 
     def _log(self, opcode, item, xid=0):
-        ops = self.ops
+        ops = self.history.ops
         ops.append((opcode, item, xid))
         if len(ops) == 1:
             self.host.changed(self)
@@ -3023,7 +3041,7 @@ class Upkeep:
         if self.renewing is not None:
             return self._renew()
         if journal.passings:
-            passing = journal.next_passing(queue.safe)
+            passing = journal.next_passing(queue.history.safe)
             if passing:
                 return journal.pack(passing, queue.xid)
         if queue.count or queue.opens:
@@ -3053,7 +3071,7 @@ class Upkeep:
         self.error = _bare(error)
         if self.queue.host.later:
             self.queue.host.later(RETRY_MS, self._try_again)
-        if self.queue.ops:
+        if self.queue.history.ops:
             self.queue.host.changed(self.queue)        # they are refused
 
     def _try_again(self):
@@ -3070,7 +3088,7 @@ class Upkeep:
     def _open_fresh(self):
         queue = self.queue
         yield from queue.journal.retire_current()
-        while self.renewing is None and (queue.ops or queue._writing):
+        while self.renewing is None and (queue.history.ops or queue._writing):
             yield None                       # until memory is what is in the files
         queue.journal.add_current(os.O_EXCL)
 
@@ -3079,7 +3097,7 @@ class Upkeep:
         queue = self.queue
         yield from self._open_fresh()
         if queue._behind is None:
-            queue.journal.pass_all(queue.written, queue.safe >= queue.written,
+            queue.journal.pass_all(queue.history.written, queue.history.safe >= queue.history.written,
                                    dict(queue.opens), list(queue.items))
 
     def _compact(self):
@@ -3112,15 +3130,15 @@ class Upkeep:
         if self.renewing:
             if not journal.has_fresh_current():
                 yield from self._open_fresh()
-            journal.pass_all(queue.written, True, *self.renewing)
+            journal.pass_all(queue.history.written, True, *self.renewing)
             yield from journal.pack(journal.passings[-1], queue.xid)
             journal.torn.clear()
             journal.unsynced.clear()
         else:
             yield from journal.copy()
-        queue.durable = queue.written
+        queue.history.durable = queue.history.written
         self.renewing = None
-        if queue.ops:
+        if queue.history.ops:
             queue.host.changed(queue)
         queue.recover()
 
@@ -3579,10 +3597,10 @@ class Broker:
         """Go on with a move, up to where it has to wait again."""
         with contextlib.suppress(StopIteration):
             queue = move.send(error)
-            while queue and queue.logged <= queue.safe:
+            while queue and queue.history.logged <= queue.history.safe:
                 queue = move.send(None)
             if queue:
-                queue.when_safe(functools.partial(self._advance, move))
+                queue.history.when_safe(functools.partial(self._advance, move))
             elif self.later:
                 self.later(RETRY_MS, functools.partial(self._advance, move))
 
@@ -6289,7 +6307,7 @@ class Connection:
             session.fail(failed, since)
         for queue in touched & unsafe:
             self.holds += 1
-            queue.when_safe(functools.partial(self._release, queue, since, self._checked))
+            queue.history.when_safe(functools.partial(self._release, queue, since, self._checked))
         if self.holds:
             session.hold()
 
@@ -6839,7 +6857,7 @@ class Server:
         for queue in written:
             self._note_success(queue)
             delay = queue.config.sync_journal
-            if queue.safe < queue.logged:
+            if queue.history.safe < queue.history.logged:
                 unsafe.add(queue)
             if delay == 0:
                 self._wanted[queue] = None

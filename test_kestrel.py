@@ -1681,7 +1681,7 @@ class IllLife(Life):
 
     def write(self):
         queue = self.queue
-        position, state = queue.logged, self.state()
+        position, state = queue.history.logged, self.state()
         self.tell(state)
         try:
             queue.write()
@@ -1694,7 +1694,7 @@ class IllLife(Life):
         self.advance()
 
     def advance(self):
-        while self.history and self.history[0][0] <= self.queue.safe:
+        while self.history and self.history[0][0] <= self.queue.history.safe:
             self.acked = self.history.pop(0)[1]
         self.tell(*[state for _, state in self.history[-1:]])
 
@@ -1895,7 +1895,7 @@ def test_keep_journal_turned_on_is_safe_at_each_moment(tmp_path):
     assert queue.remove(now=NOW).data == b"0" * 20
     put(broker, "q", b"new")
     told = []
-    queue.when_safe(told.append)
+    queue.history.when_safe(told.append)
     steps = 0
     while broker.tasks or broker.dirty:
         broker.write()
@@ -1954,7 +1954,7 @@ def test_a_move_is_made_once_though_fsyncs_fail(tmp_path, failing):
     for _ in range(20):
         broker.write()
         for name, queue in queues.items():
-            if queue.written > queue.durable:
+            if queue.history.written > queue.history.durable:
                 if name == failing and not failed:
                     fail_sync(queue)
                     failed = True
@@ -4301,7 +4301,7 @@ def test_what_nobody_waits_for_is_fsynced_too(serve):
     assert [client.get(name) for name in ("q", "r", "late")] == [None] * 3
     queue = server.server.broker.queues.get
     client.send("set q 0 0 1 noreply\r\nx\r\n" * 100)
-    until(lambda: queue("q").count == 100 and queue("q").safe == queue("q").logged)
+    until(lambda: queue("q").count == 100 and queue("q").history.safe == queue("q").history.logged)
     client.send("set r 0 -1 1\r\nx\r\nget r\r\n")
     assert (client.line(), client.item()) == ("STORED\r\n", None)
     until(lambda: queue("late").count == 1 and not queue("r").opens)
@@ -7448,7 +7448,7 @@ def test_reads_that_were_open_go_back_though_the_disk_was_full_at_the_start(
     queue = server.broker.queues["q"]
     assert "the journal of q cannot be written" in caplog.text and not queue.count
     disk.failing = {}
-    while not queue.count or queue.safe < queue.logged:
+    while not queue.count or queue.history.safe < queue.history.logged:
         server.turn()
     server.broker.stopping = True
     server.run()
