@@ -19,18 +19,38 @@ or, inside another program, one durable queue alone:
 The file is read from top to bottom; no section refers to one below its own:
 
     1  Configuration   settings, their units and defaults, the config file
-    2  Journal         items, records, the files of one queue
-    3  Queue           items in order, open reads, waiters, limits, expiry
-    4  Broker          all queues by name: fanout, aliases, status, stats
-    5  Protocols       memcache, text, Thrift, HTTP: bytes in, bytes out; no sockets, clock, files
-    6  Server          sockets, timers, fsync, signals: one turn of the loop
-    7  From Python     a client, and a server in a thread
-    8  Command line    main()
+    2  Records         items, records as bytes, damage
+    3  Journal         the files of one queue
+    4  Queue           items in order, open reads, waiters, limits, expiry
+    5  Broker          all queues by name: fanout, aliases, status, stats
+    6  Protocols       memcache, text, Thrift, HTTP: bytes in, bytes out; no sockets, clock, files
+    7  Server          sockets, timers, fsync, signals: one turn of the loop
+    8  From Python     a client, and a server in a thread
+    9  Command line    main()
 
-One turn of the loop reads every ready socket once, lets the sessions change the
-queues in memory, writes each changed journal with one write, fsyncs where that was
-asked for (on a helper thread), and only then sends the answers, one send a
-connection as a rule. Time is read once a turn and handed down as `now`.
+The words used here:
+
+    item            one message
+    waiting item    in the queue, available
+    open read       an item handed out and not closed yet, named by its xid
+    waiter          a read that waits for an item
+    operation       one change of a queue; a record is an operation as bytes in a journal file
+    position        the number of an operation in the history of its queue
+    logged, written, durable
+                    the last position in memory, handed to the kernel, fsynced
+    safe            may be acknowledged: durable if sync_journal = 0, else written
+    behind          of a queue: some waiting items are only on disk
+    passed file     a journal file with no waiting items left
+    task            a generator that does long work in bounded steps
+    turn            one iteration of the event loop
+
+One turn reads every ready socket once and lets the sessions change the queues in memory,
+writes each changed journal with one write, begins the fsyncs that are wanted (on a worker
+thread), sends the answers that are safe, one send a connection as a rule, and at last runs each
+task a step. Time is read once a turn and handed down as `now`.
+
+What fails is undone, in memory and in the files, back to the last safe position, before anybody
+is told: a refused command has not happened, and what was acknowledged before stays.
 
 Two clocks: `now` is the time of day in milliseconds of the epoch, for items (add
 time, expiry) only; whatever waits is timed by the server on the monotonic clock.
@@ -1102,6 +1122,10 @@ def _copy(data, begin, end, target):
         target.write(data[offset:min(end, offset + _STEP_SIZE)])
 
 
+# The name of the queue, and the number of an older file or of a packed one.
+_JOURNAL_NAME = re.compile(r"([^.~]+)(?:\.(0|-?[1-9][0-9]*)(\.pack)?|~~[0-9]+)?", re.S)
+
+
 def find_journals(directory, only=None):
     """Return {queue name: [numbers of its older files]} of a spool, tidied up on the way.
 
@@ -1114,7 +1138,7 @@ def find_journals(directory, only=None):
     packs = []
     changed = False
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-        match = re.fullmatch(r"([^.~]+)(?:\.(0|-?[1-9][0-9]*)(\.pack)?|~~[0-9]+)?", entry.name, re.S)
+        match = _JOURNAL_NAME.fullmatch(entry.name)
         if entry.is_dir() or only is not None and not (match and match[1] == only):
             continue
         try:
@@ -1151,8 +1175,9 @@ def find_journals(directory, only=None):
                 raise
             log.error("queue %s cannot be loaded: %s.pack: %s", name, path, error.strerror)
             found[name] = None
-    if changed:
-        _raise(_fsync_directory(directory))
+    error = _fsync_directory(directory) if changed else None
+    if error:                                # it will be done again at the next start
+        log.error("%s: %s", directory, error.strerror)
     for numbers in filter(None, found.values()):
         numbers.sort()
     return found
@@ -1220,8 +1245,8 @@ class JournalFile:
 
 
 # A batch of operations on its way to the files. shares: (file, records, their size) of each
-# file that gets some. waiting: {file: its count of waiting items then}. passed: how many files are passed then.
-# opens: the reads that are open when the last of them is passed.
+# file that gets some. size: of all. waiting: {file: its count of waiting items then}. passed:
+# how many files are passed then. opens: the reads that are open when the last of them is passed.
 Plan = collections.namedtuple("Plan", "shares size waiting passed opens")
 
 # What commit() has done. before: (file, size, count of waiting items) of each file changed.
@@ -1936,12 +1961,17 @@ class Waiter:
 class Alone:
     """The host of a queue that is used without a server: everything is done at once.
 
-    A server has another one, with the same attributes. changed(queue): there is something for
-    queue.write() to do. failed(queue, error): its unsafe operations were undone. start(task): run a task. work(call, done): have a blocking call made,
-    then call done with its OSError or None. later(milliseconds, call): make a call in that
-    time; returns what cancels it. bury(queue, item, now): an expired item is open and is to be
-    moved. sweep_limit: how many expired items a read drops at once. locks_files: whether to keep
-    other processes out. budget: see Budget.
+    A server has another one, with the same attributes:
+
+    changed(queue)          there is something for queue.write() to do
+    failed(queue, error)    operations of it have been undone
+    start(task)             run a task
+    work(call, done)        make a blocking call, then call done with its OSError or None
+    later(ms, call)         make a call in that time; return what cancels it
+    bury(queue, item, now)  an expired item is open, and is to be moved to another queue
+    sweep_limit             how many expired items a read drops at once
+    locks_files             whether to keep other processes out
+    budget                  see Budget
     """
 
     later = bury = work = None
@@ -3096,8 +3126,9 @@ class Upkeep:
         """A task: write all that there is anew, in place of all files there are now."""
         queue = self.queue
         yield from self._open_fresh()
+        history = queue.history
         if queue._behind is None:
-            queue.journal.pass_all(queue.history.written, queue.history.safe >= queue.history.written,
+            queue.journal.pass_all(history.written, history.safe >= history.written,
                                    dict(queue.opens), list(queue.items))
 
     def _compact(self):
@@ -7121,7 +7152,7 @@ def _lock_spool(path):
 # == 8. From Python =======================================================================
 #
 # For programs that have this file beside them: a server in a thread, and a client. (A queue
-# without any server is Queue itself, see section 3.)
+# without any server is Queue itself, see section 4.)
 
 
 class ServerError(Exception):
