@@ -1168,8 +1168,13 @@ def find_journals(directory, only=None):
                 os.unlink("%s.%d" % (os.path.join(directory, name), number))
                 found[name].remove(number)
             _raise(_fsync_directory(directory))
-            os.rename(path + ".pack", path)
-            found[name].append(last)
+            if os.path.getsize(path + ".pack"):
+                os.rename(path + ".pack", path)
+                found[name].append(last)
+            else:                            # the queue was being deleted
+                os.unlink(path + ".pack")
+                if not found[name] and not os.path.exists(os.path.join(directory, name)):
+                    del found[name]
         except OSError as error:
             if only is not None:
                 raise
@@ -1566,6 +1571,10 @@ class Journal:
         """A task: give the current file a number, so that add_current() can open another one.
         Meanwhile it is still written to. Two renames would be one too many: a crash could
         leave the later of them alone on the disk."""
+        self._number_current()
+        yield self._sync_directory()
+
+    def _number_current(self):
         current = self.current
         if current.number is None:           # else an earlier try came as far as this
             number = self._next_number()
@@ -1573,7 +1582,6 @@ class Journal:
             with contextlib.suppress(FileNotFoundError):       # removed by somebody else
                 os.rename(self.path, path)
             current.path, current.number = path, number
-        yield self._sync_directory()
 
     def _write_file(self, file, pieces):
         """A task: put a new file, made of `pieces`, in the place of what is at file.path.
@@ -1797,22 +1805,17 @@ class Journal:
             fds = self._unlink(files[0])
             self.unsynced = {}
             return iter([functools.partial(_close_all, fds)]) if fds else None
-        current = self.current
-        if current.number is None:
-            number = self._next_number()
-            path = "%s.%d" % (self.path, number)
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(self.path, path)
-            current.path, current.number = path, number
-        pack = "%s.%d.pack" % (self.path, current.number)
-        temporary = "%s~~%d" % (self.path, current.number)
+        self._number_current()
+        number = self.current.number
+        pack = "%s.%d.pack" % (self.path, number)
+        temporary = "%s~~%d" % (self.path, number)
         os.close(_open_journal(temporary, os.O_CREAT | os.O_TRUNC))
         try:
             os.rename(temporary, pack)
         except OSError:
             _discard(temporary)
             raise
-        self.passed = files + [JournalFile(pack, current.number)]
+        self.passed = files + [JournalFile(pack, number)]
         self.files = []
         self.unsynced = {}
         return self.clear()
@@ -2244,10 +2247,10 @@ class Queue:
 
     def confirm(self, xid):
         """Finish an open read; False when there is none of that number."""
-        if xid not in self.opens:
+        item = self._end_read(xid)
+        if item is None:
             return False
-        self._stop_alarm(xid)
-        self._log(CONFIRM, self._end_read(xid), xid)
+        self._log(CONFIRM, item, xid)
         return True
 
     def abort(self, *xids, now=None, orphaned=False):
@@ -2257,7 +2260,6 @@ class Queue:
         known = [xid for xid in xids if xid in self.opens]
         for xid in reversed(known):
             item = self._end_read(xid)
-            self._stop_alarm(xid)
             self._push(item)
             self.counters.canceled_transactions += 1
             self._log(UNREMOVE, item, xid)
@@ -2550,7 +2552,6 @@ class Queue:
         self._let_go(self.items, self.memory)
         self._drop_items()
         for xid in list(self.opens):
-            self._stop_alarm(xid)
             self._end_read(xid)
         self.count_memory()
         self.history.forget()
@@ -2663,8 +2664,7 @@ class Queue:
             log.warning("%s: %d operations on items that are not there, ignored",
                         journal.path, ignored)
         journal.account(added, last_head, self.count)
-        for item in opens.values():
-            self._count_read(item)
+        self.open_memory = sum(map(_cost, opens.values()))
         self.abort(*opens, orphaned=True)
         self.counters.canceled_transactions = 0
 
@@ -2903,17 +2903,18 @@ class Queue:
         if item.place and self.memory + self.open_memory > self._allowance:
             kept = item.stub()               # it can be read again if it comes back
         self.opens[xid] = kept
-        self._count_read(kept)
-        self._start_alarm(xid)
+        self.open_memory += _cost(kept)
+        if self.config.open_transaction_timeout:
+            self._start_alarm(xid)
         self._log(OPEN, kept, xid)
 
-    def _count_read(self, item):
-        self.open_memory += _cost(item)
-
     def _end_read(self, xid):
-        """Take an item out of `opens`."""
-        item = self.opens.pop(xid)
-        self.open_memory -= _cost(item)
+        """Take an item out of `opens`, and return it; None if there is none of that number."""
+        item = self.opens.pop(xid, None)
+        if item is not None:
+            self.open_memory -= _cost(item)
+            if self._alarms:
+                self._stop_alarm(xid)
         return item
 
     def limit(self, xid, timeout):
@@ -2938,8 +2939,7 @@ class Queue:
         self.abort(*overdue, orphaned=True)
 
     def _stop_alarm(self, xid):
-        if self._alarms:
-            self._alarms.pop(xid, lambda: None)()
+        self._alarms.pop(xid, lambda: None)()
 
     def _log(self, opcode, item, xid=0):
         ops = self.history.ops
@@ -2967,10 +2967,9 @@ class Queue:
                 self._push(item)
             elif opcode == OPEN:
                 self._push(self._end_read(xid))
-                self._stop_alarm(xid)
             elif opcode in (UNREMOVE, CONFIRM):
                 self.opens[xid] = self._take() if opcode == UNREMOVE else item
-                self._count_read(self.opens[xid])
+                self.open_memory += _cost(self.opens[xid])
                 self._start_alarm(xid)
             else:
                 (self.items, self._fresh, self._behind, self.count, self.bytes,

@@ -1884,6 +1884,16 @@ def test_a_queue_that_is_made_again_never_shows_an_old_item(tmp_path, disk):
     assert contents_of(spool, "q") == [b"new"]
 
 
+def test_a_deleted_queue_does_not_come_back_empty(tmp_path):
+    """The server was killed while the files of a deleted queue were being deleted."""
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    spool_of(spool, q__5=addx(b"a"), q__7=addx(b"b"))
+    (spool / "q.7.pack").write_bytes(b"")
+    assert broker_of(tmp_path).queues == {}
+    assert os.listdir(str(spool)) == []
+
+
 def test_keep_journal_turned_on_is_safe_at_each_moment(tmp_path):
     """Nothing is acknowledged before the first file is complete; and then it is in it."""
     broker = broker_of(tmp_path, "[queue]\nkeep_journal = false\n")
