@@ -823,6 +823,8 @@ def _parse_head(data):
     if data[0] == ADD:
         fields = 0, fields[0] * 1000
     counted = head.size - (8 if data[0] in (ADD_XID, CONTINUE) else 4)       # by the size
+    if size < counted:
+        return None
     return Item(None, *fields), 1 + head.size, size - counted
 
 
@@ -1273,12 +1275,11 @@ class Journal:
         passed files | files[0] ... files[-1]
                        head         current
 
-    Items are added to the last of `files`, the current one. What is done to the head of the
-    queue is written to the first one, in which the head item stands, or to which it was put
-    back; the files are read again in order, so that comes to the same. The counts of waiting
-    items of `files` add up to that of the queue. A file that has none left has been *passed*:
-    it moves to `passed`, and no operation will ever speak of what is in it but for the reads
-    that are open at that moment. pack() puts these into one small file in place of all that
+    Items are added to the last of `files`, the current one. Operations on the head item go to
+    the first one, which holds that item, or to which it was put back. Replay reads the files in
+    order, so the result is the same as with a single file. The counts of waiting items of
+    `files` add up to that of the queue. A file that has none left has been *passed*: it moves to
+    `passed`, and no later operation refers to its items, except to end reads that are open now. pack() puts these into one small file in place of all that
     have been passed. So the files on the disk follow the backlog and not its history, and a
     queue of one file, the usual case, has one write a turn.
 
@@ -1300,6 +1301,7 @@ class Journal:
         self.files = [JournalFile("%s.%d" % (self.path, number), number) for number in older]
         for file in self.files:
             file.size = os.stat(file.path).st_size
+        self.number_above = 0                # the numbers of new files are greater
         self.directory_changed = False       # it has to be fsynced
         self.unsynced = {}                   # files written to since the last fsync began
         self.torn = set()                    # files to be cut before anything is written
@@ -1438,9 +1440,9 @@ class Journal:
                 fd = file.fd if file.fd is not None else self._open(file)
                 begun.append(file)
                 _write_all(fd, chunks, file.size, size)
-        except (OSError, MemoryError) as error:
+        except (OSError, MemoryError, Damage) as error:
             self.torn.update(begun)
-            if isinstance(error, MemoryError):
+            if not isinstance(error, OSError):
                 raise
             raise OSError(error.errno, error.strerror, file.path) from None
 
@@ -1456,7 +1458,7 @@ class Journal:
         return functools.partial(_write_and_close, writes)
 
     def tear(self, plan):
-        """Note that a plan may have been written in part."""
+        """Mark the files of a plan as possibly half written."""
         self.torn.update(share[0] for share in plan.shares)
 
     def commit(self, plan, position, safe):
@@ -1492,7 +1494,7 @@ class Journal:
         self.passings.append(Passing(position, self.passed[-1].number, opens, items))
 
     def forget(self, safe):
-        """What is up to this position will not be undone any more."""
+        """Drop what go_back() would need for the operations up to `safe`."""
         while self.writes and self.writes[0].position <= safe:
             self.writes.popleft()
 
@@ -1516,6 +1518,7 @@ class Journal:
         for file in sorted(self.torn, key=JournalFile.age, reverse=True):
             os.ftruncate(self._open(file), file.size)
             self.torn.discard(file)
+            self.unsynced[file] = None
 
     # -- fsync
 
@@ -1553,7 +1556,7 @@ class Journal:
         return functools.partial(fsync_all, fds), sync
 
     def sync_failed(self, sync):
-        """Note that an fsync failed, so that all of it has to be done again."""
+        """Schedule the files of a failed fsync for another one."""
         self.unsynced.update(dict.fromkeys(file for file in sync.files if file.path))
         self.directory_changed = self.directory_changed or sync.directory
 
@@ -1565,7 +1568,7 @@ class Journal:
     def _next_number(self):
         numbers = [file.number for file in (self.passed + self.files)[-2:]
                    if file.number is not None]
-        return max([_now()] + [number + 1 for number in numbers])
+        return max([_now(), self.number_above + 1] + [number + 1 for number in numbers])
 
     def retire_current(self):
         """A task: give the current file a number, so that add_current() can open another one.
@@ -1583,14 +1586,20 @@ class Journal:
                 os.rename(self.path, path)
             current.path, current.number = path, number
 
+    def _open_temporary(self):
+        """Return the path and descriptor of a new file that is deleted at the next start."""
+        for number in itertools.count(_now()):
+            path = "%s~~%d" % (self.path, number)
+            with contextlib.suppress(FileExistsError):
+                return path, _open_journal(path, os.O_CREAT | os.O_EXCL)
+
     def _write_file(self, file, pieces):
         """A task: put a new file, made of `pieces`, in the place of what is at file.path.
 
         pieces: yields lists of byte strings, one for each step. This is the only way in which
         files are replaced, so that a crash finds the old one or the whole of the new one.
         """
-        temporary = "%s~~%d" % (self.path, _now())
-        fd = _open_journal(temporary, os.O_CREAT | os.O_TRUNC)
+        temporary, fd = self._open_temporary()
         try:
             size = 0
             for chunks in pieces:
@@ -1716,14 +1725,12 @@ class Journal:
             self.directory_changed = True
 
     def copy(self):
-        """A task: write every file anew of which acknowledged records may not be on the disk."""
+        """A task: rewrite every file whose acknowledged records may not have reached the disk."""
         for file in sorted(self.unsynced, key=JournalFile.age):
             source = os.dup(file.fd) if file.fd is not None else os.open(
                 file.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                yield from self._write_file(file, (
-                    [os.pread(source, min(_STEP_SIZE, file.size - offset), offset)]
-                    for offset in range(0, file.size, _STEP_SIZE)))
+                yield from self._write_file(file, _pieces_of(source, file))
                 yield self._sync_directory()
             finally:
                 os.close(source)
@@ -1808,8 +1815,8 @@ class Journal:
         self._number_current()
         number = self.current.number
         pack = "%s.%d.pack" % (self.path, number)
-        temporary = "%s~~%d" % (self.path, number)
-        os.close(_open_journal(temporary, os.O_CREAT | os.O_TRUNC))
+        temporary, fd = self._open_temporary()
+        os.close(fd)
         try:
             os.rename(temporary, pack)
         except OSError:
@@ -1823,10 +1830,19 @@ class Journal:
     def clear(self):
         """A task: delete what delete() has left, and at last the file that stands for it."""
         yield self._sync_directory()
-        while self.passed:
-            if len(self.passed) == 1:
-                yield self._sync_directory()
-            yield from self._remove(self.passed[0])
+        for file in self.passed[:-1]:
+            yield from self._remove(file)
+        yield self._sync_directory()
+        yield from self._remove(self.passed[-1])
+
+
+def _pieces_of(source, file):
+    """Yield what counts of a file in pieces, read from a descriptor of it."""
+    for offset in range(0, file.size, _STEP_SIZE):
+        piece = os.pread(source, min(_STEP_SIZE, file.size - offset), offset)
+        if len(piece) < min(_STEP_SIZE, file.size - offset):
+            raise OSError(errno.EIO, "the file has become shorter", file.path)
+        yield [piece]
 
 
 def _opens_before(opens, ops):
@@ -2100,7 +2116,7 @@ class Queue:
         self._allowance = 0                  # and how much it may use
         self._behind = None                  # the ReadBehind of what is not in memory
         self._fresh = collections.deque()    # items not written yet that are not in `items`
-        self._loading = None                 # the head item that a worker reads, or its OSError
+        self._loading = None                 # the head item that a worker reads, or it and an OSError
         self._alarms = {}                    # xid -> what cancels its timeout
         self._overdue = []                   # xids whose time is over
         self.journal = None
@@ -2151,7 +2167,7 @@ class Queue:
         self.history.forget()
         if task:
             self.host.start(self._clear(task, self.journal.path))
-        self.journal = None
+        self.journal = self._writing = None
 
     # -- adding and taking
 
@@ -2251,18 +2267,22 @@ class Queue:
         if item is None:
             return False
         self._log(CONFIRM, item, xid)
+        if self._alarms and xid in self._alarms:
+            self._silence_alarm(xid)
         return True
 
     def abort(self, *xids, now=None, orphaned=False):
         """Put open reads back at the head, the first one given in front of the others;
         return how many there were. `orphaned`: nobody waits to hear of it, so that it has
         to be done all the same after a failure."""
-        known = [xid for xid in xids if xid in self.opens]
+        known = [xid for xid in dict.fromkeys(xids) if xid in self.opens]
         for xid in reversed(known):
             item = self._end_read(xid)
             self._push(item)
             self.counters.canceled_transactions += 1
             self._log(UNREMOVE, item, xid)
+            if xid in self._alarms:
+                self._silence_alarm(xid)
         if known:
             if orphaned:
                 self.history.when_safe(functools.partial(self._abort_again, known))
@@ -2307,6 +2327,7 @@ class Queue:
             if moves and not is_lost(item):
                 # Open until it is safe elsewhere, so that a crash cannot lose it.
                 self._open(item)
+                self._stop_alarm(item.xid)
                 self.host.bury(self, item, now)
             else:
                 self._log(REMOVE, item)
@@ -2341,7 +2362,10 @@ class Queue:
             if item is not None:
                 del self.waiters[waiter]
                 waiter.deliver(item)
-            elif not self.count or self._loading:      # else a run of expired ones went on
+            elif self.count and self.host.later and not self._loading:
+                self.host.later(0, self.recover)       # after a run of expired ones
+                return
+            elif not self.count or self._loading:
                 return
 
     # -- the journal
@@ -2382,15 +2406,11 @@ class Queue:
                 call = None
                 journal.write(plan)
         except (OSError, MemoryError, Damage) as error:
+            if isinstance(error, Damage):
+                error = self._size_changed(error.file)
             if isinstance(error, MemoryError):
                 error = OSError(errno.ENOMEM, "out of memory", journal.path)
-            elif isinstance(error, Damage):
-                if self._behind:
-                    self._mend(error.file)
-                    self.host.changed(self)
-                    return
-                error = OSError(errno.ESTALE, "changed by somebody else", error.file.path)
-            if is_short_of_descriptors(error) and self.host.later:
+            if not error or is_short_of_descriptors(error) and self.host.work:
                 self.host.later(_NO_DESCRIPTOR_MS, functools.partial(self.host.changed, self))
                 return
             raise self._go_back(error, plan is not None) from None
@@ -2403,7 +2423,7 @@ class Queue:
             history.unsafe += ops
             self._writing = plan
             self.host.work(call, functools.partial(
-                self._wrote, plan, position, self._fresh, len(self._fresh)))
+                self._wrote, journal, plan, position, self._fresh, len(self._fresh)))
             return
         if self.config.sync_journal == 0 or history.unsafe:
             history.unsafe += ops
@@ -2423,11 +2443,11 @@ class Queue:
         history.settle()
         self.upkeep.check()
 
-    def _wrote(self, plan, position, fresh, count, error):
+    def _wrote(self, journal, plan, position, fresh, count, error):
         """The worker has written a plan, or failed."""
-        self._writing = None
-        if self.closed or self.journal is None:
+        if self.closed or self.journal is not journal:
             return
+        self._writing = None
         failure, self._failure = self._failure, None
         if error:
             self.journal.tear(plan)
@@ -2455,36 +2475,38 @@ class Queue:
         """An fsync has been done."""
         if self.journal is None or self.upkeep.renewing is not None:
             return                           # a reload has taken it away, or it is out of date
-        self.history.durable = max(self.history.durable, sync.position)
-        if self.closed:
-            self.history.forget()
-            return
-        self.history.advance(sync.position)
-        self.journal.forget(self.history.safe)
-        self.history.settle()
-        self.upkeep.check()
+        history = self.history
+        history.durable = max(history.durable, sync.position)
+        history.advance(sync.position)
+        self.journal.forget(history.safe)
+        history.settle()
+        if not self.closed:
+            self.upkeep.check()
 
     def sync_failed(self, sync, error):
         """An fsync has failed, or could not begin: undo what waits for it. What has been
         acknowledged and may be lost by now is written anew. sync: None if it did not begin."""
+        history = self.history
         if self.journal is None:
+            return
+        if self.closed:
+            if sync is None or sync.position > history.safe:     # of the removal
+                history.go_back()
+                history.tell(Unclear(error.errno, error.strerror, error.filename))
             return
         if sync:
             self.journal.sync_failed(sync)
         if self._writing:                    # the worker would write behind what is cut
             self._failure = sync, error
             return
-        if self.closed:
-            self.history.tell(Unclear(error.errno, error.strerror, error.filename))
-            return
-        is_doubtful = self.history.durable < self.history.safe
+        is_doubtful = history.durable < history.safe
         self._go_back(error)
         if is_doubtful and self.upkeep.renewing is None:
             self.upkeep.renew()
 
     def _go_back(self, error, was_written=False):
-        """Undo all operations that are not safe. Return the error to be told: Unclear when
-        they may still be in the files. was_written: whether this can be so of all of them."""
+        """Undo all operations that are not safe. Return the error to report, Unclear if the files
+        may still contain them. was_written: whether any may have reached the files."""
         was_written = was_written or bool(self.history.unsafe)
         safe = self.history.safe
         self._undo(self.history.go_back())
@@ -2553,13 +2575,16 @@ class Queue:
         self._drop_items()
         for xid in list(self.opens):
             self._end_read(xid)
+        for xid in list(self._alarms):
+            self._stop_alarm(xid)
         self.count_memory()
         self.history.forget()
         self.dismiss_waiters()
         if task:
             self.host.start(self._clear(task, self.journal.path))
         if self.journal and self.config.sync_journal == 0:
-            self.history.unsafe = [None]             # stands for the removal, until it is durable
+            self.history.unsafe = [None]     # stands for the removal, until it is durable
+            self.history.written = self.history.logged
             self.journal.directory_changed = True
             if self.host.work:
                 self.host.changed(self)
@@ -2689,8 +2714,8 @@ class Queue:
     # -- memory
 
     def count_memory(self):
-        """Bring the server's count of memory up to date, and with it how much this queue may
-        use: between one count and the next, a turn as a rule, it goes by what it was told."""
+        """Update the server's count of memory and the allowance of this queue, which stays as it
+        is until the next call, as a rule for a turn."""
         budget = self.host.budget
         used = self.memory + self.open_memory
         budget.memory += used - self._counted
@@ -2768,10 +2793,21 @@ class Queue:
         self._fresh = collections.deque()
         self._behind = None
 
+    def _size_changed(self, file):
+        """Mend a file that has another size than it should have, or have everything written
+        anew. Return the error to be told, None if there is none."""
+        if not self._behind:
+            return OSError(errno.ESTALE, "changed by somebody else", file.path)
+        try:
+            self._mend(file)
+        except (OSError, MemoryError) as error:
+            return error
+        return None
+
     def _mend(self, file):
         """Repair a file while the queue is behind. Raises OSError."""
         behind, files = self._behind, self.journal.files
-        if self._writing and file in self._writing.waiting:
+        if self._writing and file in self._writing.waiting or self.upkeep.renewing is not None:
             raise OSError(errno.EAGAIN, "damaged, and repaired in a moment", file.path)
         self.journal.cut()                   # what was refused must not be found again
         start = behind.offset if file is behind.file else 0
@@ -2784,9 +2820,11 @@ class Queue:
         self.journal.repair(file, start)
         lost = 0
         if file is behind.file or behind.file not in files[files.index(file):]:
-            with open(file.path, "rb") as source:
+            with open(file.path, "rb") as source, contextlib.suppress(Damage):
                 source.seek(start)
-                there = sum(item is not None for _, _, item, _ in read_records(source))
+                there = 0
+                for _, _, item, _ in read_records(source):
+                    there += item is not None
             lost = (self._unread_of(file) + behind.skip if file is behind.file
                     else file.waiting) - there
             self._lose(file, lost)
@@ -2832,8 +2870,8 @@ class Queue:
     def _is_loading(self, head):
         """Give the head item, a stub, its data back; True if a worker is at it. Raises OSError."""
         loading, self._loading = self._loading, None
-        if isinstance(loading, OSError):
-            raise loading
+        if isinstance(loading, tuple) and loading[0] is head:
+            raise loading[1]
         if head.place.size < _LARGE or not self.host.work:
             self._load_data(head)
             return False
@@ -2846,11 +2884,11 @@ class Queue:
 
     def _loaded(self, head, loaded, error):
         if self._loading is head:
-            self._loading = error
+            self._loading = (head, error) if error else None
             if not error and self.items and self.items[0] is head and head.data is None:
                 head.data = loaded.data
                 self.memory += len(head.data)
-            self._serve(_now())
+            self.host.later(0, self.recover)
 
     def _load_data(self, item):
         """Read the data of a stub among `items` or `opens` again. Raises OSError."""
@@ -2905,7 +2943,7 @@ class Queue:
         self.opens[xid] = kept
         self.open_memory += _cost(kept)
         if self.config.open_transaction_timeout:
-            self._start_alarm(xid)
+            self._start_alarm(xid, self.config.open_transaction_timeout)
         self._log(OPEN, kept, xid)
 
     def _end_read(self, xid):
@@ -2913,8 +2951,6 @@ class Queue:
         item = self.opens.pop(xid, None)
         if item is not None:
             self.open_memory -= _cost(item)
-            if self._alarms:
-                self._stop_alarm(xid)
         return item
 
     def limit(self, xid, timeout):
@@ -2922,11 +2958,20 @@ class Queue:
         self._stop_alarm(xid)
         self._start_alarm(xid, timeout)
 
-    def _start_alarm(self, xid, timeout=None):
-        timeout = timeout or self.config.open_transaction_timeout
+    def _start_alarm(self, xid, timeout):
         if timeout and self.host.later:
-            self._alarms[xid] = self.host.later(
-                timeout, functools.partial(self._time_out, xid, timeout // 10))
+            cancel = self.host.later(timeout, functools.partial(self._time_out, xid, timeout // 10))
+            self._alarms[xid] = cancel, timeout
+
+    def _stop_alarm(self, xid):
+        cancel, _ = self._alarms.pop(xid, (None, 0))
+        if cancel:
+            cancel()
+
+    def _silence_alarm(self, xid):
+        """An open read has ended: stop its alarm, but keep its timeout until that is safe."""
+        self._alarms[xid][0]()
+        self.history.when_safe(lambda error: error or self._alarms.pop(xid, None))
 
     def _time_out(self, xid, delay):
         # Those that time out soon after go back together with it, to be in their order.
@@ -2937,9 +2982,6 @@ class Queue:
     def _abort_overdue(self):
         overdue, self._overdue = self._overdue, []
         self.abort(*overdue, orphaned=True)
-
-    def _stop_alarm(self, xid):
-        self._alarms.pop(xid, lambda: None)()
 
     def _log(self, opcode, item, xid=0):
         ops = self.history.ops
@@ -2963,14 +3005,16 @@ class Queue:
                 self.count -= 1
                 self.bytes -= len(item.data)
                 self.counters.total_items -= 1
+                self.counters.put_bytes -= len(item.data)
             elif opcode == REMOVE:
                 self._push(item)
             elif opcode == OPEN:
                 self._push(self._end_read(xid))
+                self._stop_alarm(xid)
             elif opcode in (UNREMOVE, CONFIRM):
                 self.opens[xid] = self._take() if opcode == UNREMOVE else item
                 self.open_memory += _cost(self.opens[xid])
-                self._start_alarm(xid)
+                self._start_alarm(xid, self._alarms.get(xid, (None, 0))[1])
             else:
                 (self.items, self._fresh, self._behind, self.count, self.bytes,
                  self.memory) = item
@@ -3043,8 +3087,8 @@ class Upkeep:
         self._rewrite_above = 0              # smaller journals are not rewritten for now
 
     def can_write(self):
-        """Return whether operations may go on while everything is to be written anew: to be
-        refused, if that has failed. Until it has failed they wait for it."""
+        """Return whether write() may go on. While everything is written anew operations wait; if
+        that has failed, write() goes on and refuses them."""
         if self.error and not self.queue.host.later:
             self.check()                     # without a server it is tried now
         return self.renewing is None or self.error is not None
@@ -3089,6 +3133,11 @@ class Upkeep:
             yield from task
         except OSError as error:
             self._failed(error)
+            return
+        except Exception as error:
+            if not isinstance(error, MemoryError):
+                log.exception("unexpected, while a journal was rewritten")
+            self._failed(OSError(errno.ENOMEM, "out of memory or unexpected, see the log"))
             return
         self.task = self.error = None
         self.check()
@@ -3160,6 +3209,7 @@ class Upkeep:
         if self.renewing:
             if not journal.has_fresh_current():
                 yield from self._open_fresh()
+            journal.passings.clear()         # of an earlier try
             journal.pass_all(queue.history.written, True, *self.renewing)
             yield from journal.pack(journal.passings[-1], queue.xid)
             journal.torn.clear()
@@ -3182,7 +3232,7 @@ class Upkeep:
         """Give up the task."""
         task, self.task = self.task, None
         self.error = None
-        if task:
+        if task and not task.gi_running:
             task.close()
 
 
@@ -3338,7 +3388,7 @@ class Broker:
         self.tasks = collections.deque()
         self.start = self.tasks.append
         self._failed = {}                 # queue -> OSError, since the last write()
-        self._deleted = {}                # name -> queue of which files may be left
+        self._deleted = {}                # name -> number up to which files may be left
         self.stopping = False
         self.started = _now(now)
         self.stats = Values(
@@ -3424,15 +3474,13 @@ class Broker:
         return route
 
     def _create(self, name, now):
-        old = self._deleted.get(name)
-        if old:
-            run_task(old.journal.clear())
-            del self._deleted[name]
         older = self._unloaded.get(name, ())
         if older is None:                 # its files could not be tidied up
             older = find_journals(self.spool, name)[name]
         queue = Queue(name, self.spool, self.config.queue(name), older, self, now)
         self._unloaded.pop(name, None)
+        if queue.journal:                 # what is left of another one of that name is below
+            queue.journal.number_above = self._deleted.get(name, 0)
         self.queues[name] = queue
         if "+" in name:
             self.children.setdefault(name.partition("+")[0], []).append(name)
@@ -3474,7 +3522,7 @@ class Broker:
         log.info("queue %s deleted with %d items by %s", queue.name, count, who)
         self.stats.queue_deletes += 1
         if queue.journal and queue.journal.passed:
-            self._deleted[queue.name] = queue
+            self._deleted[queue.name] = queue.journal.passed[-1].number
         del self.queues[queue.name]
         self._sampled.pop(queue, None)
         self._history.pop(queue, None)
@@ -3611,6 +3659,9 @@ class Broker:
                 written.append(queue)
             except OSError:
                 pass                         # failed() has it
+            except Exception:
+                log.exception("unexpected, in the queue %s", queue.name)
+                self._failed[queue] = OSError(errno.EIO, "unexpected, see the log")
         self.dirty.clear()
         failed, self._failed = self._failed, {}
         return written, failed
@@ -3641,6 +3692,7 @@ class Broker:
         It stays open until it is safe in all the queues it goes to: what fails on the way is
         undone, or tried again, and a crash finds it here, or there, or in both places.
         """
+        xid = item.xid
         error = yield source
         if error:
             return                           # it is at the head again
@@ -3650,7 +3702,9 @@ class Broker:
             arrived = 0
             for queue in targets:
                 while not queue.closed:
-                    queue.add(item.data, item.flags, 0, now)
+                    if not queue.add(item.data, item.flags, 0, now):
+                        log.warning("queue %s is full: an expired item of %s is dropped",
+                                    queue.name, source.name)
                     error = yield queue
                     if not error:
                         break
@@ -3661,9 +3715,9 @@ class Broker:
         except (OSError, ValueError) as error:       # or there is no such setting since a reload
             log.error("queue %s: items that expired cannot be moved: %s", source.name, error)
             yield None                       # lest a disk that fails makes it go round and round
-            source.abort(item.xid, orphaned=True)
+            source.abort(xid, orphaned=True)
             return
-        while source.confirm(item.xid):
+        while source.confirm(xid):
             error = yield source
             if not error:
                 break
@@ -3682,7 +3736,7 @@ class Broker:
             counters = queue.counters
             self._sampled[queue] = after = counters.total_items, counters.get_hits
             counters.put_rate, counters.get_rate = [
-                (new - old) / seconds for new, old in zip(after, before)]
+                max(0, new - old) / seconds for new, old in zip(after, before)]
             put_rate += counters.put_rate
             get_rate += counters.get_rate
             history = self._history.setdefault(queue, array.array("f"))
@@ -5991,8 +6045,8 @@ _SYNC_AGAIN_MS = 50
 # How many descriptors the server needs besides those of connections, journals and fsyncs.
 _OTHER_FILES = 20
 
-# How often it is waited for fsyncs before the end, a second each.
-_LAST_ROUNDS = 30
+# How long fsyncs are waited for before the end.
+_LAST_SECONDS = 30
 
 # How many connections are seen to in a turn, of these how many TLS handshakes, for how long jobs
 # in hand are, how many new ones by each listener, and how often the log tells of those refused.
@@ -6020,6 +6074,14 @@ _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 # What is spoken at a port, which is set by memcache_port and so on.
 _PROTOCOLS = {"memcache": MemcacheSession, "text": TextSession, "thrift": ThriftSession,
               "admin": AdminSession}
+
+
+def _guard(call, *arguments):
+    """Make a call. What nobody foresaw is logged, and does not end the server."""
+    try:
+        call(*arguments)
+    except Exception:
+        log.exception("unexpected")
 
 
 class Timers:
@@ -6058,7 +6120,7 @@ class Timers:
             entry = heapq.heappop(self._heap)
             call, entry[2] = entry[2], None
             if call:
-                call()
+                _guard(call)
             else:
                 self._cancelled -= 1
 
@@ -6088,7 +6150,7 @@ class Worker:
         while self.done:
             call, error, seconds = self.done.popleft()
             self.unfinished -= 1
-            call(error, seconds)
+            _guard(call, error, seconds)
 
     def stop(self):
         """Finish what has been submitted and end the thread."""
@@ -6836,8 +6898,8 @@ class Server:
             work = task.throw(error) if error and task.gi_frame else next(task)
         except StopIteration:
             return
-        except MemoryError:
-            log.error("out of memory, in a task")
+        except Exception:
+            log.exception("unexpected, in a task")
             return
         if work:
             self._worker.submit(work, functools.partial(self._step, task))
@@ -6856,8 +6918,10 @@ class Server:
         self.broker.start(self._swept())
 
     def _swept(self):
-        yield from self.broker.sweep(self.now)
-        self._plan_sweep()
+        try:
+            yield from self.broker.sweep(self.now)
+        finally:
+            self._plan_sweep()
 
     def _sample(self):
         self.broker.start(self.broker.sample(self.mono - self._sampled_at))
@@ -6896,8 +6960,8 @@ class Server:
                 self.later(delay, functools.partial(self._sync_due, queue))
         for queue, error in failed.items():
             self._note_failure(queue, error)
-        # No answer stays unseen that rests on what has been handed to the kernel: a failure
-        # from now on could not be told from one that came before it.
+        # Check every answer whose operations were written in this turn: a later failure of the
+        # same queue would be taken for the failure of these operations.
         active, self.active = self.active + self.woken, []
         for connection in active:
             try:
@@ -6906,7 +6970,7 @@ class Server:
                 connection.flush()
             except Exception as error:
                 self._unexpected(connection, error)
-        if self._wanted:
+        if self._wanted and self.broker.work:
             self._start_syncs()
 
     def _sync_due(self, queue):
@@ -6982,7 +7046,8 @@ class Server:
             queue.dismiss_waiters()
         self._resume_woken()
         self._wake_in.settimeout(1)
-        for _ in range(_LAST_ROUNDS):        # an answer may wait for one fsync after the other
+        end = time.monotonic() + _LAST_SECONDS
+        while time.monotonic() < end:        # an answer may wait for one fsync after the other
             self._commit()
             for _ in range(len(self.broker.tasks)):
                 self._step(self.broker.tasks.popleft())
@@ -6993,8 +7058,8 @@ class Server:
                     self._wake_in.recv(4096)
         for worker in self._workers:
             worker.stop()
-        self._commit()                                 # what they had still to say
         self.broker.work = None                        # from here on all is done at once
+        self._commit()                                 # what they had still to say
         for queue in self.broker.queues.values():
             queue.abort(*queue.opens)        # in the order of all, not connection by connection
         end = time.monotonic() + 1                     # for those who have answers still to take

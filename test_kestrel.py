@@ -1873,15 +1873,143 @@ def test_a_queue_that_is_made_again_never_shows_an_old_item(tmp_path, disk):
     broker.delete(broker.queues["q"])
     disk.failing = {"unlink": errno.EIO}
     run_tasks(broker)                         # nothing can be deleted
-    with pytest.raises(OSError):
-        broker.queue("q", NOW)                # nor is it made again in that state
     spool = tmp_path / "spool"
+    for number in range(10):
+        put(broker, "q", b"new" * 30)
+        commit(broker, NOW)
     disk.failing = {}
+    assert contents_of(spool, "q") == [b"new" * 30] * 10
+    assert len(broker.queues["q"].journal.files) > 1
+    broker.delete(broker.queues["q"])
+    run_tasks(broker)
     assert contents_of(spool, "q") == []
-    put(broker, "q", b"new")
-    commit(broker, NOW)
-    settle(broker)
-    assert contents_of(spool, "q") == [b"new"]
+
+
+def test_put_while_the_files_of_a_deleted_queue_are_deleted(tmp_path):
+    broker = broker_of(tmp_path, "[queue]\nmax_memory_size = 300\n")
+    for number in range(10):
+        put(broker, "q", b"old" * 30)
+        commit(broker, NOW)
+    broker.delete(broker.queues["q"])
+    for _ in range(20):
+        put(broker, "q", b"new")
+        commit(broker, NOW)
+    run_tasks(broker)
+    assert contents_of(tmp_path / "spool", "q") == [b"new"] * 20
+
+
+def test_a_delete_waits_for_its_own_fsync(tmp_path):
+    """One that began before tells nothing of it, whether it succeeds or fails."""
+    for number in (None, errno.EIO):
+        path = tmp_path / str(number)
+        path.mkdir()
+        queue = turn_queue(path, max_memory_size=300, sync_journal=0)
+        queue.host.work = lambda call, done: None
+        for _ in range(5):
+            queue.add(b"x" * 100, now=NOW)
+            queue.write()
+            queue.host.run()
+        call, under_way = queue.begin_sync()
+        queue.delete()
+        told = []
+        queue.history.when_safe(told.append)
+        call()
+        if number:
+            queue.sync_failed(under_way, OSError(number, "failed"))
+        else:
+            queue.synced(under_way)
+        assert told == []
+        sync(queue)
+        assert told == [None]
+
+
+def test_memory_that_runs_out_in_a_task_is_asked_for_again(tmp_path, monkeypatch):
+    queue = turn_queue(tmp_path, max_memory_size=500)
+    real = kestrel._write_all
+
+    def fail(*args):
+        monkeypatch.setattr(kestrel, "_write_all", real)
+        raise MemoryError
+
+    opened = []
+    for number in range(40):
+        queue.add(b"%02d" % number * 30, now=NOW)
+        if number % 3 == 0:
+            opened.append(queue.remove(open=True, now=NOW).data)
+        else:
+            queue.remove(now=NOW)
+        queue.write()
+        if queue.journal.passings and number < 30:
+            monkeypatch.setattr(kestrel, "_write_all", fail)
+        queue.host.run()
+        while queue.host.calls:
+            queue.host.calls.pop(0)()
+    queue.host.run()
+    assert not queue.journal.passings and not queue.upkeep.error
+    assert contents_of(tmp_path)[:len(opened)] == opened
+
+
+def test_a_failed_confirmation_keeps_its_timeout(tmp_path, disk):
+    queue = turn_queue(tmp_path)
+    queue.add(b"a", now=NOW)
+    item = queue.remove(open=True, now=NOW)
+    queue.limit(item.xid, 100)
+    queue.write()
+    queue.confirm(item.xid)
+    disk.failing = {"pwrite": errno.ENOSPC}
+    with pytest.raises(OSError):
+        queue.write()
+    disk.failing = {}
+    assert item.xid in queue._alarms
+    while queue.host.calls:
+        queue.host.calls.pop(0)()
+    queue.write()
+    assert not queue.opens and queue.count == 1 and not queue._alarms
+
+
+def test_zeros_that_are_met_while_reading_behind(tmp_path):
+    items = [b"item%02d" % number for number in range(36)]
+    queue = behind_three_files(tmp_path, items)
+    data = (tmp_path / "q.2").read_bytes()
+    (tmp_path / "q.2").write_bytes(data[:100] + bytes(10000) + data[-100:])
+    found = []
+    for _ in range(100):
+        item = queue.remove(now=NOW)
+        if item and not kestrel.is_lost(item):
+            found.append(item.data)
+        queue.write()
+        queue.host.run()
+        while queue.host.calls:
+            queue.host.calls.pop(0)()
+    assert found[:12] == items[:12] and found[-12:] == items[-12:]
+    assert queue.count == 0 and contents_of(tmp_path) == []
+
+
+def test_a_repair_that_fails_refuses_what_was_to_be_written(tmp_path, disk):
+    items = [b"item%02d" % number for number in range(36)]
+    queue = behind_three_files(tmp_path, items)
+    while len(queue.journal.passed) < 1:
+        queue.remove(now=NOW)
+        queue.write()
+    head = queue.journal.files[0]
+    queue.host.budget.close(head)
+    with open(head.path, "ab") as file:
+        file.write(b"\xfe" * 50)
+    queue.remove(now=NOW)
+    count = queue.count
+    disk.failing = {"open": errno.EIO}
+    with pytest.raises(OSError):
+        queue.write()
+    disk.failing = {}
+    assert queue.count == count + 1
+    queue.remove(now=NOW)
+    queue.write()
+    for call in queue.host.calls:
+        call()
+    for again in queue.host.dirty:
+        again.write()
+    assert not queue.history.ops
+    assert contents_of(tmp_path) == items[-count:]
 
 
 def test_a_deleted_queue_does_not_come_back_empty(tmp_path):
