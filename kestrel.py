@@ -1108,14 +1108,13 @@ def _write_and_close(writes):
         _close_all([write[0] for write in writes])
 
 
-def _load(item, fd):
-    place = item.place
+def _load(item, fd, offset, size):
     try:
-        data = os.pread(fd, place.size, place.offset)
+        data = os.pread(fd, size, offset)
     finally:
         os.close(fd)
-    if len(data) < place.size:
-        raise OSError(errno.EIO, "the file has become shorter", place.file.path)
+    if len(data) < size:
+        raise OSError(errno.EIO, "the file has become shorter")
     item.data = data
 
 
@@ -1198,6 +1197,17 @@ def is_short_of_descriptors(error):
 def _raise(error):
     if error:
         raise error
+
+
+_newest_number = 0
+
+
+def _unique_number(above=0):
+    """Return the time in milliseconds as the number of a file, but one that is greater than
+    `above` and than any before: what is left of a deleted queue is never taken for new."""
+    global _newest_number
+    _newest_number = max(_now(), above + 1, _newest_number + 1)
+    return _newest_number
 
 
 class Budget:
@@ -1301,7 +1311,6 @@ class Journal:
         self.files = [JournalFile("%s.%d" % (self.path, number), number) for number in older]
         for file in self.files:
             file.size = os.stat(file.path).st_size
-        self.number_above = 0                # the numbers of new files are greater
         self.directory_changed = False       # it has to be fsynced
         self.unsynced = {}                   # files written to since the last fsync began
         self.torn = set()                    # files to be cut before anything is written
@@ -1379,9 +1388,10 @@ class Journal:
 
     def load_call(self, item):
         """Return the call that gives a stub its data back. Raises OSError, as does the call."""
-        # Opened here: by the time of the call the file may have another name.
-        return functools.partial(_load, item, os.open(
-            item.place.file.path, os.O_RDONLY | os.O_CLOEXEC))
+        # By the time of the call the file may have another name, and the data another place.
+        place = item.place
+        fd = os.open(place.file.path, os.O_RDONLY | os.O_CLOEXEC)
+        return functools.partial(_load, item, fd, place.offset, place.size)
 
     def account(self, added, last_head, count):
         """After a replay: what waits in which file. added: how many items each file adds.
@@ -1452,7 +1462,7 @@ class Journal:
         try:
             for file, chunks, size in plan.shares:
                 writes.append((os.dup(self._open(file)), chunks, file.size, size))
-        except OSError:
+        except (OSError, Damage):
             _close_all([write[0] for write in writes])
             raise
         return functools.partial(_write_and_close, writes)
@@ -1566,9 +1576,8 @@ class Journal:
     # -- new files for old
 
     def _next_number(self):
-        numbers = [file.number for file in (self.passed + self.files)[-2:]
-                   if file.number is not None]
-        return max([_now(), self.number_above + 1] + [number + 1 for number in numbers])
+        return _unique_number(max([file.number for file in (self.passed + self.files)[-2:]
+                                   if file.number is not None], default=0))
 
     def retire_current(self):
         """A task: give the current file a number, so that add_current() can open another one.
@@ -1588,10 +1597,8 @@ class Journal:
 
     def _open_temporary(self):
         """Return the path and descriptor of a new file that is deleted at the next start."""
-        for number in itertools.count(_now()):
-            path = "%s~~%d" % (self.path, number)
-            with contextlib.suppress(FileExistsError):
-                return path, _open_journal(path, os.O_CREAT | os.O_EXCL)
+        path = "%s~~%d" % (self.path, _unique_number())
+        return path, _open_journal(path, os.O_CREAT | os.O_EXCL)
 
     def _write_file(self, file, pieces):
         """A task: put a new file, made of `pieces`, in the place of what is at file.path.
@@ -1743,6 +1750,10 @@ class Journal:
         In their place come records of items that have expired already, as many as may have
         been lost: each REMOVE of a lost item will take one of them, and not a good item.
         """
+        if not os.path.getsize(file.path):   # which cannot be mapped
+            self.size -= file.size
+            file.size = 0
+            return
         with open(file.path, "rb") as source, mmap.mmap(
                 source.fileno(), 0, prot=mmap.PROT_READ) as data:
             cuts = list(find_damage(data, start))
@@ -2446,7 +2457,7 @@ class Queue:
     def _wrote(self, journal, plan, position, fresh, count, error):
         """The worker has written a plan, or failed."""
         if self.closed or self.journal is not journal:
-            return
+            return                           # a reload has taken it away
         self._writing = None
         failure, self._failure = self._failure, None
         if error:
@@ -2739,7 +2750,8 @@ class Queue:
         cost. Raises OSError if there is no journal and the server has no memory left."""
         self.check_memory(cost - ITEM_COST)
         self.count_memory()
-        if self.journal and self.memory + self.open_memory + cost > self._allowance and (
+        if self.journal and self.upkeep.renewing is None and (
+                self.memory + self.open_memory + cost > self._allowance) and (
                 self.items or self._allowance < self.config.max_memory_size):
             journal = self.journal
             history = self.history
@@ -2846,12 +2858,19 @@ class Queue:
         """A file has been read to its end: correct the counts if it had more or fewer items
         than it should have had, since somebody else has changed it."""
         files = self.journal.files
-        if found and self._behind.file is files[0]:
+        new = self._behind.file
+        if found and new is files[0]:
             return                           # the file was passed, so that its count was right
-        after = files[files.index(self._behind.file):] if found else []
+        after = files[files.index(new):] if found else []
         lost = unread - sum(other.waiting for other in after)
         if lost:
-            log.error("%s: %d items are missing", file.path, lost)
+            log.error("%s: %d items are missing", self.journal.path, lost)
+            between = files[files.index(file) + 1 if file in files else 0:files.index(new)]
+            if not found and new is not file:
+                between.append(new)
+            for other in between:            # nothing at all was found in these
+                lost -= other.waiting
+                self._lose(other, other.waiting)
             self._lose(file, lost)
 
     def _unread_of(self, file):
@@ -2863,7 +2882,7 @@ class Queue:
 
     def _lose(self, file, count):
         """Count items that are lost from a file. How large they were is not known for now."""
-        self.bytes -= self.bytes * count // self.count
+        self.bytes -= self.bytes * count // (self.count or 1)
         self.count -= count
         file.waiting -= count
 
@@ -3388,7 +3407,6 @@ class Broker:
         self.tasks = collections.deque()
         self.start = self.tasks.append
         self._failed = {}                 # queue -> OSError, since the last write()
-        self._deleted = {}                # name -> number up to which files may be left
         self.stopping = False
         self.started = _now(now)
         self.stats = Values(
@@ -3479,8 +3497,6 @@ class Broker:
             older = find_journals(self.spool, name)[name]
         queue = Queue(name, self.spool, self.config.queue(name), older, self, now)
         self._unloaded.pop(name, None)
-        if queue.journal:                 # what is left of another one of that name is below
-            queue.journal.number_above = self._deleted.get(name, 0)
         self.queues[name] = queue
         if "+" in name:
             self.children.setdefault(name.partition("+")[0], []).append(name)
@@ -3521,8 +3537,6 @@ class Broker:
         queue.delete()
         log.info("queue %s deleted with %d items by %s", queue.name, count, who)
         self.stats.queue_deletes += 1
-        if queue.journal and queue.journal.passed:
-            self._deleted[queue.name] = queue.journal.passed[-1].number
         del self.queues[queue.name]
         self._sampled.pop(queue, None)
         self._history.pop(queue, None)

@@ -1063,6 +1063,8 @@ class Life:
         elif action < 0.8:
             opening = chances.random() < 0.5
             item = queue.remove(opening, now=NOW)
+            if item is None and queue._loading:
+                return                       # the worker reads it
             assert (item and item.data) == (waiting.popleft() if waiting else None)
             if item and opening:
                 opens[item.xid] = item.data
@@ -1428,6 +1430,91 @@ def test_damage_that_is_met_while_reading_behind(tmp_path, caplog, kind):
         queue.close()
 
 
+def test_a_file_that_is_emptied_while_it_is_read_behind(tmp_path):
+    """That was the end of the server."""
+    items = [b"item%02d" % number for number in range(36)]
+    queue = behind_three_files(tmp_path, items)
+    (tmp_path / "q.2").write_bytes(b"")
+    found = []
+    for _ in range(60):
+        found += filter(None, data_of(take(queue, 1)))
+        queue.write()
+        queue.host.run()
+    assert found == items[:12] + items[24:]
+    assert contents_of(tmp_path) == []
+
+
+def test_a_large_item_is_loaded_from_where_it_was_when_that_began(tmp_path, monkeypatch):
+    """While the worker reads it a pack moves it to another place."""
+    monkeypatch.setattr(kestrel, "_LARGE", 100)
+    queue = turn_queue(tmp_path, max_memory_size=1000)
+    work = collections.deque()
+    queue.host.work = lambda *call: work.append(call)
+
+    def work_on():
+        while work:
+            call, done = work.popleft()
+            done(call())
+        queue.host.run()
+
+    items = [b"%02d" % number * 100 for number in range(40)]
+    for item in items:
+        queue.add(item, now=NOW)
+        queue.write()
+        work_on()
+    packed = []
+    while not packed:
+        queue.remove(open=True, now=NOW)
+        queue.write()
+        while work:
+            call, done = work.popleft()
+            done(call())
+        packed = [item for item in queue.opens.values() if item.data is None
+                  and item.place.file in queue.journal.passed and queue.journal.passings]
+    last = packed[-1]
+    queue.abort(last.xid, now=NOW)
+    assert queue.remove(now=NOW) is None      # the worker is to read it
+    queue.host.run()                          # but first the file is packed
+    while work:
+        call, done = work.popleft()
+        done(call())
+    assert queue.remove(now=NOW).data == items[last.xid - 1]
+    queue.host.work = None
+    queue.close()
+
+
+def test_keep_journal_is_turned_off_during_a_large_write(tmp_path):
+    queue = turn_queue(tmp_path)
+    work = []
+    queue.host.work = lambda *call: work.append(call)
+    queue.add(b"x" * (2 << 20), now=NOW)
+    queue.write()
+    queue.configure(kestrel.QueueConfig(keep_journal=False))
+    for number in range(2):
+        queue.add(b"y", now=NOW)
+        queue.write()
+        if work:
+            call, done = work.pop()
+            done(call())
+    assert queue.history.safe == queue.history.logged and queue.count == 3
+    assert os.listdir(str(tmp_path)) == []
+
+
+def test_a_queue_does_not_fall_behind_while_it_is_written_anew(tmp_path):
+    """It would look for its items in a file that is being replaced."""
+    queue = turn_queue(tmp_path, max_memory_size=300)
+    fill(queue, b"1" * 50)
+    queue.write()
+    queue.upkeep.renew()
+    items = [b"1" * 50] + [b"%d" % number * 50 for number in range(2, 9)]
+    fill(queue, *items[1:])
+    queue.write()
+    queue.host.run()
+    queue.write()
+    queue.host.run()
+    assert data_of(take(queue, 9)) == items + [None]
+
+
 def test_a_file_that_disappears_while_it_is_read_behind(tmp_path, caplog):
     items = [b"item%02d" % number for number in range(36)]
     queue = behind_three_files(tmp_path, items)
@@ -1652,27 +1739,32 @@ def test_a_crash_after_any_call_loses_nothing(tmp_path, monkeypatch, caplog):
 
 
 class IllLife(Life):
-    """A Life over a disk that fails. It notes among the recorded calls what the answers have
-    said by then: what must be there, and the states that may have been reached as well."""
+    """A Life over a disk that fails, with a worker that takes its time for some writes. It notes
+    among the recorded calls what the answers have said by then: what must be there, and the
+    states that may have been reached as well."""
 
     def __init__(self, path, chances, recorder):
         self.acked = ([], {}, 0)
-        self.history = []                    # (position, state) of what is not safe yet
-        self.unclear = []                    # states that could not be cut off
+        self.history = []                    # states that are not safe yet
+        self.unclear = []                    # those that could not be cut off
         self.calls = recorder.calls
+        self.work = collections.deque()      # (call, done) of the worker
         super().__init__(path, chances)
+        self.bench.failed = self.go_back
+        if chances.random() < 0.5:
+            self.bench.work = lambda *work: self.work.append(work)
 
     def state(self):
         return list(self.waiting), dict(self.opens), self.serial
 
-    def tell(self, *reached):
-        self.calls.append(("told", self.acked, self.unclear + list(reached)))
+    def tell(self):
+        self.calls.append(("told", self.acked, self.unclear + self.history))
 
-    def go_back(self, reached):
+    def go_back(self, queue, error):
         waiting, opens, _ = self.acked
         self.waiting, self.opens = collections.deque(waiting), dict(opens)
+        self.unclear = self.unclear + self.history if self.queue.journal.torn else []
         self.history = []
-        self.unclear = self.unclear + [reached] if self.queue.journal.torn else []
         self.tell()
 
     def change(self):
@@ -1680,23 +1772,33 @@ class IllLife(Life):
             super().change()
 
     def write(self):
-        queue = self.queue
-        position, state = queue.history.logged, self.state()
-        self.tell(state)
-        try:
-            queue.write()
-        except OSError:
-            self.go_back(state)
-            return
-        self.history.append((position, state))
-        if not queue.journal.torn:
+        state = self.state()
+        self.history.append(state)
+        self.queue.history.when_safe(functools.partial(self.settled, state))
+        self.tell()
+        with contextlib.suppress(OSError):
+            self.queue.write()
+        if not self.queue.journal.torn:
             self.unclear = []
-        self.advance()
+        self.tell()
 
-    def advance(self):
-        while self.history and self.history[0][0] <= self.queue.history.safe:
-            self.acked = self.history.pop(0)[1]
-        self.tell(*[state for _, state in self.history[-1:]])
+    def settled(self, state, error):
+        if not error:
+            # Of what is unclear there may be something, though it was not taken since.
+            self.acked = state if not self.unclear else state[:2] + self.acked[2:]
+            self.history.remove(state)
+            self.tell()
+
+    def work_on(self):
+        """Let the worker do the oldest call."""
+        if self.work:
+            call, done = self.work.popleft()
+            error = None
+            try:
+                error = call()
+            except OSError as failure:
+                error = failure
+            done(error)
 
     def sync(self):
         queue = self.queue
@@ -1710,13 +1812,10 @@ class IllLife(Life):
             error = failure
         if self.chances.random() < 0.3:
             self.write()                     # while it is under way
-        state = self.state()
         if error:
             queue.sync_failed(sync, error)
-            self.go_back(state)
         else:
             queue.synced(sync)
-            self.advance()
 
 
 def check_told(found, acked, reached):
@@ -1751,6 +1850,7 @@ def test_contents_are_what_the_answers_said_whatever_fails(tmp_path, monkeypatch
         with monkeypatch.context() as patch:
             recorder = Recorder(patch)
             disk = FailingDisk(patch)
+            patch.setattr(kestrel, "_LARGE", 200)
             life = IllLife(path, chances, recorder)
             for _ in range(80):
                 if chances.random() < 0.2:
@@ -1761,6 +1861,8 @@ def test_contents_are_what_the_answers_said_whatever_fails(tmp_path, monkeypatch
                 for _ in range(chances.randrange(6)):
                     life.change()
                 life.write()
+                if chances.random() < 0.7:
+                    life.work_on()
                 if chances.random() < 0.5:
                     life.sync()
                 for _ in range(chances.randrange(3)):
@@ -1770,11 +1872,14 @@ def test_contents_are_what_the_answers_said_whatever_fails(tmp_path, monkeypatch
                     for call in calls:
                         call()
                 unclear += bool(life.unclear)
+            while life.work:
+                life.work_on()
+            life.bench.work = None
+            life.write()
             recorder.calls.append("stopped")
             with contextlib.suppress(OSError):
                 life.queue.close()           # it is stopped in the middle of it
-        check_told(contents_of(path), life.acked,
-                   life.unclear + [state for _, state in life.history])
+        check_told(contents_of(path), life.acked, life.unclear + life.history)
         disk = Disk()
         told = None
         share = 1 if everything else 0.1
