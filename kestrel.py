@@ -1199,6 +1199,19 @@ def _raise(error):
         raise error
 
 
+def put_aside(directory, name):
+    """Move the files of a queue, of which nothing has been read, to lost+found. Raises OSError."""
+    lost = os.path.join(directory, "lost+found")
+    for file in sorted(os.listdir(directory)):
+        match = _JOURNAL_NAME.fullmatch(file)
+        if match and match[1] == name and "~" not in file:
+            os.makedirs(lost, 0o700, exist_ok=True)
+            target = os.path.join(lost, "%s.%d" % (file, _unique_number()))
+            os.rename(os.path.join(directory, file), target)
+            log.warning("%s: from before keep_journal was false, moved to %s",
+                        os.path.join(directory, file), target)
+
+
 _newest_number = 0
 
 
@@ -2156,9 +2169,9 @@ class Queue:
         try:
             if config.keep_journal:
                 self.history.forget()        # they are part of what is written first
-                self.journal = self._new_journal(
-                    find_journals(self.path, self.name).get(self.name, ()))
-                self.upkeep.renew()          # puts what there is in place of what it held
+                put_aside(self.path, self.name)
+                self.journal = self._new_journal(())
+                self.upkeep.renew()          # writes all that there is in memory
             else:
                 self._give_up_journal()
         except OSError as error:
@@ -3496,7 +3509,8 @@ class Broker:
         if older is None:                 # its files could not be tidied up
             older = find_journals(self.spool, name)[name]
         queue = Queue(name, self.spool, self.config.queue(name), older, self, now)
-        self._unloaded.pop(name, None)
+        if self._unloaded.pop(name, None) is not None and not queue.journal:
+            log.warning("queue %s: keep_journal is false, its journal stays unread", name)
         self.queues[name] = queue
         if "+" in name:
             self.children.setdefault(name.partition("+")[0], []).append(name)
