@@ -6988,6 +6988,8 @@ class Server:
                 self.later(delay, functools.partial(self._sync_due, queue))
         for queue, error in failed.items():
             self._note_failure(queue, error)
+        if self._wanted and self.broker.work:
+            self._start_syncs()              # they run while answers are sent
         # Check every answer whose operations were written in this turn: a later failure of the
         # same queue would be taken for the failure of these operations.
         active, self.active = self.active + self.woken, []
@@ -6998,8 +7000,6 @@ class Server:
                 connection.flush()
             except Exception as error:
                 self._unexpected(connection, error)
-        if self._wanted and self.broker.work:
-            self._start_syncs()
 
     def _sync_due(self, queue):
         self._planned.discard(queue)
