@@ -2057,10 +2057,11 @@ class History:
     def when_safe(self, call):
         """Make a call, with None, when all operations so far are safe; or, with an OSError,
         when they have been undone."""
-        if self.logged <= self.safe:
+        logged = self.safe + len(self.unsafe) + len(self.ops)
+        if logged <= self.safe:
             call(None)
         else:
-            self._pending.append((self.logged, call))
+            self._pending.append((logged, call))
 
     def advance(self, position):
         """Note that all operations up to a position are safe."""
@@ -6425,9 +6426,12 @@ class Connection:
                 self.close()
                 return
             session.fail(failed, since)
-        for queue in touched & unsafe:
-            self.holds += 1
-            queue.history.when_safe(functools.partial(self._release, queue, since, self._checked))
+        touched &= unsafe
+        if touched:
+            self.holds += len(touched)
+            for queue in touched:
+                queue.history.when_safe(
+                    functools.partial(self._release, queue, since, self._checked))
         if self.holds:
             session.hold()
 
