@@ -1269,6 +1269,12 @@ class JournalFile:
         self.inode = None
         self.fd = None                   # while open for writing, see Budget
 
+    def is_there(self):
+        """Return whether the file is still there under its name. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            return _identity(os.stat(self.path)) == self.inode
+        return False
+
     def age(self):
         """Return what files are sorted by, the oldest first."""
         return self.number is None, self.number
@@ -1302,9 +1308,10 @@ class Journal:
     the first one, which holds that item, or to which it was put back. Replay reads the files in
     order, so the result is the same as with a single file. The counts of waiting items of
     `files` add up to that of the queue. A file that has none left has been *passed*: it moves to
-    `passed`, and no later operation refers to its items, except to end reads that are open now. pack() puts these into one small file in place of all that
-    have been passed. So the files on the disk follow the backlog and not its history, and a
-    queue of one file, the usual case, has one write a turn.
+    `passed`, and no later operation refers to its items, except to end reads that are open now.
+    pack() puts these into one small file in place of all that have been passed. So the files on
+    the disk follow the backlog and not its history, and a queue of one file, the usual case, has
+    one write a turn.
 
     A batch of operations is written in two steps: plan() says what goes where, write() does
     it, perhaps on the worker thread, and commit() makes it count. Until then the sizes of the
@@ -1387,10 +1394,7 @@ class Journal:
     def has_fresh_current(self):
         """Return whether the current file is an empty one that is still there."""
         current = self.current
-        with contextlib.suppress(OSError):
-            return (current.number is None and not current.size
-                    and _identity(os.stat(current.path)) == current.inode)
-        return False
+        return current.number is None and not current.size and current.is_there()
 
     # -- reading
 
@@ -1512,9 +1516,7 @@ class Journal:
         if not self.passed and len(self.files) == 1:           # there is nothing yet
             self.passed.append(JournalFile(None, self._next_number()))
         self.current.waiting = len(items)
-        self.passed += self.files[:-1]
-        del self.files[:-1]
-        self.passings.append(Passing(position, self.passed[-1].number, opens, items))
+        self._pass(len(self.files) - 1, position, opens, items)
 
     def forget(self, safe):
         """Drop what go_back() would need for the operations up to `safe`."""
@@ -1559,12 +1561,10 @@ class Journal:
         fds = []
         try:
             for file in files:
-                with contextlib.suppress(FileNotFoundError):
-                    if _identity(os.stat(file.path)) == file.inode:
-                        fds.append(os.dup(file.fd) if file.fd is not None
-                                   else os.open(file.path, os.O_RDONLY | os.O_CLOEXEC))
-                        continue
-                raise self._lost(file)
+                if not file.is_there():
+                    raise self._lost(file)
+                fds.append(os.dup(file.fd) if file.fd is not None
+                           else os.open(file.path, os.O_RDONLY | os.O_CLOEXEC))
             if self.directory_changed:
                 fds.append(os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC))
         except OSError:
@@ -2141,8 +2141,8 @@ class Queue:
         self._allowance = 0                  # and how much it may use
         self._behind = None                  # the ReadBehind of what is not in memory
         self._fresh = collections.deque()    # items not written yet that are not in `items`
-        self._loading = None                 # the head item that a worker reads, or it and an OSError
-        self._alarms = {}                    # xid -> what cancels its timeout
+        self._loading = None                 # the head item that a worker reads, or (it, OSError)
+        self._alarms = {}                    # xid -> (what cancels its timeout, the timeout)
         self._overdue = []                   # xids whose time is over
         self.journal = None
         self.upkeep = Upkeep(self)
@@ -2192,7 +2192,7 @@ class Queue:
         self.history.forget()
         if task:
             self.host.start(self._clear(task, self.journal.path))
-        self.journal = self._writing = None
+        self.journal = self._writing = self._failure = None
 
     # -- adding and taking
 

@@ -4778,29 +4778,18 @@ def test_refused_commands_have_not_happened(serve, disk, tmp_path, then_full, st
         assert [client.get("q") for _ in range(3)] == [b"A", b"B", b"C"]
 
 
-def test_an_unclear_outcome_is_told_to_nobody(serve, disk):
+@pytest.mark.parametrize("sync, failing", [("never", "pwrite"), ("0", "fsync")])
+def test_an_unclear_outcome_is_told_to_nobody(serve, disk, sync, failing):
     """What could not be written can also not be cut off: the client is disconnected."""
-    server = serve("[queue]\nsync_journal = never\n")
+    server = serve("[queue]\nsync_journal = %s\n" % sync)
     client, other = server.client(), server.client()
     assert client.put("q", b"1") == "STORED\r\n"
-    disk.failing = {"pwrite": errno.EIO, "ftruncate": errno.EIO}
+    disk.failing = {failing: errno.EIO, "ftruncate": errno.EIO}
     assert client.put("q", b"2") == ""
     assert other.put("q", b"3") == "SERVER_ERROR q: Input/output error\r\n"
     assert other.put("r", b"x") == ""
     disk.failing = {}
     other = server.client()
-    assert other.put("q", b"4") == "STORED\r\n"
-    assert [other.get("q") for _ in range(3)] == [b"1", b"4", None]
-
-
-def test_an_unclear_outcome_of_an_fsync_is_told_to_nobody(serve, disk):
-    server = serve("[queue]\nsync_journal = 0\n")
-    client, other = server.client(), server.client()
-    assert client.put("q", b"1") == "STORED\r\n"
-    disk.failing = {"fsync": errno.EIO, "ftruncate": errno.EIO}
-    assert client.put("q", b"2") == ""
-    assert other.put("q", b"3") == "SERVER_ERROR q: Input/output error\r\n"
-    disk.failing = {}
     assert other.put("q", b"4") == "STORED\r\n"
     assert [other.get("q") for _ in range(3)] == [b"1", b"4", None]
 
