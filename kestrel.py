@@ -279,6 +279,7 @@ NAMES = Kind(_parse_names, ", ".join)
 USERS = Kind(_words, ", ".join)
 ADDRESSES = Kind(_parse_addresses, ", ".join)
 MODE = Kind(_parse_mode, "{:04o}".format)
+HOSTS = Kind(_words, ", ".join)
 NETWORKS = Kind(_parse_networks, lambda networks: ", ".join(map(str, networks)))
 SIZE_LIMIT = _or("unlimited", UNLIMITED, SIZE)
 COUNT_LIMIT = _or("unlimited", UNLIMITED, COUNT)
@@ -299,6 +300,7 @@ SERVER_SETTINGS = {
     "tls_key": (TEXT_OR_NONE, ""),
     "tls_client_ca": (TEXT_OR_NONE, ""),
     "auth_file": (TEXT_OR_NONE, ""),
+    "admin_hosts": (HOSTS, ""),
     "admin_commands": (Kind(_parse_word("", "local", "all", "none"), str), ""),
     "memcache_port": (PORT, "22133"),
     "text_port": (PORT_OR_OFF, "off"),
@@ -311,6 +313,8 @@ SERVER_SETTINGS = {
     "expiration_timer_frequency": (TIMEOUT, "never"),
     "max_open_transactions": (COUNT, "100"),
     "max_connections": (COUNT_LIMIT, "unlimited"),
+    "max_queues": (COUNT_LIMIT, "100000"),
+    "max_children": (COUNT_LIMIT, "1000"),
     "max_line": (LINE_SIZE, "8kb"),
     "max_item_size": (ITEM_SIZE, "128mb"),
     "max_memory": (MEMORY, "auto"),
@@ -325,6 +329,7 @@ SERVER_SETTINGS = {
     "enable_session_trace": (FLAG, "false"),
     "log_level": (Kind(_parse_word("debug", "info", "warning", "error"), str), "info"),
     "log_file": (TEXT_OR_NONE, ""),
+    "value_key": (Kind(_parse_word("asked", "queue"), str), "asked"),
     "flush_all_reply": (Kind(_parse_word("kestrel", "memcached"), str), "kestrel"),
     "allow_remote_shutdown": (FLAG, "false"),
 }
@@ -359,21 +364,6 @@ _OLD_NAMES = {"listen_address": "listen"}
 
 # The [server] settings that change at once with a reload.
 RELOADED = ("allow", "tls_cert", "tls_key", "tls_client_ca", "admin_commands")
-
-
-def hash_password(password, salt=None, rounds=200000):
-    """What stands for a password (bytes) in an auth_file: PBKDF2 (RFC 8018) with HMAC-SHA256, as
-    `pbkdf2$rounds$salt$digest`. It takes a processor for a tenth of a second, on purpose."""
-    salt = salt or os.urandom(16)
-    digest = hashlib.pbkdf2_hmac("sha256", password, salt, rounds)
-    return "pbkdf2$%d$%s$%s" % (rounds, salt.hex(), digest.hex())
-
-
-def is_password(password, stored):
-    """Whether hash_password() has made `stored` of the password (bytes)."""
-    _, rounds, salt, _ = stored.split("$")
-    made = hash_password(password, bytes.fromhex(salt), int(rounds))
-    return hmac.compare_digest(made, stored)
 
 
 _USER = re.compile(r"([^\s,:]+):(pbkdf2\$[1-9][0-9]{0,6}\$(?:[0-9a-f]{2})+\$[0-9a-f]{64})")
@@ -427,6 +417,39 @@ class QueueConfig(Values):
     def lines(self):
         """Each setting as `key = value`, as it would stand in the config file."""
         return _shown(QUEUE_SETTINGS, vars(self))
+
+
+class TLSSocket(ssl.SSLSocket):
+    """A client's socket with TLS on it, which can be used as a plain one that does not block:
+    the handshake is part of the first reads."""
+
+    _is_over = False                 # after shutdown()
+
+    def recv(self, size):
+        if self._is_over:
+            return super().recv(size)    # in plain, to be thrown away
+        try:
+            return self.read(size)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
+        except ValueError as error:      # it was gone before it was wrapped, and so is not
+            raise ConnectionError(str(error)) from None
+
+    def send(self, data):
+        try:
+            return super().send(data) if data else 0       # to send nothing is an error to some
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
+
+    def sendmsg(self, buffers):
+        # To go on after a wait OpenSSL wants to see the same again, or more.
+        return self.send(b"".join(buffers))
+
+    def shutdown(self, how):
+        with contextlib.suppress(OSError, ValueError):
+            self.unwrap()                # says that this is the end, and does not wait for its echo
+        self._is_over = True
+        super().shutdown(how)
 
 
 class Config:
@@ -498,9 +521,9 @@ class Config:
         return lines
 
     def _sections(self):
-        """Yield (header, {key: text}) of each section of the file."""
+        """Return (header, {key: text}) of each section of the file."""
         if self.path is None:
-            return
+            return []
         parser = configparser.ConfigParser(
             interpolation=None, default_section="", inline_comment_prefixes=("#",),
             empty_lines_in_values=False)
@@ -527,8 +550,9 @@ class Config:
         except configparser.ParsingError as error:
             raise self._error("neither [section] nor key = value",
                               line=error.errors[0][0]) from None
-        for header in parser.sections():
-            yield header, dict(parser[header])
+        sections = [(header, dict(parser[header])) for header in parser.sections()]
+        vars(parser).clear()             # it is a cycle, and there is no garbage collector
+        return sections
 
     def _values(self, header, settings, texts):
         values = {}
@@ -549,6 +573,7 @@ class Config:
         """The ssl.SSLContext for those who come in, None without a tls_cert."""
         settings = self.server
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.sslsocket_class = TLSSocket
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)      # not on PyPy
         for key in ("tls_cert", "tls_key", "tls_client_ca"):
@@ -621,7 +646,111 @@ class Config:
         return ConfigError("%s:%s: %s" % (self.path, line, why))
 
 
-# == 2. Records ===========================================================================
+# == 2. Access ============================================================================
+#
+# Who may come in: password hashes and logins. (Which user may use which queue is asked of the
+# broker, which knows the settings of the queues.) Knows names and passwords; no queues, no
+# sockets.
+
+# How long a host whose password was wrong waits for its next try, and how many of one host may
+# wait.
+_LOGIN_REST_MS = 1000
+_LOGINS = 100
+
+# The longest name and password, in bytes, and how long a client has for them, and for TLS.
+MAX_LOGIN = 1024
+LOGIN_MS = 60000
+
+
+def hash_password(password, salt=None, rounds=200000):
+    """Hash a password (bytes) for an auth_file: PBKDF2 (RFC 8018) with HMAC-SHA256, written as
+    `pbkdf2$rounds$salt$digest`. Deliberately slow: about 0.1 s of processor time."""
+    salt = salt or os.urandom(16)
+    digest = hashlib.pbkdf2_hmac("sha256", password, salt, rounds)
+    return "pbkdf2$%d$%s$%s" % (rounds, salt.hex(), digest.hex())
+
+
+def is_password(password, stored):
+    """Return whether a password (bytes) matches what hash_password() has returned."""
+    _, rounds, salt, _ = stored.split("$")
+    made = hash_password(password, bytes.fromhex(salt), int(rounds))
+    return hmac.compare_digest(made, stored)
+
+
+# What the password of an unknown user is checked against, so that it takes as long.
+_NOBODY = "pbkdf2$200000$%032d$%064d" % (0, 0)
+
+
+class Logins:
+    """Checks names and passwords on a worker thread: those of a host one after the other, and at
+    most one wrong one per host and second. A password that was right is known again at once.
+
+    broker: has `config` with the users, `aside(work, done)`, which runs work() on a thread and
+    then done(error, seconds) on the loop, and `later`, see Alone.
+    """
+
+    def __init__(self, broker):
+        self._broker = broker
+        self._key = os.urandom(32)
+        self._known = set()              # keyed digests of what has been right
+        self._lines = {}                 # host -> deque of (client, name, password, done)
+
+    def check(self, client, name, password, done):
+        """Call done(user): the name as text if that is its password (both bytes), else None.
+        client: has `peer.host`, and `is_over()` once nobody waits for the answer."""
+        host = client.peer.host
+        line = self._lines.get(host)
+        if self._digest(name, password) in self._known:
+            done(os.fsdecode(name))
+        elif line is None:
+            self._lines[host] = collections.deque([(client, name, password, done)])
+            self._go_on(host)
+        elif len(line) < _LOGINS:
+            line.append((client, name, password, done))
+        else:
+            done(None)
+
+    def _stored(self, name):
+        return self._broker.config.users.get(os.fsdecode(name), _NOBODY)
+
+    def _digest(self, name, password):
+        stored = self._stored(name)      # so that a changed password is not known any more
+        return hmac.new(self._key, b"%b %b" % (stored.encode(), password), "sha256").digest()
+
+    def _go_on(self, host):
+        """Check the next password of a host."""
+        line = self._lines[host]
+        while line and line[0][0].is_over():
+            line.popleft()
+        if not line:
+            del self._lines[host]
+            return
+        _, name, password, _ = line[0]
+        digest, stored = self._digest(name, password), self._stored(name)
+        if digest in self._known:
+            self._finish(host, digest)
+        else:
+            self._broker.aside(functools.partial(self._learn, digest, password, stored),
+                               lambda error, seconds: self._finish(host, digest))
+
+    def _learn(self, digest, password, stored):
+        if is_password(password, stored):
+            self._known.add(digest)
+
+    def _finish(self, host, digest):
+        _, name, _, done = self._lines[host].popleft()
+        if digest in self._known:
+            done(os.fsdecode(name))
+            self._broker.later(0, functools.partial(self._go_on, host))
+        else:
+            # Only known names are logged: a client that has not logged in may have sent an item.
+            log.warning("%s: wrong password for %s", host, os.fsdecode(name)
+                        if self._stored(name) != _NOBODY else "an unknown user")
+            done(None)
+            self._broker.later(_LOGIN_REST_MS, functools.partial(self._go_on, host))
+
+
+# == 3. Records ===========================================================================
 #
 # Items, the records that stand for what was done with them, and damage to records. The format
 # is Kestrel's own (2.1 to 2.4, net.lag.kestrel.Journal) so that a spool can be taken over and
@@ -1001,7 +1130,7 @@ def find_damage(data, start=0):
         start = end
 
 
-# == 3. Journal ===========================================================================
+# == 4. Journal ===========================================================================
 #
 # The files of one queue: appending to them, cutting back what failed, fsync, rotation, putting
 # new files in the place of old ones, repair, and reading behind. Knows records and files, and
@@ -1960,7 +2089,7 @@ class ReadBehind:
         return False
 
 
-# == 4. Queue =============================================================================
+# == 5. Queue =============================================================================
 #
 # One queue: items in order, open reads, waiters, limits, expiry, and the journal that records
 # each change. Can be used alone. Knows no sockets, no protocols, no other queues: what expires
@@ -1991,14 +2120,16 @@ _PROGRESS_SECONDS = 3
 
 
 class Waiter:
-    """A read that waits for an item. `deliver` is called once, with the item or None."""
+    """A read that waits for an item. `deliver` is called once, with the item or None. queue: the
+    one that it waits at, for whoever needs it."""
 
-    __slots__ = ("deliver", "open", "peek")
+    __slots__ = ("deliver", "open", "peek", "queue")
 
-    def __init__(self, deliver, open=False, peek=False):
+    def __init__(self, deliver, open=False, peek=False, queue=None):
         self.deliver = deliver
         self.open = open
         self.peek = peek
+        self.queue = queue
 
 
 class Alone:
@@ -2279,6 +2410,10 @@ class Queue:
         if self.items[0].data is None:
             self._load_data(self.items[0])
         return self.items[0]
+
+    def is_head(self, item):
+        """Return whether an item is the one at the head."""
+        return bool(self.items) and self.items[0] is item
 
     def _sweep(self, now):
         """Drop expired items before a read; return whether there is an item for it then."""
@@ -2987,7 +3122,8 @@ class Queue:
         return item
 
     def limit(self, xid, timeout):
-        """Have an open read aborted in so many milliseconds, whatever the settings say."""
+        """Have an open read aborted in so many milliseconds (None: never), whatever the settings
+        say."""
         self._stop_alarm(xid)
         self._start_alarm(xid, timeout)
 
@@ -3054,39 +3190,6 @@ class Queue:
         if self._behind and self.count == len(self.items) + len(self._fresh):
             self._catch_up()
         self.opens = dict(sorted(self.opens.items()))      # the oldest first, as before
-
-    def stats(self, now=None):
-        """Return what there is to know of it, as (name, value) pairs: those under Kestrel's
-        names, then what is new here. Ages are milliseconds, rates items a second."""
-        now = _now(now)
-        counters = self.counters
-        return [
-            ("items", self.count),
-            ("bytes", self.bytes),
-            ("total_items", counters.total_items),
-            ("logsize", self.journal.size if self.journal else 0),
-            ("expired_items", counters.expired_items),
-            ("mem_items", len(self.items)),
-            ("mem_bytes", self.memory - ITEM_COST * len(self.items)),
-            ("age", counters.age if self.count else 0),
-            ("discarded", counters.discarded),
-            ("waiters", len(self.waiters)),
-            ("open_transactions", len(self.opens)),
-            ("transactions", counters.transactions),
-            ("canceled_transactions", counters.canceled_transactions),
-            ("total_flushes", counters.total_flushes),
-            ("journal_rewrites", counters.journal_rewrites),
-            ("journal_rotations", counters.journal_rotations),
-            ("create_time", counters.create_time),
-            ("head_age", max(0, now - self.items[0].add_time) if self.items else 0),
-            ("put_bytes", counters.put_bytes),
-            ("get_bytes", counters.get_bytes),
-            ("get_hits", counters.get_hits),
-            ("get_misses", counters.get_misses),
-            ("put_rate", round(counters.put_rate, 1)),
-            ("get_rate", round(counters.get_rate, 1)),
-            ("fsync_usec", counters.fsync_usec),
-        ]
 
 
 def _free(items):
@@ -3269,26 +3372,24 @@ class Upkeep:
             task.close()
 
 
-# == 5. Broker ============================================================================
+# == 6. Broker ============================================================================
 #
-# All queues by name: which queues a name leads to (fanout children, aliases), where
-# expired items go, status, counters. Whatever a client can ask for, in any protocol, is
-# asked of the broker. Knows queues and the configuration; no sockets, no protocols.
+# All queues by name: which queues a name leads to (fanout children, aliases), where expired
+# items go, the status, the counters and the table of statistics. Whatever a client can ask for,
+# in any protocol, is asked of the broker. Knows queues and the configuration; no sockets, no
+# protocols.
 
 # Where the items put under a name go: `targets` decide the answer, `copies` are the fanout
-# children, which get what they can take; `queues` are both.
+# children, which get what they can take; `queues` are both, each once.
 Route = collections.namedtuple("Route", "targets copies queues")
 
-# How many items or queues a long job looks at before other work gets its turn.
+# How many expired items or queues one step of a task looks at.
 SWEEP_STEP = 1000
 
-# How long a host whose password was wrong has to wait for the next try, how many of one host may
-# wait, and the password of somebody unknown, which takes as long to find wrong as any.
-_LOGIN_REST_MS = 1000
-_LOGINS = 100
-_NOBODY = "pbkdf2$200000$%032d$%064d" % (0, 0)
+# How many queues are reported on, or configured anew, in one step of a task: about a millisecond.
+QUEUES_STEP = 25
 
-# How often rates are taken, in seconds, and how many of the last samples are kept of a queue.
+# How often rates are taken, in seconds, and how many samples of a queue are kept.
 SAMPLE_SECONDS = 5
 SAMPLES = 120
 
@@ -3298,7 +3399,7 @@ class Histogram:
 
     def __init__(self):
         self.buckets = [0] * 128             # no time is longer
-        self.total = self.longest = self.recent = 0     # recent: the longest since the last asking
+        self.total = self.longest = self.recent = 0     # recent: since take_recent()
 
     def add(self, value):
         self.buckets[value.bit_length()] += 1
@@ -3308,13 +3409,13 @@ class Histogram:
             self.longest = max(self.longest, value)
 
     def take_recent(self):
-        """The longest since this was asked last."""
+        """Return the longest since the last call."""
         recent, self.recent = self.recent, 0
         return recent
 
     def figures(self):
-        """Under the names that Kestrel's metrics had. Percentiles are within a factor of two:
-        that far apart are the buckets."""
+        """Return the values of Kestrel's metrics, by name. Percentiles are the upper bounds of
+        buckets, so they are right within a factor of two."""
         count = sum(self.buckets)
         figures = {"count": count, "sum": self.total, "maximum": self.longest,
                    "average": round(self.total / count, 1) if count else 0}
@@ -3328,91 +3429,158 @@ class Histogram:
         return {**dict.fromkeys([name for name, _ in shares], 0), **figures}
 
 
-class Logins:
-    """Who is who: checks names and passwords, aside from the loop, those of a host one after the
-    other, and in a second only one that is wrong.
+# One line of the statistics. name: in `stats`. kind, ostrich, metric, help: "gauge" or "counter",
+# the name in /stats.json (Kestrel's own), the name in /metrics and what it is; None where it is
+# not shown there. get: a function of the queue, or of the broker, and the time.
+Stat = collections.namedtuple("Stat", "name kind ostrich metric help get")
 
-    To check a password takes long; one that has been right is known again at once.
-    """
+# No new name may end like one of Kestrel's: clients find queues by the ends of names.
+QUEUE_STATS = [
+    Stat("items", "gauge", "items", "items", "Waiting items.", lambda q, now: q.count),
+    Stat("bytes", "gauge", "bytes", "bytes", "Data of the waiting items, in bytes.",
+         lambda q, now: q.bytes),
+    Stat("total_items", "counter", "put_items", "put_items_total", "Items put.",
+         lambda q, now: q.counters.total_items),
+    Stat("logsize", "gauge", "journal_size", "journal_bytes", "Size of the journal files.",
+         lambda q, now: q.journal.size if q.journal else 0),
+    Stat("expired_items", "counter", "expired_items", "expired_items_total",
+         "Items that expired.", lambda q, now: q.counters.expired_items),
+    Stat("mem_items", "gauge", "mem_items", "memory_items", "Items in memory.",
+         lambda q, now: len(q.items)),
+    Stat("mem_bytes", "gauge", "mem_bytes", "memory_bytes",
+         "Data of the items in memory, in bytes.",
+         lambda q, now: q.memory - ITEM_COST * len(q.items)),
+    Stat("age", "gauge", "age_msec", "age_seconds",
+         "How long the item that was read last had waited.",
+         lambda q, now: q.counters.age if q.count else 0),
+    Stat("discarded", "counter", "discarded", "discarded_items_total",
+         "Items dropped for newer ones in a full queue.", lambda q, now: q.counters.discarded),
+    Stat("waiters", "gauge", "waiters", "waiters", "Reads that wait for an item.",
+         lambda q, now: len(q.waiters)),
+    Stat("open_transactions", "gauge", "open_transactions", "open_reads", "Open reads.",
+         lambda q, now: len(q.opens)),
+    Stat("transactions", "counter", "transactions", "opened_reads_total", "Reads opened.",
+         lambda q, now: q.counters.transactions),
+    Stat("canceled_transactions", "counter", "canceled_transactions", "aborted_reads_total",
+         "Open reads whose item went back.", lambda q, now: q.counters.canceled_transactions),
+    Stat("total_flushes", "counter", "flushes", "flushes_total", "Flushes.",
+         lambda q, now: q.counters.total_flushes),
+    Stat("journal_rewrites", "counter", "journal_rewrites", "journal_rewrites_total",
+         "Times the journal was rewritten.", lambda q, now: q.counters.journal_rewrites),
+    Stat("journal_rotations", "counter", "journal_rotations", "journal_rotations_total",
+         "Times a journal file was full.", lambda q, now: q.counters.journal_rotations),
+    Stat("create_time", "gauge", "create_time", "created_timestamp_seconds",
+         "When the queue was created or loaded.", lambda q, now: q.counters.create_time),
+    Stat("head_wait", "gauge", "head_age_msec", "head_age_seconds",
+         "How long the item at the head has waited.",
+         lambda q, now: max(0, now - q.items[0].add_time) if q.items else 0),
+    Stat("bytes_put", "counter", "put_bytes", "put_bytes_total", "Data of the items put.",
+         lambda q, now: q.counters.put_bytes),
+    Stat("bytes_taken", "counter", "get_bytes", "get_bytes_total", "Data of the items taken.",
+         lambda q, now: q.counters.get_bytes),
+    Stat("get_hits", "counter", "get_items_hit", "get_items_total", "Items taken.",
+         lambda q, now: q.counters.get_hits),
+    Stat("get_misses", "counter", "get_items_miss", "get_misses_total",
+         "Gets that found no item.", lambda q, now: q.counters.get_misses),
+    Stat("put_rate", None, None, None, "Items put a second.",
+         lambda q, now: round(q.counters.put_rate, 1)),
+    Stat("get_rate", None, None, None, "Items taken a second.",
+         lambda q, now: round(q.counters.get_rate, 1)),
+    Stat("fsync_usec", "gauge", "fsync_usec", "fsync_seconds", "How long the last fsync took.",
+         lambda q, now: q.counters.fsync_usec),
+]
+SERVER_STATS = [
+    Stat("uptime", "gauge", "uptime", "uptime_seconds", "Seconds since the start.",
+         lambda b, now: int(b.uptime())),
+    Stat("time", None, None, None, "Seconds of the epoch.", lambda b, now: now // 1000),
+    Stat("version", None, None, None, "The version.", lambda b, now: __version__),
+    Stat("curr_items", "gauge", "items", "items", "Waiting items, in all queues.",
+         lambda b, now: b.totals().items),
+    Stat("total_items", "counter", "total_items", "items_put_total",
+         "Items put, in all queues.", lambda b, now: b.totals().put_items),
+    Stat("bytes", "gauge", "bytes", "bytes", "Data of the waiting items, in bytes.",
+         lambda b, now: b.totals().bytes),
+    Stat("reserved_memory_ratio", "gauge", "reserved_memory_ratio", "reserved_memory_ratio",
+         "What all queues may take of the memory of the machine.",
+         lambda b, now: "%.3f" % (b.totals().reserved / b.machine_memory)),
+    Stat("curr_connections", "gauge", "connections", "connections", "Open connections.",
+         lambda b, now: b.stats.curr_connections),
+    Stat("total_connections", "counter", "total_connections", "connections_total",
+         "Connections ever.", lambda b, now: b.stats.total_connections),
+    Stat("cmd_get", "counter", "cmd_get", "gets_total", "Gets.",
+         lambda b, now: b.stats.cmd_get),
+    Stat("cmd_set", "counter", "cmd_set", "sets_total", "Sets.",
+         lambda b, now: b.stats.cmd_set),
+    Stat("cmd_peek", "counter", "cmd_peek", "peeks_total", "Peeks.",
+         lambda b, now: b.stats.cmd_peek),
+    Stat("get_hits", "counter", "get_hits", "get_hits_total", "Gets that found an item.",
+         lambda b, now: b.stats.get_hits),
+    Stat("get_misses", "counter", "get_misses", "get_misses_total", "Gets that found none.",
+         lambda b, now: b.stats.get_misses),
+    Stat("bytes_read", "counter", "bytes_read", "received_bytes_total", "Bytes from clients.",
+         lambda b, now: b.stats.bytes_read),
+    Stat("bytes_written", "counter", "bytes_written", "sent_bytes_total", "Bytes to clients.",
+         lambda b, now: b.stats.bytes_written),
+    Stat("queue_creates", "counter", "queue_creates", "queue_creates_total", "Queues created.",
+         lambda b, now: b.stats.queue_creates),
+    Stat("queue_deletes", "counter", "queue_deletes", "queue_deletes_total", "Queues deleted.",
+         lambda b, now: b.stats.queue_deletes),
+    Stat("queue_expires", "counter", "queue_expires", "queue_expires_total",
+         "Queues deleted by max_queue_age.", lambda b, now: b.stats.queue_expires),
+    Stat("put_rate", None, None, None, "Items put a second.",
+         lambda b, now: round(b.put_rate, 1)),
+    Stat("get_rate", None, None, None, "Items taken a second.",
+         lambda b, now: round(b.get_rate, 1)),
+    Stat("max_turn_usec", None, None, None, "The longest turn since this was last asked.",
+         lambda b, now: b.metrics["turn_usec"].take_recent()),
+    Stat("max_fsync_usec", None, None, None, "The longest fsync since this was last asked.",
+         lambda b, now: b.metrics["fsync_usec"].take_recent()),
+]
 
-    def __init__(self, broker):
-        self._broker = broker
-        self._key = os.urandom(32)
-        self._known = set()              # keyed digests of what has been right
-        self._lines = {}                 # host -> deque of (session, name, password) that wait
+# The broker's metrics: name -> the name in /metrics, and what it is.
+METRICS = {
+    "turn_usec": ("turn_seconds", "Turns of the loop."),
+    "fsync_usec": ("fsync_seconds", "Fsyncs of journals."),
+    "delivery_latency_msec": ("delivery_latency_seconds", "How long items had waited."),
+}
 
-    def check(self, session, name, password):
-        """Have the session told, by identify(), who it is; name and password are bytes."""
-        line = self._lines.get(session.host)
-        if self._digest(name, password) in self._known:
-            session.identify(os.fsdecode(name))
-        elif line is None:
-            self._lines[session.host] = collections.deque([(session, name, password)])
-            self._go_on(session.host)
-        elif len(line) < _LOGINS:
-            line.append((session, name, password))
-        else:
-            session.identify(None)
 
-    def _stored(self, name):
-        return self._broker.config.users.get(os.fsdecode(name), _NOBODY)
+class Account:
+    """What the broker knows of a queue: what it has counted of it in its totals (waiting items,
+    their bytes, items put, memory reserved), when it was made, and samples of its rates."""
 
-    def _digest(self, name, password):
-        stored = self._stored(name)      # so that one that has been changed is not known any more
-        return hmac.new(self._key, b"%b %b" % (stored.encode(), password), "sha256").digest()
+    def __init__(self, born):
+        self.born = born                     # in seconds, as Broker.uptime()
+        self.counted = (0, 0, 0, 0)
+        self.sampled = (0, 0)                # items put, items taken at the last sample
+        self.history = array.array("f")      # items, put rate, get rate; items, ...
 
-    def _go_on(self, host):
-        """Check who comes next at a host."""
-        line = self._lines[host]
-        while line and line[0][0].closing:             # gone
-            line.popleft()
-        if not line:
-            del self._lines[host]
-            return
-        _, name, password = line[0]
-        digest, stored = self._digest(name, password), self._stored(name)
-        if digest in self._known:
-            self._finish(host, digest)
-        else:
-            self._broker.aside(functools.partial(self._learn, digest, password, stored),
-                               lambda error, seconds: self._finish(host, digest))
 
-    def _learn(self, digest, password, stored):
-        if is_password(password, stored):
-            self._known.add(digest)
-
-    def _finish(self, host, digest):
-        session, name, _ = self._lines[host].popleft()
-        is_right = digest in self._known
-        session.identify(os.fsdecode(name) if is_right else None)
-        if is_right:
-            self._broker.later(0, functools.partial(self._go_on, host))
-        else:
-            # Not any name: with a client that has not logged in that is what it wants to put.
-            log.warning("%s: wrong password for %s", host, os.fsdecode(name)
-                        if self._stored(name) != _NOBODY else "somebody unknown")
-            self._broker.later(_LOGIN_REST_MS, functools.partial(self._go_on, host))
+Totals = collections.namedtuple("Totals", "items bytes put_items reserved")
 
 
 class Broker:
     """All queues of a server.
 
-    config: a Config; the spool is its queue_path. later: see Queue. Loads every queue of
-    the spool; raises OSError when the spool cannot be read.
+    config: a Config; the spool is its queue_path. later: see Alone. uptime: a function that
+    returns seconds of a monotonic clock. Loads every queue of the spool; raises OSError when the
+    spool cannot be read.
 
     It is the host of its queues, see Alone. After each turn write() writes what has changed.
-    `stats` holds the server's counters, `stopping` is set by whoever wants the server to stop,
-    `tasks` are run by the server, `work` is set by it when there is a worker.
+    `stopping` is set by whoever wants the server to stop; `tasks` are run by the server; `woken`
+    are sessions that can go on; `work` is set by the server when there is a worker.
     """
 
     work = None
     locks_files = False                   # the spool is locked
+    sweep_limit = SWEEP_STEP
 
-    def __init__(self, config, later=None, now=None, budget=None):
+    def __init__(self, config, later=None, now=None, budget=None, uptime=lambda: 0):
         self.config = config
+        self.settings = config.server
         self.later = later
+        self.uptime = uptime
         self.budget = budget or Budget()
-        self.sweep_limit = SWEEP_STEP
         self.queues = {}
         self.routes = {}                  # what route() found
         self.children = {}                # parent -> names of its fanout children
@@ -3420,33 +3588,30 @@ class Broker:
         self.changed = self.dirty.append
         self.tasks = collections.deque()
         self.start = self.tasks.append
-        self._failed = {}                 # queue -> OSError, since the last write()
+        self.woken = []
         self.stopping = False
-        self.started = _now(now)
+        self.logins = Logins(self)
+        self.aside = None                 # Worker.submit of a thread for slow calls, or None
         self.stats = Values(
             curr_connections=0, total_connections=0, cmd_get=0, cmd_set=0, cmd_peek=0,
             get_hits=0, get_misses=0, bytes_read=0, bytes_written=0, queue_creates=0,
             queue_deletes=0, queue_expires=0)
-        self.logins = Logins(self)
-        self.aside = None                 # has (work, call) done like a Worker, set by the server
-        self.metrics = {                  # name -> what was seen of it
-            "turn_usec": Histogram(), "fsync_usec": Histogram(),
-            "delivery_latency_msec": Histogram()}
+        self.metrics = {name: Histogram() for name in METRICS}
         self.put_rate = self.get_rate = 0.0       # items a second of all queues
-        self._sampled = {}                # queue -> (items put, items got) at the last sample
-        self._history = {}                # queue -> an array of its samples
-        self.announce = lambda status: None       # told of each change of the status
-        self._refused = (False, False)    # reads, writes: what the status refuses by now
-        self._end_grace = lambda: None    # cancels that time
-        # From so many connections on one more or less can make a difference.
-        self._lowest_limit = min(config.server.connection_limit_refuse_reads,
-                                 config.server.connection_limit_refuse_writes)
-        self._restore_status()
-        self.spool = os.path.abspath(config.server.queue_path)
+        self.machine_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self._accounts = {}               # queue -> Account
+        self._totals = Totals(0, 0, 0, 0)
+        self._failed = {}                 # queue -> OSError, since the last write()
+        self._reloads = []                # (who, done) of each reload that was asked for
+        self._refused = (False, False)    # whether the status refuses reads, writes by now
+        self._grace = None                # cancels the end of its grace period
+        self._read_status()
+        self.spool = os.path.abspath(self.settings.queue_path)
         self._unloaded = find_journals(self.spool)
+        now = _now(now)
         for name in sorted(name for name, older in self._unloaded.items() if older is not None):
             try:
-                self._create(name, self.started)
+                self._create(name, now)
             except OSError as error:
                 log.error("queue %s cannot be loaded: %s", name, error)
         for name in config.aliases.keys() & self.queues.keys():
@@ -3456,51 +3621,66 @@ class Broker:
     # -- names
 
     def find(self, name):
-        """The queue of that name, or None if there is none."""
+        """Return the queue of that name, or None."""
         return None if name in self.config.aliases else self.queues.get(name)
 
     def queue(self, name, now=None, who="the server"):
-        """The queue of that name, made if it is new; None for an alias. who: for the log, who
-        asks for it. Raises OSError."""
+        """Return the queue of that name, created if it is new; None for an alias. who: for the
+        log, who asks for it. Raises OSError."""
         if name in self.config.aliases:
             return None
         queue = self.queues.get(name)
         if queue is None:
+            self._check_room(name)
             queue = self._create(name, now)
             self.stats.queue_creates += 1
             log.info("queue %s created by %s", name, who)
         return queue
 
+    def _check_room(self, name):
+        """Raise OSError if there are too many queues, or children of one, for one more."""
+        settings = self.settings
+        parent, is_child, _ = name.partition("+")
+        if len(self.queues) >= settings.max_queues:
+            raise OSError(errno.EDQUOT, "there are %d queues (max_queues)" % len(self.queues),
+                          name)
+        if is_child and len(self.children.get(parent, ())) >= settings.max_children:
+            raise OSError(errno.EDQUOT, "%s has %d children (max_children)" % (
+                parent, len(self.children[parent])), name)
+
     def targets(self, key):
-        """The names of the queues that `key` (bytes) stands for: its own, or those of an alias.
-        Raises ValueError when it cannot name a queue."""
+        """Return the names of the queues that `key` (bytes) stands for: its own, or those of an
+        alias. Raises ValueError when it cannot name a queue."""
         name = check_name(os.fsdecode(key))
         return self.config.aliases.get(name, (name,))
 
-    def may(self, user, right, name):
-        """Whether a user may use a queue, which need not exist. right: put_users or get_users."""
+    def may(self, user, right, name, seen=()):
+        """Return whether a user may use a queue, which need not exist. right: put_users or
+        get_users."""
         queue = self.queues.get(name)
         config = queue.config if queue else self.config.queue(name)
         users = getattr(config, right)
         if users and user not in users:
             return False
-        # A child of an alias gets what is put to all of its queues.
+        # A child of an alias gets what is put to all of the alias's queues. Such a queue may
+        # itself be a child of the alias.
         parent, is_child, _ = name.partition("+")
         return not is_child or all(
-            self.may(user, right, other) for other in self.config.aliases.get(parent, ()))
+            self.may(user, right, other, (*seen, name))
+            for other in self.config.aliases.get(parent, ()) if other not in (*seen, name))
 
     def route(self, key, now=None, who="the server"):
-        """Where the items put under `key` (bytes) go. Raises ValueError when it cannot name
-        a queue, OSError when a queue cannot be made."""
+        """Return where the items put under `key` (bytes) go. Raises ValueError when it cannot
+        name a queue, OSError when a queue cannot be created."""
         names = self.targets(key)
-        name = os.fsdecode(key)
-        targets = [self.queue(other, now, who) for other in names]
+        targets = [self.queue(name, now, who) for name in names]
+        parents = dict.fromkeys([os.fsdecode(key), *(queue.name for queue in targets)])
         copies = [self.queue(child, now, who)
-                  for parent in dict.fromkeys([name] + [queue.name for queue in targets])
-                  for child in self.children.get(parent, ())
+                  for parent in parents for child in self.children.get(parent, ())
                   if child not in self.config.aliases]
         targets = [queue for queue in targets
                    if not queue.config.fanout_only or "+" in queue.name]
+        copies = [queue for queue in dict.fromkeys(copies) if queue not in targets]
         route = Route(targets, copies, targets + copies)
         self.routes[key] = route
         return route
@@ -3513,6 +3693,8 @@ class Broker:
         if self._unloaded.pop(name, None) is not None and not queue.journal:
             log.warning("queue %s: keep_journal is false, its journal stays unread", name)
         self.queues[name] = queue
+        self._accounts[queue] = Account(self.uptime())
+        self._count(queue)
         if "+" in name:
             self.children.setdefault(name.partition("+")[0], []).append(name)
             self.routes.clear()
@@ -3521,12 +3703,12 @@ class Broker:
     # -- what clients ask for
 
     def put(self, route, data, flags, expiry, now):
-        """Add an item to every queue of the route; False when a target refused it."""
+        """Add an item to every queue of the route. Return False if a target refused it. Raises
+        OSError if the memory is used up; then it is in none."""
         targets, copies, queues = route
         self.stats.cmd_set += 1
-        if len(queues) > 1:                  # all of them, or none
-            for queue in queues:
-                queue.check_memory(len(data))
+        if len(queues) > 1:
+            self.check_memory(route, len(data))
         stored = True
         for queue in targets:
             if not queue.add(data, flags, expiry, now):
@@ -3535,14 +3717,19 @@ class Broker:
             queue.add(data, flags, expiry, now)
         return stored
 
+    def check_memory(self, route, size):
+        """Raise OSError if a queue of the route has no memory for an item of so many bytes."""
+        for queue in route.queues:
+            queue.check_memory(size)
+
     def cas(self, item):
-        """A number that no other item has."""
+        """Return a number that no other item has."""
         if item.cas is None:
             item.cas = next(self._cas)
         return item.cas
 
     def flush(self, queue, who):
-        """Drop all that waits in a queue."""
+        """Drop all waiting items of a queue."""
         log.info("queue %s flushed of %d items by %s", queue.name, queue.count, who)
         queue.flush()
 
@@ -3553,12 +3740,14 @@ class Broker:
         log.info("queue %s deleted with %d items by %s", queue.name, count, who)
         self.stats.queue_deletes += 1
         del self.queues[queue.name]
-        self._sampled.pop(queue, None)
-        self._history.pop(queue, None)
+        self._count(queue)
+        del self._accounts[queue]
         self.routes.clear()
         parent = queue.name.partition("+")[0]
         if parent != queue.name:
             self.children[parent].remove(queue.name)
+
+    # -- status
 
     def set_status(self, word, who="the server"):
         """Change the status. Raises ValueError if there is no such status."""
@@ -3566,38 +3755,40 @@ class Broker:
             raise ValueError("%r is none of: %s" % (word, ", ".join(STATUSES).lower()))
         self.status = word.upper()
         log.info("the status is %s, by %s", self.status, who)
-        grace = self.config.server.status_change_grace_period
-        # What it lets in it lets in at once; what it refuses, once clients could hear of it.
-        self._end_grace()
+        grace = self.settings.status_change_grace_period
+        # What the status allows is allowed at once, what it refuses after the grace period.
+        if self._grace:
+            self._grace()
+            self._grace = None
         if grace and self.later:
-            self._end_grace = self.later(grace, self.update_refusals)
-        self.update_refusals(at_once=not (grace and self.later))
-        self._save_status()
-        self.announce(self.status)
+            self._grace = self.later(grace, self.update_refusals)
+        self.update_refusals(at_once=self._grace is None)
 
     def count_connection(self, change):
-        """A client has come (1) or gone (-1)."""
+        """Note that a client has come (1) or gone (-1)."""
         self.stats.curr_connections += change
         self.stats.total_connections += change > 0
-        if self.stats.curr_connections >= self._lowest_limit:
+        settings = self.settings
+        if self.stats.curr_connections >= min(settings.connection_limit_refuse_reads,
+                                              settings.connection_limit_refuse_writes):
             self.update_refusals(at_once=False)
 
     def update_refusals(self, at_once=True):
-        """Find out what is refused: `refuses_reads` and `refuses_writes` say why, or are
-        empty. Asked when the status changes and when a connection comes or goes."""
+        """Set `refuses_reads` and `refuses_writes` to the reasons, or to "". at_once: the status
+        refuses from now on what it refuses at all."""
         self._refused = [new and (at_once or old)
                          for new, old in zip(STATUSES[self.status], self._refused)]
-        server = self.config.server
-        limits = server.connection_limit_refuse_reads, server.connection_limit_refuse_writes
+        settings = self.settings
+        limits = settings.connection_limit_refuse_reads, settings.connection_limit_refuse_writes
         self.refuses_reads, self.refuses_writes = [
             "the server is %s" % self.status.lower() if refused
             else "there are more than %d connections" % limit
             if self.stats.curr_connections > limit else ""
             for refused, limit in zip(self._refused, limits)]
 
-    def _restore_status(self):
-        word = self.config.server.default_status
-        path = self.config.server.status_file
+    def _read_status(self):
+        word = self.settings.default_status
+        path = self.settings.status_file
         if path:
             try:
                 with open(path, encoding="ascii", errors="replace") as file:
@@ -3606,13 +3797,14 @@ class Broker:
             except FileNotFoundError:
                 pass
             except (OSError, KeyError) as error:
-                word = self.config.server.default_status
+                word = self.settings.default_status
                 log.error("status_file %s: %s; the status is %s", path, error, word)
-        self.status = word.upper()
+        self.status = self._saved_status = word.upper()
         self.update_refusals()
 
     def _save_status(self):
-        path = self.config.server.status_file
+        self._saved_status = self.status
+        path = self.settings.status_file
         if path:
             try:
                 with open(path + "~", "w", encoding="ascii") as file:
@@ -3621,14 +3813,43 @@ class Broker:
             except OSError as error:
                 log.error("status_file %s: %s", path, error.strerror)
 
-    def reload(self, who="SIGHUP"):
-        """Read the config file again. Raises ConfigError; then nothing has changed."""
+    # -- reloading
+
+    def reload(self, who, done):
+        """Read the config file again, in steps, then call done(error): a ConfigError, and nothing
+        has changed, or None. Reloads that are asked for while one is going on are done as one."""
+        self._reloads.append((who, done))
+        if len(self._reloads) == 1:
+            self.start(self._reload())
+
+    def _reload(self):
+        """A task: reload for those who have asked so far, until nobody asks any more."""
+        done = 0                             # they stay in the list, so that no second task starts
+        while done < len(self._reloads):
+            asked = self._reloads[done:]
+            found = []
+            yield functools.partial(self._read_config, found)
+            config, error = found
+            if error:
+                log.error("reload: %s; nothing has been changed", error)
+            else:
+                yield from self._take_config(config)
+                log.info("%s reloaded by %s", config.path or "the default settings",
+                         ", ".join(dict.fromkeys(who for who, _ in asked)))
+            for _, call in asked:
+                call(error)
+            done += len(asked)
+        self._reloads.clear()
+
+    def _read_config(self, found):
         try:
-            config = Config(self.config.path, self.config.overrides)
+            found += Config(self.config.path, self.config.overrides), None
         except ConfigError as error:
-            log.error("reload: %s; nothing has been changed", error)
-            raise
-        held = vars(self.config.server)
+            found += None, error.with_traceback(None)
+
+    def _take_config(self, config):
+        """Go on with another Config, in steps."""
+        held = vars(self.settings)
         for key, value in vars(config.server).items():
             if key in RELOADED:
                 if held[key] != value:
@@ -3639,16 +3860,22 @@ class Broker:
                 log.warning("reload: %s changes with the next start only", key)
         if held["auth_file"] != config.server.auth_file:
             config.users = self.config.users
-        config.server = self.config.server
+        config.server = self.settings
         self.config = config
         self.routes.clear()
-        for queue in self.queues.values():
-            queue.configure(config.queue(queue.name))
-        log.info("%s reloaded by %s", config.path or "the default settings", who)
+        for count, queue in enumerate(list(self.queues.values()), 1):
+            if not queue.closed:
+                queue.configure(config.queue(queue.name))
+                self._count(queue)
+            if count % QUEUES_STEP == 0:
+                yield
+        self.routes.clear()
+
+    # -- expiry
 
     def discard_expired(self, queue, now, limit=UNLIMITED):
-        """A long job: drop what has expired at the head of a queue. Yields how many, after
-        each piece of it."""
+        """Drop what has expired at the head of a queue. A generator: yields how many, after each
+        step."""
         while limit > 0 and not queue.closed:
             dropped = queue.discard_expired(now, min(limit, SWEEP_STEP))
             if not dropped:
@@ -3663,24 +3890,25 @@ class Broker:
                 for _ in self.discard_expired(queue, now, queue.config.max_expire_sweep):
                     yield
             except OSError as error:
-                log.error("queue %s: what has expired is not dropped: %s", queue.name, error)
+                log.error("queue %s: expired items not dropped: %s", queue.name, error)
             max_age = queue.config.max_queue_age
-            if max_age and queue.counters.create_time + max_age <= now and not (
-                    queue.count or queue.opens or queue.waiters or queue.closed):
+            if max_age and not (queue.count or queue.opens or queue.waiters or queue.closed) and (
+                    self.uptime() - self._accounts[queue].born >= max_age / 1000):
                 try:
                     self.delete(queue, "max_queue_age")
+                    self.stats.queue_expires += 1
+                    self.stats.queue_deletes -= 1
                 except OSError as error:
                     log.error("queue %s: %s", queue.name, error)
-                self.stats.queue_expires += 1
-                self.stats.queue_deletes -= 1
+                yield
             if count % SWEEP_STEP == 0:
                 yield
 
-    # -- what is to be written
+    # -- writing
 
     def write(self):
-        """Write every journal that has something to write; return the queues written and, as
-        {queue: OSError}, those of which operations have been undone since the last time."""
+        """Write every journal that has something to write. Return the queues written and, as
+        {queue: OSError}, those of which operations have been undone since the last call."""
         written = []
         for queue in self.dirty:             # more may come while items move between queues
             try:
@@ -3691,8 +3919,12 @@ class Broker:
             except Exception:
                 log.exception("unexpected, in the queue %s", queue.name)
                 self._failed[queue] = OSError(errno.EIO, "unexpected, see the log")
+            if not queue.closed:
+                self._count(queue)
         self.dirty.clear()
         failed, self._failed = self._failed, {}
+        if self.status is not self._saved_status:
+            self._save_status()
         return written, failed
 
     def failed(self, queue, error):
@@ -3752,24 +3984,41 @@ class Broker:
                 break
             yield None
 
-    # -- telling
-    # -- telling
+    # -- statistics
+
+    def _count(self, queue):
+        """Bring the totals up to date with a queue."""
+        account = self._accounts[queue]
+        new = (0, 0, queue.counters.total_items, 0) if queue.closed else (
+            queue.count, queue.bytes, queue.counters.total_items, queue.config.max_memory_size)
+        old = account.counted
+        if new != old:
+            account.counted = new
+            self._totals = Totals(*[total + after - before for total, after, before in zip(
+                self._totals, new, old)])
+
+    def totals(self):
+        """Return the Totals of all queues."""
+        for queue in self.dirty:
+            if not queue.closed:
+                self._count(queue)
+        return self._totals
 
     def sample(self, seconds):
-        """A task: take the rates of all queues; so many seconds have passed since the last."""
+        """A task: take the rates of all queues. seconds: since the last sample."""
         put_rate = get_rate = 0.0
         for count, queue in enumerate(list(self.queues.values()), 1):
             if queue.closed:                 # deleted since the last step
                 continue
-            before = self._sampled.get(queue, (0, 0))
-            counters = queue.counters
-            self._sampled[queue] = after = counters.total_items, counters.get_hits
+            account, counters = self._accounts[queue], queue.counters
+            before = account.sampled
+            account.sampled = after = counters.total_items, counters.get_hits
             counters.put_rate, counters.get_rate = [
                 max(0, new - old) / seconds for new, old in zip(after, before)]
             put_rate += counters.put_rate
             get_rate += counters.get_rate
-            history = self._history.setdefault(queue, array.array("f"))
-            if history or queue.count or after != before:        # nothing is kept of nothing
+            history = account.history
+            if history or queue.count or after != before:        # an idle queue has none
                 history.extend([queue.count, counters.put_rate, counters.get_rate])
                 del history[:-3 * SAMPLES]
             if count % SWEEP_STEP == 0:
@@ -3777,479 +4026,475 @@ class Broker:
         self.put_rate, self.get_rate = put_rate, get_rate
 
     def history(self, queue):
-        """The last samples of a queue, as lists [items, put rate, get rate], the oldest first."""
-        values = self._history.get(queue, ())
+        """Return the last samples of a queue, as lists [items, put rate, get rate], the oldest
+        first."""
+        values = self._accounts[queue].history
         return [[round(value, 1) for value in values[at:at + 3]]
                 for at in range(0, len(values), 3)]
 
     def server_stats(self, now):
-        """The server's own numbers, as (name, value) pairs under Kestrel's names. The longest
-        turn of its loop and the longest fsync are those since the last asking."""
-        queues = self.queues.values()
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        reserved = sum(queue.config.max_memory_size for queue in queues)
-        return [
-            ("uptime", max(0, now - self.started) // 1000),
-            ("time", now // 1000),
-            ("version", __version__),
-            ("curr_items", sum(queue.count for queue in queues)),
-            ("total_items", sum(queue.counters.total_items for queue in queues)),
-            ("bytes", sum(queue.bytes for queue in queues)),
-            ("reserved_memory_ratio", "%.3f" % (reserved / memory)),
-            *vars(self.stats).items(),
-            ("put_rate", round(self.put_rate, 1)),
-            ("get_rate", round(self.get_rate, 1)),
-            ("max_turn_usec", self.metrics["turn_usec"].take_recent()),
-            ("max_fsync_usec", self.metrics["fsync_usec"].take_recent()),
-        ]
+        """Return the server's own statistics, as (name, value) pairs."""
+        return [(one.name, one.get(self, now)) for one in SERVER_STATS]
 
     def queue_stats(self, queue, now):
-        """A queue's numbers, as (name, value) pairs; `children` only if it has any."""
+        """Return the statistics of a queue, as (name, value) pairs; `children` if it has any."""
         children = self.children.get(queue.name)
-        return queue.stats(now) + ([("children", ",".join(children))] if children else [])
+        return [(one.name, one.get(queue, now)) for one in QUEUE_STATS] + (
+            [("children", ",".join(children))] if children else [])
 
 
-# == 6. Protocols =========================================================================
+# == 7. Protocols =========================================================================
 #
-# What clients say and what they are told. A session is fed bytes and answers with bytes in
-# `out`; it asks the broker, and never touches a socket, a clock or a file, so that every
-# case can be tried without one. What the server reads of a session:
+# What clients say and what they are told. A session is fed bytes and answers with bytes in `out`.
+# It asks the broker, and never touches a socket, a clock or a file, so that every case can be
+# tried without one.
 #
-#   out          byte strings to be sent, in order; take() takes them
-#   load         what the commands since the last sending have cost, in bytes: their answers, and
-#                more for what takes its time; set to 0 by the server when all has been sent
-#   most_load    set by the server: with more load the next command waits for the next turn
-#   touched      (queue, index in out, count, whole) of each answer that rests on a journal
-#   held         between hold() and release(), while answers wait for an fsync, or a login for
-#                its password to be checked
-#   stalled      the next command has to wait: for an item, a job, an fsync, for ever. Only
-#                resume() sees whether it still has to
-#   waiter       while it waits for an item; is_asking: for a password to be checked
-#   unparsed     how much input has been kept
-#   timeout      milliseconds from now at which time_out() is to be called, then None again
-#   job          a long command in hand, of which resume() does a piece; for the next turn
-#   closing      nothing more is parsed; close when `out` has been sent
-#   idle_timeout milliseconds, if client_timeout is not shorter
+# A client is in one state, which follows from what it has said and what it waits for:
+#
+#   state     input is          goes on when
+#   READY     run as it comes   it says more
+#   WAITING   kept              an item comes, or time_out() is called
+#   WORKING   kept              resume() is called: in a later turn, or for what it asked for
+#   HELD      kept              its answers are safe, or its question (a password) is answered
+#   FULL      kept              sent() is called: it has been told as much as it may at once
+#   ENDING    thrown away       never; it is closed when `out` has been sent
+#   CLOSED    thrown away       never
+#
+# A command that waits is a generator. It yields None to go on in a later turn, a Waiter to wait
+# for an item, or a function to ask somebody: the function is called with a callback, and what
+# that is given is sent into the generator. `wake` means: such an answer is there, and the session
+# is in broker.woken.
+#
+# What grows with the number of queues, or creates or deletes files, begins with a `yield`: it is
+# done as a task, a step at a time, after the other clients have been served.
+
+READY, WAITING, WORKING, HELD, FULL, ENDING, CLOSED = (
+    "ready", "waiting", "working", "held", "full", "ending", "closed")
 
 # What expires later than this expires then; the journal has 64 bits for it.
 _LATEST = 1 << 62
 
-# Answers are put together from here on without copying the data.
+# Larger answers are put together without copying the data.
 _BIG = 1 << 16
 
-# What a command adds to the load of its session besides its answer, and what a queue does that is
-# made or deleted: so many are done in a turn that others do not wait long.
+# What a command adds to the load of its session besides its answer.
 _COMMAND_COST = 1 << 10
-_QUEUE_COST = 1 << 17
 
 # With so many queues to be written a turn does one command more of each session.
-_MOST_DIRTY = 200
+_MOST_DIRTY = 50
+
+# An item that goes to more queues than this is put into them in steps.
+_WIDE = 50
 
 
 class Refused(Exception):
-    """A command that is answered with an error line; `close`: and the end of the session."""
+    """A command that is answered with an error. kind: ERROR, CLIENT_ERROR or SERVER_ERROR. close:
+    the connection is closed then. skip: how many bytes of a data block are thrown away."""
 
-    def __init__(self, answer, close=False, skip=0):
-        super().__init__(answer)
-        self.answer = answer.encode("utf-8", "surrogateescape") + b"\r\n"
+    def __init__(self, kind, why, close=False, skip=0):
+        super().__init__(why)
+        self.kind = kind
+        self.why = why
         self.close = close
         self.skip = skip
 
 
-# What a key of a get asks for: `text` is the key as it was sent, `wait` milliseconds.
-ReadKey = collections.namedtuple("ReadKey", "text name wait open close abort peek")
-
-
-def parse_key(text):
-    """The ReadKey of `q/t=500/open` and the like. Raises Refused."""
-    name, *options = text.split(b"/")
-    options = [option.lower() for option in options]
-    wait = 0
-    for option in options:
-        if option.startswith(b"t="):
-            wait = _number(option[2:], "timeout")
-    opening, closing, abort, peek = (
-        word in options for word in (b"open", b"close", b"abort", b"peek"))
-    if peek + abort + (opening or closing) > 1:
-        raise Refused("CLIENT_ERROR open, close, abort and peek do not go together here")
-    return ReadKey(text, _name(name), wait, opening, closing, abort, peek)
-
-
 def _why(error):
-    """What went wrong, from an OSError, on one line."""
+    """Return what went wrong, from an OSError, on one line."""
     return "%s: %s" % (os.path.basename(error.filename or "journal"), error.strerror or error)
 
 
 def _name(word):
+    """Return the name of a queue (bytes) as text. Raises Refused."""
     try:
         return check_name(os.fsdecode(word))
     except ValueError as error:
-        raise Refused("CLIENT_ERROR %s" % error) from None
+        raise Refused("CLIENT_ERROR", str(error)) from None
 
 
 def _number(word, what, close=False):
+    """Return a whole number (bytes) as int. Raises Refused."""
     if not word.lstrip(b"-").isdigit() or word.rfind(b"-") > 0 or len(word) > 20:
-        raise Refused("CLIENT_ERROR bad %s" % what, close)
+        raise Refused("CLIENT_ERROR", "bad %s" % what, close)
     return int(word)
 
 
-# The data block of a set that is to come. expiry: as it was sent. words: the command line.
-Block = collections.namedtuple("Block", "key flags expiry size words")
-
-# A get: its ReadKeys, whether it has one only, and whether it is a gets.
-Get = collections.namedtuple("Get", "keys whole with_cas")
-
-
-def _parse_block(words):
-    """The Block of `set <queue> <flags> <expiry> <bytes> [noreply]`. Raises Refused, which
-    says what is to be skipped: the block comes whatever is wrong with its line."""
-    name = words[0].decode().lower()
-    if len(words) < 5:
-        raise Refused("CLIENT_ERROR %s needs a queue, flags, expiry and byte count" % name,
-                      close=True)
-    size = _number(words[4], "byte count", close=True)
-    if size < 0:
-        raise Refused("CLIENT_ERROR bad byte count", close=True)
-    if name != "set":
-        raise Refused("CLIENT_ERROR %s has no meaning for a queue" % name, skip=size + 2)
-    try:
-        flags = _number(words[2], "flags")
-        if not 0 <= flags <= 0xffffffff:
-            raise Refused("CLIENT_ERROR bad flags")
-        return Block(words[1], flags, _number(words[3], "expiry"), size, words)
-    except Refused as error:
-        error.skip = size + 2
-        raise
-
-
-def _parse_get(words):
-    """The Get of `get <key> [<key> ...]`. Raises Refused."""
-    if len(words) < 2:
-        raise Refused("CLIENT_ERROR get needs the name of a queue")
-    return Get([parse_key(word) for word in words[1:]], len(words) == 2, len(words[0]) == 4)
-
-
-def _parse_line(line):
-    """The method of MemcacheSession that a command line asks for, and what it is given."""
-    words = line.split()
-    name = words[0].lower() if words else b""
-    command, parse = _COMMANDS.get(name, (MemcacheSession._unknown, None))
-    return command, parse(words) if parse else words
-
-
-# The same lines come again and again. Longer ones are not kept, lest they fill the memory.
-_parse_line_cached = functools.lru_cache(maxsize=4096)(_parse_line)
-_LINE_CACHED = 120
+# The other side of a connection. name: for the log. host: its limits are shared by all clients of
+# a host. local: it is on this machine.
+Peer = collections.namedtuple("Peer", "name host local")
 
 
 class Session:
     """One client, in whatever protocol: its input, its answers, its open reads and waits.
 
-    broker: a Broker. local: whether the client is on this machine. who: its address, for the
-    log. host: what it shares with others of its kind, see Logins. wake: called when the session
-    has something to do or to say though it was not fed.
+    What the server uses: feed(), hang_up(), resume(), time_out(), settle(), take(), sent(),
+    end(), close(), `state`, `holds`, `out`, `load` and
 
-    A protocol has _parse(data, now), which runs the commands in `data` and returns how far it
-    has got, _go_on(now), which goes on with a command that had to wait, _received(item), which
-    takes the item that a read has waited for or None, _failure(why, answer), the bytes that
-    take the place of an answer, _refuse(error), which says that a command failed, and _forget(),
-    which drops the command in hand.
+    most_load    with more load the next command waits until all has been sent
+    timeout      milliseconds from now at which time_out() is to be called; then set to None
+
+    A protocol has _parse(data), which runs the commands in `data` and returns how far it has got,
+    _say_error(error), which answers with a Refused, and _failure(why, answer), which returns the
+    bytes that take the place of an answer.
     """
 
     idle_timeout = None                 # milliseconds, if client_timeout is not shorter
+    is_stranger = False                 # the client has still to log in
 
-    def __init__(self, broker, local=True, who="a client", host="", wake=lambda: None):
+    def __init__(self, broker, peer=Peer("a client", "", True)):
         self.broker = broker
-        self.settings = broker.config.server
-        self.local = local
-        self.who = who
-        self.host = host
-        self.user = None                # its name, with an auth_file and once it has said it
-        self.is_asking = False          # it is being found out who that is
-        self.wake = wake
-        self.out = []
-        self.load = 0
-        self.most_load = self.settings.max_output_buffer
-        self._latency = broker.metrics["delivery_latency_msec"]
-        self.touched = []
+        self.peer = peer
+        self.user = None                # its name, if there is an auth_file and it has logged in
+        self.now = 0                    # of the latest call
+        self.state = READY
+        self.out = []                   # answers to be sent, in order
+        self.load = 0                   # their size, and what else the commands have cost
+        self.most_load = broker.settings.max_output_buffer
+        self.touched = []               # (queue, index in out, count, whole), see _rest_on()
+        self.holds = 0                  # how many queues have to be safe before answers are sent
+        self.open_reads = {}            # queue -> its xids open here, the oldest first
+        self.command = None             # the generator of the command in hand,
+        self.asks = None                # what it has yielded,
+        self._given = None              # and what it is given next
         self.timeout = None
-        self.held = False
-        self.closing = False
-        self.stalled = False
-        self.job = None
-        self.waiter = None              # the Waiter, and the queue it waits for
-        self.queue = None
-        self.open_reads = {}            # queue -> its open xids here, the oldest first
-        self._ended = []                # (queue, xid) closed since the last commit
-        self._kept = None               # a BytesIO of input that has not been parsed, if any,
-        self.unparsed = 0               # its length, and the length from which on it is
-        self._needed = 0                # worth looking at again
+        self._checked = 0               # entries of `touched` that settle() has seen
+        self._ended = []                # (queue, xid) closed since answers were sent last
+        self._kept = None               # a BytesIO of input that has not been run, if any
+        self._needed = 0                # the length from which on it is worth looking at again
+        self.at_end = False            # the client will send no more
+
+    @property
+    def who(self):
+        """The client, for the log."""
+        return self.peer.name if self.user is None else "%s (%s)" % (self.peer.name, self.user)
+
+    @property
+    def unparsed(self):
+        """How many bytes of input are kept."""
+        return self._kept.tell() if self._kept else 0
+
+    def is_amid(self):
+        """Return whether the rest of a command is still to come."""
+        return self._kept is not None or self._needed > 0
+
+    def is_over(self):
+        """Return whether the client has gone, or will be hung up on."""
+        return self.state in (ENDING, CLOSED)
+
+    # -- the state
+
+    def _update(self):
+        """Find out the state. Only the end of the session is set elsewhere."""
+        if self.state is ENDING or self.state is CLOSED:
+            return
+        if self.load > self.most_load:
+            self.state = FULL
+        elif self.command is not None:
+            self.state = (WORKING if self.asks is None else
+                          WAITING if type(self.asks) is Waiter else HELD)
+        elif self.holds:
+            self.state = HELD
+        elif self._kept is not None and self._kept.tell() >= self._needed:
+            self.state = WORKING
+        elif self.at_end:
+            self.end()
+        else:
+            self.state = READY
+
+    def end(self):
+        """Run nothing more, and put open reads back; the connection is closed when all has been
+        sent."""
+        if self.state is not CLOSED:
+            self.state = ENDING
+        self._drop_command()
+        self._kept, self._needed = None, 0
+        for queue, xids in self.open_reads.items():
+            queue.abort(*xids, now=self.now, orphaned=True)
+        self.open_reads.clear()
+
+    def close(self, now):
+        """The connection is closed."""
+        self.now = now
+        self.end()
+        self.state = CLOSED
 
     # -- input
 
     def feed(self, data, now):
-        """Take bytes that the client sent, and act on every whole command in them."""
-        if self.unparsed or self._needed or self.stalled:
+        """Take bytes that the client sent, and run every whole command in them."""
+        self.now = now
+        if self.state is READY and self._kept is None and not self._needed:     # as a rule
+            self._run(data)
+        elif self.state is not ENDING and self.state is not CLOSED:
             self._keep(data)
-            if self.unparsed >= self._needed:
-                self.resume(now)
-        else:                            # as a rule
-            pos = self._parse(data, now)
-            if pos < len(data):
-                self._keep(data[pos:])
+            if self.state is READY and self._kept.tell() >= self._needed:
+                self._run_kept()
 
-    def _keep(self, data):
-        if not self.unparsed:
-            self._kept = io.BytesIO()
-        self.unparsed += self._kept.write(data)
+    def hang_up(self, now):
+        """The client will send no more. What it has asked for is still done and answered, but it
+        waits for no item any longer."""
+        self.now = now
+        self.at_end = True
+        if type(self.asks) is Waiter:
+            self.end()
+        self._update()
 
     def resume(self, now):
-        """Go on with what can be done: in the next turn, after a wait, or with new input."""
-        if self.held or self.closing:
-            return
-        try:
-            if self.job and not self.is_full():
-                self._work()
-            if self.job or self.waiter or self.is_full():
-                return
-            self.stalled = False
-            self._go_on(now)
-        except (Refused, OSError) as error:
-            self.stalled = False
-            self._refuse(error)
-        if self.unparsed and self.unparsed >= self._needed and not self.closing:
-            data = self._kept.getvalue()
-            self._kept, self.unparsed, self._needed = None, 0, 0
-            pos = self._parse(data, now)
+        """Go on with the command in hand, or with the input that has been kept."""
+        if self.state is WORKING:
+            self.now = now
+            if self.command is not None:
+                given, self._given = self._given, None
+                self._go_on(given)
+            if self.state is WORKING and self.command is None:
+                self._run_kept()
+
+    def _run(self, data):
+        pos = self._parse(data)
+        if pos == len(data) and self.state is READY and self.load <= self.most_load:
+            return                           # as a rule
+        if self.state is not ENDING:
             if pos < len(data):
                 self._keep(data[pos:])
+            if self.state is READY and self.load <= self.most_load:      # it needs more
+                self._needed = max(self._needed, self.unparsed + 1)
+            self._update()
 
-    def is_full(self):
-        """Whether so much has been done, or waits to be sent, that nothing more is to be parsed."""
-        return self.load > self.most_load
+    def _run_kept(self):
+        data = self._kept.getvalue()
+        self._kept, self._needed = None, 0
+        self._update()
+        self._run(data)
+
+    def _keep(self, data):
+        if self._kept is None:
+            self._kept = io.BytesIO()
+        self._kept.write(data)
 
     def _pass_turn(self):
-        """Let the next command wait for the next turn: this one takes its time."""
+        """Let the next command wait for the next turn."""
         self.load = self.most_load + 1
 
-    def _spare_others(self):
-        """Let the next command wait for the next turn if this one has much to write."""
-        if len(self.broker.dirty) > _MOST_DIRTY:
-            self._pass_turn()
+    # -- commands that wait
 
-    def _is_to_pause(self):
-        """Whether the command in hand is to go on when what it has said has been sent."""
-        self._spare_others()
-        self.stalled = self.stalled or self.is_full()
-        return self.is_full()
+    def _begin(self, command):
+        """Run a generator as the command in hand, up to where it has to wait."""
+        self.command = command
+        self._go_on(None)
 
-    def hold(self):
-        """Parse nothing more until release(): answers wait for an fsync."""
-        self.held = self.stalled = True
-
-    def release(self):
-        """resume() may go on again."""
-        self.held = self.is_asking
-
-    def _begin(self, job):
-        """Do a command in pieces, the first one now: `job` is a generator."""
-        self.job = job
-        self._work()
-        if self.job:
-            self.stalled = True
-
-    def _put_off(self, job):
-        """Do `job` in pieces from resume() on; then the command in hand goes on, if it is not done
-        with that."""
-        self.job = job
-        self.stalled = True
-
-    def _has_to_sweep(self, now):
-        """Whether a read of the queue in hand has found none for a long run of expired items:
-        they are dropped first, and it is to be tried again then."""
-        queue = self.queue
-        if queue and queue.count:
-            self._put_off(self.broker.discard_expired(queue, now))
-            return True
-        return False
-
-    def _end(self):
-        """Parse nothing more, and close when all has been said."""
-        self.closing = self.stalled = True
-
-    def _work(self):
+    def _go_on(self, given):
+        command = self.command
         try:
-            next(self.job)
+            self.asks = asks = command.send(given)
+            if asks is not None and type(asks) is not Waiter:
+                asks(functools.partial(self._wake, command))
         except StopIteration:
-            self.job = None
-        except OSError:
-            self.job = None
-            raise
+            self.command = self.asks = None
+        except (Refused, OSError) as error:
+            self.command = self.asks = None
+            self._refuse(error)
+        self._update()
 
-    def backlog(self):
-        """Bytes that came and have not been parsed, though they could be but for a wait."""
-        return self.unparsed if self.stalled or self.is_full() else 0
+    def _wake(self, command, given):
+        """Give the command in hand what it has asked for: it goes on in this turn, or the next."""
+        if self.command is command:
+            self.asks, self._given = None, given
+            self.broker.woken.append(self)
+            self._update()
+
+    def _drop_command(self):
+        command, asks = self.command, self.asks
+        self.command = self.asks = self._given = None
+        if type(asks) is Waiter:
+            asks.queue.cancel(asks)
+        if command is not None and not command.gi_running:
+            command.close()
+
+    def _wait(self, queue, opening, peek=False):
+        """Return a Waiter for the next item of a queue, to be yielded."""
+        waiter = Waiter(functools.partial(self._deliver, self.command, queue, opening), opening,
+                        peek, queue)
+        queue.wait(waiter)
+        return waiter
+
+    def _deliver(self, command, queue, opening, item):
+        if item is not None and opening:
+            self.open_reads.setdefault(queue, []).append(item.xid)
+        self._wake(command, item)
+
+    def time_out(self):
+        """The time that was asked for is over."""
+        if type(self.asks) is Waiter:
+            self.asks.queue.cancel(self.asks)
+            self._wake(self.command, None)
 
     # -- output
 
     def _say(self, answer, *queues):
-        """Answer a command, one that changed these queues."""
+        """Answer a command that has changed these queues."""
         for queue in queues:
             self.touched.append((queue, len(self.out), 1, True))
         self.load += len(answer) + _COMMAND_COST
         self.out.append(answer)
 
+    def _rest_on(self, queue, whole=True):
+        """The next answer rests on the journal of a queue: it is not sent before what has been
+        done is safe, and is an error if that fails. whole: False in a get of many keys, where a
+        queue that fails is passed over; or the item that was peeked at, whose answer stays true
+        as long as it is at the head."""
+        self.touched.append((queue, len(self.out), int(whole is not False), whole))
+
+    def _refuse(self, error):
+        """Answer a command with what went wrong, a Refused or an OSError."""
+        if isinstance(error, OSError):
+            error = Refused("SERVER_ERROR", _why(error))
+        self._say_error(error)
+        if error.close:
+            self.end()
+
+    def take(self):
+        """Return what is to be sent; it is the server's from now on."""
+        out, self.out = self.out, []
+        self.touched.clear()
+        self._ended.clear()
+        self._checked = 0
+        return out
+
+    def sent(self):
+        """All that was taken has been sent."""
+        self.load = 0
+        if self.state is FULL:
+            self._update()
+
+    def settle(self, failed, unsafe):
+        """Put errors in the place of answers that rest on a failed journal, and hold those that
+        rest on operations which are not safe yet. failed: {queue: OSError}. unsafe: a set of
+        queues. It is called in the turn in which these operations were written."""
+        since, self._checked = self._checked, len(self.touched)
+        touched = {entry[0] for entry in self.touched[since:]}
+        if failed:
+            if any(isinstance(failed.get(queue), Unclear) for queue in touched):
+                self.close(self.now)         # nobody knows what has become of them
+                return
+            self.fail(failed, since)
+        touched &= unsafe
+        self.holds += len(touched)
+        for queue in touched:
+            queue.history.when_safe(
+                functools.partial(self._release, queue, since, self._checked))
+        self._update()
+
+    def _release(self, queue, since, until, error):
+        """Operations that answers waited for are safe, or have been undone."""
+        self.holds -= 1
+        if isinstance(error, Unclear):
+            self.close(self.now)
+        elif error:
+            self.fail({queue: error}, since, until)
+        self._update()
+        if not self.holds:
+            self.broker.woken.append(self)   # to be sent, and resumed
+
     def fail(self, failed, since=0, until=None):
-        """Answer with an error where a journal could not be written or fsynced. failed:
-        {queue: OSError}. since, until: which entries of `touched` to look at."""
+        """Answer with an error where a journal could not be written or fsynced. since, until:
+        which entries of `touched` to look at."""
         for queue, index, count, whole in self.touched[since:until]:
-            if queue in failed:
-                if index == len(self.out) and count:   # of a command that is still in hand
-                    self._give_up()
-                # In a get of many keys a queue that failed is passed over instead.
-                if count:
-                    error = self._failure(_why(failed[queue]), self.out[index])
-                    self.out[index:index + count] = [
-                        error if whole else b""] + [b""] * (count - 1)
+            if queue not in failed or isinstance(whole, Item) and queue.is_head(whole):
+                continue
+            if index == len(self.out) and count:       # of the command in hand
+                self._drop_command()
+                self.out.append(b"")
+            if count:
+                error = self._failure(_why(failed[queue]), self.out[index])
+                self.out[index:index + count] = [error if whole else b""] + [b""] * (count - 1)
         for queue in failed:
             mine = [xid for other, xid in self._ended if other is queue]
             mine += self.open_reads.pop(queue, ())
             mine = [xid for xid in mine if xid in queue.opens]
             if mine:
                 self.open_reads[queue] = mine
+        self._update()
 
     def out_of_memory(self):
         """Refuse the command in hand, drop all other input, and end."""
-        self._kept, self.unparsed, self._needed = None, 0, 0
-        if self.waiter:
-            self.queue.cancel(self.waiter)
-            self.waiter = None
-        self.job = None
-        self._refuse(Refused("SERVER_ERROR out of memory", close=True))
+        self._drop_command()
+        self._refuse(Refused("SERVER_ERROR", "out of memory", close=True))
 
-    def _give_up(self):
-        """End the command in hand, a read that waits or a job, without its answer."""
-        if self.waiter:
-            self.queue.cancel(self.waiter)
-            self.waiter = None
-        self.job = None
-        self._forget()
-        self.out.append(b"")
-        self.wake()
-
-    def take(self):
-        """What is to be sent, which is then off the session's hands."""
-        out, self.out = self.out, []
-        self.touched.clear()
-        self._ended.clear()
-        return out
-
-    def close(self, now):
-        """The client has gone: its open reads go back to their queues."""
-        self._end()
-        self.job = None
-        if self.waiter:
-            self.queue.cancel(self.waiter)
-            self.waiter = None
-        for queue, xids in self.open_reads.items():
-            queue.abort(*xids, now=now, orphaned=True)
-        self.open_reads.clear()
-
-    # -- reads and writes
+    # -- what a client may do
 
     def _check_writes(self):
         if self.broker.refuses_writes:
-            raise Refused("SERVER_ERROR %s: nothing can be written" % self.broker.refuses_writes,
-                          close=True)
+            raise Refused("SERVER_ERROR",
+                          "%s: nothing can be written" % self.broker.refuses_writes, close=True)
 
     def _check_reads(self):
         if self.broker.refuses_reads:
-            raise Refused("SERVER_ERROR %s: nothing can be read" % self.broker.refuses_reads,
-                          close=True)
+            raise Refused("SERVER_ERROR",
+                          "%s: nothing can be read" % self.broker.refuses_reads, close=True)
 
     def _check_admin(self, command):
-        """Whether a command may be given from here that is not for everybody."""
-        rule = self.settings.admin_commands
+        """Check that a command which is not for everybody may be given from here."""
+        settings = self.broker.settings
+        rule = settings.admin_commands
         if rule == "none":
             self._deny("%s is turned off (admin_commands)" % command)
-        if not self.local and (rule == "local" or not rule and command == "shutdown" and not (
-                self.settings.allow_remote_shutdown)):
+        if not self.peer.local and (rule == "local" or not rule and command == "shutdown" and not (
+                settings.allow_remote_shutdown)):
             self._deny("%s is taken from this machine only (admin_commands)" % command)
+
+    def _check_user(self, right, *names):
+        """Check that the client may use these queues. right: put_users or get_users."""
+        if self.broker.config.users is not None:
+            for name in names:
+                if not self.broker.may(self.user, right, name):
+                    self._deny("%s is not among the %s of %s" % (self.user, right, name))
 
     def _deny(self, why):
         log.warning("%s is denied: %s", self.who, why)
-        raise Refused("CLIENT_ERROR " + why)
+        raise Refused("CLIENT_ERROR", why)
 
-    def _check_user(self, right, *names):
-        """Whether the client may use these queues. right: put_users or get_users."""
-        for name in names:
-            if not self.broker.may(self.user, right, name):
-                self._deny("%s is not among the %s of %s" % (self.user, right, name))
-
-    def _check_all_queues(self):
-        """Whether the client may drop what is in any queue."""
-        if self.broker.config.users is not None:
-            self._check_user("get_users", *self.broker.queues)
-
-    def _new_queue(self, name, now):
-        """The queue of that name, made if it is new; None for an alias. Raises OSError."""
-        self.load += _QUEUE_COST
-        return self.broker.queue(name, now, self.who)
-
-    def _new_route(self, key, now):
-        """The route of a key, its queues made if they are new. Raises ValueError and OSError."""
-        self.load += _QUEUE_COST
-        return self.broker.route(key, now, self.who)
-
-    def _drop(self, queue, delete=False):
-        """Drop all that waits in a queue, or the whole of it."""
-        self._check_user("get_users", queue.name)
-        if delete:
-            self.load += _QUEUE_COST
-            self.broker.delete(queue, self.who)
-        else:
-            self.broker.flush(queue, self.who)
-
-    def _log_in(self, name, password):
-        """Set `user` to the name if that is its password (both bytes), or None; nothing is parsed
-        meanwhile, and _go_on() called then."""
-        self.is_asking = True
-        self._put_off(iter(()))          # nothing to do but to wait
-        self.hold()
-        self.broker.logins.check(self, name, password)
-
-    def identify(self, user):
-        """The user is known now; None if the password was wrong."""
-        self.user = user
-        self.who = self.who.partition(" (")[0] + ("" if user is None else " (%s)" % user)
-        self.is_asking = False
-        self.release()
-        self.wake()
-
-    def _reads_of(self, queue):
-        """The xids open here; some may have timed out, which the client cannot know."""
-        return [xid for xid in self.open_reads.get(queue, ()) if xid in queue.opens]
-
-    def _change_status(self, word):
-        self._check_admin("status")
-        self._pass_turn()
-        try:
-            self.broker.set_status(word.decode("ascii", "replace"), self.who)
-        except ValueError as error:
-            raise Refused("CLIENT_ERROR %s" % error) from None
-
-    def _check_opens(self, plain=False):
-        """Whether the client may open one more read of the queue in hand, or read it plainly."""
-        reads = self._reads_of(self.queue)
-        limit = self.broker.config.server.max_open_transactions
+    def _check_opens(self, queue, plain=False):
+        """Check that the client may open one more read of a queue, or read it plainly."""
+        reads = self._reads_of(queue)
+        limit = self.broker.settings.max_open_transactions
         if reads and plain:
-            raise Refused("ERROR close the open read of %s first" % self.queue.name, close=True)
+            raise Refused("ERROR", "close the open read of %s first" % queue.name, close=True)
         if len(reads) >= limit:
-            raise Refused("ERROR too many open reads of %s; limit=%d" % (self.queue.name, limit),
+            raise Refused("ERROR", "too many open reads of %s; limit=%d" % (queue.name, limit),
                           close=True)
 
-    def _end_reads(self, queue, count, confirm, now, whole=True):
-        """Close or abort the oldest open reads of a queue here; the number that were open."""
+    def _reads_of(self, queue):
+        """Return the xids open here; some may have timed out, which the client cannot know."""
+        return [xid for xid in self.open_reads.get(queue, ()) if xid in queue.opens]
+
+    # -- reading
+
+    def _next(self, queue, opening=False, peek=False, wait=False):
+        """Return the next item of a queue; None if there is none, or none comes in time. A
+        generator, since it may have to wait."""
+        while not queue.closed:
+            item = self._read(queue, opening, peek)
+            if item is not None:
+                return item
+            if queue.count:                  # a run of expired items, or a large one is being read
+                yield
+            elif wait:
+                return (yield self._wait(queue, opening, peek))
+            else:
+                break
+        return None
+
+    def _read(self, queue, opening, peek=False):
+        """Return the next item of a queue, if there is one at once."""
+        if peek:
+            return queue.peek(self.now)
+        item = queue.remove(opening, self.now)
+        if opening and item is not None:
+            self.open_reads.setdefault(queue, []).append(item.xid)
+        return item
+
+    def _end_reads(self, queue, count, confirm, whole=True):
+        """Close or abort the oldest open reads of a queue here; return how many were open."""
         reads = self.open_reads.get(queue, [])
         xids = reads[:count]
         del reads[:count]
@@ -4259,100 +4504,248 @@ class Session:
         self._rest_on(queue, whole)
         if confirm:
             return sum([queue.confirm(xid) for xid in xids])
-        return queue.abort(*xids, now=now)
+        return queue.abort(*xids, now=self.now)
 
-    def _rest_on(self, queue, whole=True):
-        """The answer that is to come rests on the journal of a queue; unless `whole`, as in a
-        get of many keys, it is not to blame if that fails."""
-        self.touched.append((queue, len(self.out), int(whole), whole))
+    def _count_read(self, queue, item, peek=False):
+        """Count a read that has found an item, or None."""
+        stats = self.broker.stats
+        if peek:
+            stats.cmd_peek += 1
+            return
+        stats.cmd_get += 1
+        if item is not None:
+            stats.get_hits += 1
+            self.broker.metrics["delivery_latency_msec"].add(queue.counters.age)
+        else:
+            stats.get_misses += 1
+            if queue:
+                queue.counters.get_misses += 1
 
-    def _wait(self, opening, peek=False):
-        self.waiter = Waiter(self._deliver, opening, peek)
-        self.stalled = True
-        self.queue.wait(self.waiter)
+    # -- what all protocols have, as generators
 
-    def _deliver(self, item):
-        """An item for the waiting read, or None if the wait is over without one."""
-        waiter, self.waiter = self.waiter, None
-        self._received(item, waiter.peek)
-        self.wake()
+    def _queue(self, name):
+        """Return the queue of that name, created if it is new; None for an alias."""
+        queue = self.broker.find(name)
+        if queue is None:
+            yield
+            queue = self.broker.queue(name, self.now, self.who)
+        return queue
 
-    def time_out(self):
-        """The time that was asked for is over."""
-        if self.waiter:
-            self.queue.cancel(self.waiter)
-            self._deliver(None)
+    def _route(self, key):
+        """Return the route of a key, its queues created if they are new. Raises Refused."""
+        route = self.broker.routes.get(key)
+        if route is None:
+            _name(key)
+            yield
+            route = self.broker.routes.get(key) or self.broker.route(key, self.now, self.who)
+        return route
 
-    def _hit(self):
-        """A get has been given an item of the queue in hand."""
-        self.broker.stats.get_hits += 1
-        self._latency.add(self.queue.counters.age)
+    def _put(self, route, items, flags=0, expiry=0):
+        """Put items in steps; return how many were taken."""
+        broker = self.broker
+        count = cost = 0
+        for item in items:
+            broker.stats.cmd_set += 1
+            broker.check_memory(route, len(item))
+            stored = True
+            for number, queue in enumerate(route.queues):
+                if queue.closed:
+                    continue
+                stored &= (queue.add(item, flags, expiry, self.now)
+                           or number >= len(route.targets))
+                self._rest_on(queue)
+                cost += len(item) + _COMMAND_COST
+                if cost > _STEP_SIZE or len(broker.dirty) > _MOST_DIRTY:
+                    cost = 0
+                    yield
+            count += stored
+        return count
 
-    def _missed(self):
-        """A get has found the queue in hand empty, or none of that name."""
-        self.broker.stats.get_misses += 1
-        if self.queue:
-            self.queue.counters.get_misses += 1
+    def _queues(self, names=None):
+        """Yield the queues of these names, as far as there are any; all of them by default."""
+        broker = self.broker
+        for name in sorted(broker.queues) if names is None else names:
+            queue = broker.find(name)
+            if queue:
+                yield queue
 
-    # -- what all protocols have
+    def _flush(self, name):
+        """Flush a queue; return it, or None if there is none."""
+        queue = self.broker.find(name)
+        self._check_writes()
+        if queue:
+            self._check_user("get_users", name)
+            self.broker.flush(queue, self.who)
+        return queue
 
-    def _flush_each(self, answer, *arguments):
-        """A job: flush every queue, one in each turn, then call `answer`."""
-        for queue in list(self.broker.queues.values()):
+    def _flush_all(self, command):
+        self._check_admin(command)
+        self._check_writes()
+        self._check_user("get_users", *self.broker.queues)
+        yield
+        for number, queue in enumerate(self._queues(), 1):
             if queue.count:
                 self.broker.flush(queue, self.who)
                 self._rest_on(queue)
+            if number % QUEUES_STEP == 0 or len(self.broker.dirty) > _MOST_DIRTY:
                 yield
-        answer(*arguments)
 
-    def _put_each(self, route, items, expiry, now, answer):
-        """A job: put the items, some in each turn, then call `answer` with how many were taken."""
-        count = size = 0
-        for item in items:
-            count += self.broker.put(route, item, 0, expiry, now)
-            size += (len(item) + _COMMAND_COST) * len(route.queues)
-            if size > _STEP_SIZE:
-                size = 0
-                for queue in route.queues:
-                    self._rest_on(queue)
-                yield
-        answer(count)
+    def _delete(self, name, command="delete"):
+        """Delete a queue; return it, or None if there is none."""
+        self._check_admin(command)
+        self._check_writes()
+        queue = self.broker.find(name)
+        if queue:
+            self._check_user("get_users", name)
+            yield
+            if queue.closed:
+                return None
+            self.broker.delete(queue, self.who)
+        return queue
 
-    def _shutdown(self, words, now):
+    def _set_status(self, word, command="status"):
+        self._check_admin(command)
+        try:
+            self.broker.set_status(word, self.who)
+        except ValueError as error:
+            raise Refused("CLIENT_ERROR", str(error)) from None
+
+    def _reload(self):
+        self._check_admin("reload")
+        error = yield functools.partial(self.broker.reload, self.who)
+        if error:
+            raise Refused("SERVER_ERROR", str(error))
+
+    def _log_in(self, name, password):
+        """Set `user` to the name if that is its password (both bytes), else to None."""
+        self.user = None
+        self.user = yield functools.partial(self.broker.logins.check, self, name, password)
+
+    def _shutdown(self):
         self._check_admin("shutdown")
         log.info("told to shut down by %s", self.who)
         self.broker.stopping = True
-        self._end()
+        self.end()
 
-    def _quit(self, words, now):
-        self._end()
 
-    def _refuse_http(self, words):
-        """What a browser posts, sent here by a page, is not to be taken for commands."""
-        if words and words[0].lower() in (b"post", b"host:"):
-            raise Refused("ERROR this is not HTTP", close=True)
+# A key of a get. text: as it was sent. queue and name: of the queue, as bytes and as text. wait:
+# milliseconds.
+ReadKey = collections.namedtuple("ReadKey", "text queue name wait open close abort peek")
+
+# A get. is_many: it has several keys. with_cas: it is a gets.
+Get = collections.namedtuple("Get", "keys is_many with_cas")
+
+# The line of a set whose data block is to come. expiry: as it was sent. words: of the line.
+Block = collections.namedtuple("Block", "key flags expiry size words")
+
+
+def parse_key(text):
+    """Return the ReadKey of `q/t=500/open` and the like. Raises Refused."""
+    queue, *options = text.split(b"/")
+    options = [option.lower() for option in options]
+    wait = 0
+    for option in options:
+        if option.startswith(b"t="):
+            wait = _number(option[2:], "timeout")
+    opening, closing, abort, peek = (
+        word in options for word in (b"open", b"close", b"abort", b"peek"))
+    if peek + abort + (opening or closing) > 1:
+        raise Refused("CLIENT_ERROR", "open, close, abort and peek cannot be combined like this")
+    return ReadKey(text, queue, _name(queue), wait, opening, closing, abort, peek)
+
+
+def _parse_get(words):
+    """Return the Get of `get <key> [<key> ...]`. Raises Refused."""
+    if len(words) < 2:
+        raise Refused("CLIENT_ERROR", "get needs the name of a queue")
+    return Get([parse_key(word) for word in words[1:]], len(words) > 2, len(words[0]) == 4)
+
+
+def _parse_block(words):
+    """Return the Block of `set <queue> <flags> <expiry> <bytes> [noreply]`. Raises Refused, which
+    says what is to be skipped: the block comes whatever is wrong with its line."""
+    name = words[0].decode().lower()
+    if len(words) < 5:
+        raise Refused("CLIENT_ERROR", "%s needs a queue, flags, expiry and byte count" % name,
+                      close=True)
+    # A blank in the key would make the byte count another one, and the data commands.
+    if name == "set" and (len(words) > 6 or len(words) == 6 and words[5] != b"noreply"):
+        raise Refused("CLIENT_ERROR", "more words than set has", close=True)
+    size = _number(words[4], "byte count", close=True)
+    if size < 0:
+        raise Refused("CLIENT_ERROR", "bad byte count", close=True)
+    if name != "set":
+        raise Refused("CLIENT_ERROR", "%s has no meaning for a queue" % name, skip=size + 2)
+    try:
+        flags = _number(words[2], "flags")
+        if not 0 <= flags <= 0xffffffff:
+            raise Refused("CLIENT_ERROR", "bad flags")
+        return Block(words[1], flags, _number(words[3], "expiry"), size, words)
+    except Refused as error:
+        error.skip = size + 2
+        raise
+
+
+# The commands with a data block, and those of memcached that have none.
+_BLOCKS = (b"set", b"add", b"replace", b"append", b"prepend", b"cas")
+_MEMCACHED = (b"incr decr touch gat gats mg md mn ma me slabs lru lru_crawler watch cache_memlimit"
+              b" misbehave debug extstore refresh_certs").split()
+
+
+def _check_byte(byte):
+    """Check that a line may begin with a byte: TLS and the binary protocol of memcached begin
+    otherwise."""
+    if byte == b"\x80" or byte < b" " and byte not in b"\t\r\n":
+        raise Refused("ERROR", "this protocol is not supported", close=True)
+
+
+def _parse_line(line):
+    """Return the method of MemcacheSession that does a command line, and what it is given; None
+    and a Block for a set. Raises Refused."""
+    _check_byte(line[:1])
+    words = line.split()
+    if not words:
+        raise Refused("ERROR", "")
+    name = words[0].lower()
+    if name in (b"get", b"gets"):
+        return MemcacheSession.do_get, _parse_get(words)
+    if name in _BLOCKS:
+        return None, _parse_block(words)
+    method = getattr(MemcacheSession, "do_" + name.decode("latin-1"), None)
+    if method:
+        return method, words
+    if name in _MEMCACHED:
+        raise Refused("ERROR", "")
+    raise Refused("ERROR", "unknown command", close=True)    # its data would be run as commands
+
+
+# The same lines come again and again. Longer ones are not kept, or they would fill the memory.
+_parse_line_cached = functools.lru_cache(maxsize=4096)(_parse_line)
+_LINE_CACHED = 120
 
 
 class MemcacheSession(Session):
-    """One client of the memcache text protocol, as Kestrel speaks it."""
+    """One client of the memcache text protocol, as Kestrel speaks it.
+
+    With an auth_file the client logs in first, as to memcached (its doc/protocol.txt,
+    Authentication): the first command is a set, under any key, of `name password`.
+    """
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self._most_item = self.settings.max_item_size
+        settings = self.broker.settings
+        self.is_stranger = self.broker.config.users is not None
+        self._most_item = MAX_LOGIN if self.is_stranger else settings.max_item_size
+        self._value_key = 1 if settings.value_key == "queue" else 0      # of a ReadKey
         self._skip = 0                  # bytes of a refused data block still to come
-        self._block = None              # the Block of a set without its data yet
-        self._key = None                # the ReadKey that could not be answered at once
-        self._keys = None               # a deque of those after it, in a get of many
-        self._whole = True              # of the Get in hand
-        self._with_cas = False
-        self._monitor = None            # [name, number of items still wanted]
+        self._block = None              # the Block whose data is still to come
+        self._words = ()                # of the command in hand, if it waits
 
-    def _parse(self, data, now):
-        """Run the commands in `data`; the position up to which it has been used."""
+    def _parse(self, data):
         pos = 0
         dirty = self.broker.dirty
-        while not (self.stalled or self.load > self.most_load):
-            if pos and len(dirty) > _MOST_DIRTY:       # _spare_others(), without a call
+        while self.state is READY and self.load <= self.most_load:
+            if pos and len(dirty) > _MOST_DIRTY:
                 self._pass_turn()
                 break
             if self._skip:
@@ -4363,75 +4756,83 @@ class MemcacheSession(Session):
             try:
                 eol = data.find(b"\n", pos)
                 if eol < 0:
-                    self._check_start(data[pos:])
+                    self._check_start(data, pos)
                     break
                 line = data[pos:eol]
                 pos = eol + 1
+                if self.is_stranger:
+                    self._check_stranger(line)
                 if len(line) <= _LINE_CACHED:
                     command, asked = _parse_line_cached(line)
-                elif len(line.rstrip(b"\r")) > self.settings.max_line:
-                    raise Refused("CLIENT_ERROR line too long", close=True)
+                elif len(line.rstrip(b"\r")) > self.broker.settings.max_line:
+                    raise Refused("CLIENT_ERROR", "line too long", close=True)
                 else:
                     command, asked = _parse_line(line)
                 if command:
-                    command(self, asked, now)
-                    continue
-                block = asked
-                if block.size > self._most_item:
-                    raise Refused("SERVER_ERROR object too large for cache",
-                                  skip=block.size + 2)
-                end = pos + block.size
-                if len(data) < end + 2:
-                    self._block = block
-                    self._needed = block.size + 2
-                    break
-                if data[end:end + 2] != b"\r\n":
-                    raise Refused("CLIENT_ERROR bad data chunk", close=True)
-                item = data[pos:end]
-                pos = end + 2
-                self._store(block, item, now)
+                    waits = command(self, asked)
+                else:
+                    block = asked
+                    if block.size > self._most_item:
+                        raise Refused("SERVER_ERROR", "object too large for cache",
+                                      skip=block.size + 2)
+                    end = pos + block.size
+                    if len(data) < end + 2:
+                        self._block = block
+                        self._needed = block.size + 2
+                        break
+                    if data[end:end + 2] != b"\r\n":
+                        raise Refused("CLIENT_ERROR", "bad data chunk", close=True)
+                    item = data[pos:end]
+                    pos = end + 2
+                    waits = self._store(block, item)
+                if waits:
+                    self._words = block.words if block else line.split()
+                    self._begin(waits)
             except (Refused, OSError) as error:
-                self._refuse(error, block.words if block else line.split())
+                self._words = block.words if block else line.split()
+                self._refuse(error)
         return pos
 
-    def _finish_block(self, now):
+    def _run_kept(self):
+        if self._block:
+            self._finish_block()
+        if self._kept is not None and self.state in (READY, WORKING):
+            super()._run_kept()
+
+    def _finish_block(self):
         """The rest of a data block has come: store it, without another copy."""
         block, self._block = self._block, None
         self._kept.seek(block.size)
         rest = self._kept.read()
         self._kept.truncate(block.size)
         item = self._kept.getvalue()
-        self._kept, self.unparsed, self._needed = None, 0, 0
+        self._kept, self._needed = None, 0
         if rest[2:]:
             self._keep(rest[2:])
+        self._words = block.words
         try:
             if rest[:2] != b"\r\n":
-                raise Refused("CLIENT_ERROR bad data chunk", close=True)
-            self._store(block, item, now)
+                raise Refused("CLIENT_ERROR", "bad data chunk", close=True)
+            waits = self._store(block, item)
+            if waits:
+                self._begin(waits)
         except (Refused, OSError) as error:
-            self._refuse(error, block.words)
+            self._refuse(error)
+        self._update()
 
-    def _check_start(self, start):
-        """What has come of a line must be able to become one."""
-        if len(start) > self.settings.max_line + 1:
-            raise Refused("CLIENT_ERROR line too long", close=True)
-        if start[:1] == b"\x80":
-            self._unknown([start], None)
+    def is_amid(self):
+        return self._skip > 0 or super().is_amid()
 
-    def _go_on(self, now):
-        if self._block and self.unparsed >= self._needed:
-            self._finish_block(now)
-        key, self._key = self._key, None
-        if self._keys is not None:
-            self._keys.extendleft(filter(None, [key]))
-            self._read_keys(now)
-        elif key:
-            self._read(key, now)
-        elif self._monitor:
-            self._watch(now)
+    def _check_start(self, data, pos):
+        """Check that the rest of the input can become a line."""
+        if len(data) - pos > self.broker.settings.max_line + 1:
+            raise Refused("CLIENT_ERROR", "line too long", close=True)
+        _check_byte(data[pos:pos + 1])
 
-    def _forget(self):
-        self._key = self._keys = self._monitor = None
+    def _check_stranger(self, line):
+        """Check that the first command is the login, or quit."""
+        if line.lower().split()[:1] not in ([b"set"], [b"quit"]):
+            raise Refused("CLIENT_ERROR", "unauthenticated", close=True)
 
     def _reply(self, words, answer, *queues):
         """Answer a command that may have asked for silence."""
@@ -4440,137 +4841,138 @@ class MemcacheSession(Session):
         if not words or words[-1] != b"noreply" or is_name:
             self._say(answer, *queues)
 
-    def _refuse(self, error, words=(b"",)):
-        if isinstance(error, OSError):
-            error = Refused("SERVER_ERROR %s" % _why(error))
-        self._forget()
-        self._reply(words, error.answer)
+    def _say_error(self, error):
+        line = "%s %s" % (error.kind, error.why) if error.why else error.kind
+        self._reply(self._words, line.encode("utf-8", "surrogateescape") + b"\r\n")
         self._skip = error.skip
-        if error.close:
-            self._end()
+        if self.is_stranger:
+            self.end()
 
     def _failure(self, why, answer):
         return b"SERVER_ERROR %b\r\n" % os.fsencode(why)
 
     # -- storing
 
-    def _store(self, block, data, now):
+    def _store(self, block, data):
         key, flags, expiry, _, words = block
         broker = self.broker
+        if broker.config.users is not None:
+            if self.is_stranger:
+                return self._do_log_in(words, data)
+            name = _name(key)
+            self._check_user("put_users", *broker.config.aliases.get(name, (name,)))
         if broker.refuses_writes:
             self._check_writes()
         if expiry:
             # Relative or absolute seconds; the limits are Kestrel's and the journal's.
             expiry *= 1000
             if expiry < 1000000 * 1000:
-                expiry += now
+                expiry += self.now
             expiry = min(max(expiry, 1), _LATEST)
-        try:
-            if broker.config.users is not None:
-                self._check_user("put_users", *broker.targets(key))
-            route = broker.routes.get(key) or self._new_route(key, now)
-        except ValueError as error:
-            raise Refused("CLIENT_ERROR %s" % error) from None
-        stored = broker.put(route, data, flags, expiry, now)
+        route = broker.routes.get(key)
+        if route is None or len(route.queues) > _WIDE:
+            return self._store_in_steps(key, data, flags, expiry, words)
+        stored = broker.put(route, data, flags, expiry, self.now)
         if words[-1] != b"noreply":
             out = self.out
             for queue in route.queues:
                 self.touched.append((queue, len(out), 1, True))
             out.append(b"STORED\r\n" if stored else b"NOT_STORED\r\n")
         self.load += _COMMAND_COST * (len(route.queues) or 1)
+        return None
+
+    def _store_in_steps(self, key, data, flags, expiry, words):
+        route = yield from self._route(key)
+        stored = yield from self._put(route, [data], flags, expiry)
+        self._reply(words, b"STORED\r\n" if stored else b"NOT_STORED\r\n")
+
+    def _do_log_in(self, words, data):
+        name, _, password = data.partition(b" ")
+        yield from self._log_in(name, password)
+        if self.user is None:
+            raise Refused("CLIENT_ERROR", "authentication failure", close=True)
+        self.is_stranger = False
+        self._most_item = self.broker.settings.max_item_size
+        self._reply(words, b"STORED\r\n")
 
     # -- reading
 
-    def _get(self, asked, now):
-        keys, self._whole, self._with_cas = asked
-        if self._whole:
-            self._read(keys[0], now)
-        else:
-            self._keys = collections.deque(keys)
-            self._read_keys(now)
+    def do_get(self, get):
+        """get <key> [<key> ...]: answered at once if that is possible."""
+        key = get.keys[0]
+        queue = self.broker.queues.get(key.name)
+        if queue is None or get.is_many or key.name in self.broker.config.aliases:
+            return self._get_in_steps(get)
+        if not self._begin_read(key, queue):
+            self._say(b"END\r\n")
+            return None
+        item = self._read(queue, key.open, key.peek)
+        if item is None and (key.wait > 0 or queue.count):
+            return self._get_in_steps(get, begun=True)
+        self._count_read(queue, item, key.peek)
+        self._give(get, key, queue, item)
+        return None
 
-    def _read_keys(self, now):
-        """Answer the keys of a get of many, up to one that has to wait."""
-        try:
-            while self._keys:
-                key = self._keys.popleft()
-                try:
-                    self._read(key, now)
-                except OSError as error:
-                    log.error("get of many keys: %s", _why(error))
-                if self._key or self._is_to_pause():
-                    return
-        except Refused:
-            self._keys = None
-            raise
-        self._keys = None
-        self.out.append(b"END\r\n")
-
-    def _read(self, key, now):
-        """Do what one key asks for, and answer it, unless it has to wait."""
-        broker = self.broker
-        stats = broker.stats
-        _, name, wait, opening, closing, abort, peek = key
-        if closing or abort:
-            self.queue = queue = broker.find(name)
+    def _begin_read(self, key, queue, whole=True):
+        """Do what a key asks for before an item is read; return whether one is to be read.
+        queue: None if there is none of that name."""
+        if key.close or key.abort:
             if queue:
-                self._end_reads(queue, 1, closing, now, self._whole)
-            if not opening:
-                self._give(key, None)
-                return
+                self._end_reads(queue, 1, key.close, whole)
+            if not key.open:
+                return False
+        broker = self.broker
         if broker.refuses_reads:
             self._check_reads()
         if broker.config.users is not None:
-            self._check_user("get_users", name)
-        if peek:
-            self.queue = queue = broker.find(name)
-            item = queue.peek(now) if queue else None
-        else:
-            self.queue = queue = broker.queues.get(name) or self._new_queue(name, now)
-            if queue is None or name in broker.config.aliases:
-                self._give(key, None)
-                return
-            if queue in self.open_reads:
-                self._check_opens(plain=not opening)
-            item = queue.remove(opening, now)
-        if item is None and self._has_to_sweep(now):
-            self._key = key._replace(close=False, abort=False)
-            return
-        if peek:
-            stats.cmd_peek += 1
-        else:
-            stats.cmd_get += 1
-        if item is not None:
-            if not peek:
-                self._hit()
-        elif wait > 0 and queue:
-            self._wait(opening, peek)
-            self.timeout = wait
-            self._key = key
-            return
-        elif not peek:
-            self._missed()
-        self._give(key, item)
+            self._check_user("get_users", key.name)
+        if queue in self.open_reads and not key.peek:
+            self._check_opens(queue, plain=not key.open)
+        return True
 
-    def _give(self, key, item):
-        """The answer to one key of the get in hand; the item is None if there is none."""
-        out = self.out
+    def _get_in_steps(self, get, begun=False):
+        for key in get.keys:
+            try:
+                queue = self.broker.find(key.name)
+                if begun or self._begin_read(key, queue, not get.is_many):
+                    if queue is None and not key.peek:
+                        queue = yield from self._queue(key.name)
+                    item = None
+                    if queue:
+                        if key.wait > 0:
+                            self.timeout = key.wait
+                        item = yield from self._next(queue, key.open, key.peek, key.wait > 0)
+                    self._count_read(queue, item, key.peek)
+                    self._give(get, key, queue, item)
+                elif not get.is_many:
+                    self._say(b"END\r\n")
+            except OSError as error:
+                if not get.is_many:
+                    raise
+                log.error("get of many keys: %s", _why(error))
+            if self.load > self.most_load or len(self.broker.dirty) > _MOST_DIRTY:
+                yield
+        if get.is_many:
+            self._say(b"END\r\n")
+
+    def _give(self, get, key, queue, item):
+        """Answer one key with an item, or None."""
+        whole = not get.is_many
         if item is None:
-            if self._whole:
+            if whole:
                 self._say(b"END\r\n")
             else:
                 self.load += _COMMAND_COST
             return
-        queue = self.queue
-        whole = self._whole
-        if key.open:
-            self.open_reads.setdefault(queue, []).append(item.xid)
+        out = self.out
         data = item.data
         size = len(data)
-        head = b"VALUE %b %d %d" % (key.text, item.flags, size)
-        if self._with_cas:
+        head = b"VALUE %b %d %d" % (key[self._value_key], item.flags, size)
+        if get.with_cas:
             head = b"%b %d" % (head, self.broker.cas(item))
         pieces = (head, b"\r\n", data, b"\r\nEND\r\n" if whole else b"\r\n")
+        if key.peek and whole:
+            whole = item
         if size < _BIG:
             self.touched.append((queue, len(out), 1, whole))
             out.append(b"".join(pieces))
@@ -4579,246 +4981,149 @@ class MemcacheSession(Session):
             out += pieces
         self.load += size + _COMMAND_COST
 
-    def _received(self, item, peek):
-        if self._monitor:
-            self._show(item)
-            return
-        if not peek:
-            self._hit() if item is not None else self._missed()
-        key, self._key = self._key, None
-        self._give(key, item)
+    do_gets = do_get
 
-    def _start_monitor(self, words, now):
-        # monitor <queue> <seconds> [<items>]
+    def do_monitor(self, words):
+        """monitor <queue> <seconds> [<items>]"""
         if not 3 <= len(words) <= 4:
-            raise Refused("CLIENT_ERROR monitor needs a queue and a number of seconds")
+            raise Refused("CLIENT_ERROR", "monitor needs a queue and a number of seconds")
         name = _name(words[1])
         seconds = _number(words[2], "number of seconds")
         count = _number(words[3], "number of items") if len(words) == 4 else UNLIMITED
         self._check_reads()
         self._check_user("get_users", name)
-        self.queue = self._new_queue(name, now)
-        self._monitor = [words[1], count]
+        get = Get([ReadKey(words[1], words[1], name, 0, True, False, False, False)], False, False)
         self.timeout = max(0, seconds * 1000)
-        self._watch(now)
+        return self._monitor(get, seconds > 0, count)
 
-    def _watch(self, now):
-        """Show the monitor in hand what there is, up to where it has to wait."""
-        limit = self.broker.config.server.max_open_transactions
-        while self._monitor and not self._is_to_pause():
-            if not self.queue or self._monitor[1] <= 0 or (
-                    len(self._reads_of(self.queue)) >= limit):
-                self._show(None)
-                return
-            item = self.queue.remove(True, now)
-            if item is None and self._has_to_sweep(now):
-                return
-            self.broker.stats.cmd_get += 1
+    def _monitor(self, get, wait, count):
+        key, = get.keys
+        queue = yield from self._queue(key.name)
+        limit = self.broker.settings.max_open_transactions
+        while queue and count > 0 and len(self._reads_of(queue)) < limit:
+            item = yield from self._next(queue, True, False, wait)
+            self._count_read(queue, item)
             if item is None:
-                self._wait(True)
-                return
-            self._show(item)
+                break
+            self._give(get, key, queue, item)
+            count -= 1
+            if self.load > self.most_load or len(self.broker.dirty) > _MOST_DIRTY:
+                yield
+        self._say(b"END\r\n")
 
-    def _show(self, item):
-        if item is None:
-            self._monitor = None
-            self.out.append(b"END\r\n")
-        else:
-            self._monitor[1] -= 1
-            self._whole, self._with_cas = True, False
-            self._give(ReadKey(self._monitor[0], "", 0, True, False, False, False), item)
-
-    def _confirm(self, words, now):
-        # confirm <queue> <count>
+    def do_confirm(self, words):
+        """confirm <queue> <count>"""
         if len(words) != 3:
-            raise Refused("CLIENT_ERROR confirm needs a queue and a number of items")
+            raise Refused("CLIENT_ERROR", "confirm needs a queue and a number of items")
         queue = self.broker.find(_name(words[1]))
-        count = max(0, _number(words[2], "number of items"))
-        ended = queue and self._end_reads(queue, count, True, now)
-        self._say(b"END\r\n" if ended else b"ERROR\r\n")
+        count = _number(words[2], "number of items")
+        reads = self._reads_of(queue) if queue else ()
+        if len(reads) < max(count, 1):
+            self._say(b"ERROR\r\n")
+            return
+        self.open_reads[queue] = reads
+        self._end_reads(queue, count, True)
+        self._say(b"END\r\n")
 
     # -- administration
 
-    def _queue_of(self, words):
-        """The queue that a command names, None if it does not exist."""
+    def _named(self, words):
+        """Return the name of the queue that a command is about. Raises Refused."""
         if len(words) < 2:
-            raise Refused("CLIENT_ERROR %s needs the name of a queue" % words[0].decode())
-        return self.broker.find(_name(words[1]))
+            raise Refused("CLIENT_ERROR", "%s needs the name of a queue" % words[0].decode())
+        rest = words[2:]
+        if rest[:1] == [b"0"]:           # once a time, in memcached
+            del rest[0]
+        if rest not in ([], [b"noreply"]):
+            raise Refused("CLIENT_ERROR", "%s takes one name" % words[0].decode())
+        return _name(words[1])
 
-    def _delete(self, words, now):
-        queue = self._queue_of(words)
-        self._check_admin("delete")
-        self._check_writes()
-        if queue:
-            self._drop(queue, True)
+    def do_delete(self, words):
+        queue = yield from self._delete(self._named(words))
         self._reply(words, b"DELETED\r\n", *filter(None, [queue]))
 
-    def _flush(self, words, now):
-        queue = self._queue_of(words)
-        self._check_writes()
-        if queue:
-            self._drop(queue)
+    def do_flush(self, words):
+        queue = self._flush(self._named(words))
         self._reply(words, b"END\r\n", *filter(None, [queue]))
 
-    def _flush_all(self, words, now):
-        self._check_admin("flush_all")
-        self._check_writes()
-        self._check_all_queues()
-        stock = self.broker.config.server.flush_all_reply == "memcached"
-        self._begin(self._flush_each(
-            self._reply, words, b"OK\r\n" if stock else b"Flushed all queues.\r\n"))
+    def do_flush_all(self, words):
+        yield from self._flush_all("flush_all")
+        stock = self.broker.settings.flush_all_reply == "memcached"
+        self._reply(words, b"OK\r\n" if stock else b"Flushed all queues.\r\n")
 
-    def _flush_expired(self, words, now):
-        queue = self._queue_of(words)
-        self._check_writes()
-        self._check_user("get_users", *[queue.name] if queue else [])
-        self._begin(self._discard_expired([queue] if queue else [], now))
+    def do_flush_expired(self, words):
+        return self._flush_expired([self._named(words)])
 
-    def _flush_all_expired(self, words, now):
-        self._check_writes()
-        self._check_all_queues()
-        self._begin(self._discard_expired(list(self.broker.queues.values()), now))
+    def do_flush_all_expired(self, words):
+        return self._flush_expired(None)
 
-    def _discard_expired(self, queues, now):
+    def _flush_expired(self, names):
+        self._check_writes()
+        self._check_user("get_users", *(self.broker.queues if names is None else names))
+        yield
         total = 0
-        for queue in queues:
-            for dropped in self.broker.discard_expired(queue, now):
+        for number, queue in enumerate(self._queues(names), 1):
+            for dropped in self.broker.discard_expired(queue, self.now):
                 total += dropped
                 self._rest_on(queue)
-                if dropped >= SWEEP_STEP:
-                    yield
+                yield
+            if number % SWEEP_STEP == 0:
+                yield
         self._say(b"%d\r\n" % total)
 
-    def _stats(self, words, now):
-        self._say_pairs("STAT %s %s", self.broker.server_stats(now))
-        self._put_off(self._list(sorted(self.broker.queues), lambda queue: self._say_pairs(
-            "STAT queue_%s_%%s %%s" % queue.name.replace("%", "%%"),
-            self.broker.queue_stats(queue, now))))
+    def do_stats(self, words):
+        yield
+        self._say_pairs("STAT %s %s", self.broker.server_stats(self.now))
+        for number, queue in enumerate(self._queues(), 1):
+            self._say_pairs("STAT queue_%s_%%s %%s" % queue.name.replace("%", "%%"),
+                            self.broker.queue_stats(queue, self.now))
+            if number % QUEUES_STEP == 0:
+                yield
+        self._say(b"END\r\n")
 
-    def _dump_stats(self, words, now):
-        self._dump(words, lambda queue: self.broker.queue_stats(queue, now))
+    def do_dump_stats(self, words):
+        return self._dump(words, lambda queue: self.broker.queue_stats(queue, self.now))
 
-    def _dump_config(self, words, now):
-        self._dump(words, lambda queue: [
+    def do_dump_config(self, words):
+        return self._dump(words, lambda queue: [
             line.split(" = ", 1) for line in queue.config.lines()])
 
     def _dump(self, words, pairs):
-        def dump(queue):
+        yield
+        names = list(dict.fromkeys(map(os.fsdecode, words[1:]))) or None
+        for number, queue in enumerate(self._queues(names), 1):
             self._say(os.fsencode("queue '%s' {\r\n" % queue.name))
             self._say_pairs("  %s=%s", pairs(queue))
             self._say(b"}\r\n")
-        names = list(dict.fromkeys(map(os.fsdecode, words[1:]))) or sorted(self.broker.queues)
-        self._put_off(self._list(names, dump))
-
-    def _list(self, names, say):
-        """A job: say something of each of these queues, some in each turn."""
-        for count, name in enumerate(names, 1):
-            queue = self.broker.queues.get(name)
-            if queue and name not in self.broker.config.aliases:
-                say(queue)
-            if count % (SWEEP_STEP // 10) == 0:
+            if number % QUEUES_STEP == 0:
                 yield
         self._say(b"END\r\n")
 
     def _say_pairs(self, line, pairs):
         self._say(os.fsencode("".join([(line + "\r\n") % tuple(pair) for pair in pairs])))
 
-    def _reload(self, words, now):
-        self._check_admin("reload")
-        self._pass_turn()
-        try:
-            self.broker.reload(self.who)
-        except ConfigError as error:
-            raise Refused("SERVER_ERROR %s" % error) from None
+    def do_reload(self, words):
+        yield from self._reload()
         self._say(b"Reloaded config.\r\n")
 
-    def _status(self, words, now):
+    def do_status(self, words):
         if len(words) < 2:
             self._say(self.broker.status.encode() + b"\r\n")
             return
-        self._change_status(words[1])
+        self._set_status(words[1].decode("ascii", "replace"))
         self._say(b"END\r\n")
 
-    def _version(self, words, now):
+    def do_version(self, words):
         self._say(b"VERSION %b\r\n" % __version__.encode())
 
-    def _verbosity(self, words, now):
+    def do_verbosity(self, words):
         self._reply(words, b"OK\r\n")
 
-    def _unknown(self, words, now):
-        if words and words[0].startswith(b"\x80"):
-            raise Refused("ERROR the binary protocol is not spoken here", close=True)
-        self._refuse_http(words)
-        self._reply(words, b"ERROR\r\n")
+    def do_shutdown(self, words):
+        self._shutdown()
 
-
-# Each command: the method that does it, and what reads its words for it, if anything does. A
-# set has no method: it is done when its data block is there.
-_COMMANDS = {
-    b"get": (MemcacheSession._get, _parse_get),
-    b"gets": (MemcacheSession._get, _parse_get),
-    **dict.fromkeys([b"set", b"add", b"replace", b"append", b"prepend", b"cas"],
-                    (None, _parse_block)),
-    **{name: (command, None) for name, command in {
-        b"monitor": MemcacheSession._start_monitor,
-        b"confirm": MemcacheSession._confirm,
-        b"delete": MemcacheSession._delete,
-        b"flush": MemcacheSession._flush,
-        b"flush_all": MemcacheSession._flush_all,
-        b"flush_expired": MemcacheSession._flush_expired,
-        b"flush_all_expired": MemcacheSession._flush_all_expired,
-        b"stats": MemcacheSession._stats,
-        b"dump_stats": MemcacheSession._dump_stats,
-        b"dump_config": MemcacheSession._dump_config,
-        b"reload": MemcacheSession._reload,
-        b"status": MemcacheSession._status,
-        b"version": MemcacheSession._version,
-        b"verbosity": MemcacheSession._verbosity,
-        b"shutdown": MemcacheSession._shutdown,
-        b"quit": MemcacheSession._quit,
-    }.items()},
-}
-
-
-# The longest name and password, in bytes, and how long a client has for them, and for TLS.
-MAX_LOGIN = 1024
-LOGIN_MS = 60000
-
-
-class MemcacheLogin(MemcacheSession):
-    """A client that has still to say who it is, as to memcached (its doc/protocol.txt,
-    Authentication): the first command is a set, under any key, of `name password`. Then it is a
-    MemcacheSession; whatever else it says is the end."""
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self._most_item = MAX_LOGIN
-        self._words = None              # of the command, while its password is being checked
-
-    def _parse(self, data, now):
-        eol = data.find(b"\n")
-        if eol >= 0 and data[:eol].lower().split()[:1] not in ([b"set"], [b"quit"]):
-            self._refuse(Refused("CLIENT_ERROR unauthenticated"))
-        return super()._parse(data, now)
-
-    def _store(self, block, data, now):
-        self._words = block.words
-        name, _, password = data.partition(b" ")
-        self._log_in(name, password)
-
-    def _go_on(self, now):
-        if self._words is None:
-            super()._go_on(now)
-        elif self.user is None:
-            self._refuse(Refused("CLIENT_ERROR authentication failure"))
-        else:
-            self.__class__ = MemcacheSession
-            self._most_item = self.settings.max_item_size
-            self._reply(self._words, b"STORED\r\n")
-
-    def _refuse(self, error, words=(b"",)):
-        super()._refuse(error, words)
-        self._end()
+    def do_quit(self, words):
+        self.end()
 
 
 # The longest item that can be put as a line of text, how many with one put, and how much.
@@ -4828,223 +5133,191 @@ MAX_TEXT_PUT = 16 << 20
 
 
 class TextSession(Session):
-    """One client of Kestrel's text protocol (net.lag.kestrel.TextHandler): lines that end in
-    a newline, items without one."""
+    """One client of Kestrel's text protocol (net.lag.kestrel.TextHandler): lines that end in a
+    newline, items without one. (There is no login at this port: Config does not allow it together
+    with an auth_file.)"""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self._put = None                # [command words, items so far] of a put
-        self._put_size = 0              # of these items together
-        self._left = 0                  # items that the read in hand may still give
-        self._waits = self._peeking = self._watching = False
+        self._items = None              # the items of a put so far, the words of its command,
+        self._words = []
+        self._size = 0                  # and the size of the items together
 
-    def _parse(self, data, now):
+    def _parse(self, data):
         pos = 0
-        while not (self.stalled or self.is_full()):
-            limit = self.settings.max_line if self._put is None else min(
-                MAX_TEXT_ITEM, self.settings.max_item_size)
+        settings = self.broker.settings
+        while self.state is READY and self.load <= self.most_load:
+            limit = settings.max_line if self._items is None else min(
+                MAX_TEXT_ITEM, settings.max_item_size)
             eol = data.find(b"\n", pos, pos + limit + 2)
             try:
                 if eol < 0:
                     if len(data) - pos > limit + 1:
-                        raise Refused("CLIENT_ERROR Line too long.", close=True)
+                        raise Refused("CLIENT_ERROR", "Line too long.", close=True)
                     break
                 line = data[pos:eol]
                 pos = eol + 1
-                if self._put is None:
-                    self._command(line.split(), now)
-                elif line not in (b"", b"\r"):
-                    self._put[1].append(line)
-                    self._put_size += len(line)
+                if self._items is None:
+                    waits = self._command(line.split())
+                elif line in (b"", b"\r"):
+                    items, self._items = self._items, None
+                    waits = self._put_items(self._words, items)
                 else:
-                    (words, items), self._put, self._put_size = self._put, None, 0
-                    self._store(words, items, now)
-                    self._spare_others()
-                if self._put and len(self._put[1]) > MAX_TEXT_ITEMS:
-                    raise Refused("CLIENT_ERROR Too many items; limit=%d" % MAX_TEXT_ITEMS,
-                                  close=True)
-                if self._put_size > MAX_TEXT_PUT:
-                    raise Refused("CLIENT_ERROR Items are too large together; limit=%d" % (
-                        MAX_TEXT_PUT), close=True)
+                    waits = self._add(line)
+                if waits:
+                    self._begin(waits)
             except (Refused, OSError) as error:
                 self._refuse(error)
         return pos
 
-    def _command(self, words, now):
+    def _command(self, words):
         if words and words[-1].endswith(b":"):             # items follow
             words[-1] = words[-1][:-1]
-            self._put = [list(filter(None, words)), []]
-            return
-        command = _TEXT_COMMANDS.get(words[0].lower()) if words else None
-        if command is None:
-            self._refuse_http(words)
-            raise Refused("CLIENT_ERROR Unknown command: %s" % os.fsdecode(b" ".join(words[:1])))
-        command(self, words, now)
+            self._words, self._items, self._size = list(filter(None, words)), [], 0
+            return None
+        name = words[0].lower().decode("latin-1") if words else ""
+        method = getattr(self, "do_" + name, None)
+        if method is None:
+            # A page in a browser could send items, or commands, as the body of a POST.
+            raise Refused("CLIENT_ERROR", "Unknown command: %s" % os.fsdecode(
+                b" ".join(words[:1])), close=name in ("post", "host:"))
+        return method(words)
 
-    def _refuse(self, error):
-        why = error.answer.split(b" ", 1)[1].strip() if isinstance(error, Refused) else (
-            os.fsencode(_why(error)))
-        self._forget()
-        self._say(self._failure(os.fsdecode(why), b""))
-        if isinstance(error, Refused) and error.close:
-            self._end()
+    def is_amid(self):
+        return self._items is not None or super().is_amid()
+
+    def _add(self, line):
+        """Take a line that is an item of a put."""
+        self._items.append(line)
+        if len(self._items) > MAX_TEXT_ITEMS:
+            raise Refused("CLIENT_ERROR", "Too many items; limit=%d" % MAX_TEXT_ITEMS, close=True)
+        self._size += len(line)
+        if self._size > MAX_TEXT_PUT:
+            raise Refused("CLIENT_ERROR", "Items are too large together; limit=%d" % MAX_TEXT_PUT,
+                          close=True)
+
+    def _say_error(self, error):
+        self._say(self._failure(error.why, b""))
 
     def _failure(self, why, answer):
         return b"-%b\n" % os.fsencode(why)
 
-    def _forget(self):
-        self._left = 0
-
-    def _name_in(self, words):
+    def _named(self, words):
         if len(words) < 2:
-            raise Refused("CLIENT_ERROR Queue name required.")
+            raise Refused("CLIENT_ERROR", "Queue name required.")
         return _name(words[1])
 
-    def _milliseconds(self, word, what):
+    def _milliseconds(self, words, what):
         try:
-            return _number(word, what)
+            return _number(words[2], what) if len(words) > 2 else 0
         except Refused:
-            raise Refused("CLIENT_ERROR Error parsing %s." % what) from None
+            raise Refused("CLIENT_ERROR", "Error parsing %s." % what) from None
 
     # -- commands
 
-    def _store(self, words, items, now):
-        # put <queue> [<milliseconds>]: and the items, up to an empty line
+    def _put_items(self, words, items):
+        """put <queue> [<milliseconds>]: and the items, up to an empty line"""
         if not words or words[0].lower() != b"put":
-            self._command(words, now)
-            return
-        self._name_in(words)
-        expiry = self._milliseconds(words[2], "expiration time") if len(words) > 2 else None
+            return self._command(words)
+        self._named(words)
+        expiry = self._milliseconds(words, "expiration time")
         self._check_writes()
-        route = self.broker.routes.get(words[1]) or self._new_route(words[1], now)
-        expiry = 0 if expiry is None else min(max(now + expiry, 1), _LATEST)
-        self._begin(self._put_each(route, items, expiry, now, lambda count: self._say(
-            b"+%d\n" % count, *route.queues)))
+        if len(words) > 2:
+            expiry = min(max(self.now + expiry, 1), _LATEST)
+        return self._store(words[1], items, expiry)
 
-    def _put_nothing(self, words, now):
-        self._name_in(words)
-        self._say(b"+0\n")
-
-    def _get(self, words, now):
-        # get <queue> [<milliseconds>]: finishes the read before and opens the next
-        self._begin_read(words, 1, now)
-        if self.queue:
-            self._end_reads(self.queue, 1, True, now)
-        self._go_on(now)
-
-    def _peek(self, words, now):
-        self._begin_read(words, 1, now, peeking=True)
-        self._go_on(now)
-
-    def _monitor(self, words, now):
-        # monitor <queue> <milliseconds> [<items>]
-        self._begin_read(words, self._milliseconds(words[3], "count") if len(words) > 3
-                         else UNLIMITED, now, watching=True)
-        self._go_on(now)
-
-    def _begin_read(self, words, count, now, peeking=False, watching=False):
-        name = self._name_in(words)
-        wait = self._milliseconds(words[2], "timeout") if len(words) > 2 else 0
-        self._check_reads()
-        self.queue = self.broker.find(name)
-        if self.queue is None and not peeking:
-            self.queue = self._new_queue(name, now)
-        self._left = max(count, 1)
-        self._waits = wait > 0
-        self._peeking, self._watching = peeking, watching
-        if self._waits:
-            self.timeout = wait
-
-    def _go_on(self, now):
-        limit = self.broker.config.server.max_open_transactions
-        while self._left and not self._is_to_pause():
-            queue = self.queue
-            if queue and not self._peeking and len(self._reads_of(queue)) >= limit:
-                self._left = 0
-                if not self._watching:
-                    raise Refused("CLIENT_ERROR Too many open transactions; limit=%d" % limit)
-                self._say(b"*\n")
-                return
-            item = queue and (queue.peek(now) if self._peeking else queue.remove(True, now))
-            if item is None and self._has_to_sweep(now):
-                return
-            if item is None and queue and self._waits:
-                self._wait(not self._peeking, self._peeking)
-                return
-            self._received(item, self._peeking)
-
-    def _received(self, item, peek):
-        stats = self.broker.stats
-        if peek:
-            stats.cmd_peek += 1
-        else:
-            stats.cmd_get += 1
-            self._hit() if item is not None else self._missed()
-        if item is None:
-            self._left = 0
-            self._say(b"*\n")
-            return
-        if not peek:
-            self.open_reads.setdefault(self.queue, []).append(item.xid)
-        self._left -= 1
-        self._say(b":%b\n" % item.data, self.queue)
-        if self._watching and not self._left:
-            self._say(b"*\n")
-
-    def _confirm(self, words, now):
-        # confirm <queue> <count>
-        if len(words) < 3 or not words[2].isdigit() or len(words[2]) > 20:
-            raise Refused("CLIENT_ERROR Queue name & count required.")
-        queue = self.broker.find(_name(words[1]))
-        count = int(words[2])
-        reads = self._reads_of(queue)
-        if len(reads) < count:
-            raise Refused("CLIENT_ERROR Not that many transactions open.")
-        if count:
-            self.open_reads[queue] = reads
-            self._end_reads(queue, count, True, now)
+    def _store(self, key, items, expiry):
+        route = yield from self._route(key)
+        count = yield from self._put(route, items, 0, expiry)
         self._say(b"+%d\n" % count)
 
-    def _flush(self, words, now):
-        queue = self.broker.find(self._name_in(words))
-        self._check_writes()
-        if queue:
-            self._drop(queue)
+    def do_put(self, words):
+        self._named(words)
+        self._say(b"+0\n")
+
+    def do_get(self, words):
+        """get <queue> [<milliseconds>]: closes the read before, and opens the next"""
+        return self._read_items(words, 1)
+
+    def do_peek(self, words):
+        """peek <queue> [<milliseconds>]"""
+        return self._read_items(words, 1, peek=True)
+
+    def do_monitor(self, words):
+        """monitor <queue> <milliseconds> [<items>]"""
+        try:
+            count = _number(words[3], "count") if len(words) > 3 else UNLIMITED
+        except Refused:
+            raise Refused("CLIENT_ERROR", "Error parsing count.") from None
+        return self._read_items(words, max(count, 1), monitor=True)
+
+    def _read_items(self, words, count, peek=False, monitor=False):
+        name = self._named(words)
+        wait = self._milliseconds(words, "timeout")
+        self._check_reads()
+        if wait > 0:
+            self.timeout = wait
+        queue = self.broker.find(name) if peek else (yield from self._queue(name))
+        if queue and not peek and not monitor:
+            self._end_reads(queue, 1, True)
+        limit = self.broker.settings.max_open_transactions
+        while True:
+            item = None
+            if queue and (peek or len(self._reads_of(queue)) < limit):
+                item = yield from self._next(queue, not peek, peek, wait > 0)
+                self._count_read(queue, item, peek)
+            elif queue and not monitor:
+                raise Refused("CLIENT_ERROR", "Too many open transactions; limit=%d" % limit)
+            else:
+                self._count_read(queue, None, peek)
+            if item is not None:
+                self._rest_on(queue, item if peek else True)
+                self._say(b":%b\n" % item.data)
+                count -= 1
+            if item is None or not count:
+                break
+            if self.load > self.most_load or len(self.broker.dirty) > _MOST_DIRTY:
+                yield
+        if item is None or monitor:
+            self._say(b"*\n")
+
+    def do_confirm(self, words):
+        """confirm <queue> <count>"""
+        if len(words) < 3 or not words[2].isdigit() or len(words[2]) > 20:
+            raise Refused("CLIENT_ERROR", "Queue name & count required.")
+        queue = self.broker.find(_name(words[1]))
+        count = int(words[2])
+        reads = self._reads_of(queue) if queue else ()
+        if len(reads) < count:
+            raise Refused("CLIENT_ERROR", "Not that many transactions open.")
+        if count:
+            self.open_reads[queue] = reads
+            self._end_reads(queue, count, True)
+        self._say(b"+%d\n" % count)
+
+    def do_flush(self, words):
+        queue = self._flush(self._named(words))
         self._say(b"+0\n", *filter(None, [queue]))
 
-    def _delete(self, words, now):
-        queue = self.broker.find(self._name_in(words))
-        self._check_admin("delete")
-        self._check_writes()
-        if queue:
-            self._drop(queue, True)
+    def do_delete(self, words):
+        queue = yield from self._delete(self._named(words))
         self._say(b"+0\n", *filter(None, [queue]))
 
-    def _status(self, words, now):
+    def do_status(self, words):
         if len(words) < 2:
             self._say(b":%b\n" % self.broker.status.encode())
             return
-        self._change_status(words[1])
+        self._set_status(words[1].decode("ascii", "replace"))
         self._say(b"+0\n")
 
-    def _version(self, words, now):
+    def do_version(self, words):
         self._say(b":%b\n" % __version__.encode())
 
+    def do_shutdown(self, words):
+        self._shutdown()
 
-# (There are no users at the text and Thrift ports: Config has them go without an auth_file.)
-_TEXT_COMMANDS = {
-    b"put": TextSession._put_nothing,
-    b"get": TextSession._get,
-    b"peek": TextSession._peek,
-    b"monitor": TextSession._monitor,
-    b"confirm": TextSession._confirm,
-    b"flush": TextSession._flush,
-    b"delete": TextSession._delete,
-    b"status": TextSession._status,
-    b"version": TextSession._version,
-    b"shutdown": TextSession._shutdown,
-    b"quit": TextSession._quit,
-}
+    def do_quit(self, words):
+        self.end()
 
 
 # The types and kinds of messages of Thrift's binary protocol.
@@ -5073,7 +5346,7 @@ _THRIFT_STATUSES = {"QUIESCENT": 1, "READONLY": 2, "UP": 3, "WRITEAVOID": 3}
 
 
 def _thrift_value(kind, data, pos, left, depth=0):
-    """Read a value from data[pos]: returns it and where it ends. A struct becomes a dict of
+    """Return the value at data[pos] and where it ends. A struct becomes a dict of
     {field: (kind, value)}. left: a list of how many values there may be still. Raises ValueError
     and struct.error."""
     left[0] -= 1
@@ -5120,35 +5393,36 @@ class ThriftSession(Session):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self._head = None               # (strict, name, sequence number, oneway) of the call
-        self._get = None                # the _Get in hand
+        self._lent = {}                 # queue -> xids that go back by themselves
 
-    def _parse(self, data, now):
+    def _parse(self, data):
         pos = 0
-        while not (self.stalled or self.is_full()) and len(data) - pos >= 4:
+        most = self.broker.settings.max_item_size + _FRAME_EXTRA
+        while self.state is READY and self.load <= self.most_load and len(data) - pos >= 4:
             size, = struct.unpack_from(">i", data, pos)
-            if not 0 < size <= self.settings.max_item_size + _FRAME_EXTRA:
-                log.warning("a Thrift client sent a frame of %d bytes; closed", size)
-                self._end()
+            if not 0 < size <= most:
+                log.warning("%s sent a frame of %d bytes; closed", self.who, size)
+                self.end()
                 break
             end = pos + 4 + size
             if len(data) < end:
                 self._needed = 4 + size
                 break
-            self._call(data[pos + 4:end], now)
+            self._call(data[pos + 4:end])
             pos = end
         return pos
 
-    def _call(self, frame, now):
+    def _call(self, frame):
         self.load += _CALL_COST
         try:
             self._head, kind, pos = _thrift_head(frame)
         except (ValueError, struct.error):
-            self._end()
+            self.end()
             return
+        name = self._head[1].decode("utf-8", "replace")
         try:
-            method, kinds = _THRIFT_METHODS.get(self._head[1], (None, None))
-            if method is None or kind not in (_CALL, _ONEWAY):
-                name = self._head[1].decode("utf-8", "replace")
+            kinds = _THRIFT_METHODS.get(name)
+            if kinds is None or kind not in (_CALL, _ONEWAY):
                 self._except("unknown method %s" % name, _UNKNOWN_METHOD)
                 return
             fields, _ = _thrift_value(_STRUCT, frame, pos, [_MOST_VALUES])
@@ -5157,9 +5431,11 @@ class ThriftSession(Session):
                 of_given, value = fields.get(field, (of, default))
                 if of_given != of or value is None:
                     raise ValueError("field %d of %s is missing, or of another type" % (
-                        field, self._head[1].decode()))
+                        field, name))
                 values.append(value)
-            method(self, now, *values)
+            waits = getattr(self, "do_" + name)(*values)
+            if waits:
+                self._begin(waits)
         except (ValueError, struct.error, TypeError) as error:
             self._except(str(error), _PROTOCOL_ERROR)
         except (Refused, OSError) as error:
@@ -5171,175 +5447,150 @@ class ThriftSession(Session):
         frame = _thrift_frame(strict, name, number, _REPLY, result)
         self._say(b"" if oneway else frame, *queues)
 
-    def _except(self, why, kind=_INTERNAL_ERROR):
+    def _except(self, why, kind):
         self._say(self._failure(why, b"", kind))
 
-    def _refuse(self, error):
-        self._forget()
-        self._except(_why(error) if isinstance(error, OSError)
-                     else os.fsdecode(error.answer).split(" ", 1)[1].strip())
+    def _say_error(self, error):
+        self._except(error.why, _INTERNAL_ERROR)
 
     def _failure(self, why, answer, kind=_INTERNAL_ERROR):
-        """A TApplicationException, in the place of an answer or of that to the call in hand."""
+        """Return a TApplicationException, in the place of an answer, or of the one to come."""
         strict, name, number, oneway = _thrift_head(answer[4:])[0] if answer else self._head
         if oneway:
             return b""
         return _thrift_frame(strict, name, number, _EXCEPTION, _string_field(1, os.fsencode(why))
                              + struct.pack(">bhi", _I32, 2, kind))
 
-    def _find(self, name):
-        return self.broker.find(_name(name))
-
     # -- the methods of the service
 
-    def _put(self, now, name, items, expiration):
+    def do_put(self, key, items, expiration):
         self._check_writes()
         if not all(isinstance(item, bytes) for item in items):
             raise ValueError("items are to be binary")
-        route = self.broker.routes.get(name)
-        if route is None:
-            _name(name)
-            route = self._new_route(name, now)
-        expiry = now + expiration if expiration > 0 else 0
-        if any(len(item) > self.settings.max_item_size for item in items):
-            raise Refused("SERVER_ERROR object too large for cache")
-        self._begin(self._put_each(route, items, expiry, now, lambda count: self._answer(
-            _i32_field(0, count), *route.queues)))
+        _name(key)
+        if any(len(item) > self.broker.settings.max_item_size for item in items):
+            raise Refused("SERVER_ERROR", "object too large for cache")
+        return self._store(key, items, self.now + expiration if expiration > 0 else 0)
 
-    def _start_get(self, now, name, most, timeout, auto_abort):
+    def _store(self, key, items, expiry):
+        route = yield from self._route(key)
+        count = yield from self._put(route, items, 0, expiry)
+        self._answer(_i32_field(0, count))
+
+    def do_get(self, name, most, timeout, auto_abort):
         self._check_reads()
-        self.queue = self._find(name) or self._new_queue(_name(name), now)
-        # Open while others are waited for, so that they go back if the client leaves.
-        self._get = _Get(min(most, _MOST_ITEMS), timeout > 0, timeout > 0 or auto_abort > 0,
-                         max(auto_abort, 0), [])
         if timeout > 0:
             self.timeout = timeout
-        self._go_on(now)
+        return self._get(_name(name), min(most, _MOST_ITEMS), timeout > 0, max(auto_abort, 0))
 
-    def _go_on(self, now):
-        get, queue = self._get, self.queue
-        if get is None:
-            return
-        size = sum(len(item.data) for item in get.items)
-        while queue and len(get.items) < get.most and size < _MOST_BYTES:
-            item = queue.remove(get.opening, now)
-            if item is None and self._has_to_sweep(now):
-                return
-            if item is None and get.waits:
-                self._wait(True)
-                return
-            if item is None:
-                break
-            self._take(item)
-            size += len(item.data)
-        self._finish_get()
-
-    def _take(self, item):
-        self._get.items.append(item)
-        self._rest_on(self.queue)
-        if self._get.opening:
-            self.open_reads.setdefault(self.queue, []).append(item.xid)
-
-    def _received(self, item, peek):
-        if item is None:
-            self._get = self._get._replace(waits=False)      # the time is over
-        else:
-            self._take(item)
-
-    def _finish_get(self):
-        (_, _, _, auto_abort, items), self._get = self._get, None
-        queue = self.queue
-        self.broker.stats.cmd_get += 1
-        self._hit() if items else self._missed()
+    def _get(self, name, most, wait, auto_abort):
+        """Get up to `most` items. auto_abort: in how many milliseconds they go back if they are
+        not confirmed, 0 if they are taken for good."""
+        queue = yield from self._queue(name)
+        opening = wait or auto_abort > 0     # so that they go back if the client leaves
+        if auto_abort and queue:
+            most = min(most, self._room(queue))
+        items = []
+        size = 0
+        try:
+            while queue and len(items) < most and size < _MOST_BYTES:
+                item = yield from self._next(queue, opening, False, wait)
+                if item is None:
+                    break
+                if opening:
+                    queue.limit(item.xid, None)        # it must not go back while others come
+                items.append(item)
+                size += len(item.data)
+                self._rest_on(queue)
+        except BaseException:
+            if queue:
+                queue.abort(*self.open_reads.pop(queue, ()), orphaned=True)
+            raise
         for xid in self.open_reads.pop(queue, ()):
             if auto_abort:
-                queue.limit(xid, auto_abort)
+                self._lent.setdefault(queue, []).append(xid)
+                queue.limit(xid, min(auto_abort, queue.config.open_transaction_timeout
+                                     or auto_abort))
             else:
                 self._ended.append((queue, xid))
                 queue.confirm(xid)
+        self._count_read(queue, items[0] if items else None)
         self._answer(
             struct.pack(">bhbi", _LIST, 0, _STRUCT, len(items)) + b"".join([
                 _string_field(1, item.data)
                 + struct.pack(">bhqb", _I64, 2, item.xid if auto_abort else 0, 0)
                 for item in items]), *filter(None, [queue]))
 
-    def _forget(self):
-        # What the get in hand has opened goes back.
-        if self._get:
-            self.queue.abort(*self.open_reads.pop(self.queue, ()), orphaned=True)
-            self._get = None
+    def _room(self, queue):
+        """Return how many more items of a queue the client may have that go back by themselves.
+        Raises Refused if it may have none."""
+        lent = [xid for xid in self._lent.pop(queue, ()) if xid in queue.opens]
+        if lent:
+            self._lent[queue] = lent
+        limit = self.broker.settings.max_open_transactions
+        if len(lent) >= limit:
+            raise Refused("ERROR", "too many open reads of %s; limit=%d" % (queue.name, limit))
+        return limit - len(lent)
 
-    def _check_ids(self, ids):
+    def do_confirm(self, name, ids):
+        self._end_ids(name, ids, lambda queue, xids: sum(map(queue.confirm, xids)))
+
+    def do_abort(self, name, ids):
+        self._end_ids(name, ids, lambda queue, xids: queue.abort(*sorted(xids), now=self.now))
+
+    def _end_ids(self, name, ids, end):
         if not all(type(one) is int for one in ids):
             raise ValueError("ids are to be integers")
+        queue = self.broker.find(_name(name))
+        self._answer(_i32_field(0, end(queue, list(dict.fromkeys(ids))) if queue else 0),
+                     *filter(None, [queue]))
 
-    def _confirm(self, now, name, ids):
-        self._check_ids(ids)
-        queue = self._find(name)
-        count = sum([queue.confirm(xid) for xid in dict.fromkeys(ids)]) if queue else 0
-        self._answer(_i32_field(0, count), *filter(None, [queue]))
-
-    def _abort(self, now, name, ids):
-        self._check_ids(ids)
-        queue = self._find(name)
-        count = queue.abort(*sorted(set(ids)), now=now) if queue else 0
-        self._answer(_i32_field(0, count), *filter(None, [queue]))
-
-    def _peek(self, now, name):
+    def do_peek(self, name):
         self._check_reads()
-        queue = self._find(name)
-        self.broker.stats.cmd_peek += 1
-        item = queue.peek(now) if queue else None
-        stats = collections.defaultdict(int, queue.stats() if queue else ())
+        queue = self.broker.find(_name(name))
+        item = None
+        if queue:
+            item = yield from self._next(queue, peek=True)
+        self._count_read(queue, item, True)
+        stats = collections.defaultdict(int, self.broker.queue_stats(queue, self.now)
+                                        if queue else ())
+        if item is not None:
+            self._rest_on(queue, item)
         self._answer(
             struct.pack(">bh", _STRUCT, 0)
             + (_string_field(1, item.data) if item is not None else b"")
             + b"".join([struct.pack(">bhq", _I64, field, stats[key]) for field, key in enumerate(
                 ("items", "bytes", "logsize", "age"), 2)])
             + _i32_field(6, stats["waiters"]) + _i32_field(7, stats["open_transactions"])
-            + b"\0", *filter(None, [queue]))
+            + b"\0")
 
-    def _flush(self, now, name):
-        queue = self._find(name)
-        self._check_writes()
-        if queue:
-            self._drop(queue)
+    def do_flush_queue(self, name):
+        queue = self._flush(_name(name))
         self._answer(b"", *filter(None, [queue]))
 
-    def _flush_all(self, now):
-        self._check_admin("flush_all_queues")
-        self._check_writes()
-        self._begin(self._flush_each(self._answer, b""))
-
-    def _delete(self, now, name):
-        queue = self._find(name)
-        self._check_admin("delete_queue")
-        self._check_writes()
-        if queue:
-            self._drop(queue, True)
-        self._answer(b"", *filter(None, [queue]))
-
-    def _status(self, now):
-        self._answer(_i32_field(0, _THRIFT_STATUSES[self.broker.status]))
-
-    def _set_status(self, now, number):
-        self._check_admin("set_status")
-        word = {number: word for word, number in reversed(_THRIFT_STATUSES.items())}.get(number)
-        self.broker.set_status(word or "status %d" % number, self.who)
+    def do_flush_all_queues(self):
+        yield from self._flush_all("flush_all_queues")
         self._answer(b"")
 
-    def _version(self, now):
+    def do_delete_queue(self, name):
+        queue = yield from self._delete(_name(name), "delete_queue")
+        self._answer(b"", *filter(None, [queue]))
+
+    def do_current_status(self):
+        self._answer(_i32_field(0, _THRIFT_STATUSES[self.broker.status]))
+
+    def do_set_status(self, number):
+        word = {number: word for word, number in reversed(_THRIFT_STATUSES.items())}.get(number)
+        self._set_status(word or "status %d" % number, "set_status")
+        self._answer(b"")
+
+    def do_get_version(self):
         self._answer(_string_field(0, __version__.encode()))
 
 
-# most: how many items it wants. waits: whether it may wait for them. opening: whether they
-# are open for now. auto_abort: in how many milliseconds they go back if they are not confirmed,
-# 0 if they are taken for good.
-_Get = collections.namedtuple("_Get", "most waits opening auto_abort items")
-
-
 def _thrift_head(frame):
-    """((strict, name, sequence number, oneway), kind of message, where its struct begins)."""
+    """Return ((strict, name, sequence number, oneway), kind of message, where its struct begins).
+    Raises ValueError and struct.error."""
     size, = struct.unpack_from(">i", frame)
     strict = size < 0
     if strict:
@@ -5356,7 +5607,7 @@ def _thrift_head(frame):
 
 
 def _thrift_frame(strict, name, number, kind, fields):
-    """A message: a struct of these fields."""
+    """Return a message, a struct of these fields."""
     head = (struct.pack(">ii", _STRICT | kind, len(name)) + name + struct.pack(">i", number)
             if strict else
             struct.pack(">i", len(name)) + name + struct.pack(">bi", kind, number))
@@ -5371,21 +5622,26 @@ def _i32_field(field, number):
     return struct.pack(">bhi", _I32, field, number)
 
 
-# name -> (method, (type, default) of each of its arguments, None where it has to be given)
+# The (type, default) of each argument of the methods; the default is None where it must be given.
 _THRIFT_METHODS = {
-    b"put": (ThriftSession._put, ((_STRING, None), (_LIST, None), (_I32, 0))),
-    b"get": (ThriftSession._start_get, ((_STRING, None), (_I32, None), (_I32, 0), (_I32, 0))),
-    b"confirm": (ThriftSession._confirm, ((_STRING, None), (_SET, None))),
-    b"abort": (ThriftSession._abort, ((_STRING, None), (_SET, None))),
-    b"peek": (ThriftSession._peek, ((_STRING, None),)),
-    b"flush_queue": (ThriftSession._flush, ((_STRING, None),)),
-    b"flush_all_queues": (ThriftSession._flush_all, ()),
-    b"delete_queue": (ThriftSession._delete, ((_STRING, None),)),
-    b"current_status": (ThriftSession._status, ()),
-    b"set_status": (ThriftSession._set_status, ((_I32, None),)),
-    b"get_version": (ThriftSession._version, ()),
+    "put": ((_STRING, None), (_LIST, None), (_I32, 0)),
+    "get": ((_STRING, None), (_I32, None), (_I32, 0), (_I32, 0)),
+    "confirm": ((_STRING, None), (_SET, None)),
+    "abort": ((_STRING, None), (_SET, None)),
+    "peek": ((_STRING, None),),
+    "flush_queue": ((_STRING, None),),
+    "flush_all_queues": (),
+    "delete_queue": ((_STRING, None),),
+    "current_status": (),
+    "set_status": ((_I32, None),),
+    "get_version": (),
 }
 
+
+# == 8. Admin =============================================================================
+#
+# HTTP for those who watch: figures, metrics, load balancers' checks, a page for a browser. A
+# session like the others: bytes in, bytes out. Knows HTTP and the broker; no sockets.
 
 # The longest head of an HTTP request, and the longest body, which is not looked at.
 MAX_HEAD = 16384
@@ -5395,87 +5651,36 @@ _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
 _HTML = "text/html; charset=utf-8"
 
-# What is told of the server and of each queue: stat, kind, name in /stats.json, name in
-# /metrics, what it is. The names of the first kind are those of Kestrel's own Ostrich stats.
-_SERVER_FIGURES = [
-    ("uptime", "gauge", "uptime", "uptime_seconds", "Seconds since the start."),
-    ("curr_items", "gauge", "items", "items", "Items that wait, in all queues."),
-    ("bytes", "gauge", "bytes", "bytes", "Data of the items that wait, in bytes."),
-    ("reserved_memory_ratio", "gauge", "reserved_memory_ratio", "reserved_memory_ratio",
-     "What all queues may take of the memory of the machine."),
-    ("curr_connections", "gauge", "connections", "connections", "Open connections."),
-    ("total_connections", "counter", "total_connections", "connections_total",
-     "Connections ever."),
-    ("total_items", "counter", "total_items", "items_put_total", "Items put, in all queues."),
-    ("cmd_get", "counter", "cmd_get", "gets_total", "Gets."),
-    ("cmd_set", "counter", "cmd_set", "sets_total", "Sets."),
-    ("cmd_peek", "counter", "cmd_peek", "peeks_total", "Peeks."),
-    ("get_hits", "counter", "get_hits", "get_hits_total", "Gets that were given an item."),
-    ("get_misses", "counter", "get_misses", "get_misses_total", "Gets that were not."),
-    ("bytes_read", "counter", "bytes_read", "received_bytes_total", "Bytes from clients."),
-    ("bytes_written", "counter", "bytes_written", "sent_bytes_total", "Bytes to clients."),
-    ("queue_creates", "counter", "queue_creates", "queue_creates_total", "Queues created."),
-    ("queue_deletes", "counter", "queue_deletes", "queue_deletes_total", "Queues deleted."),
-    ("queue_expires", "counter", "queue_expires", "queue_expires_total",
-     "Queues that went by max_queue_age."),
-]
-_QUEUE_FIGURES = [
-    ("items", "gauge", "items", "items", "Items that wait."),
-    ("bytes", "gauge", "bytes", "bytes", "Data of the items that wait, in bytes."),
-    ("mem_items", "gauge", "mem_items", "memory_items", "Items in memory."),
-    ("mem_bytes", "gauge", "mem_bytes", "memory_bytes", "Data of the items in memory, in bytes."),
-    ("logsize", "gauge", "journal_size", "journal_bytes", "Size of the journal files."),
-    ("age", "gauge", "age_msec", "age_seconds",
-     "How long the item that was read last had waited."),
-    ("head_age", "gauge", "head_age_msec", "head_age_seconds",
-     "How long the item at the head has waited."),
-    ("waiters", "gauge", "waiters", "waiters", "Gets that wait for an item."),
-    ("open_transactions", "gauge", "open_transactions", "open_reads", "Reads that are open."),
-    ("create_time", "gauge", "create_time", "created_timestamp_seconds",
-     "When the queue was created or loaded."),
-    ("fsync_usec", "gauge", "fsync_usec", "fsync_seconds", "How long the last fsync took."),
-    ("total_items", "counter", "put_items", "put_items_total", "Items put."),
-    ("put_bytes", "counter", "put_bytes", "put_bytes_total", "Data of the items put."),
-    ("get_hits", "counter", "get_items_hit", "get_items_total", "Items taken."),
-    ("get_bytes", "counter", "get_bytes", "get_bytes_total", "Data of the items taken."),
-    ("get_misses", "counter", "get_items_miss", "get_misses_total", "Gets given no item."),
-    ("expired_items", "counter", "expired_items", "expired_items_total", "Items that expired."),
-    ("discarded", "counter", "discarded", "discarded_items_total",
-     "Items dropped for newer ones in a full queue."),
-    ("transactions", "counter", "transactions", "opened_reads_total", "Reads opened."),
-    ("canceled_transactions", "counter", "canceled_transactions", "aborted_reads_total",
-     "Open reads whose item went back."),
-    ("total_flushes", "counter", "flushes", "flushes_total", "Flushes."),
-    ("journal_rewrites", "counter", "journal_rewrites", "journal_rewrites_total",
-     "Times the journal was written anew."),
-    ("journal_rotations", "counter", "journal_rotations", "journal_rotations_total",
-     "Times a journal file was full."),
-]
-# Of the broker's metrics: the name in /metrics, and what it is.
-_METRICS = {
-    "turn_usec": ("turn_seconds", "Turns of the loop."),
-    "fsync_usec": ("fsync_seconds", "Fsyncs of journals."),
-    "delivery_latency_msec": ("delivery_latency_seconds", "How long items had waited."),
-}
-
-# What a value is multiplied with to be in seconds, by the end of Kestrel's name for it.
+# What a value is multiplied with to be in seconds, by the end of its name in /stats.json.
 _SCALES = {"usec": 1e-6, "msec": 1e-3, "time": 1e-3}
+
+# How many lines of a report are put together before other work gets its turn.
+_LINES_STEP = 400
 
 
 def _shown_name(name):
-    """The name of a queue as text that can be shown anywhere, and is that of no other queue:
-    no name has a slash in it."""
+    """Return the name of a queue as text that can be shown anywhere, and is that of no other
+    queue: no name has a slash in it."""
     return re.sub("[\udc80-\udcff]", lambda match: "/x%02x" % (ord(match[0]) - 0xdc00), name)
 
 
 def _label(name):
-    """The name of a queue as the value of a label in the Prometheus text format."""
+    """Return the name of a queue as the value of a label in the Prometheus text format."""
     return _shown_name(name).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def _key_of(name):
+    """Return the name of a queue as the page puts it into a query."""
+    return urllib.parse.quote(os.fsencode(name), safe="")
+
+
+def _scale(name):
+    return _SCALES.get(name.rpartition("_")[2], 1)
 
 
 class AdminSession(Session):
     """One client of the admin port: HTTP/1.1 (RFC 9112), as much of it as monitoring, load
-    balancers and a browser need. Requests come one after the other on a connection."""
+    balancers and a browser need. Requests are answered one after the other."""
 
     idle_timeout = 60000
 
@@ -5483,13 +5688,13 @@ class AdminSession(Session):
         super().__init__(*arguments, **options)
         self._method = "GET"             # of the request in hand
         self._keep_alive = False         # after the answer to it
-        self._call = None                # what it asks for, while it is found out who asks
+        self._chunked = False            # the client knows HTTP/1.1
         self._query = {}
 
-    def _parse(self, data, now):
+    def _parse(self, data):
         pos = 0
-        while not (self.stalled or self.is_full()):
-            self._method, self._keep_alive = "GET", False
+        while self.state is READY and self.load <= self.most_load:
+            self._method, self._keep_alive, self._chunked = "GET", False, False
             try:
                 while data[pos:pos + 2] == b"\r\n":        # RFC 9112, 2.2
                     pos += 2
@@ -5500,7 +5705,7 @@ class AdminSession(Session):
                     if len(data) - pos >= MAX_HEAD:
                         self._respond(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
                     break
-                line, headers = self._parse_head(data[pos:end])
+                target, headers = self._parse_head(data[pos:end])
                 size = int(headers.get("content-length", 0))
                 if size > MAX_BODY:
                     self._keep_alive = False
@@ -5510,16 +5715,14 @@ class AdminSession(Session):
                     self._needed = end + 4 + size - pos
                     break
                 pos = end + 4 + size
-                self._request(line[1], headers, now)
+                self._begin(self._request(target, headers))
             except ValueError as error:
                 self._keep_alive = False
                 self._respond(HTTPStatus.BAD_REQUEST, str(error))
-            except (Refused, OSError) as error:
-                self._refuse(error)
         return pos
 
     def _parse_head(self, head):
-        """The words of the request line, and the headers by name in lower case. Raises
+        """Return the target of a request, and its headers by name in lower case. Raises
         ValueError."""
         first, *lines = head.decode("latin-1").split("\r\n")
         line = first.split(" ")
@@ -5531,8 +5734,9 @@ class AdminSession(Session):
             if (not colon or not re.fullmatch(r"[!#-'*+.^-z|~A-Z0-9-]+", name)
                     or re.search("[\r\n\0]", value)):
                 raise ValueError("not a header: %.100r" % text)
-            if name.lower() in headers and name.lower() in ("content-length", "host", "origin"):
-                raise ValueError("%s is there twice" % name)
+            if name.lower() in headers and name.lower() in (
+                    "content-length", "host", "origin", "sec-fetch-site"):
+                raise ValueError("duplicate %s" % name)
             headers[name.lower()] = value.strip(" \t")
         if not headers.get("content-length", "0").isdigit() or len(
                 headers.get("content-length", "")) > 18:
@@ -5540,267 +5744,299 @@ class AdminSession(Session):
         if "transfer-encoding" in headers:
             raise ValueError("a body must have a Content-Length here")
         self._method = line[0]
-        self._keep_alive = line[2] == "HTTP/1.1" and (
+        self._chunked = line[2] == "HTTP/1.1"
+        self._keep_alive = self._chunked and (
             "close" not in headers.get("connection", "").lower())
-        return line, headers
+        return line[1], headers
 
-    def _request(self, target, headers, now):
-        self._pass_turn()
-        parts = urllib.parse.urlsplit(target)
-        # As bytes, since so came what was not quoted; and in no name is a + a blank.
-        query = os.fsdecode(parts.query.encode("latin-1")).replace("+", "%2B")
-        self._query = urllib.parse.parse_qs(query, errors="surrogateescape")
+    def _request(self, target, headers):
+        """Answer a request: a generator."""
+        try:
+            parts = urllib.parse.urlsplit(target)
+            # As bytes, since so came what was not quoted; and in no name is a + a blank.
+            query = os.fsdecode(parts.query.encode("latin-1")).replace("+", "%2B")
+            self._query = urllib.parse.parse_qs(query, errors="surrogateescape")
+        except ValueError as error:
+            self._keep_alive = False
+            self._respond(HTTPStatus.BAD_REQUEST, str(error))
+            return
         method, call = _ADMIN_PATHS.get(parts.path, (None, None))
         if call is None:
             self._respond(HTTPStatus.NOT_FOUND)
         elif self._method not in (("POST",) if method == "POST" else ("GET", "HEAD")):
             self._respond(HTTPStatus.METHOD_NOT_ALLOWED,
                           header="Allow: " + ("POST" if method == "POST" else "GET, HEAD"))
-        elif method == "POST" and urllib.parse.urlsplit(
-                headers.get("origin", "//" + headers.get("host", ""))).netloc != headers.get(
-                    "host", ""):
-            # A page of elsewhere, open in the browser of somebody who may come in here.
-            self._respond(HTTPStatus.FORBIDDEN, "this is taken from pages of this server only")
-        elif self.broker.config.users is None or parts.path in _PROBES:
-            call(self, now)
+        elif (method == "POST" or parts.path == "/peek") and not self._is_from_here(headers):
+            self._respond(HTTPStatus.FORBIDDEN, "this is taken from pages of this server only, "
+                          "under a name of it (admin_hosts)")
+        elif self.broker.config.users is not None and parts.path not in _PROBES and not (
+                yield from self._is_known(headers)):
+            self._respond(HTTPStatus.UNAUTHORIZED,
+                          header='WWW-Authenticate: Basic realm="kestrel"')
         else:
-            self._call = call
-            scheme, _, token = headers.get("authorization", "").partition(" ")
-            if scheme.lower() == "basic":              # RFC 7617
+            yield from call(self) or ()
+
+    def _is_from_here(self, headers):
+        """Return whether a request comes from a page of this server, or from no page at all. A
+        page of elsewhere may be open in the browser of somebody who may do what it asks for,
+        even under a name that its owner has made lead here (DNS rebinding)."""
+        host = headers.get("host", "")
+        name = (urllib.parse.urlsplit("//" + host).hostname or "localhost").lower()
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            settings = self.broker.settings
+            if name not in ("localhost", os.uname().nodename.lower(),
+                            *map(str.lower, settings.listen + settings.admin_hosts)):
+                return False
+        return (headers.get("sec-fetch-site", "none") in ("same-origin", "none")
+                and urllib.parse.urlsplit(headers.get("origin", "//" + host)).netloc == host)
+
+    def _is_known(self, headers):
+        """Return whether the request has a right name and password (RFC 7617)."""
+        self.user = None
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "basic":
+            try:
                 name, _, password = base64.b64decode(token, validate=True).partition(b":")
-                self._log_in(name, password)
-            else:
-                self.user = None
-                self._go_on(now)
+            except ValueError:
+                return False
+            yield from self._log_in(name, password)
+        return self.user is not None
 
     # -- answers
 
     def _respond(self, status, text=None, kind=_TEXT, header=None, queues=()):
-        """Answer the request in hand; text: None for what the status says."""
+        """Answer the request in hand. text: None for what the status says."""
         body = (status.phrase if text is None else text).rstrip("\n") + "\n"
         body = body.encode("utf-8", "backslashreplace")
-        head = ("HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n"
-                "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n%s%s%s\r\n" % (
-                    status, status.phrase, kind, len(body),
-                    header + "\r\n" if header else "",
-                    "Content-Security-Policy: %s\r\n" % _page_policy() if kind == _HTML else "",
-                    "" if self._keep_alive else "Connection: close\r\n"))
-        self._say(head.encode() + (b"" if self._method == "HEAD" else body), *queues)
+        head = self._head(status, kind, "Content-Length: %d" % len(body), header)
+        self._say(head + (b"" if self._method == "HEAD" else body), *queues)
         if not self._keep_alive:
-            self._end()
+            self.end()
 
-    def _refuse(self, error):
-        if isinstance(error, OSError):
-            self._respond(HTTPStatus.INTERNAL_SERVER_ERROR, _why(error))
-        else:
-            self._respond(HTTPStatus.SERVICE_UNAVAILABLE if error.close else
-                          HTTPStatus.FORBIDDEN, os.fsdecode(error.answer).split(" ", 1)[1].strip())
+    def _head(self, status, kind, *headers):
+        lines = ["HTTP/1.1 %d %s" % (status, status.phrase), "Content-Type: " + kind,
+                 "Cache-Control: no-store", "X-Content-Type-Options: nosniff",
+                 *filter(None, headers)]
+        if kind == _HTML:
+            lines.append("Content-Security-Policy: " + _page_policy())
+        if not self._keep_alive:
+            lines.append("Connection: close")
+        return "\r\n".join(lines + ["", ""]).encode()
+
+    def _stream(self, kind, pieces):
+        """Answer with pieces of text as a generator makes them, some in each turn, so that a
+        report is never in memory as a whole."""
+        self._say(self._head(HTTPStatus.OK, kind,
+                             "Transfer-Encoding: chunked" if self._chunked else None))
+        yield
+        lines = []
+        for count, piece in enumerate(pieces if self._method != "HEAD" else (), 1):
+            lines.append(piece)
+            if count % _LINES_STEP == 0:
+                self._say_piece("".join(lines))
+                lines.clear()
+                yield
+        self._say_piece("".join(lines))
+        if self._method != "HEAD" and self._chunked:
+            self._say(b"0\r\n\r\n")
+        if not self._keep_alive:
+            self.end()
+
+    def _say_piece(self, text):
+        data = text.encode("utf-8", "backslashreplace")
+        if data:
+            self._say(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+
+    def _say_error(self, error):
+        self._respond(
+            HTTPStatus.FORBIDDEN if error.kind == "CLIENT_ERROR" else
+            HTTPStatus.SERVICE_UNAVAILABLE if error.close else HTTPStatus.INTERNAL_SERVER_ERROR,
+            error.why)
 
     def _failure(self, why, answer):
         return b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: %d\r\n\r\n%b\n" % (
             len(os.fsencode(why)) + 1, os.fsencode(why))
 
-    def _go_on(self, now):
-        call, self._call = self._call, None
-        if call and self.user is None:
-            self._respond(HTTPStatus.UNAUTHORIZED,
-                          header='WWW-Authenticate: Basic realm="kestrel"')
-        elif call:
-            call(self, now)
-
-    def _forget(self):
-        pass
-
     # -- what is asked for
 
-    def _page(self, now):
+    def _page(self):
         self._respond(HTTPStatus.OK, _PAGE, _HTML)
 
-    def _ping(self, now):
+    def _ping(self):
         self._respond(HTTPStatus.OK, "pong")
 
-    def _status(self, now):
+    def _status(self):
         self._respond(HTTPStatus.OK, self.broker.status)
 
-    def _readable(self, now):
+    def _readable(self):
         self._tell_refusal(self.broker.refuses_reads)
 
-    def _writable(self, now):
+    def _writable(self):
         self._tell_refusal(self.broker.refuses_writes)
 
     def _tell_refusal(self, why):
         self._respond(HTTPStatus.SERVICE_UNAVAILABLE if why else HTTPStatus.OK, why or None)
 
-    def _each_queue(self, now, tell, finish):
-        """A job: call `tell` with each queue and its stats, some in each turn, then `finish`."""
-        for count, name in enumerate(sorted(self.broker.queues), 1):
-            queue = self.broker.queues.get(name)
-            if queue and name not in self.broker.config.aliases:
-                tell(queue, dict(queue.stats(now)))
-            if count % (SWEEP_STEP // 10) == 0:
-                yield
-        finish()
+    def _report(self):
+        """Yield (kind, name, value) of all figures, one kind after the other, by the names of
+        Kestrel's metrics."""
+        broker, now = self.broker, self.now
+        for kind in ("counter", "gauge"):
+            for one in SERVER_STATS:
+                if one.kind == kind:
+                    yield kind + "s", one.ostrich, json.loads(str(one.get(broker, now)))
+            for queue in self._queues():
+                name = _shown_name(queue.name)
+                for one in QUEUE_STATS:
+                    if one.kind == kind:
+                        yield (kind + "s", "q/%s/%s" % (name, one.ostrich),
+                               one.get(queue, now))
+        yield "labels", "status", broker.status
+        yield "labels", "version", __version__
+        for name, metric in broker.metrics.items():
+            yield "metrics", name, metric.figures()
 
-    def _report(self, now, line, finish):
-        """Begin a job: line(name, value) of all there is to tell, under Kestrel's names, then
-        finish({"counters": lines, "gauges": lines, "labels": lines, "metrics": lines})."""
-        stats = dict(self.broker.server_stats(now))
-        report = {"counters": [], "gauges": [],
-                  "labels": [line("status", self.broker.status), line("version", __version__)],
-                  "metrics": [line(name, metric.figures())
-                              for name, metric in self.broker.metrics.items()]}
-        for key, kind, name, _, _ in _SERVER_FIGURES:
-            report[kind + "s"].append(line(name, json.loads(str(stats[key]))))
+    def _stats_json(self):
+        return self._stream(_JSON, self._json_pieces())
 
-        def tell(queue, stats):
-            for key, kind, name, _, _ in _QUEUE_FIGURES:
-                report[kind + "s"].append(line(
-                    "q/%s/%s" % (_shown_name(queue.name), name), stats[key]))
+    def _json_pieces(self):
+        last = None
+        for kind, name, value in self._report():
+            yield "%s%s:%s" % (
+                "," if kind == last else ('{"%s":{' if last is None else '},"%s":{') % kind,
+                json.dumps(name), json.dumps(value))
+            last = kind
+        yield "}}\n"
 
-        self._put_off(self._each_queue(now, tell, lambda: finish(report)))
+    def _stats_txt(self):
+        return self._stream(_TEXT, self._text_pieces())
 
-    def _stats_json(self, now):
-        self._report(
-            now, lambda name, value: "%s:%s" % (json.dumps(name), json.dumps(value)),
-            lambda report: self._respond(HTTPStatus.OK, "{%s}" % ",".join(
-                '"%s":{%s}' % (kind, ",".join(lines)) for kind, lines in report.items()), _JSON))
+    def _text_pieces(self):
+        last = None
+        for kind, name, value in self._report():
+            if kind != last:
+                yield "%s:\n" % kind
+            if isinstance(value, dict):
+                value = ", ".join("%s=%s" % pair for pair in value.items())
+            yield "  %s: %s\n" % (name, value)
+            last = kind
 
-    def _stats_txt(self, now):
-        self._report(
-            now, lambda name, value: "  %s: %s" % (name, ", ".join(
-                "%s=%s" % pair for pair in value.items()) if isinstance(value, dict) else value),
-            lambda report: self._respond(HTTPStatus.OK, "\n".join(
-                "%s:\n%s" % (kind, "\n".join(lines)) for kind, lines in report.items())))
-
-    def _metrics(self, now):
+    def _metrics(self):
         # https://prometheus.io/docs/instrumenting/exposition_formats/, version 0.0.4
-        stats = dict(self.broker.server_stats(now))
-        lines = []
-        for key, kind, _, name, what in _SERVER_FIGURES:
-            lines += _described("kestrel_" + name, kind, what)
-            lines.append("kestrel_%s %s" % (name, stats[key]))
-        for key, (name, what) in _METRICS.items():
-            name, metric, seen = "kestrel_" + name, self.broker.metrics[key], 0
-            lines += _described(name, "histogram", what)
+        return self._stream("text/plain; version=0.0.4; charset=utf-8", self._metric_lines())
+
+    def _metric_lines(self):
+        broker, now = self.broker, self.now
+        for one in SERVER_STATS:
+            if one.kind:
+                yield _described(one.metric, one.kind, one.help)
+                yield "kestrel_%s %s\n" % (one.metric, one.get(broker, now))
+        for key, (name, what) in METRICS.items():
+            metric, seen, scale = broker.metrics[key], 0, _scale(key)
+            yield _described(name, "histogram", what)
             for bits, count in enumerate(metric.buckets):
                 seen += count
                 if bits <= metric.longest.bit_length():
-                    lines.append('%s_bucket{le="%.9g"} %d' % (
-                        name, ((1 << bits) - 1) * _scale(key), seen))
-            lines += ['%s_bucket{le="+Inf"} %d' % (name, seen), "%s_count %d" % (name, seen),
-                      "%s_sum %.9g" % (name, metric.total * _scale(key))]
-        per_queue = {figure[0]: [] for figure in _QUEUE_FIGURES}
-
-        def tell(queue, stats):
-            label = _label(queue.name)
-            for key, _, ostrich, name, _ in _QUEUE_FIGURES:
-                per_queue[key].append('kestrel_queue_%s{queue="%s"} %.12g' % (
-                    name, label, stats[key] * _scale(ostrich)))
-
-        def finish():
-            for key, kind, _, name, what in _QUEUE_FIGURES:
-                if per_queue[key]:
-                    lines.extend(_described("kestrel_queue_" + name, kind, what))
-                    lines.extend(per_queue[key])
-            self._respond(HTTPStatus.OK, "\n".join(lines),
-                          "text/plain; version=0.0.4; charset=utf-8")
-
-        self._put_off(self._each_queue(now, tell, finish))
+                    yield 'kestrel_%s_bucket{le="%.9g"} %d\n' % (
+                        name, ((1 << bits) - 1) * scale, seen)
+            yield 'kestrel_%s_bucket{le="+Inf"} %d\n' % (name, seen)
+            yield "kestrel_%s_count %d\nkestrel_%s_sum %.9g\n" % (
+                name, seen, name, metric.total * scale)
+        for one in QUEUE_STATS:
+            if not one.kind:
+                continue
+            described = _described("queue_" + one.metric, one.kind, one.help)
+            line = "kestrel_queue_%s{queue=\"%%s\"} %%.12g\n" % one.metric
+            get, scale = one.get, _scale(one.ostrich)
+            for queue in self._queues():
+                if described:
+                    yield described
+                    described = None
+                yield line % (_label(queue.name), get(queue, now) * scale)
 
     # -- for the page
 
-    def _queues_json(self, now):
-        stats = dict(self.broker.server_stats(now))
-        facts = {key: stats[key] for key in ("version", "uptime", "put_rate", "get_rate")}
-        facts.update(status=self.broker.status, connections=stats["curr_connections"],
-                     items=stats["curr_items"])
-        pieces = []
+    def _queues_json(self):
+        return self._stream(_JSON, self._page_pieces())
 
-        def tell(queue, stats):
-            row = {key: stats[key] for key in (
-                "items", "bytes", "head_age", "put_rate", "get_rate", "open_transactions",
-                "waiters", "logsize")}
-            row.update(name=_shown_name(queue.name),
-                       key=urllib.parse.quote(os.fsencode(queue.name), safe=""))
-            pieces.append(json.dumps(row))
+    def _page_pieces(self):
+        broker, now = self.broker, self.now
+        totals = broker.totals()
+        yield json.dumps({
+            "version": __version__, "uptime": int(broker.uptime()),
+            "put_rate": round(broker.put_rate, 1), "get_rate": round(broker.get_rate, 1),
+            "status": broker.status, "connections": broker.stats.curr_connections,
+            "items": totals.items, "queues": 0})[:-2] + "["
+        shown = [one for one in QUEUE_STATS if one.name in (
+            "items", "bytes", "logsize", "waiters", "open_transactions", "head_wait", "put_rate",
+            "get_rate")]
+        comma = ""
+        for queue in self._queues():
+            row = {one.name: one.get(queue, now) for one in shown}
+            row.update(name=_shown_name(queue.name), key=_key_of(queue.name))
+            yield comma + json.dumps(row)
+            comma = ","
+        yield "]}\n"
 
-        self._put_off(self._each_queue(now, tell, lambda: self._respond(
-            HTTPStatus.OK, '%s,"queues":[%s]}' % (
-                json.dumps(facts)[:-1], ",".join(pieces)), _JSON)))
+    def _history_json(self):
+        queues = self._queues(self._query.get("queue", [])[:QUEUES_STEP * 4])
+        self._respond(HTTPStatus.OK, json.dumps(
+            {_key_of(queue.name): self.broker.history(queue) for queue in queues}), _JSON)
 
-    def _history_json(self, now):
-        history = {}
-        for name in self._query.get("queue", [])[:SWEEP_STEP // 10]:
-            queue = self.broker.find(name)
-            if queue:
-                history[urllib.parse.quote(os.fsencode(name), safe="")] = (
-                    self.broker.history(queue))
-        self._respond(HTTPStatus.OK, json.dumps(history), _JSON)
-
-    def _peek(self, now):
+    def _peek(self):
         self._check_reads()
         queue = self._asked_queue()
         if queue:
             self._check_user("get_users", queue.name)
-            item = queue.peek(now)
+            item = yield from self._next(queue, peek=True)
             self._respond(HTTPStatus.OK, json.dumps({"item": item and {
                 "bytes": len(item.data), "flags": item.flags,
-                "age_msec": max(0, now - item.add_time),
+                "age_msec": max(0, self.now - item.add_time),
                 "text": item.data[:2000].decode("utf-8", "backslashreplace")}}), _JSON)
 
     # -- what changes something
 
     def _asked_queue(self):
-        """The queue that the request names, or None, which it has then been told."""
+        """Return the queue that the request names, or None, which it is told then."""
         queue = self.broker.find(self._query.get("queue", [""])[0])
         if queue is None:
             self._respond(HTTPStatus.NOT_FOUND, "there is no such queue")
         return queue
 
-    def _flush(self, now):
-        self._check_writes()
+    def _post_flush(self):
         queue = self._asked_queue()
         if queue:
-            self._drop(queue)
+            self._flush(queue.name)
             self._respond(HTTPStatus.OK, "flushed", queues=[queue])
 
-    def _delete(self, now):
-        self._check_admin("delete")
-        self._check_writes()
+    def _post_delete(self):
         queue = self._asked_queue()
         if queue:
-            self._drop(queue, True)
+            yield from self._delete(queue.name)
             self._respond(HTTPStatus.OK, "deleted", queues=[queue])
 
-    def _reload(self, now):
-        self._check_admin("reload")
-        try:
-            self.broker.reload(self.who)
-        except ConfigError as error:
-            self._respond(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
-        else:
-            self._respond(HTTPStatus.OK, "reloaded")
+    def _post_reload(self):
+        yield from self._reload()
+        self._respond(HTTPStatus.OK, "reloaded")
 
-    def _quiesce(self, now):
-        self._check_admin("status")
-        self.broker.set_status("quiescent", self.who)
+    def _post_quiesce(self):
+        self._set_status("quiescent")
         self._respond(HTTPStatus.OK, "quiescent")
 
-    def _stop(self, now):
-        self._shutdown([], now)
+    def _post_shutdown(self):
+        self._check_admin("shutdown")
         self._keep_alive = False
         self._respond(HTTPStatus.OK, "stopping")
-
-
-def _scale(name):
-    return _SCALES.get(name.rpartition("_")[2], 1)
+        self._shutdown()
 
 
 def _described(name, kind, what):
-    return ["# HELP %s %s" % (name, what), "# TYPE %s %s" % (name, kind)]
+    return "# HELP kestrel_%s %s\n# TYPE kestrel_%s %s\n" % (name, what, name, kind)
 
 
-# What is asked for, and what has to be POSTed.
+# What may be asked for: path -> method and what does it.
 _ADMIN_PATHS = {
     "/": ("GET", AdminSession._page),
     "/ping": ("GET", AdminSession._ping),
@@ -5813,11 +6049,11 @@ _ADMIN_PATHS = {
     "/queues.json": ("GET", AdminSession._queues_json),
     "/history.json": ("GET", AdminSession._history_json),
     "/peek": ("GET", AdminSession._peek),
-    "/flush": ("POST", AdminSession._flush),
-    "/delete": ("POST", AdminSession._delete),
-    "/reload": ("POST", AdminSession._reload),
-    "/quiesce": ("POST", AdminSession._quiesce),
-    "/shutdown": ("POST", AdminSession._stop),
+    "/flush": ("POST", AdminSession._post_flush),
+    "/delete": ("POST", AdminSession._post_delete),
+    "/reload": ("POST", AdminSession._post_reload),
+    "/quiesce": ("POST", AdminSession._post_quiesce),
+    "/shutdown": ("POST", AdminSession._post_shutdown),
 }
 
 # What load balancers ask for, who have no password.
@@ -5914,7 +6150,7 @@ const time = s => s < 1 ? Math.round(s * 1000) + " ms" : s < 120 ? Math.round(s)
   : s < 7200 ? Math.round(s / 60) + " min" : s < 172800 ? Math.round(s / 3600) + " h"
   : Math.round(s / 86400) + " d"
 const columns = [["Queue", "name", x => x], ["Items", "items", number.format],
-  ["Bytes", "bytes", bytes], ["Oldest", "head_age", ms => ms ? time(ms / 1000) : "–"],
+  ["Bytes", "bytes", bytes], ["Oldest", "head_wait", ms => ms ? time(ms / 1000) : "–"],
   ["Put/s", "put_rate", number.format], ["Got/s", "get_rate", number.format],
   ["Open", "open_transactions", number.format], ["Waiters", "waiters", number.format],
   ["Journal", "logsize", bytes]]
@@ -6052,22 +6288,53 @@ def _page_policy():
             "frame-ancestors 'none'" % digest)
 
 
-# == 7. Server ============================================================================
+# == 9. Server ============================================================================
 #
-# Sockets, time, fsync, signals: the loop that feeds the sessions and sends their answers.
-# Knows nothing of records or of command words.
+# Sockets, time, fsync, signals: the loop that feeds the sessions and sends their answers. Knows
+# nothing of records or of command words.
 
-# So many waits in a row must have been shorter than busy_poll for the next to be polled.
+# How long a turn feeds clients, and for how long it runs tasks then, in seconds. What is left
+# over is for the next turn.
+_FEED_SECONDS = 0.006
+_WORK_SECONDS = 0.005
+
+# How many waits in a row must have been shorter than busy_poll for the next to be polled.
 _SHORT_WAITS = 4
+
+# How many TLS handshakes a turn does, which take a millisecond each, and how many queues may have
+# something to write before it feeds nobody any more.
+_GREETINGS = 4
+_MOST_WRITES = 150
+
+# How much is read from a socket at a time, and how much unparsed input of a client that waits
+# is kept before its socket is left alone.
+_CHUNK = 1 << 16
+
+# How much is sent to a client in a turn, though it would take more; IOV_MAX: how many pieces one
+# sendmsg() takes.
+_MOST_SENT = 1 << 17
+_MAX_VECTOR = 1024
+
+# How often a client whose socket is not read is checked for having gone, in seconds, and how long
+# one is given to read its last answers.
+_LOOK_SECONDS = 1
+_LINGER_SECONDS = 1
+
+# When a silent TCP connection is probed, how often, and how many probes may go unanswered.
+_KEEPALIVE = {"TCP_KEEPIDLE": 120, "TCP_KEEPINTVL": 30, "TCP_KEEPCNT": 4}
+
+# How many new clients a listener takes in a turn, and how often the log tells of those refused.
+_ACCEPTS = 256
+_TELL_SECONDS = 10
 
 # How long a status_command may run.
 _ANNOUNCE_SECONDS = 30
 
-# How long a journal must have been written without a failure to be called well.
+# Seconds without a failed write before a journal counts as recovered.
 _CALM_SECONDS = 3
 
-# How many queues are being fsynced at once, each of which takes descriptors; and when it is
-# tried again if there were none, in milliseconds.
+# How many queues are being fsynced at once, each of which takes descriptors; and after how many
+# milliseconds it is tried again if there were none.
 _SYNCS = 64
 _SYNC_AGAIN_MS = 50
 
@@ -6077,27 +6344,6 @@ _OTHER_FILES = 20
 # How long fsyncs are waited for before the end.
 _LAST_SECONDS = 30
 
-# How many connections are seen to in a turn, of these how many TLS handshakes, for how long jobs
-# in hand are, how many new ones by each listener, and how often the log tells of those refused.
-_EVENTS = 1000
-_GREETINGS = 8
-_WORK_SECONDS = 0.005
-_ACCEPTS = 256
-_TELL_SECONDS = 10
-
-# How often it is looked after clients who have said too much to be listened to.
-_LOOK_SECONDS = 1
-
-# IOV_MAX: how many pieces one sendmsg() takes.
-_MAX_VECTOR = 1024
-
-# How much is read from a socket at a time, and how much unparsed input a session that
-# waits may pile up before its socket is left alone.
-_CHUNK = 1 << 16
-
-# How much is sent to a client in a turn, though it would take more.
-_MOST_SENT = 1 << 17
-
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 # What is spoken at a port, which is set by memcache_port and so on.
@@ -6106,7 +6352,7 @@ _PROTOCOLS = {"memcache": MemcacheSession, "text": TextSession, "thrift": Thrift
 
 
 def _guard(call, *arguments):
-    """Make a call. What nobody foresaw is logged, and does not end the server."""
+    """Make a call. An unexpected exception is logged, and does not end the server."""
     try:
         call(*arguments)
     except Exception:
@@ -6122,7 +6368,7 @@ class Timers:
         self._cancelled = 0
 
     def at(self, when, call):
-        """Make `call` at `when`, or as soon after as run() is called; returns its entry."""
+        """Make `call` at `when`, or as soon after as run() is called; return its entry."""
         entry = [when, next(self._serial), call]
         heapq.heappush(self._heap, entry)
         return entry
@@ -6139,7 +6385,7 @@ class Timers:
             self._cancelled = 0
 
     def wait(self, mono):
-        """Seconds until there may be something to do, None if there is nothing."""
+        """Return the seconds until there may be something to do, None if there is nothing."""
         # An hour at most: select() cannot wait for years.
         return min(max(0, self._heap[0][0] - mono), 3600) if self._heap else None
 
@@ -6157,8 +6403,8 @@ class Timers:
 class Worker:
     """A thread for calls that block, above all fsync, so that the loop never does.
 
-    `done` is filled with (call, OSError or None, seconds that it took); `wake` is called
-    after each, from the thread. `unfinished` counts what is not in `done` yet or still there.
+    `done` is filled with (call, OSError or None, seconds that it took); `wake` is called after
+    each, from the thread. `unfinished` counts what is not in `done` yet or still there.
     """
 
     def __init__(self, wake):
@@ -6170,7 +6416,8 @@ class Worker:
         self._thread.start()
 
     def submit(self, work, call):
-        """Have `work` done, which returns an OSError or None; then pass on `call` and that."""
+        """Run work(), which returns an OSError or None, on the thread; then have
+        take_results() make call(error, seconds)."""
         self.unfinished += 1
         self._jobs.put((work, call))
 
@@ -6181,10 +6428,11 @@ class Worker:
             self.unfinished -= 1
             _guard(call, error, seconds)
 
-    def stop(self):
-        """Finish what has been submitted and end the thread."""
+    def stop(self, wait=True):
+        """End the thread when it has done what has been submitted."""
         self._jobs.put(None)
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
     def _run(self):
         for work, call in iter(self._jobs.get, None):
@@ -6200,18 +6448,165 @@ class Worker:
             self._wake()
 
 
-def _announce_all(command, endpoints, statuses):
-    """Run the status_command with each status that comes; in a thread of its own."""
-    for status in iter(statuses.get, None):
-        try:
-            subprocess.run([*shlex.split(command), status, *endpoints], check=True,
-                           timeout=_ANNOUNCE_SECONDS, stdin=subprocess.DEVNULL)
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            log.error("status_command: %s", error)
+class Poller:
+    """Waits for events of sockets, and for interrupt()."""
+
+    is_greeting = False                  # as a Connection may be
+
+    def __init__(self, busy_poll):
+        self.selector = selectors.DefaultSelector()
+        self._busy_poll = busy_poll      # seconds
+        self._short_waits = 0            # how many in a row, see wait()
+        self._left, self._right = socket.socketpair()
+        self._left.setblocking(False)
+        self._right.setblocking(False)
+        self.selector.register(self._left, _READ, self)
+
+    def wait(self, timeout):
+        """Wait for events, at most so many seconds (None: for ever).
+
+        To be put to sleep and woken again takes longer than most commands. While the waits are
+        short, as with a client that answers at once, it is cheaper not to sleep.
+        """
+        wait = self.selector.select
+        start = time.monotonic()
+        if self._short_waits >= _SHORT_WAITS:
+            while time.monotonic() < start + self._busy_poll:
+                events = wait(0)
+                if events:
+                    return events
+        # The second look is for a process that was stopped, whose wait ends without one.
+        events = wait(timeout) or wait(0)
+        is_short = time.monotonic() < start + self._busy_poll
+        self._short_waits = self._short_waits + 1 if is_short else 0
+        return events
+
+    def watch(self, sock, before, mask, data):
+        """Watch a socket for other events than before (0 for none)."""
+        if not mask:
+            self.selector.unregister(sock)
+        elif before:
+            self.selector.modify(sock, mask, data)
+        else:
+            self.selector.register(sock, mask, data)
+
+    def interrupt(self):
+        """End a wait, or the next one. From any thread, or a signal handler."""
+        with contextlib.suppress(OSError):   # full: it will turn; closed: it has stopped
+            self._right.send(b"\0")
+
+    def ready(self, mask):
+        """There has been an interrupt(); what for is seen in the rest of the turn."""
+        with contextlib.suppress(BlockingIOError):
+            self._left.recv(4096)
+
+    def wait_for_interrupt(self, timeout):
+        """Wait for an interrupt(), at most so many seconds, and not for sockets."""
+        select.select([self._left], [], [], timeout)
+        self.ready(_READ)
+
+    def fileno(self):
+        """Return what signal.set_wakeup_fd() can be given."""
+        return self._right.fileno()
+
+    def close(self):
+        """Close the selector; sockets are closed by their owners."""
+        self.selector.close()
+        self._left.close()
+        self._right.close()
+
+
+class Syncs:
+    """Fsyncs of journals on a worker, one at a time of each queue, and the log's lines about
+    journals that cannot be written."""
+
+    def __init__(self, server):
+        self._server = server
+        self._planned = set()            # queues whose fsync has a time set
+        self._wanted = {}                # queues to be fsynced, in order; an ordered set
+        self._running = set()            # queues that are being fsynced
+        self._failing = {}               # queue -> when writing its journal failed last
+        self._recovering = set()         # queues whose recovery is planned
+
+    def is_idle(self):
+        """Return whether no fsync is wanted or under way."""
+        return not (self._wanted or self._running)
+
+    def written(self, queue):
+        """A journal has been written: it is fsynced as sync_journal says."""
+        if self._failing:
+            self._note_success(queue)
+        delay = queue.config.sync_journal
+        if delay == 0:
+            self._wanted[queue] = None
+        elif delay is not None and queue not in self._planned:
+            self._planned.add(queue)
+            self._server.later(delay, functools.partial(self._due, queue))
+
+    def start(self):
+        """Begin the fsyncs that are wanted, the next of a queue for all that has been written
+        since."""
+        for queue in list(self._wanted):
+            if len(self._running) >= _SYNCS:
+                break
+            if queue in self._running:
+                continue
+            del self._wanted[queue]
+            if not queue.needs_sync():
+                continue
+            try:
+                call, sync = queue.begin_sync()
+            except OSError as error:
+                if is_short_of_descriptors(error):
+                    self._server.later(_SYNC_AGAIN_MS, functools.partial(self._due, queue))
+                    continue
+                # It counts as one that has been done and has failed.
+                call, sync = functools.partial(_bare, error), None
+            self._running.add(queue)
+            self._server.worker.submit(call, functools.partial(self._synced, queue, sync))
+
+    def _due(self, queue):
+        self._planned.discard(queue)
+        self._wanted[queue] = None
+
+    def _synced(self, queue, sync, error, seconds):
+        self._running.discard(queue)
+        queue.counters.fsync_usec = int(seconds * 1e6)
+        self._server.broker.metrics["fsync_usec"].add(queue.counters.fsync_usec)
+        if not error:
+            queue.synced(sync)
+            return
+        if not queue.closed:
+            self.failed(queue, error, "fsynced")
+            self._server.later(RETRY_MS, functools.partial(self._due, queue))
+        queue.sync_failed(sync, error)
+
+    def failed(self, queue, error, what="written"):
+        """Log that a journal cannot be written, once, and try again in a while."""
+        if queue not in self._failing:
+            log.error("the journal of %s cannot be %s: %s", queue.name, what, _why(error))
+        self._failing[queue] = self._server.mono
+        if queue not in self._recovering:
+            self._recovering.add(queue)
+            self._server.later(RETRY_MS, functools.partial(self._recover, queue))
+
+    def _note_success(self, queue):
+        # With a disk on the brink, one write fails and the next does not, over and over.
+        mono = self._server.mono
+        if mono > self._failing.get(queue, mono) + _CALM_SECONDS:
+            del self._failing[queue]
+            log.info("the journal of %s can be written again", queue.name)
+
+    def _recover(self, queue):
+        self._recovering.discard(queue)
+        if queue.closed:
+            self._failing.pop(queue, None)
+        else:
+            queue.recover(self._server.now)
 
 
 def _first_of(pieces, size):
-    """The first `size` bytes, or so many as one sendmsg() takes, as a list of pieces."""
+    """Return the first `size` bytes, or so many as one sendmsg() takes, as a list of pieces."""
     taken = []
     for piece in pieces[:_MAX_VECTOR]:
         if size <= 0:
@@ -6221,79 +6616,66 @@ def _first_of(pieces, size):
     return taken
 
 
-class TLSSocket(ssl.SSLSocket):
-    """A client's socket with TLS on it, which can be used as a plain one that does not block:
-    the handshake is part of the first reads."""
-
-    _is_over = False                 # after shutdown()
-
-    def recv(self, size):
-        if self._is_over:
-            return super().recv(size)    # in plain, to be thrown away
-        try:
-            return self.read(size)
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            raise BlockingIOError from None
-        except ValueError as error:      # it was gone before it was wrapped, and so is not
-            raise ConnectionError(str(error)) from None
-
-    def send(self, data):
-        try:
-            return super().send(data) if data else 0       # to send nothing is an error to some
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            raise BlockingIOError from None
-
-    def sendmsg(self, buffers):
-        # To go on after a wait OpenSSL wants to see the same again, or more.
-        return self.send(b"".join(buffers))
-
-    def shutdown(self, how):
-        with contextlib.suppress(OSError, ValueError):
-            self.unwrap()                # says that this is the end, and does not wait for its echo
-        self._is_over = True
-        super().shutdown(how)
+def _run_status_command(command, status, endpoints):
+    """Run a status_command; blocks."""
+    try:
+        subprocess.run([*shlex.split(command), status, *endpoints], check=True,
+                       timeout=_ANNOUNCE_SECONDS, stdin=subprocess.DEVNULL)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        log.error("status_command: %s", error)
 
 
 class Connection:
-    """A client's socket and the session on it."""
+    """A client's socket and the session on it.
+
+    place() arranges what the state of the session asks for: which events the socket is watched
+    for, and when tick() is called.
+
+        state     the socket is read                  tick() at
+        READY     yes                                 client_timeout; with half a command in hand,
+                                                      or before the login, sooner
+        WAITING   until _CHUNK bytes are unparsed     the end of the wait
+        WORKING   likewise
+        HELD      likewise
+        FULL      likewise
+        ENDING    yes, for nothing                    all has been sent: after _LINGER_SECONDS
+        CLOSED    no
+
+    In each state, while the client does not take its answers, tick() comes after send_timeout;
+    while its socket is not read, each second, to see whether it has gone.
+    """
 
     def __init__(self, server, sock, session):
         self.server = server
         self.sock = sock
         self.session = session
-        session.wake = functools.partial(server.woken.append, self)
-        self.holds = 0                   # how many queues have to be safe before answers go
         self.since = self.last_active = server.mono
         self.is_greeting = isinstance(sock, TLSSocket)         # the handshake is not done
-        self._unsent = []
-        self._watched = _READ
-        self._checked = 0                # entries of session.touched seen by settle()
-        self._deadline = self._alarm = self.idle_alarm = None
-        self._send_alarm = self._look_alarm = None
-        self._sent = 0                   # bytes sent since _watch_sending()
-        self._at_end = False             # the client will send no more
-        self._finished = False           # nothing more will be said
-        self.is_paused = False           # it is not listened to, for it has said too much
-        self.closed = False
         self.is_traced = server.config.server.enable_session_trace
+        self.state = READY               # of the session, when place() was called last
+        self.buffered = 0                # bytes of input and output that server.buffered counts
+        self._unsent = []
+        self._watched = 0
+        self._deadline = 0               # when a wait, or the lingering, ends
+        self._alarm = None               # the entry of tick() in server.timers
+        self._finished = False           # the socket has been shut down
+        self._in_tasks = False           # _work() is among the server's tasks
         if self.is_traced:
             trace.info("%s: connected", session.who)
-        server.selector.register(sock, self._watched, self)
-
-    def is_idle(self):
-        """Whether the next word is the client's."""
-        return not (self.session.waiter or self.session.job or self.session.out or self.holds
-                    or self._unsent)
+        self._watch(_READ)
+        self._set_alarm()
 
     def is_sending(self):
-        """Whether there are answers that the kernel has not taken yet."""
+        """Return whether there are answers that the kernel has not taken yet."""
         return bool(self._unsent)
 
     def ready(self, mask):
         """The socket can be read or written."""
-        if mask & _WRITE:
-            self.flush()
-        if not mask & _READ or self.closed:
+        session, server = self.session, self.server
+        if session.state is CLOSED:
+            return
+        server.active.append(self)
+        if not mask & _READ:
             return
         try:
             data = self.sock.recv(_CHUNK)
@@ -6301,183 +6683,63 @@ class Connection:
             return
         except OSError as error:         # reset: gone, like one that closed
             if isinstance(error, ssl.SSLError):
-                log.info("%s: TLS: %s", self.session.who, error.reason or error)
+                log.info("%s: TLS: %s", session.who, error.reason or error)
             data = b""
         if not data:
-            self._hang_up()
+            session.hang_up(server.now)
             return
-        server = self.server
         server.broker.stats.bytes_read += len(data)
         self.last_active = server.mono
         self.is_greeting = False
-        if self._at_end:                 # we have said all that we will
-            return
         if self.is_traced:
-            trace.info("%s: says %r", self.session.who, data[:200])
-        session = self.session
+            trace.info("%s: says %r", session.who, data[:200])
         session.most_load = server.share
         session.feed(data, server.now)
-        server.active.append(self)
-        if session.stalled or session.unparsed or self.is_paused:
-            self._after_feed()
+        if session.load > _CHUNK or session.state is not READY:
+            self.count_buffers()
 
     def resume(self):
-        """The session can go on after a wait."""
-        if not self.closed:
-            self.server.waiting.discard(self)
-            self.session.most_load = self.server.share
-            self.session.resume(self.server.now)
-            self.server.active.append(self)
-            self._after_feed()
-            session = self.session
-            if self._at_end and not (session.job or session.held or session.is_full()
-                                     or session.closing):
-                self._hang_up()
+        """Go on with a session that can go on."""
+        session, server = self.session, self.server
+        server.active.append(self)
+        session.most_load = server.share
+        session.resume(server.now)
+        if session.load > _CHUNK:
+            self.count_buffers()
 
-    def _go_on(self):
-        """Have the session resumed: in the time that there is for jobs, or in the next turn. One
-        that is held is woken by its release."""
-        if not self.session.job:
-            self.session.wake()
-        elif not self.session.held:
-            self.server.working[self] = None
-
-    def _after_feed(self):
-        """See to what the session asks for: a timeout, and a pause in its input."""
-        session = self.session
-        if session.timeout is not None:
-            self._deadline = self.server.mono + session.timeout / 1000
-            session.timeout = None
-            # One entry on the heap serves one wait after the other, as a rule.
-            if self._alarm is None or self._deadline < self._alarm[0]:
-                self._set_alarm()
-        elif session.waiter and self._alarm is None:   # a monitor that waits once more
-            self._set_alarm()
-        if session.waiter:
-            self.server.waiting.add(self)
-        elif session.job and not (session.held or session.is_full()):  # else it is woken
-            self.server.working[self] = None
-        paused = session.backlog() > _CHUNK
-        if paused != self.is_paused and not self._at_end:
-            self.is_paused = paused
-            self._watch(self._watched & ~_READ if paused
-                        else self._watched | _READ)
-        if session.waiter and paused and self._look_alarm is None:
-            self._look_alarm = self.server.timers.at(
-                self.server.mono + _LOOK_SECONDS, self._look)
-
-    def give_up(self):
-        """There is no memory for what the client has sent: tell it so, and close."""
-        self.session.out_of_memory()
-        self.server.active.append(self)
-
-    def _look(self):
-        """Nothing else tells that a client has gone while it waits and its socket is not read."""
-        self._look_alarm = None
-        if self.session.waiter and self.is_paused:
-            poll = select.poll()
-            poll.register(self.sock, getattr(select, "POLLRDHUP", 0))
-            if poll.poll(0):
-                self.close()
-            else:
-                self._look_alarm = self.server.timers.at(
-                    self.server.mono + _LOOK_SECONDS, self._look)
-
-    def _set_alarm(self):
-        if self._alarm:
-            self.server.timers.cancel(self._alarm)
-        self._alarm = self.server.timers.at(self._deadline, self._ring)
-
-    def _ring(self):
-        self._alarm = None
-        if self.session.waiter:
-            if self._deadline <= self.server.mono:
-                self.session.time_out()
-            else:
-                self._set_alarm()
-
-    def _hang_up(self):
-        """The client has closed its side. What it is owed by now is still sent."""
-        session = self.session
-        if not (session.waiter or session.is_asking) and (
-                session.job or session.unparsed and not self._at_end):
-            self._at_end = True              # resume() comes back here when that is done
-            self._watch(self._watched & ~_READ)
-            self._go_on()
-            return
-        self.session.close(self.server.now)
-        if self.session.out or self._unsent:
-            self._at_end = True
-            self._watch(self._watched & ~_READ)
-            self.server.active.append(self)
-        else:
-            self.close()
-
-    def settle(self, failed, unsafe):
-        """Put errors in the place of answers that rest on a failed journal, and hold those
-        that rest on operations which are not safe yet."""
-        session = self.session
-        if self.closed:
-            return
-        since, self._checked = self._checked, len(session.touched)
-        touched = {entry[0] for entry in session.touched[since:]}
-        if failed:
-            if any(isinstance(failed.get(queue), Unclear) for queue in touched):
-                self.close()
-                return
-            session.fail(failed, since)
-        touched &= unsafe
-        if touched:
-            self.holds += len(touched)
-            for queue in touched:
-                queue.history.when_safe(
-                    functools.partial(self._release, queue, since, self._checked))
-        if self.holds:
-            session.hold()
-
-    def _release(self, queue, since, until, error):
-        """Operations that answers waited for are safe, or have been undone."""
-        self.holds -= 1
-        if self.closed:
-            return
-        if isinstance(error, Unclear):
-            self.close()                     # nobody knows what has become of them
-            return
-        if error:
-            self.session.fail({queue: error}, since, until)
-        if not self.holds:
-            self.session.release()
-            self.session.wake()              # in the next turn: others are being released
+    def _work(self):
+        """A task: go on with a long command, a step at a time."""
+        while self.session.state is WORKING:
+            self.server.visit(self, Connection.resume)
+            yield
+        self._in_tasks = False
+        self.server.active.append(self)      # it may be WORKING again
 
     def flush(self):
-        """Send the answers, as far as the kernel takes them."""
+        """Send the answers that are safe, as far as the kernel takes them."""
         session = self.session
-        if self.closed:
+        if session.state is CLOSED:
+            self.close()
             return
-        if self.holds:
-            self._checked = len(session.touched)
-        elif session.out:
-            self._checked = 0
+        if session.out and not session.holds:
             if self.is_traced:
-                trace.info("%s: is told %r", self.session.who, b"".join(session.out)[:200])
+                trace.info("%s: is told %r", session.who, b"".join(session.out)[:200])
             self._unsent += session.take()
         if self._unsent:
             try:
                 self._send()
             except BlockingIOError:
-                self._watch(self._watched | _WRITE)
-                self._watch_sending()
-                return
+                pass
             except OSError:              # gone: the next read would have told
                 self.close()
                 return
-        if self._watched & _WRITE:
-            self._watch(self._watched & ~_WRITE)
-        if session.is_full() or session.job:
-            self._go_on()
-        session.load = 0
-        if session.closing and not (self.holds or self._finished):
-            self._finish()
+        if not self._unsent and not session.out:
+            session.load = 0
+            if session.state is FULL:
+                session.sent()
+        if not (session.state is self.state is READY and self._watched == _READ
+                and not self._unsent and not self.buffered):
+            self.place()
 
     def _send(self):
         unsent = self._unsent
@@ -6492,76 +6754,162 @@ class Connection:
             elif left:
                 count = self.sock.sendmsg(_first_of(unsent, left))
             else:
-                raise BlockingIOError          # the others first
+                return                         # the others first
             left -= count
             stats.bytes_written += count
-            self._sent += count
+            self.last_active = self.server.mono
             while unsent and count >= len(unsent[0]):
                 count -= len(unsent.pop(0))
             if count:
                 unsent[0] = memoryview(unsent[0])[count:]
 
-    def _watch_sending(self):
-        """Close the connection if it takes nothing of what is to be sent for send_timeout."""
-        timeout = self.server.config.server.send_timeout
-        if timeout and self._send_alarm is None:
-            self._sent = 0
-            self._send_alarm = self.server.timers.at(
-                self.server.mono + timeout / 1000, self._check_sending)
+    # -- the state
 
-    def _check_sending(self):
-        self._send_alarm = None
-        if self._unsent and not self._sent:
-            log.warning("%s takes nothing of its answers; closed", self.session.who)
+    def place(self):
+        """Arrange what the state of the client asks for."""
+        session, server = self.session, self.server
+        self.state = state = session.state
+        if session.timeout is not None:
+            self._deadline = server.mono + session.timeout / 1000
+            session.timeout = None
+        if state is ENDING and not (session.out or self._unsent or self._finished):
+            self._finish()
+            if session.state is CLOSED:
+                return
+        elif state is WORKING and not self._in_tasks:
+            self._in_tasks = True
+            server.broker.start(self._work())
+        if state is WAITING:
+            server.waiting.add(self)
+        else:
+            server.waiting.discard(self)
+        self.count_buffers()
+        self._watch((_READ if self._is_listening() else 0) | (_WRITE if self._unsent else 0))
+        self._set_alarm()
+
+    def _is_listening(self):
+        """Return whether the socket is to be read."""
+        session = self.session
+        return not session.at_end and (
+            session.state in (READY, ENDING) or session.unparsed <= _CHUNK)
+
+    def _deadlines(self):
+        """Yield (when, what is done then) for each time that matters in this state."""
+        session, settings = self.session, self.server.config.server
+        timeout = settings.send_timeout
+        if self._unsent:
+            if timeout:
+                yield self.last_active + timeout / 1000, self._stop_sending
+        elif self._finished:
+            yield self._deadline, self.close
+        elif session.state is READY:
+            if timeout and session.is_amid():
+                yield self.last_active + timeout / 1000, self._stop_receiving
+            for timeout in (settings.client_timeout, session.idle_timeout):
+                if timeout:
+                    yield self.last_active + timeout / 1000, self.close
+            if session.is_stranger or self.is_greeting:
+                yield self.since + LOGIN_MS / 1000, self.close
+        if session.state is WAITING:
+            yield self._deadline, session.time_out
+
+    def _set_alarm(self):
+        """Have tick() called at the next of these times."""
+        server = self.server
+        due = min([when for when, _ in self._deadlines()], default=None)
+        if not (self._watched & _READ or self.session.at_end):
+            look = server.mono + _LOOK_SECONDS
+            due = look if due is None else min(due, look)
+        # One entry on the heap serves one wait after the other, as a rule.
+        if due is not None and (self._alarm is None or due < self._alarm[0]):
+            if self._alarm:
+                server.timers.cancel(self._alarm)
+            self._alarm = server.timers.at(due, self._ring)
+
+    def _ring(self):
+        self._alarm = None
+        self.server.visit(self, Connection.tick)
+
+    def tick(self):
+        """A time may be over, or the client gone."""
+        for when, call in list(self._deadlines()):
+            if when <= self.server.mono:
+                call()
+        if self.session.state is not CLOSED:
+            if not (self._watched & _READ or self.session.at_end) and self._has_gone():
+                self.close()
+            else:
+                self._set_alarm()
+
+    def _has_gone(self):
+        """Return whether the client has hung up; for when its socket is not read."""
+        poll = select.poll()
+        poll.register(self.sock, getattr(select, "POLLRDHUP", 0))
+        return bool(poll.poll(0))
+
+    def _stop_sending(self):
+        log.warning("%s is not reading its answers; closed after send_timeout", self.session.who)
+        self.close()
+
+    def _stop_receiving(self):
+        log.warning("%s has sent half a command; closed after send_timeout", self.session.who)
+        self.close()
+
+    def count_buffers(self):
+        """Tell the server how much memory the input and output of the client take."""
+        session = self.session
+        size = session.unparsed + sum(map(len, session.out)) + sum(map(len, self._unsent))
+        change = size - self.buffered
+        if change:
+            self.buffered = size
+            self.server.count_buffers(change)
+
+    def refuse(self):
+        """There is no memory left for what the client sends, or is sent."""
+        log.error("%s: out of memory", self.session.who)
+        if self._unsent or self.session.out:
             self.close()
-        elif self._unsent:
-            self._watch_sending()
+        else:
+            self.session.out_of_memory()
+            self.server.active.append(self)
+            self.count_buffers()
+
+    # -- the end
 
     def _finish(self):
-        """All has been said. The client is given a moment to read it: to close a socket
-        with unread input would take back what it has not read yet."""
-        self.session.close(self.server.now)
+        """All has been said. The client is given a moment to read it: to close a socket with
+        unread input would take back what it has not read yet."""
         self._finished = True
-        if self._at_end:
+        self._deadline = self.server.mono + _LINGER_SECONDS
+        if self.session.at_end:
             self.close()
             return
-        self._at_end = True
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError:
             self.close()
-            return
-        self._watch(_READ)
-        self.server.timers.at(self.server.mono + 1, self.close)
 
     def close(self):
         """Let go of the client; its open reads go back."""
-        if not self.closed:
-            self.closed = True
-            self.session.close(self.server.now)
-            self.session.wake = lambda: None     # no cycle is left for a garbage collector
+        session, server = self.session, self.server
+        session.close(server.now)
+        if server.connections.pop(session, None):
+            self._unsent = []
+            session.take()
+            self.count_buffers()
             self._watch(0)
-            for alarm in filter(None, (
-                    self._alarm, self.idle_alarm, self._send_alarm, self._look_alarm)):
-                self.server.timers.cancel(alarm)
+            if self._alarm:
+                server.timers.cancel(self._alarm)
             self.sock.close()
-            self.server.connections.discard(self)
-            self.server.waiting.discard(self)
-            self.server.broker.count_connection(-1)
+            server.waiting.discard(self)
+            server.broker.count_connection(-1)
             if self.is_traced:
-                trace.info("%s: closed", self.session.who)
+                trace.info("%s: closed", session.who)
 
     def _watch(self, mask):
-        selector = self.server.selector
-        if mask == self._watched:
-            return
-        if not mask:
-            selector.unregister(self.sock)
-        elif self._watched:
-            selector.modify(self.sock, mask, self)
-        else:
-            selector.register(self.sock, mask, self)
-        self._watched = mask
+        if mask != self._watched:
+            self.server.poller.watch(self.sock, self._watched, mask, self)
+            self._watched = mask
 
 
 class Listener:
@@ -6569,15 +6917,16 @@ class Listener:
 
     is_greeting = False                  # as a Connection may be
 
-    def __init__(self, server, sock, protocol, session_type):
+    def __init__(self, server, sock, protocol):
         self.server = server
         self.sock = sock
         self.protocol = protocol
-        self.session_type = session_type
         self.address = sock.getsockname()
         self.name = _name_of(self.address)
         self._refused = 0                # connections refused since the log told of it,
         self._told = -_TELL_SECONDS      # and when that was
+        if isinstance(self.address, tuple):
+            _keep_alive(sock)
         try:
             sock.listen(server.config.server.connection_backlog)
         except OSError as error:         # another one has come first since
@@ -6585,12 +6934,13 @@ class Listener:
         self._start()
 
     def is_local(self):
-        """Whether only clients of this machine can come in."""
+        """Return whether only clients of this machine can come in."""
         return isinstance(self.address, str) or _ip_of(self.address[0]).is_loopback
 
     def ready(self, mask):
-        """Clients are at the door."""
+        """Accept pending connections."""
         server = self.server
+        end = server.mono + _FEED_SECONDS
         for _ in range(_ACCEPTS):
             try:
                 sock, address = self.sock.accept()
@@ -6600,29 +6950,33 @@ class Listener:
                 continue
             except OSError as error:
                 log.error("cannot accept connections for a second: %s", error.strerror)
-                server.selector.unregister(self.sock)
+                server.poller.watch(self.sock, _READ, 0, self)
                 server.timers.at(server.mono + 1, self._start)
                 return
             connection = self._admit(sock, address)
             if connection and not connection.is_greeting:
-                connection.ready(_READ)      # its first word is there as a rule: saves a turn
+                # Its first word is there as a rule: saves a turn.
+                server.visit(connection, Connection.ready, _READ)
+            if time.monotonic() > end:
+                return
 
     def _admit(self, sock, address):
-        """The Connection of a client that has come, None if it may not come in."""
+        """Return the Connection of a client that has come, None if it may not come in."""
         server = self.server
         config = server.broker.config
+        settings = config.server
         sock.setblocking(False)
         why = None
-        local, host, name = True, self.name, self.name           # of a UNIX socket
+        name, host, local = self.name, self.name, True           # of a UNIX socket
         if isinstance(address, tuple):
             ip = _ip_of(address[0])
-            if config.server.allow and not any(ip in network for network in config.server.allow):
+            if settings.allow and not any(ip in network for network in settings.allow):
                 why = "%s is not among those in allow" % ip
             host = _host_of(ip)
             # One that comes from the address to which it comes is on this machine.
             local = ip.is_loopback or ip == _ip_of(sock.getsockname()[0])
             name = _name_of(address)
-        if len(server.connections) >= config.server.max_connections:
+        if len(server.connections) >= settings.max_connections:
             why = "max_connections"
         elif len(server.connections) >= server.most_connections:
             why = "the limit of open files"
@@ -6631,20 +6985,15 @@ class Listener:
             self._tell_refused(why)
             return None
         if config.tls and isinstance(address, tuple):
-            config.tls.sslsocket_class = TLSSocket
             try:
                 sock = config.tls.wrap_socket(sock, True, do_handshake_on_connect=False)
             except OSError:                            # gone already
                 sock.close()
                 return None
-        session = self.session_type
-        if config.users is not None and session is MemcacheSession:
-            session = MemcacheLogin
-        connection = Connection(server, sock, session(
-            server.broker, local, "%s client %s" % (self.protocol, name), host))
-        server.connections.add(connection)
+        session = _PROTOCOLS[self.protocol](
+            server.broker, Peer("%s client %s" % (self.protocol, name), host, local))
         server.broker.count_connection(1)
-        server.watch_idle(connection)
+        connection = server.connections[session] = Connection(server, sock, session)
         return connection
 
     def _tell_refused(self, why):
@@ -6657,11 +7006,12 @@ class Listener:
 
     def _start(self):
         if self.sock.fileno() >= 0:
-            self.server.selector.register(self.sock, _READ, self)
+            self.server.poller.watch(self.sock, 0, _READ, self)
 
     def close(self):
+        """Take no more clients."""
         with contextlib.suppress(KeyError):            # out of descriptors at the moment
-            self.server.selector.unregister(self.sock)
+            self.server.poller.watch(self.sock, _READ, 0, self)
         self.sock.close()
         if isinstance(self.address, str) and self.protocol not in self.server.inherited:
             with contextlib.suppress(OSError):
@@ -6675,8 +7025,6 @@ class Server:
     open already. notify: told what systemd wants to know, see sd_notify(3).
     """
 
-    is_greeting = False                  # as a Connection may be
-
     def __init__(self, config, given=(), notify=lambda text: None):
         self.config = config
         self.notify = notify
@@ -6687,80 +7035,57 @@ class Server:
         except OSError:
             os.close(self._spool)
             raise
-        self.selector = selectors.DefaultSelector()
         self.timers = Timers()
-        self.connections = set()
+        self.connections = {}            # Session -> Connection
         self.active = []                 # connections that may have something to send
-        self.woken = []                  # connections whose sessions can go on
-        self.working = {}                # connections whose sessions have a job in hand
         self.waiting = set()             # connections whose sessions wait for an item
-        self.mono = time.monotonic()
+        self.buffered = 0                # unparsed input and unsent output of all connections
+        self.share = 0                   # how much load a session may pile up in this turn
+        self.mono = started = time.monotonic()
         self.now = _now()
         self.reload_wanted = False
-        self._busy_poll = 0 if _cores() == 1 else config.server.busy_poll / 1e6
-        self.share = 0                   # how much load a session may pile up in this turn
-        self._short_waits = 0            # how many in a row, see _wait()
-        self._events = []                # what select() told of and is still to be seen to
-        self._planned = set()            # queues whose fsync has a time set
-        self._wanted = {}                # queues to be fsynced, in order; an ordered set
-        self._running = set()            # queues that are being fsynced
-        self._failing = {}               # queue -> when writing its journal failed last
-        self._recovering = set()         # queues whose recovery is planned
+        self._events = []                # those that the last turn had no time for
+        self._sampled_at = self.mono
         log.info("kestrel.py %s, journals in %s", __version__,
                  os.path.abspath(config.server.queue_path))
         self.most_connections, most_files = _share_descriptors()
         most_memory = config.server.max_memory or _usable_memory() * 3 // 4
-        self.broker = Broker(config, self.later, self.now, Budget(most_memory, most_files))
-        self._turns = self.broker.metrics["turn_usec"]
-        self._wake_in, self._wake_out = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
-        self.selector.register(self._wake_in, _READ, self)
-        self._worker = Worker(self.interrupt)
-        self.broker.work = self._work
-        self.listeners = [
-            Listener(self, sock, protocol, session) for sock, protocol, session in sockets]
-        self._workers = [self._worker]
-        if config.users is not None:         # what takes long for the processor delays no fsync
+        self.broker = Broker(config, self.later, self.now, Budget(most_memory, most_files),
+                             lambda: self.mono - started)
+        self.poller = Poller(0 if _cores() == 1 else config.server.busy_poll / 1e6)
+        self.syncs = Syncs(self)
+        self.worker = Worker(self.interrupt)
+        self.broker.work = self._submit
+        self._workers = [self.worker]    # what takes the processor long delays no fsync
+        if config.users is not None:
             self._workers.append(Worker(self.interrupt))
-            self.broker.aside = self._workers[1].submit
-        if config.server.status_command:
-            statuses = queues.SimpleQueue()
-            self.broker.announce = statuses.put
-            threading.Thread(target=_announce_all, name="announcer", daemon=True, args=(
-                config.server.status_command,
-                ["%s=%s" % (one.protocol, one.name) for one in self.listeners],
-                statuses)).start()
-            statuses.put(self.broker.status)
+            self.broker.aside = self._workers[-1].submit
+        self.listeners = [Listener(self, sock, protocol) for sock, protocol in sockets]
+        self._announcer = Worker(self.interrupt) if config.server.status_command else None
+        self._announced = None           # the status that the status_command was run with last
         self._plan_sweep()
-        self._sampled_at = self.mono
         self.later(SAMPLE_SECONDS * 1000, self._sample)
-        # The memcache port, None if there are UNIX sockets only.
-        self.port = next((one.address[1] for one in self.listeners if one.protocol == "memcache"
-                          and isinstance(one.address, tuple)), None)
 
+    @property
+    def port(self):
+        """The memcache port, None if there are UNIX sockets only."""
+        return next((one.address[1] for one in self.listeners if one.protocol == "memcache"
+                     and isinstance(one.address, tuple)), None)
     def _bind_all(self):
-        """(socket, protocol, type of session) of each address and port there is to be."""
+        """Return (socket, protocol) of each address and port there is to be."""
         settings = self.config.server
         bound = []
-        for protocol, session in _PROTOCOLS.items():
+        for protocol in _PROTOCOLS:
             setting = protocol + "_port"
-            port = getattr(settings, setting)
             try:
                 if protocol in self.inherited:
-                    bound += [(sock, protocol, session) for sock in self.inherited[protocol]]
-                    continue
-                for address in settings.listen:
-                    if address.startswith("unix:") and protocol == "memcache":
-                        sock = _bind_unix(address[5:], settings.socket_mode)
-                    elif address.startswith("unix:") or port is None:
-                        continue
-                    else:
-                        sock = _bind(address, port, "0.0.0.0" in settings.listen)
-                    bound.append((sock, protocol, session))
+                    bound += [(sock, protocol) for sock in self.inherited[protocol]]
+                else:
+                    bound += [(sock, protocol) for sock in _bind_each(
+                        settings, protocol == "memcache", getattr(settings, setting))]
             except OSError as error:
                 if setting != "admin_port" or setting in self.config.given:
-                    for sock, _, _ in bound:
+                    for sock, _ in bound:
                         sock.close()
                     raise
                 log.warning("no admin port: %s", error.strerror)
@@ -6771,9 +7096,8 @@ class Server:
     def run(self):
         """Serve until the broker is stopped, then stop cleanly."""
         for listener in self.listeners:
-            log.info("listening on %s for %s clients; %d queues, %d items",
-                     listener.name, listener.protocol, len(self.broker.queues),
-                     sum(queue.count for queue in self.broker.queues.values()))
+            log.info("listening on %s for %s clients; %d queues, %d items", listener.name,
+                     listener.protocol, len(self.broker.queues), self.broker.totals().items)
         settings = self.config.server
         open_to_all = [one.name for one in self.listeners if not one.is_local()]
         if open_to_all and not (settings.allow or settings.auth_file or settings.tls_client_ca):
@@ -6790,128 +7114,104 @@ class Server:
         self.broker.stopping = True
         self.interrupt()
 
+    def interrupt(self):
+        """Make the loop turn. From any thread, or a signal handler."""
+        self.poller.interrupt()
+
     def _summary(self):
-        queues = self.broker.queues.values()
         return "STATUS=%s: %d queues, %d items, %d connections" % (
-            self.broker.status.lower(), len(queues), sum(queue.count for queue in queues),
+            self.broker.status.lower(), len(self.broker.queues), self.broker.totals().items,
             len(self.connections))
 
     def turn(self):
-        """Wait for events and see to all of them."""
+        """Wait for events and handle them, as far as there is time."""
         broker = self.broker
-        busy = broker.dirty or broker.tasks or self.woken or self.working or self.active
-        events = self._events or (self.selector.select(0) if busy else self._wait())
-        self.mono = time.monotonic()
+        events = self._next_events()
+        clock = time.monotonic
+        self.mono = clock()
         self.now = _now()
         if self.waiting:
             # These first: one that has hung up must not be given an item.
             events.sort(key=lambda event: event[0].data not in self.waiting)
         # The more there are, the less is done for each.
         self.share = self.config.server.max_output_buffer // max(
-            1, len(events) + len(self.woken) - 1)
-        greetings = 0
-        for key, mask in events[:_EVENTS]:
-            if key.data.is_greeting:
+            1, len(events) + len(broker.woken) - 1)
+        end = self.mono + _FEED_SECONDS
+        greetings = count = 0
+        for count, (key, mask) in enumerate(events, 1):
+            one = key.data
+            if one.is_greeting:
                 greetings += 1
                 if greetings > _GREETINGS:
                     continue                           # select() will tell of it again
             try:
-                key.data.ready(mask)
+                one.ready(mask)
             except Exception as error:
-                self._unexpected(key.data, error)
-        self._events = events[_EVENTS:]
+                self._unexpected(one, error)
+            if not count & 7 and (clock() > end or len(broker.dirty) > _MOST_WRITES):
+                break
+        self._events = events[count:]
         if not self._events:             # who has spoken before its time was over is heard first
             self.timers.run(self.mono)
         if self.reload_wanted:
             self.reload_wanted = False
             self._reload()
-        working, self.working = list(self.working), {}
-        for number, connection in enumerate(working, 1):
-            self._resume(connection)
-            if time.monotonic() > self.mono + _WORK_SECONDS:   # the others are first in the next
-                self.working = {**dict.fromkeys(working[number:]), **self.working}
-                break
         self._resume_woken()
         self._commit()
         if broker.tasks:
             self._run_tasks()
-        self._turns.add(int((time.monotonic() - self.mono) * 1e6))
+        broker.metrics["turn_usec"].add(int((clock() - self.mono) * 1e6))
 
-    def _wait(self):
-        """Wait for events, or the next timer.
-
-        To be put to sleep and woken again takes longer than most commands. While the waits
-        are short, as with a client that answers at once, it is cheaper not to sleep.
-        """
-        select = self.selector.select
-        start = time.monotonic()
-        if self._short_waits >= _SHORT_WAITS:
-            while time.monotonic() < start + self._busy_poll:
-                events = select(0)
-                if events:
-                    return events
-        # The second look is for a process that was stopped, whose wait ends without one.
-        events = select(self.timers.wait(time.monotonic())) or select(0)
-        is_short = time.monotonic() < start + self._busy_poll
-        self._short_waits = self._short_waits + 1 if is_short else 0
-        return events
-
-    def ready(self, mask):
-        """Somebody has called interrupt(); what for is seen to in its turn."""
-        with contextlib.suppress(BlockingIOError):
-            self._wake_in.recv(4096)
-
-    def interrupt(self):
-        """Make the loop turn. From any thread, or a signal handler."""
-        with contextlib.suppress(OSError):   # full: it will turn; closed: it has stopped
-            self._wake_out.send(b"\0")
-
-    def wakeup_fd(self):
-        """What signal.set_wakeup_fd() can be given."""
-        return self._wake_out.fileno()
+    def _next_events(self):
+        """Return the events of this turn: those left over from the last one, or new ones."""
+        broker = self.broker
+        select = self.poller.selector.select
+        if self._events:
+            events = self._events
+            if self.waiting:             # of these, hang-ups must be known before items come
+                known = {event[0].data for event in events}
+                events += [event for event in select(0) if event[0].data not in known]
+            return events
+        if broker.dirty or broker.tasks or broker.woken or self.active:
+            return select(0)
+        return self.poller.wait(self.timers.wait(time.monotonic()))
 
     def later(self, delay_ms, call):
-        """Make a call in that time; returns what cancels it."""
+        """Make a call in that time; return what cancels it."""
         entry = self.timers.at(self.mono + delay_ms / 1000, call)
         return functools.partial(self.timers.cancel, entry)
 
-    def watch_idle(self, connection):
-        """Close the connection once it has been idle for client_timeout, or what is usual, or has
-        not logged in when the time for that is over."""
-        session = connection.session
-        if not connection.is_idle():
-            connection.last_active = self.mono
-        ends = [connection.last_active + timeout / 1000 for timeout in (
-            self.config.server.client_timeout, session.idle_timeout) if timeout]
-        if connection.is_greeting or isinstance(session, MemcacheLogin) and not session.is_asking:
-            ends.append(connection.since + LOGIN_MS / 1000)
-        if ends and min(ends) <= self.mono:
-            connection.close()
-        elif ends:
-            connection.idle_alarm = self.timers.at(
-                min(ends), functools.partial(self.watch_idle, connection))
-
-    def _resume_woken(self):
-        for connection in self.woken:                  # which may wake others
-            self._resume(connection)
-        self.woken.clear()
-
-    def _resume(self, connection):
+    def visit(self, connection, method, *arguments):
+        """Call a method of a connection; what is unexpected costs its client only."""
         try:
-            connection.resume()
+            method(connection, *arguments)
         except Exception as error:
             self._unexpected(connection, error)
 
     def _unexpected(self, one, error):
-        """What nobody foresaw costs the client that it happened to, and nobody else."""
         if not isinstance(one, Connection):
-            log.exception("unexpected")
+            log.error("unexpected", exc_info=error)
         elif isinstance(error, MemoryError):
-            log.error("%s: out of memory", one.session.who)
-            one.give_up()
+            one.refuse()
         else:
-            log.exception("%s: unexpected, closed", one.session.who)
+            log.error("%s: unexpected, closed", one.session.who, exc_info=error)
             one.close()
+
+    def _resume_woken(self):
+        for session in self.broker.woken:              # which may wake others
+            connection = self.connections.get(session)
+            if connection:
+                self.visit(connection, Connection.resume)
+        self.broker.woken.clear()
+
+    def count_buffers(self, change):
+        """Count unparsed input and unsent output of a connection. They have the memory that
+        queues leave, and a quarter of max_memory in any case: the greediest client pays."""
+        budget = self.broker.budget
+        self.buffered += change
+        budget.memory += change
+        while budget.memory > budget.most_memory and self.buffered > budget.most_memory // 4:
+            max(self.connections.values(), key=lambda one: one.buffered).refuse()
 
     def _run_tasks(self):
         """Run each task a step, as long as there is time. It comes last in a turn, when all
@@ -6920,7 +7220,7 @@ class Server:
         end = time.monotonic() + _WORK_SECONDS
         for _ in range(len(tasks)):
             self._step(tasks.popleft())
-            if time.monotonic() > end:
+            if time.monotonic() > end or len(self.broker.dirty) > _MOST_DIRTY:
                 break
 
     def _step(self, task, error=None, seconds=0):
@@ -6934,22 +7234,19 @@ class Server:
             log.exception("unexpected, in a task")
             return
         if work:
-            self._worker.submit(work, functools.partial(self._step, task))
+            self.worker.submit(work, functools.partial(self._step, task))
         else:
             self.broker.tasks.append(task)
 
-    def _work(self, call, done):
-        self._worker.submit(call, lambda error, seconds: done(error))
+    def _submit(self, call, done):
+        self.worker.submit(call, lambda error, seconds: done(error))
 
     def _plan_sweep(self):
         frequency = self.config.server.expiration_timer_frequency
         if frequency:
-            self.later(frequency, self._sweep)
+            self.later(frequency, lambda: self.broker.start(self._sweep()))
 
     def _sweep(self):
-        self.broker.start(self._swept())
-
-    def _swept(self):
         try:
             yield from self.broker.sweep(self.now)
         finally:
@@ -6968,9 +7265,20 @@ class Server:
 
     def _reload(self):
         self.notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic_ns() // 1000))
-        with contextlib.suppress(ConfigError):         # the log has it
-            self.broker.reload()
-        self.notify("READY=1\n" + self._summary())
+        self.broker.reload("SIGHUP", lambda error: self.notify("READY=1\n" + self._summary()))
+
+    def _announce(self):
+        """Run the status_command with the latest status, unless it runs: then it is run again
+        when it has ended, if the status is another one by then."""
+        worker, status = self._announcer, self.broker.status
+        if worker.done:
+            worker.take_results()
+        if not worker.unfinished and status != self._announced:
+            self._announced = status
+            worker.submit(functools.partial(
+                _run_status_command, self.config.server.status_command, status,
+                ["%s=%s" % (one.protocol, one.name) for one in self.listeners]),
+                lambda error, seconds: None)
 
     # -- writing, fsyncing, answering
 
@@ -6981,92 +7289,26 @@ class Server:
         written, failed = self.broker.write()
         unsafe = set()
         for queue in written:
-            self._note_success(queue)
-            delay = queue.config.sync_journal
+            self.syncs.written(queue)
             if queue.history.safe < queue.history.logged:
                 unsafe.add(queue)
-            if delay == 0:
-                self._wanted[queue] = None
-            elif delay is not None and queue not in self._planned:
-                self._planned.add(queue)
-                self.later(delay, functools.partial(self._sync_due, queue))
         for queue, error in failed.items():
-            self._note_failure(queue, error)
-        if self._wanted and self.broker.work:
-            self._start_syncs()              # they run while answers are sent
+            self.syncs.failed(queue, error)
+        self.syncs.start()                   # they run while answers are sent
+        if self._announcer:
+            self._announce()
         # Check every answer whose operations were written in this turn: a later failure of the
         # same queue would be taken for the failure of these operations.
-        active, self.active = self.active + self.woken, []
+        active, self.active = self.active, []
+        active += [self.connections[session] for session in self.broker.woken
+                   if session in self.connections]
         for connection in active:
             try:
                 if failed or unsafe:
-                    connection.settle(failed, unsafe)
+                    connection.session.settle(failed, unsafe)
                 connection.flush()
             except Exception as error:
                 self._unexpected(connection, error)
-
-    def _sync_due(self, queue):
-        self._planned.discard(queue)
-        self._wanted[queue] = None
-
-    def _start_syncs(self):
-        """Begin the fsyncs that are wanted, one at a time of each queue, the next for all that
-        has been written since."""
-        for queue in list(self._wanted):
-            if len(self._running) >= _SYNCS:
-                break
-            if queue in self._running:
-                continue
-            del self._wanted[queue]
-            if not queue.needs_sync():
-                continue
-            try:
-                call, sync = queue.begin_sync()
-            except OSError as error:
-                if is_short_of_descriptors(error):
-                    self.later(_SYNC_AGAIN_MS, functools.partial(self._sync_due, queue))
-                    continue
-                # It counts as one that has been done and has failed.
-                call, sync = functools.partial(_bare, error), None
-            self._running.add(queue)
-            self._worker.submit(call, functools.partial(self._synced, queue, sync))
-
-    def _synced(self, queue, sync, error, seconds):
-        self._running.discard(queue)
-        queue.counters.fsync_usec = int(seconds * 1e6)
-        self.broker.metrics["fsync_usec"].add(queue.counters.fsync_usec)
-        if error:
-            self._sync_failed(queue, sync, error)
-        else:
-            queue.synced(sync)
-
-    def _sync_failed(self, queue, sync, error):
-        if not queue.closed:
-            self._note_failure(queue, error, "fsynced")
-            self.later(RETRY_MS, functools.partial(self._sync_due, queue))
-        queue.sync_failed(sync, error)
-
-    def _note_failure(self, queue, error, what="written"):
-        """Say that a journal cannot be written, once, and see to it in a while."""
-        if queue not in self._failing:
-            log.error("the journal of %s cannot be %s: %s", queue.name, what, _why(error))
-        self._failing[queue] = self.mono
-        if queue not in self._recovering:
-            self._recovering.add(queue)
-            self.later(RETRY_MS, functools.partial(self._recover, queue))
-
-    def _note_success(self, queue):
-        # With a disk on the brink, one write fails and the next does not, over and over.
-        if self._failing and self.mono > self._failing.get(queue, self.mono) + _CALM_SECONDS:
-            del self._failing[queue]
-            log.info("the journal of %s is written again", queue.name)
-
-    def _recover(self, queue):
-        self._recovering.discard(queue)
-        if queue.closed:
-            self._failing.pop(queue, None)
-        else:
-            queue.recover(self.now)
 
     # -- the end
 
@@ -7077,17 +7319,15 @@ class Server:
         for queue in self.broker.queues.values():
             queue.dismiss_waiters()
         self._resume_woken()
-        self._wake_in.settimeout(1)
         end = time.monotonic() + _LAST_SECONDS
         while time.monotonic() < end:        # an answer may wait for one fsync after the other
             self._commit()
             for _ in range(len(self.broker.tasks)):
                 self._step(self.broker.tasks.popleft())
-            if not (self._worker.unfinished or self._wanted or self.broker.dirty):
+            if not (self.worker.unfinished or self.broker.dirty) and self.syncs.is_idle():
                 break
-            if self._worker.unfinished:
-                with contextlib.suppress(OSError):
-                    self._wake_in.recv(4096)
+            if self.worker.unfinished:
+                self.poller.wait_for_interrupt(1)
         for worker in self._workers:
             worker.stop()
         self.broker.work = None                        # from here on all is done at once
@@ -7095,11 +7335,12 @@ class Server:
         for queue in self.broker.queues.values():
             queue.abort(*queue.opens)        # in the order of all, not connection by connection
         end = time.monotonic() + 1                     # for those who have answers still to take
-        while time.monotonic() < end and any(one.is_sending() for one in self.connections):
-            for key, mask in self.selector.select(.1):
+        while time.monotonic() < end and any(
+                one.is_sending() for one in self.connections.values()):
+            for key, mask in self.poller.selector.select(.1):
                 if mask & _WRITE:
                     key.data.flush()
-        for connection in list(self.connections):
+        for connection in list(self.connections.values()):
             connection.close()
         self.broker.write()
         for queue in self.broker.queues.values():
@@ -7107,9 +7348,7 @@ class Server:
                 queue.close()
             except OSError as error:
                 log.error("the journal of %s: %s", queue.name, _why(error))
-        self.selector.close()
-        self._wake_in.close()
-        self._wake_out.close()
+        self.poller.close()
         os.close(self._spool)
         log.info("stopped")
 
@@ -7180,6 +7419,42 @@ def _cannot_listen(error, name):
     return OSError(error.errno, "cannot listen on %s: %s" % (name, error.strerror or error))
 
 
+def _bind_each(settings, with_unix, port):
+    """Return a socket for each address that a protocol listens on; those that this machine does
+    not have are left out if there is another. Raises OSError."""
+    bound = []
+    missing = None
+    try:
+        for address in settings.listen:
+            if address.startswith("unix:"):
+                if with_unix:
+                    bound.append(_bind_unix(address[5:], settings.socket_mode))
+            elif port is not None:
+                try:
+                    bound.append(_bind(address, port, "0.0.0.0" in settings.listen))
+                except OSError as error:
+                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                        raise
+                    missing = error
+        if missing and not bound:
+            raise missing
+    except OSError:
+        for sock in bound:
+            sock.close()
+        raise
+    if missing:
+        log.warning("%s", missing.strerror)
+    return bound
+
+
+def _keep_alive(sock):
+    """Have the kernel find out whether silent clients of a listening socket are still there."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):        # not on every system
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
 def _bind(address, port, ipv6_only):
     sock = None
     try:
@@ -7245,7 +7520,7 @@ def _lock_spool(path):
     return fd
 
 
-# == 8. From Python =======================================================================
+# == 10. From Python =======================================================================
 #
 # For programs that have this file beside them: a server in a thread, and a client. (A queue
 # without any server is Queue itself, see section 4.)
@@ -7432,7 +7707,7 @@ def serve(port=0, spool=None, config=None):
             thread.join()
 
 
-# == 9. Command line ======================================================================
+# == 11. Command line ======================================================================
 #
 # What `python3 kestrel.py` does: arguments, logging, signals, exit status.
 
@@ -7483,7 +7758,7 @@ def main(arguments=None):
             print("\n".join(config.lines()))
             return 0
         _set_up_log(config.server)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)   # while it loads there is nothing to reload
+        _handle_first_signals()
         _raise_file_limit()
         server = Server(config, _inherited(config), _notify)
     except ConfigError as error:
@@ -7648,7 +7923,25 @@ def _raise_file_limit():
              resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
+def _stop_loading(number, frame):
+    log.info("%s: stopped while loading", signal.Signals(number).name)
+    sys.exit(0)
+
+
+def _ignore(number, frame):
+    log.info("%s: ignored", signal.Signals(number).name)
+
+
+def _handle_first_signals():
+    """Handle signals while the spool is loaded: nothing has to be finished then."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop_loading)
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT):
+        signal.signal(number, _ignore)
+
+
 def _handle_signals(server):
+    """Handle signals while the server runs."""
     def stop(number, frame):
         log.info("%s: stopping", signal.Signals(number).name)
         server.stop()
@@ -7656,7 +7949,7 @@ def _handle_signals(server):
     def reload(number, frame):
         server.reload_wanted = True
 
-    signal.set_wakeup_fd(server.wakeup_fd(), warn_on_full_buffer=False)
+    signal.set_wakeup_fd(server.poller.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGHUP, reload)

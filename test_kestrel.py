@@ -2568,9 +2568,9 @@ class Talk:
         self.sessions = {}
         self.now = NOW
 
-    def session(self, name="client", **options):
+    def session(self, name="client", local=True, who="a client", host=""):
         if name not in self.sessions:
-            self.sessions[name] = self.session_type(self.broker, **options)
+            self.sessions[name] = self.session_type(self.broker, kestrel.Peer(who, host, local))
         return self.sessions[name]
 
     def __call__(self, text, name="client"):
@@ -2581,20 +2581,17 @@ class Talk:
     def heard(self, name="client"):
         """What was said meanwhile; everybody's journals are written first."""
         session = self.session(name)
-        answer = self.heard_of(session)
-        while session.load > session.most_load:        # and in the turns after that
-            session.load = 0
-            answer += self.heard_of(session)
-        session.load = 0
-        return answer + ("✂" if session.closing else "")
-
-    def heard_of(self, session):
-        assert not commit(self.broker, self.now)[1]
-        session.resume(self.now)
-        while session.job and not session.held:
-            session.load = 0
+        answer = b""
+        while True:
+            assert not commit(self.broker, self.now)[1]
+            state = session.state
+            answer += b"".join(session.take())
+            session.sent()
             session.resume(self.now)
-        return b"".join(session.take()).decode("latin-1")
+            if session.state == state not in ("working", "full") and not (
+                    session.out or self.broker.tasks or self.broker.dirty):
+                break
+        return answer.decode("latin-1") + ("✂" if session.is_over() else "")
 
 
 @pytest.fixture
@@ -2657,8 +2654,8 @@ ANSWERS = [
     ("get a.b\r\n", "CLIENT_ERROR '.' in the name of a queue\r\n"),
     ("get %s\r\n" % ("n" * 237),
      "CLIENT_ERROR the name of a queue is longer than 236 bytes\r\n"),
-    *[("get q/%s\r\nversion\r\n" % options, "CLIENT_ERROR open, close, abort and peek do "
-       "not go together here\r\nVERSION 1.0.0\r\n") for options in (
+    *[("get q/%s\r\nversion\r\n" % options, "CLIENT_ERROR open, close, abort and peek cannot "
+       "be combined like this\r\nVERSION 1.0.0\r\n") for options in (
         "peek/open", "open/peek", "peek/close", "abort/open", "abort/close", "peek/abort")],
     # the rest
     ("delete q\r\n", "DELETED\r\n"),
@@ -2699,8 +2696,8 @@ ANSWERS = [
     ("x" * 8192 + "\r\nversion\r\n", "ERROR\r\nVERSION 1.0.0\r\n"),
     ("x" * 8193 + "\r\nversion\r\n", "CLIENT_ERROR line too long\r\n✂"),
     ("x" * 8194, "CLIENT_ERROR line too long\r\n✂"),
-    ("\x80\x00\x00\x05\x00", "ERROR the binary protocol is not spoken here\r\n✂"),
-    ("\x80\x00\x00\n\x00", "ERROR the binary protocol is not spoken here\r\n✂"),
+    ("\x80\x00\x00\x05\x00", "ERROR this protocol is not supported\r\n✂"),
+    ("\x80\x00\x00\n\x00", "ERROR this protocol is not supported\r\n✂"),
 ]
 
 
@@ -3018,7 +3015,7 @@ def test_reload_with_a_mistake(talk, tmp_path):
 
 QUEUE_STATS = """items bytes total_items logsize expired_items mem_items mem_bytes age discarded
 waiters open_transactions transactions canceled_transactions total_flushes journal_rewrites
-journal_rotations create_time head_age put_bytes get_bytes get_hits get_misses put_rate get_rate
+journal_rotations create_time head_wait bytes_put bytes_taken get_hits get_misses put_rate get_rate
 fsync_usec""".split()
 SERVER_STATS = """uptime time version curr_items total_items bytes reserved_memory_ratio
 curr_connections total_connections cmd_get cmd_set cmd_peek get_hits get_misses bytes_read
@@ -5325,9 +5322,21 @@ def responses(answer):
         head, _, rest = answer.partition("\r\n\r\n")
         first, *lines = head.split("\r\n")
         headers = dict(line.split(": ", 1) for line in lines)
-        size = int(headers["Content-Length"])
-        found.append((int(first.split()[1]), headers, rest[:size]))
-        answer = rest[size:]
+        if "Content-Length" in headers:
+            size = int(headers["Content-Length"])
+            body, answer = rest[:size], rest[size:]
+        elif headers.get("Transfer-Encoding") == "chunked":
+            body, answer = "", rest
+            size = None
+            while size != 0:
+                line, _, answer = answer.partition("\r\n")
+                size = int(line, 16)
+                body += answer[:size]
+                assert answer[size:size + 2] == "\r\n"
+                answer = answer[size + 2:]
+        else:
+            body, answer = rest.rstrip("✂"), ""
+        found.append((int(first.split()[1]), headers, body))
     return found
 
 
@@ -5338,11 +5347,12 @@ def ask(talk, *arguments, **options):
 
 
 def put_some(talk, name, *items):
-    session = kestrel.MemcacheSession(talk.broker, who="a test")
+    session = kestrel.MemcacheSession(talk.broker, kestrel.Peer("a test", "", True))
     for item in items:
         session.feed(b"set %b 0 0 %d\r\n%b\r\n" % (os.fsencode(name), len(item), item), talk.now)
+        session.resume(talk.now)
         assert session.take() == [b"STORED\r\n"]
-        session.load = 0
+        session.sent()
     return session
 
 
@@ -5412,7 +5422,7 @@ def test_http_connections_are_kept_as_asked_for(admin):
     assert len(responses(admin("\r\n" + request(
         "POST /nothing", "Content-Length: 9", body="GET / x\r\n") + request("GET /ping"),
         "new"))) == 2
-    assert not session.closing and not session.unparsed
+    assert not session.is_over() and not session.unparsed
 
 
 def test_http_in_any_pieces_gives_the_same_answers(admin):
@@ -5448,7 +5458,7 @@ def test_what_changes_something_is_posted_and_from_here(admin, tmp_path):
     assert ask(admin, "GET /peek?queue=q")[0] == 503
     session = admin.session("far", local=False)
     assert responses(admin(request("POST /shutdown"), "far"))[0][0] == 403
-    assert not admin.broker.stopping and not session.closing
+    assert not admin.broker.stopping and not session.is_over()
     assert admin(request("POST /shutdown")).endswith("✂")
     assert admin.broker.stopping
 
@@ -6363,7 +6373,7 @@ def test_admin_commands(tmp_path, rule, local, refused, session_type, commands):
 class Door(Talk):
     """Sessions at a broker that has users; passwords are checked when pump() is called."""
 
-    def __init__(self, path, monkeypatch, text="", session_type=kestrel.MemcacheLogin):
+    def __init__(self, path, monkeypatch, text="", session_type=kestrel.MemcacheSession):
         self.timers, self.checked, self.waiting = [], [], []
         check = kestrel.is_password
         monkeypatch.setattr(kestrel, "is_password", lambda password, stored: (
@@ -6434,7 +6444,7 @@ def door(tmp_path, monkeypatch):
      "STORED\r\nSTORED\r\n"),
     ("x" * 9000, "CLIENT_ERROR line too long\r\n✂"),
     ("quit\r\n", "✂"), ("POST / HTTP/1.1\r\n", "CLIENT_ERROR unauthenticated\r\n✂"),
-    ("\x80", "ERROR the binary protocol is not spoken here\r\n✂")])
+    ("\x80", "ERROR this protocol is not supported\r\n✂")])
 def test_the_first_command_is_the_login(door, said, answer):
     in_memory = "[queue]\nkeep_journal = false\n"
     assert door(in_memory).ask(said) == answer
@@ -6657,7 +6667,7 @@ def test_what_is_denied_and_done_is_told_with_the_name(door, caplog):
 def test_what_somebody_wanted_to_put_is_not_in_the_log_for_a_name(door, caplog):
     """A client that has not logged in again after it was cut off."""
     assert "failure" in door().ask(set_("q", "secret things"))
-    assert "wrong password for somebody unknown" in caplog.text and "secret" not in caplog.text
+    assert "wrong password for an unknown user" in caplog.text and "secret" not in caplog.text
 
 
 def test_who_comes_from_an_address_of_this_machine_is_local(serve):
@@ -7452,7 +7462,7 @@ def test_a_text_put_has_its_limit_and_is_stored_in_pieces(text, monkeypatch):
     assert len(turns) > 5 and b"".join(itertools.chain(*turns)) == b"+10\n:1.0.0\n"
     session = text.session("greedy")
     session.feed(b"put q:\n" + line * 17, NOW)
-    assert session.take()[0].startswith(b"-Items are too large together") and session.closing
+    assert session.take()[0].startswith(b"-Items are too large together") and session.is_over()
 
 
 def test_a_turn_does_less_for_each_the_more_there_are(tmp_path):
