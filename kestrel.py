@@ -3815,7 +3815,7 @@ class Broker:
 
     # -- reloading
 
-    def reload(self, who, done):
+    def reload(self, who, done=lambda error: None):
         """Read the config file again, in steps, then call done(error): a ConfigError, and nothing
         has changed, or None. Reloads that are asked for while one is going on are done as one."""
         self._reloads.append((who, done))
@@ -4139,6 +4139,7 @@ class Session:
     """
 
     idle_timeout = None                 # milliseconds, if client_timeout is not shorter
+    hangs_up = True                     # after some errors, see Refused
     is_stranger = False                 # the client has still to log in
 
     def __init__(self, broker, peer=Peer("a client", "", True)):
@@ -4289,9 +4290,9 @@ class Session:
             if asks is not None and type(asks) is not Waiter:
                 asks(functools.partial(self._wake, command))
         except StopIteration:
-            self.command = self.asks = None
+            self.command = self.asks = self.timeout = None
         except (Refused, OSError) as error:
-            self.command = self.asks = None
+            self.command = self.asks = self.timeout = None
             self._refuse(error)
         self._update()
 
@@ -4304,7 +4305,7 @@ class Session:
 
     def _drop_command(self):
         command, asks = self.command, self.asks
-        self.command = self.asks = self._given = None
+        self.command = self.asks = self._given = self.timeout = None
         if type(asks) is Waiter:
             asks.queue.cancel(asks)
         if command is not None and not command.gi_running:
@@ -4349,7 +4350,7 @@ class Session:
         if isinstance(error, OSError):
             error = Refused("SERVER_ERROR", _why(error))
         self._say_error(error)
-        if error.close:
+        if error.close and self.hangs_up:
             self.end()
 
     def take(self):
@@ -4418,7 +4419,8 @@ class Session:
     def out_of_memory(self):
         """Refuse the command in hand, drop all other input, and end."""
         self._drop_command()
-        self._refuse(Refused("SERVER_ERROR", "out of memory", close=True))
+        self._refuse(Refused("SERVER_ERROR", "out of memory"))
+        self.end()
 
     # -- what a client may do
 
@@ -5179,8 +5181,8 @@ class TextSession(Session):
         method = getattr(self, "do_" + name, None)
         if method is None:
             # A page in a browser could send items, or commands, as the body of a POST.
-            raise Refused("CLIENT_ERROR", "Unknown command: %s" % os.fsdecode(
-                b" ".join(words[:1])), close=name in ("post", "host:"))
+            raise Refused("CLIENT_ERROR", " ".join(["Unknown command:", *map(
+                os.fsdecode, words[:1])]), close=name in ("post", "host:"))
         return method(words)
 
     def is_amid(self):
@@ -5389,6 +5391,8 @@ def _thrift_value(kind, data, pos, left, depth=0):
 class ThriftSession(Session):
     """One client of Kestrel's Thrift service (kestrel.thrift of 2.4): framed transport, binary
     protocol, strict or not, as in https://thrift.apache.org/docs/ and its specification."""
+
+    hangs_up = False
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -5682,6 +5686,7 @@ class AdminSession(Session):
     """One client of the admin port: HTTP/1.1 (RFC 9112), as much of it as monitoring, load
     balancers and a browser need. Requests are answered one after the other."""
 
+    hangs_up = False
     idle_timeout = 60000
 
     def __init__(self, *arguments, **options):
@@ -6502,8 +6507,10 @@ class Poller:
 
     def wait_for_interrupt(self, timeout):
         """Wait for an interrupt(), at most so many seconds, and not for sockets."""
-        select.select([self._left], [], [], timeout)
-        self.ready(_READ)
+        self._left.settimeout(timeout)
+        with contextlib.suppress(OSError):
+            self._left.recv(4096)
+        self._left.setblocking(False)
 
     def fileno(self):
         """Return what signal.set_wakeup_fd() can be given."""

@@ -2133,7 +2133,7 @@ def test_keep_journal_turned_on_is_safe_at_each_moment(tmp_path):
     put(broker, "q", *[b"%d" % number * 20 for number in range(100)])
     commit(broker, NOW)
     config_of(tmp_path, "")
-    broker.reload()
+    reload(broker)
     queue, spool = broker.queues["q"], tmp_path / "spool"
     assert queue.remove(now=NOW).data == b"0" * 20
     put(broker, "q", b"new")
@@ -2366,6 +2366,14 @@ def run_tasks(broker):
         kestrel.run_task(broker.tasks.popleft())
 
 
+def reload(broker):
+    """Reload the config file; returns the error, if any."""
+    told = []
+    broker.reload("a test", told.append)
+    kestrel.run_task(broker.tasks.pop())
+    return told[0]
+
+
 def settle(broker, now=NOW):
     """Commit until nothing is on the way."""
     while broker.dirty:
@@ -2505,12 +2513,13 @@ def sweep(broker, now):
 
 
 def test_sweep_drops_expired_items_and_old_queues(tmp_path):
+    clock = iter([0] * 4 + [60] * 9)
     broker = broker_of(tmp_path, """
 [queue]
 max_queue_age = 1m
 [queue a]
 max_expire_sweep = 2
-""")
+""", uptime=lambda: next(clock))
     put(broker, "a", b"1", b"2", b"3", expiry=NOW + 10)
     put(broker, "b", b"1", b"2", b"3", expiry=NOW + 10)
     broker.queue("idle", NOW)
@@ -2530,15 +2539,14 @@ def test_reload_changes_queues_at_once(tmp_path, caplog):
     put(broker, "a", b"1")
     config_of(tmp_path, "[server]\nmemcache_port = 1\n[queue]\nmax_items = 1\n"
                         "[alias all]\ndestination_queues = a b\n")
-    broker.reload()
+    reload(broker)
     assert put(broker, "a", b"2") == [False]
     assert put(broker, "all", b"3") == [False]
     assert items_of(broker, "b") == [b"3"]
     assert "memcache_port changes with the next start only" in caplog.text
     config_of(tmp_path, "[queue]\nmax_items = 5\n") and (
         tmp_path / "kestrel.conf").write_text("[queue]\nmax_items = x\n")
-    with pytest.raises(kestrel.ConfigError):
-        broker.reload()
+    assert isinstance(reload(broker), kestrel.ConfigError)
     assert put(broker, "a", b"2") == [False]
 
 
@@ -2602,6 +2610,9 @@ def talk(tmp_path):
 def set_(queue, data, head="0 0"):
     return "set %s %s %d\r\n%s\r\n" % (queue, head, len(data), data)
 
+
+# The commands of memcached without a data block.
+MEMCACHED = "incr decr touch gat gats mg md mn ma me slabs lru lru_crawler watch".split()
 
 ANSWERS = [
     # set
@@ -2690,10 +2701,11 @@ ANSWERS = [
      "CLIENT_ERROR cas has no meaning for a queue\r\nVERSION 1.0.0\r\n"),
     ("add q 0 0 7 noreply\r\nversion\r\nversion\r\n", "VERSION 1.0.0\r\n"),
     ("add q 0 0\r\n", "CLIENT_ERROR add needs a queue, flags, expiry and byte count\r\n✂"),
-    ("incr q 1\r\ndecr q 1\r\ntouch q 1\r\nwhat\r\n", "ERROR\r\n" * 4),
+    ("".join(word + " q 1\r\n" for word in MEMCACHED), "ERROR\r\n" * len(MEMCACHED)),
+    ("what\r\nversion\r\n", "ERROR unknown command\r\n✂"),
     ("touch q 1 noreply\r\nversion\r\n", "VERSION 1.0.0\r\n"),
     ("\r\n\n \r\nversion\r\n", "ERROR\r\n" * 3 + "VERSION 1.0.0\r\n"),
-    ("x" * 8192 + "\r\nversion\r\n", "ERROR\r\nVERSION 1.0.0\r\n"),
+    ("incr " + "x" * 8187 + "\r\nversion\r\n", "ERROR\r\nVERSION 1.0.0\r\n"),
     ("x" * 8193 + "\r\nversion\r\n", "CLIENT_ERROR line too long\r\n✂"),
     ("x" * 8194, "CLIENT_ERROR line too long\r\n✂"),
     ("\x80\x00\x00\x05\x00", "ERROR this protocol is not supported\r\n✂"),
@@ -2747,6 +2759,7 @@ def test_not_stored(tmp_path):
 
 
 def test_a_large_item_is_in_memory_once_while_it_arrives(talk):
+    talk("get q\r\n")
     session = talk.session()
     size = 16 << 20
     data = os.urandom(size)
@@ -2930,8 +2943,9 @@ def test_monitor_and_confirm(talk):
     assert talk("monitor q 10 2\r\nversion\r\n") == (
         "VALUE q 0 1\r\na\r\nEND\r\nVALUE q 0 1\r\nb\r\nEND\r\nEND\r\nVERSION 1.0.0\r\n")
     assert talk("confirm q 1\r\n") == "END\r\n"
-    assert talk("confirm q 5\r\n") == "END\r\n"
-    assert talk("confirm q 1\r\n") == "ERROR\r\n"
+    assert talk("confirm q 5\r\n") == talk("confirm q 0\r\n") == "ERROR\r\n"
+    assert len(talk.broker.queues["q"].opens) == 1
+    assert talk("confirm q 1\r\n") == "END\r\n"
     assert talk("monitor q 10\r\n").count("VALUE") == 2
     assert talk.session().timeout == 10000
     talk(set_("q", "e"), "other")
@@ -3080,7 +3094,7 @@ def test_output_is_not_piled_up(talk):
     for left in (4, 0):
         assert talk.broker.queues["q"].count == left
         assert sum(b"VALUE" in piece for piece in session.take()) == 4
-        session.load = 0                             # all sent: the next ones
+        session.sent()                               # the next ones
         session.resume(NOW)
     assert not session.out
 
@@ -3131,7 +3145,7 @@ def test_a_mass_expiry_is_dropped_some_in_each_turn(talk, monkeypatch, ask, answ
     session.feed(ask.encode(), talk.now)
     queue = talk.broker.queues["q"]
     dropped = [2501 - queue.count]
-    while session.job:
+    while session.state == "working":
         assert not commit(talk.broker, talk.now)[1]
         before = queue.count
         session.resume(talk.now)
@@ -3154,14 +3168,15 @@ def test_a_get_that_closes_meets_a_mass_expiry(talk):
     assert [item.data for item in talk.broker.queues["q"].opens.values()] == [b"2"]
 
 
-def test_a_flush_of_many_queues_of_which_one_fails(talk, disk):
+def test_a_flush_of_many_queues_of_which_one_fails(talk, disk, monkeypatch):
+    monkeypatch.setattr(kestrel, "QUEUES_STEP", 1)
     for name in "abc":
         talk(set_(name, "1"))
     session = talk.session()
     session.feed(b"flush_all\r\n", NOW)
-    for failing in ({}, {"pwrite": errno.ENOSPC}, {}):
+    for failing in ({}, {}, {"pwrite": errno.ENOSPC}, {}):
         disk.failing = failing
-        session.fail(commit(talk.broker, NOW)[1])
+        session.settle(commit(talk.broker, NOW)[1], set())
         session.resume(NOW)
     assert b"".join(session.take()) == b"SERVER_ERROR b: No space left on device\r\n"
     assert [items_of(talk.broker, name) for name in "abc"] == [[], [b"1"], [b"1"]]
@@ -3172,10 +3187,11 @@ def test_a_client_that_leaves_amid_a_job(talk):
         talk("get q%d\r\n" % number)
     session = talk.session("other")
     session.feed(b"stats\r\n", NOW)
-    assert session.job
+    session.resume(NOW)
+    assert session.state == "working"
     session.close(NOW)
     session.resume(NOW)
-    assert not session.job
+    assert session.state == "closed" and not session.command
 
 
 def test_expire_to_queue_taken_away_while_items_are_on_the_way(talk, tmp_path):
@@ -3184,9 +3200,11 @@ def test_expire_to_queue_taken_away_while_items_are_on_the_way(talk, tmp_path):
     (tmp_path / "kestrel.conf").write_text("")
     calls = []
     talk.broker.later = lambda delay, call: calls.append(call)
-    assert talk("flush_expired work\r\nreload\r\n") == "1\r\nReloaded config.\r\n"
-    for _ in range(5):
-        talk.heard()
+    session = talk.session()
+    session.feed(b"flush_expired work\r\n", NOW)
+    session.resume(NOW)
+    reload(talk.broker)
+    assert talk.heard() == "1\r\n"
     calls.pop()()
     assert items_of(talk.broker, "work") == [b"1"]
 
@@ -3287,7 +3305,9 @@ def test_the_status_is_kept_in_a_file(tmp_path, caplog):
     settings = "[server]\ndefault_status = readonly\nstatus_file = %s\n" % file
     broker = broker_of(tmp_path, settings)
     assert broker.status == "READONLY" and refusals(broker) == (False, True)
+    broker.set_status("up")
     broker.set_status("quiescent")
+    broker.write()
     assert file.read_text() == "QUIESCENT\n"
     assert broker_of(tmp_path, settings).status == "QUIESCENT"
     file.write_text("nonsense")
@@ -3296,6 +3316,7 @@ def test_the_status_is_kept_in_a_file(tmp_path, caplog):
     caplog.clear()
     broker = broker_of(tmp_path, "[server]\nstatus_file = %s/none/status\n" % tmp_path)
     broker.set_status("readonly")
+    broker.write()
     assert broker.status == "READONLY" and "No such file" in caplog.text
 
 
@@ -3457,7 +3478,7 @@ def test_a_text_client_over_a_failing_disk(text, disk):
     disk.failing = {"pwrite": errno.ENOSPC}
     session = text.session()
     session.feed(b"put work:\n2\n\nget work\nversion\n", NOW)
-    session.fail(commit(text.broker, NOW)[1])
+    session.settle(commit(text.broker, NOW)[1], set())
     assert b"".join(session.take()) == (
         b"-work: No space left on device\n" * 2 + b":1.0.0\n")
     disk.failing = {}
@@ -3563,7 +3584,7 @@ THRIFT_ANSWERS = [
      reply(b"set_status") + reply(b"current_status", thrift_i32(0, 1))
      + exception(b"get", b"the server is quiescent: nothing can be read", 6)),
     (call(b"set_status", thrift_i32(1, 0)), exception(
-        b"set_status", b"'status 0' is none of: up, writeavoid, readonly, quiescent", 7)),
+        b"set_status", b"'status 0' is none of: up, writeavoid, readonly, quiescent", 6)),
     (call(b"get_version"), reply(b"get_version", thrift_string(0, b"1.0.0"))),
     (call(b"get_version", kind=4) + call(b"get_version"),      # oneway is not answered
      reply(b"get_version", thrift_string(0, b"1.0.0"))),
@@ -3611,7 +3632,7 @@ def test_thrift_frames_that_cannot_be_followed(thrift, sent):
 
 def test_a_thrift_client_peeks(thrift):
     thrift(thrift_put(b"q", b"one", b"two") + thrift_get(b"q", 1, 0, 1000))
-    logsize = dict(thrift.broker.queues["q"].stats())["logsize"]
+    logsize = thrift.broker.queues["q"].journal.size
     assert heard_of(thrift(call(b"peek", thrift_string(1, b"q")))) == reply(
         b"peek", field(12, 0, thrift_string(1, b"two") + b"".join(
             field(10, number, struct.pack(">q", value))
@@ -3682,7 +3703,9 @@ def test_a_thrift_client_over_a_failing_disk(thrift, disk):
     session = thrift.session()
     session.feed(thrift_put(b"r", b"2") + call(b"get_version", number=8), NOW)
     disk.failing = {"pwrite": errno.ENOSPC}
-    session.fail(commit(thrift.broker, NOW)[1])
+    session.resume(NOW)
+    session.settle(commit(thrift.broker, NOW)[1], set())
+    session.resume(NOW)
     assert b"".join(session.take()) == (
         exception(b"put", b"r: No space left on device", 6)
         + reply(b"get_version", thrift_string(0, b"1.0.0"), number=8))
@@ -3700,7 +3723,7 @@ def test_a_thrift_get_meets_a_mass_expiry(thrift):
     thrift.now += 10
     session = thrift.session()
     session.feed(thrift_get(b"q", 1), thrift.now)
-    assert session.job and thrift.broker.queues["q"].count >= 1500
+    assert session.state == "working" and thrift.broker.queues["q"].count >= 1500
     assert heard_of(thrift.heard()) == reply(b"get", thrift_items((b"last", 0)))
 
 
@@ -3982,8 +4005,8 @@ def test_hang_ups_of_a_turn_are_seen_before_its_items_are_handed_out(tmp_path):
     for client in waiters[:-1]:
         client.close()
     time.sleep(0.05)                         # all of it is there before the loop looks
-    select = server.selector.select          # the put is heard of first: it was accepted first
-    server.selector.select = lambda timeout: sorted(select(timeout), key=lambda event: event[0].fd)
+    select = server.poller.selector.select   # the put is heard of first: it was accepted first
+    server.poller.selector.select = lambda timeout: sorted(select(timeout), key=lambda event: event[0].fd)
     server.turn()
     assert waiters[-1].item() == b"x"
     server.broker.stopping = True
@@ -4087,14 +4110,15 @@ def test_the_server_does_not_sleep_while_waits_are_short(
     server = kestrel.Server(config_of(
         tmp_path, "[server]\nbusy_poll = %s\n" % busy_poll, memcache_port="0"))
     monkeypatch.setattr(kestrel, "time", clock)
-    real, server.selector = server.selector, Polls(clock)
+    poller = server.poller
+    real, poller.selector = poller.selector, Polls(clock)
 
     def wait(gap):
         """Wait for an event that comes in so many microseconds: does it sleep, or poll?"""
-        server.selector.gap = gap / 1e6
-        server.selector.timeouts.clear()
-        assert server._wait() == ["event"]
-        return {"poll" if timeout == 0 else "sleep" for timeout in server.selector.timeouts}
+        poller.selector.gap = gap / 1e6
+        poller.selector.timeouts.clear()
+        assert poller.wait(None) == ["event"]
+        return {"poll" if timeout == 0 else "sleep" for timeout in poller.selector.timeouts}
 
     for _ in range(4):
         assert wait(50) == {"sleep"}
@@ -4104,7 +4128,7 @@ def test_the_server_does_not_sleep_while_waits_are_short(
     for _ in range(4):
         assert wait(50) == {"sleep"}
     assert wait(50) == ({"poll"} if polls else {"sleep"})
-    server.selector = real
+    poller.selector = real
     server._stop()
 
 
@@ -4116,7 +4140,7 @@ def test_a_turn_sees_to_some_connections_and_the_next_to_the_others(tmp_path, mo
         server.turn()
     for client in clients:
         client.send("set q 0 0 1\r\nx\r\n")
-    until(lambda: len(server.selector.select(0)) == 10)
+    until(lambda: len(server.poller.selector.select(0)) == 10)
     for done in 3, 6, 9, 10:
         server.turn()
         assert server.broker.queues["q"].count == done
@@ -4156,8 +4180,8 @@ def test_not_all_queues_are_fsynced_at_once(serve, monkeypatch):
     clients = [server.client() for _ in range(10)]
     for number, client in enumerate(clients):
         client.send("set q%d 0 0 1\r\nx\r\n" % number)
-    until(lambda: len(server.server._wanted) == 7)
-    assert len(server.server._running) == 3
+    until(lambda: len(server.server.syncs._wanted) == 7)
+    assert len(server.server.syncs._running) == 3
     held.disarm()
     assert {client.line() for client in clients} == {"STORED\r\n"}
 
@@ -4464,7 +4488,7 @@ def test_open_reads_of_a_client_that_left_while_the_disk_was_full(serve, disk):
     client.get("q/open")
     disk.failing = {"pwrite": errno.ENOSPC}
     client.close()
-    until(lambda: server.server._failing)
+    until(lambda: server.server.syncs._failing)
     disk.failing = {}
     assert other.get("q/t=20000") == b"1"
 
@@ -4473,7 +4497,7 @@ def test_a_kernel_that_cannot_accept_is_not_asked_all_the_time(serve, monkeypatc
     server = serve()
     client = server.client()
     client.put("q", b"x")
-    listener, = [key.data for key in server.server.selector.get_map().values()
+    listener, = [key.data for key in server.server.poller.selector.get_map().values()
                  if isinstance(key.data, kestrel.Listener)]
 
     class Exhausted:
@@ -4603,7 +4627,7 @@ def test_the_loop_rests_while_answers_are_held(serve, monkeypatch):
     slow.connect(("127.0.0.1", server.port))
     answer = b"VALUE q/peek 0 50000\r\n" + data + b"\r\nEND\r\n"
     owed = 0
-    while not any(connection._unsent for connection in list(server.server.connections)):
+    while not any(one._unsent for one in list(server.server.connections.values())):
         slow.sendall(b"get q/peek\r\n")                # until the socket takes no more
         client.stats()
         owed += len(answer)
@@ -4689,7 +4713,7 @@ def test_what_clients_leave_behind_is_in_no_cycle(serve):
             leaver.close()
             assert stayer.get("q/t=5000") == b"1"
             assert stayer.get("q/t=5") is None
-            assert stayer.ask("nonsense\r\n") == "ERROR\r\n"
+            assert stayer.ask("incr q 1\r\n") == "ERROR\r\n"
             assert stayer.ask("delete q\r\n") == "DELETED\r\n"
             stayer.send("get q/t=5000\r\n")
             until(lambda: "q" in server.server.broker.queues
@@ -4811,7 +4835,7 @@ def test_a_journal_that_loses_its_name_is_written_anew(serve, tmp_path, caplog, 
     path = tmp_path / "spool" / "q"
     assert client.put("q", b"1") == client.put("q", b"2") == "STORED\r\n"
     until(lambda: sync == "never" or not server.server.broker.queues["q"].needs_sync()
-          and not server.server._running)
+          and not server.server.syncs._running)
     path.unlink()
     if how == "replaced":
         path.write_bytes(b"not a journal")
@@ -5312,7 +5336,7 @@ def admin(tmp_path):
 
 
 def request(line, *headers, body=""):
-    return "\r\n".join([line + " HTTP/1.1", "Host: here", *headers, "", body])
+    return "\r\n".join([line + " HTTP/1.1", "Host: [::1]:2223", *headers, "", body])
 
 
 def responses(answer):
@@ -5441,7 +5465,7 @@ def test_what_changes_something_is_posted_and_from_here(admin, tmp_path):
     assert status == 403 and "pages of this server" in why
     assert ask(admin, "POST /flush?queue=q", "Origin: null")[0] == 403
     assert admin.broker.queues["q"].count == 2
-    assert ask(admin, "POST /flush?queue=q", "Origin: http://here")[0] == 200
+    assert ask(admin, "POST /flush?queue=q", "Origin: http://[::1]:2223")[0] == 200
     assert admin.broker.queues["q"].count == 0
     weird = urllib.parse.quote(os.fsencode(WEIRD))
     assert ask(admin, "POST /delete?queue=" + weird)[0] == 200
@@ -5469,7 +5493,7 @@ def test_an_http_flush_that_cannot_be_written_is_told_so(admin, disk):
     disk.failing = {"pwrite": errno.ENOSPC}
     session = admin.session()
     session.feed(request("POST /flush?queue=q").encode(), NOW)
-    session.fail(commit(admin.broker, NOW)[1])
+    session.settle(commit(admin.broker, NOW)[1], set())
     (status, _, why), = responses(b"".join(session.take()).decode())
     assert status == 500 and "No space left" in why
     assert admin.broker.queues["q"].count == 1
@@ -5479,6 +5503,7 @@ def test_stats_json_has_kestrels_names(admin):
     session = put_some(admin, "q", b"123", b"45")
     put_some(admin, WEIRD, b"1")
     session.feed(b"get q\r\nget none\r\nget q/open\r\n", NOW + 3000)
+    session.resume(NOW + 3000)
     commit(admin.broker, NOW)
     admin.now += 10000
     stats = json.loads(ask(admin, "GET /stats.json")[2])
@@ -5538,17 +5563,11 @@ def test_long_reports_come_in_steps(admin):
     for number in range(250):
         admin.broker.queue("q%d" % number, NOW)
     session = admin.session()
-    for path in ("stats.json", "stats.txt", "metrics", "queues.json"):
-        session.feed(request("GET /" + path).encode(), NOW)
-        steps = 1
-        while session.job:
-            assert not session.out
-            session.load = 0
-            session.resume(NOW)
-            steps += 1
-        assert steps == 4
-        assert "q249" in b"".join(session.take()).decode()
-        session.load = 0
+    for path, least in (("stats.json", 10), ("stats.txt", 10), ("metrics", 10),
+                        ("queues.json", 1)):
+        said = list(turns_of(session, request("GET /" + path).encode()))
+        assert len(said) > least and max(sum(map(len, one)) for one in said) < 100000
+        assert "q249" in b"".join(itertools.chain(*said)).decode()
 
 
 def test_what_the_page_asks_for(admin):
@@ -5589,7 +5608,7 @@ def test_samples_are_bounded_and_cost_nothing_where_nothing_happens(admin):
     assert broker.history(broker.queues["idle"]) == []
     assert broker.queues["q"].counters.put_rate == 0
     broker.delete(broker.queues["q"])
-    assert len(broker._history) == len(broker._sampled) == 1
+    assert len(broker._accounts) == 1
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_runs_its_own_script_only(admin):
@@ -6122,7 +6141,7 @@ def test_the_end_waits_for_answers_that_wait_for_one_fsync_after_the_other(serve
     first.send("set q 0 0 1\r\nx\r\n")
     assert held.called.acquire(timeout=20)
     second.send("set q 0 0 1\r\ny\r\n")
-    until(lambda: server.server._wanted)
+    until(lambda: server.server.syncs._wanted)
     server.server.broker.stopping = True
     server.server.interrupt()
     until(lambda: not server.server.listeners[0].sock.fileno() >= 0)
@@ -6149,13 +6168,13 @@ def test_keep_journal_that_cannot_begin_writes_nothing_behind_the_old(tmp_path, 
     talk(set_("q", "1"))
     (tmp_path / "kestrel.conf").write_text("")
     disk.failing = {"rename": errno.EIO}
-    talk.broker.reload()
+    reload(talk.broker)
     run_tasks(talk.broker)
     disk.failing = {}
     assert talk.broker.queues["q"].journal is None
     assert contents_of(tmp_path / "spool") == [b"old"]
     talk.broker.queues["q"].config.keep_journal = False
-    talk.broker.reload()
+    reload(talk.broker)
     run_tasks(talk.broker)
     assert talk(set_("q", "2")) == "STORED\r\n"
     assert contents_of(tmp_path / "spool") == [b"1", b"2"]
@@ -6465,7 +6484,7 @@ def test_what_has_been_right_is_known_again(door, tmp_path):
     assert "failure" in door.ask(LOGIN.replace("a s", "b s"), "third")
     # One that has been changed is not known any more.
     (tmp_path / "users").write_text("bob:%s\n" % kestrel.hash_password(b"new", rounds=1))
-    door.broker.reload()
+    reload(door.broker)
     door.rest()
     assert "failure" in door.ask(LOGIN, "fourth")
     door.rest()
@@ -7333,9 +7352,9 @@ def turns_of(session, data):
     for _ in range(1000):
         commit(session.broker, NOW)
         yield session.take()
-        if not (session.is_full() or session.job):
+        session.sent()
+        if session.state != "working":
             return
-        session.load = 0
         session.resume(NOW)
     assert False, "it does not come to an end"
 
@@ -7843,7 +7862,7 @@ SESSIONS = {
          request("GET /metrics").encode(), request("HEAD /").encode()],
         [request("POST /flush?queue=q", "Content-Length: 3", body="abc").encode(),
          request("GET /peek?queue=q%ff").encode(), request("GET /history.json?queue=q").encode(),
-         request("POST /delete?queue=q", "Origin: http://here").encode()],
+         request("POST /delete?queue=q", "Origin: http://[::1]:2223").encode()],
     ],
 }
 
@@ -7895,7 +7914,7 @@ def misbehave(chances, ports, tls):
     sessions = SESSIONS[protocol] if chances.random() < 0.95 else SESSIONS["memcache"]
     words = chances.choice(sessions)
     if tls and chances.random() < 0.8:
-        words = [word.replace(b"Host: here", AUTHORIZED) for word in words]
+        words = [word.replace(b"Host: [::1]:2223", AUTHORIZED) for word in words]
         words = [LOGIN.encode()] * (protocol == "memcache") + words
     data = mutated(chances, words)
     sock = socket.create_connection(("127.0.0.1", ports[protocol]), timeout=20)
