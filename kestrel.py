@@ -4185,7 +4185,7 @@ class Session:
     # -- the state
 
     def _update(self):
-        """Find out the state. Only the end of the session is set elsewhere."""
+        """Find out the state."""
         if self.state is ENDING or self.state is CLOSED:
             return
         if self.load > self.most_load:
@@ -4252,9 +4252,10 @@ class Session:
 
     def _run(self, data):
         pos = self._parse(data)
-        if pos == len(data) and self.state is READY and self.load <= self.most_load:
+        if pos == len(data) and self.state is READY and self.load <= self.most_load and not (
+                self.at_end):
             return                           # as a rule
-        if self.state is not ENDING:
+        if not self.is_over():
             if pos < len(data):
                 self._keep(data[pos:])
             if self.state is READY and self.load <= self.most_load:      # it needs more
@@ -4264,7 +4265,7 @@ class Session:
     def _run_kept(self):
         data = self._kept.getvalue()
         self._kept, self._needed = None, 0
-        self._update()
+        self.state = READY
         self._run(data)
 
     def _keep(self, data):
@@ -4508,6 +4509,16 @@ class Session:
             return sum([queue.confirm(xid) for xid in xids])
         return queue.abort(*xids, now=self.now)
 
+    def _confirm(self, queue, count):
+        """Close the oldest open reads of a queue; none, and return False, if there are fewer."""
+        reads = self._reads_of(queue) if queue else []
+        if len(reads) < count:
+            return False
+        if count > 0:
+            self.open_reads[queue] = reads
+            self._end_reads(queue, count, True)
+        return True
+
     def _count_read(self, queue, item, peek=False):
         """Count a read that has found an item, or None."""
         stats = self.broker.stats
@@ -4535,12 +4546,13 @@ class Session:
 
     def _route(self, key):
         """Return the route of a key, its queues created if they are new. Raises Refused."""
-        route = self.broker.routes.get(key)
-        if route is None:
-            _name(key)
-            yield
-            route = self.broker.routes.get(key) or self.broker.route(key, self.now, self.who)
-        return route
+        broker = self.broker
+        if key not in broker.routes:
+            name = _name(key)
+            if not all(target in broker.queues
+                       for target in broker.config.aliases.get(name, (name,))):
+                yield
+        return broker.routes.get(key) or broker.route(key, self.now, self.who)
 
     def _put(self, route, items, flags=0, expiry=0):
         """Put items in steps; return how many were taken."""
@@ -4551,15 +4563,14 @@ class Session:
             broker.check_memory(route, len(item))
             stored = True
             for number, queue in enumerate(route.queues):
-                if queue.closed:
-                    continue
-                stored &= (queue.add(item, flags, expiry, self.now)
-                           or number >= len(route.targets))
-                self._rest_on(queue)
-                cost += len(item) + _COMMAND_COST
                 if cost > _STEP_SIZE or len(broker.dirty) > _MOST_DIRTY:
                     cost = 0
                     yield
+                if not queue.closed:
+                    taken = queue.add(item, flags, expiry, self.now)
+                    stored &= taken or number >= len(route.targets)
+                    self._rest_on(queue)
+                    cost += len(item) + _COMMAND_COST
             count += stored
         return count
 
@@ -4798,7 +4809,7 @@ class MemcacheSession(Session):
     def _run_kept(self):
         if self._block:
             self._finish_block()
-        if self._kept is not None and self.state in (READY, WORKING):
+        if self._kept is not None and self.command is None and self.state in (READY, WORKING):
             super()._run_kept()
 
     def _finish_block(self):
@@ -5019,13 +5030,7 @@ class MemcacheSession(Session):
             raise Refused("CLIENT_ERROR", "confirm needs a queue and a number of items")
         queue = self.broker.find(_name(words[1]))
         count = _number(words[2], "number of items")
-        reads = self._reads_of(queue) if queue else ()
-        if len(reads) < max(count, 1):
-            self._say(b"ERROR\r\n")
-            return
-        self.open_reads[queue] = reads
-        self._end_reads(queue, count, True)
-        self._say(b"END\r\n")
+        self._say(b"END\r\n" if self._confirm(queue, count) else b"ERROR\r\n")
 
     # -- administration
 
@@ -5287,14 +5292,9 @@ class TextSession(Session):
         """confirm <queue> <count>"""
         if len(words) < 3 or not words[2].isdigit() or len(words[2]) > 20:
             raise Refused("CLIENT_ERROR", "Queue name & count required.")
-        queue = self.broker.find(_name(words[1]))
         count = int(words[2])
-        reads = self._reads_of(queue) if queue else ()
-        if len(reads) < count:
+        if not self._confirm(self.broker.find(_name(words[1])), count):
             raise Refused("CLIENT_ERROR", "Not that many transactions open.")
-        if count:
-            self.open_reads[queue] = reads
-            self._end_reads(queue, count, True)
         self._say(b"+%d\n" % count)
 
     def do_flush(self, words):
@@ -6306,6 +6306,9 @@ _WORK_SECONDS = 0.005
 # How many waits in a row must have been shorter than busy_poll for the next to be polled.
 _SHORT_WAITS = 4
 
+# How many events are handled between two looks at the clock.
+_EVENTS_STEP = 8
+
 # How many TLS handshakes a turn does, which take a millisecond each, and how many queues may have
 # something to write before it feeds nobody any more.
 _GREETINGS = 4
@@ -6320,8 +6323,8 @@ _CHUNK = 1 << 16
 _MOST_SENT = 1 << 17
 _MAX_VECTOR = 1024
 
-# How often a client whose socket is not read is checked for having gone, in seconds, and how long
-# one is given to read its last answers.
+# How often a waiting client whose socket is not read is checked for having gone, in seconds, and
+# how long one is given to read its last answers.
 _LOOK_SECONDS = 1
 _LINGER_SECONDS = 1
 
@@ -6648,8 +6651,8 @@ class Connection:
         ENDING    yes, for nothing                    all has been sent: after _LINGER_SECONDS
         CLOSED    no
 
-    In each state, while the client does not take its answers, tick() comes after send_timeout;
-    while its socket is not read, each second, to see whether it has gone.
+    While the client does not take its answers, tick() comes after send_timeout. While it waits
+    and its socket is not read, tick() comes each second, to see whether it has gone.
     """
 
     def __init__(self, server, sock, session):
@@ -6664,6 +6667,7 @@ class Connection:
         self._unsent = []
         self._watched = 0
         self._deadline = 0               # when a wait, or the lingering, ends
+        self._looked = 0                 # when _look() was called last
         self._alarm = None               # the entry of tick() in server.timers
         self._finished = False           # the socket has been shut down
         self._in_tasks = False           # _work() is among the server's tasks
@@ -6819,14 +6823,13 @@ class Connection:
                 yield self.since + LOGIN_MS / 1000, self.close
         if session.state is WAITING:
             yield self._deadline, session.time_out
+            if not self._watched & _READ:
+                yield self._looked + _LOOK_SECONDS, self._look
 
     def _set_alarm(self):
         """Have tick() called at the next of these times."""
         server = self.server
         due = min([when for when, _ in self._deadlines()], default=None)
-        if not (self._watched & _READ or self.session.at_end):
-            look = server.mono + _LOOK_SECONDS
-            due = look if due is None else min(due, look)
         # One entry on the heap serves one wait after the other, as a rule.
         if due is not None and (self._alarm is None or due < self._alarm[0]):
             if self._alarm:
@@ -6838,21 +6841,20 @@ class Connection:
         self.server.visit(self, Connection.tick)
 
     def tick(self):
-        """A time may be over, or the client gone."""
+        """One of these times may be over."""
         for when, call in list(self._deadlines()):
             if when <= self.server.mono:
                 call()
         if self.session.state is not CLOSED:
-            if not (self._watched & _READ or self.session.at_end) and self._has_gone():
-                self.close()
-            else:
-                self._set_alarm()
+            self._set_alarm()
 
-    def _has_gone(self):
-        """Return whether the client has hung up; for when its socket is not read."""
+    def _look(self):
+        """Nothing else tells that a client has gone which waits and whose socket is not read."""
+        self._looked = self.server.mono
         poll = select.poll()
         poll.register(self.sock, getattr(select, "POLLRDHUP", 0))
-        return bool(poll.poll(0))
+        if poll.poll(0):
+            self.close()
 
     def _stop_sending(self):
         log.warning("%s is not reading its answers; closed after send_timeout", self.session.who)
@@ -7155,7 +7157,7 @@ class Server:
                 one.ready(mask)
             except Exception as error:
                 self._unexpected(one, error)
-            if not count & 7 and (clock() > end or len(broker.dirty) > _MOST_WRITES):
+            if not count % _EVENTS_STEP and (clock() > end or len(broker.dirty) > _MOST_WRITES):
                 break
         self._events = events[count:]
         if not self._events:             # who has spoken before its time was over is heard first
@@ -7311,7 +7313,7 @@ class Server:
                    if session in self.connections]
         for connection in active:
             try:
-                if failed or unsafe:
+                if failed or unsafe or connection.session.holds:
                     connection.session.settle(failed, unsafe)
                 connection.flush()
             except Exception as error:
