@@ -3600,6 +3600,7 @@ class Broker:
         self.put_rate = self.get_rate = 0.0       # items a second of all queues
         self.machine_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._accounts = {}               # queue -> Account
+        self._uncounted = set()           # queues that have changed since totals()
         self._totals = Totals(0, 0, 0, 0)
         self._failed = {}                 # queue -> OSError, since the last write()
         self._reloads = []                # (who, done) of each reload that was asked for
@@ -3919,8 +3920,7 @@ class Broker:
             except Exception:
                 log.exception("unexpected, in the queue %s", queue.name)
                 self._failed[queue] = OSError(errno.EIO, "unexpected, see the log")
-            if not queue.closed:
-                self._count(queue)
+        self._uncounted.update(self.dirty)
         self.dirty.clear()
         failed, self._failed = self._failed, {}
         if self.status is not self._saved_status:
@@ -3999,9 +3999,11 @@ class Broker:
 
     def totals(self):
         """Return the Totals of all queues."""
-        for queue in self.dirty:
+        self._uncounted.update(self.dirty)
+        for queue in self._uncounted:
             if not queue.closed:
                 self._count(queue)
+        self._uncounted.clear()
         return self._totals
 
     def sample(self, seconds):
@@ -4051,14 +4053,15 @@ class Broker:
 #
 # A client is in one state, which follows from what it has said and what it waits for:
 #
-#   state     input is          goes on when
-#   READY     run as it comes   it says more
-#   WAITING   kept              an item comes, or time_out() is called
-#   WORKING   kept              resume() is called: in a later turn, or for what it asked for
-#   HELD      kept              its answers are safe, or its question (a password) is answered
-#   FULL      kept              sent() is called: it has been told as much as it may at once
-#   ENDING    thrown away       never; it is closed when `out` has been sent
-#   CLOSED    thrown away       never
+#   state      input is          goes on when
+#   READY      run as it comes   it says more
+#   RECEIVING  kept              the rest of a command comes
+#   WAITING    kept              an item comes, or time_out() is called
+#   WORKING    kept              resume() is called: in a later turn, or for what it asked for
+#   HELD       kept              its answers are safe, or its question (a password) is answered
+#   FULL       kept              sent() is called: it has been told as much as it may at once
+#   ENDING     thrown away       never; it is closed when `out` has been sent
+#   CLOSED     thrown away       never
 #
 # A command that waits is a generator. It yields None to go on in a later turn, a Waiter to wait
 # for an item, or a function to ask somebody: the function is called with a callback, and what
@@ -4068,8 +4071,8 @@ class Broker:
 # What grows with the number of queues, or creates or deletes files, begins with a `yield`: it is
 # done as a task, a step at a time, after the other clients have been served.
 
-READY, WAITING, WORKING, HELD, FULL, ENDING, CLOSED = (
-    "ready", "waiting", "working", "held", "full", "ending", "closed")
+READY, RECEIVING, WAITING, WORKING, HELD, FULL, ENDING, CLOSED = (
+    "ready", "receiving", "waiting", "working", "held", "full", "ending", "closed")
 
 # What expires later than this expires then; the journal has 64 bits for it.
 _LATEST = 1 << 62
@@ -4174,10 +4177,6 @@ class Session:
         """How many bytes of input are kept."""
         return self._kept.tell() if self._kept else 0
 
-    def is_amid(self):
-        """Return whether the rest of a command is still to come."""
-        return self._kept is not None or self._needed > 0
-
     def is_over(self):
         """Return whether the client has gone, or will be hung up on."""
         return self.state in (ENDING, CLOSED)
@@ -4200,7 +4199,7 @@ class Session:
         elif self.at_end:
             self.end()
         else:
-            self.state = READY
+            self.state = READY if self._kept is None and not self._needed else RECEIVING
 
     def end(self):
         """Run nothing more, and put open reads back; the connection is closed when all has been
@@ -4224,11 +4223,11 @@ class Session:
     def feed(self, data, now):
         """Take bytes that the client sent, and run every whole command in them."""
         self.now = now
-        if self.state is READY and self._kept is None and not self._needed:     # as a rule
+        if self.state is READY:              # as a rule
             self._run(data)
-        elif self.state is not ENDING and self.state is not CLOSED:
+        elif not self.is_over():
             self._keep(data)
-            if self.state is READY and self._kept.tell() >= self._needed:
+            if self.state is RECEIVING and self._kept.tell() >= self._needed:
                 self._run_kept()
 
     def hang_up(self, now):
@@ -4253,13 +4252,13 @@ class Session:
     def _run(self, data):
         pos = self._parse(data)
         if pos == len(data) and self.state is READY and self.load <= self.most_load and not (
-                self.at_end):
+                self._needed or self.at_end):
             return                           # as a rule
         if not self.is_over():
             if pos < len(data):
                 self._keep(data[pos:])
-            if self.state is READY and self.load <= self.most_load:      # it needs more
-                self._needed = max(self._needed, self.unparsed + 1)
+            if self.state is READY and self.load <= self.most_load and self._kept is not None:
+                self._needed = max(self._needed, self.unparsed + 1)      # it needs more
             self._update()
 
     def _run_kept(self):
@@ -4379,12 +4378,13 @@ class Session:
                 self.close(self.now)         # nobody knows what has become of them
                 return
             self.fail(failed, since)
-        touched &= unsafe
-        self.holds += len(touched)
-        for queue in touched:
-            queue.history.when_safe(
-                functools.partial(self._release, queue, since, self._checked))
-        self._update()
+        touched.intersection_update(unsafe)
+        if touched:
+            self.holds += len(touched)
+            for queue in touched:
+                queue.history.when_safe(
+                    functools.partial(self._release, queue, since, self._checked))
+            self._update()
 
     def _release(self, queue, since, until, error):
         """Operations that answers waited for are safe, or have been undone."""
@@ -4765,6 +4765,9 @@ class MemcacheSession(Session):
                 skipped = min(self._skip, len(data) - pos)
                 self._skip -= skipped
                 pos += skipped
+                if self._skip:
+                    self._needed = 1
+                    break
             line, block = b"", None
             try:
                 eol = data.find(b"\n", pos)
@@ -4809,7 +4812,8 @@ class MemcacheSession(Session):
     def _run_kept(self):
         if self._block:
             self._finish_block()
-        if self._kept is not None and self.command is None and self.state in (READY, WORKING):
+        if self._kept is not None and self.command is None and (
+                self.state in (READY, RECEIVING, WORKING)):
             super()._run_kept()
 
     def _finish_block(self):
@@ -4832,9 +4836,6 @@ class MemcacheSession(Session):
         except (Refused, OSError) as error:
             self._refuse(error)
         self._update()
-
-    def is_amid(self):
-        return self._skip > 0 or super().is_amid()
 
     def _check_start(self, data, pos):
         """Check that the rest of the input can become a line."""
@@ -5161,6 +5162,7 @@ class TextSession(Session):
                 if eol < 0:
                     if len(data) - pos > limit + 1:
                         raise Refused("CLIENT_ERROR", "Line too long.", close=True)
+                    self._needed = int(self._items is not None)
                     break
                 line = data[pos:eol]
                 pos = eol + 1
@@ -5189,9 +5191,6 @@ class TextSession(Session):
             raise Refused("CLIENT_ERROR", " ".join(["Unknown command:", *map(
                 os.fsdecode, words[:1])]), close=name in ("post", "host:"))
         return method(words)
-
-    def is_amid(self):
-        return self._items is not None or super().is_amid()
 
     def _add(self, line):
         """Take a line that is an item of a put."""
@@ -6533,14 +6532,14 @@ class Syncs:
     def __init__(self, server):
         self._server = server
         self._planned = set()            # queues whose fsync has a time set
-        self._wanted = {}                # queues to be fsynced, in order; an ordered set
+        self.wanted = {}                # queues to be fsynced, in order; an ordered set
         self._running = set()            # queues that are being fsynced
         self._failing = {}               # queue -> when writing its journal failed last
         self._recovering = set()         # queues whose recovery is planned
 
     def is_idle(self):
         """Return whether no fsync is wanted or under way."""
-        return not (self._wanted or self._running)
+        return not (self.wanted or self._running)
 
     def written(self, queue):
         """A journal has been written: it is fsynced as sync_journal says."""
@@ -6548,7 +6547,7 @@ class Syncs:
             self._note_success(queue)
         delay = queue.config.sync_journal
         if delay == 0:
-            self._wanted[queue] = None
+            self.wanted[queue] = None
         elif delay is not None and queue not in self._planned:
             self._planned.add(queue)
             self._server.later(delay, functools.partial(self._due, queue))
@@ -6556,12 +6555,12 @@ class Syncs:
     def start(self):
         """Begin the fsyncs that are wanted, the next of a queue for all that has been written
         since."""
-        for queue in list(self._wanted):
+        for queue in list(self.wanted):
             if len(self._running) >= _SYNCS:
                 break
             if queue in self._running:
                 continue
-            del self._wanted[queue]
+            del self.wanted[queue]
             if not queue.needs_sync():
                 continue
             try:
@@ -6577,7 +6576,7 @@ class Syncs:
 
     def _due(self, queue):
         self._planned.discard(queue)
-        self._wanted[queue] = None
+        self.wanted[queue] = None
 
     def _synced(self, queue, sync, error, seconds):
         self._running.discard(queue)
@@ -6641,15 +6640,15 @@ class Connection:
     place() arranges what the state of the session asks for: which events the socket is watched
     for, and when tick() is called.
 
-        state     the socket is read                  tick() at
-        READY     yes                                 client_timeout; with half a command in hand,
-                                                      or before the login, sooner
-        WAITING   until _CHUNK bytes are unparsed     the end of the wait
-        WORKING   likewise
-        HELD      likewise
-        FULL      likewise
-        ENDING    yes, for nothing                    all has been sent: after _LINGER_SECONDS
-        CLOSED    no
+        state      the socket is read                 tick() comes at
+        READY      yes                                client_timeout; the end of LOGIN_MS
+        RECEIVING  yes                                likewise; send_timeout
+        WAITING    until _CHUNK bytes are unparsed    the end of the wait
+        WORKING    likewise
+        HELD       likewise
+        FULL       likewise
+        ENDING     yes, for nothing                   all has been sent: after _LINGER_SECONDS
+        CLOSED     no
 
     While the client does not take its answers, tick() comes after send_timeout. While it waits
     and its socket is not read, tick() comes each second, to see whether it has gone.
@@ -6662,7 +6661,7 @@ class Connection:
         self.since = self.last_active = server.mono
         self.is_greeting = isinstance(sock, TLSSocket)         # the handshake is not done
         self.is_traced = server.config.server.enable_session_trace
-        self.state = READY               # of the session, when place() was called last
+        self.state = READY               # what place() has arranged; HELD may be READY for it
         self.buffered = 0                # bytes of input and output that server.buffered counts
         self._unsent = []
         self._watched = 0
@@ -6726,9 +6725,12 @@ class Connection:
         self._in_tasks = False
         self.server.active.append(self)      # it may be WORKING again
 
-    def flush(self):
-        """Send the answers that are safe, as far as the kernel takes them."""
+    def flush(self, failed=(), unsafe=()):
+        """Send the answers that are safe, as far as the kernel takes them. failed, unsafe: see
+        Session.settle()."""
         session = self.session
+        if failed or unsafe or session.holds:
+            session.settle(failed, unsafe)
         if session.state is CLOSED:
             self.close()
             return
@@ -6748,8 +6750,9 @@ class Connection:
             session.load = 0
             if session.state is FULL:
                 session.sent()
-        if not (session.state is self.state is READY and self._watched == _READ
-                and not self._unsent and not self.buffered):
+        state = session.state
+        if (state is not READY and state is not HELD or self.state is not READY or self._unsent
+                or self.buffered or self._watched != _READ):
             self.place()
 
     def _send(self):
@@ -6802,7 +6805,7 @@ class Connection:
         """Return whether the socket is to be read."""
         session = self.session
         return not session.at_end and (
-            session.state in (READY, ENDING) or session.unparsed <= _CHUNK)
+            session.state in (READY, RECEIVING, ENDING) or session.unparsed <= _CHUNK)
 
     def _deadlines(self):
         """Yield (when, what is done then) for each time that matters in this state."""
@@ -6813,8 +6816,8 @@ class Connection:
                 yield self.last_active + timeout / 1000, self._stop_sending
         elif self._finished:
             yield self._deadline, self.close
-        elif session.state is READY:
-            if timeout and session.is_amid():
+        elif session.state in (READY, RECEIVING):
+            if timeout and session.state is RECEIVING:
                 yield self.last_active + timeout / 1000, self._stop_receiving
             for timeout in (settings.client_timeout, session.idle_timeout):
                 if timeout:
@@ -6842,6 +6845,7 @@ class Connection:
 
     def tick(self):
         """One of these times may be over."""
+        self.state = self.session.state
         for when, call in list(self._deadlines()):
             if when <= self.server.mono:
                 call()
@@ -7303,7 +7307,8 @@ class Server:
                 unsafe.add(queue)
         for queue, error in failed.items():
             self.syncs.failed(queue, error)
-        self.syncs.start()                   # they run while answers are sent
+        if self.syncs.wanted:
+            self.syncs.start()               # they run while answers are sent
         if self._announcer:
             self._announce()
         # Check every answer whose operations were written in this turn: a later failure of the
@@ -7313,9 +7318,7 @@ class Server:
                    if session in self.connections]
         for connection in active:
             try:
-                if failed or unsafe or connection.session.holds:
-                    connection.session.settle(failed, unsafe)
-                connection.flush()
+                connection.flush(failed, unsafe)
             except Exception as error:
                 self._unexpected(connection, error)
 

@@ -4182,7 +4182,7 @@ def test_not_all_queues_are_fsynced_at_once(serve, monkeypatch):
     clients = [server.client() for _ in range(10)]
     for number, client in enumerate(clients):
         client.send("set q%d 0 0 1\r\nx\r\n" % number)
-    until(lambda: len(server.server.syncs._wanted) == 7)
+    until(lambda: len(server.server.syncs.wanted) == 7)
     assert len(server.server.syncs._running) == 3
     held.disarm()
     assert {client.line() for client in clients} == {"STORED\r\n"}
@@ -6145,7 +6145,7 @@ def test_the_end_waits_for_answers_that_wait_for_one_fsync_after_the_other(serve
     first.send("set q 0 0 1\r\nx\r\n")
     assert held.called.acquire(timeout=20)
     second.send("set q 0 0 1\r\ny\r\n")
-    until(lambda: server.server.syncs._wanted)
+    until(lambda: server.server.syncs.wanted)
     server.server.broker.stopping = True
     server.server.interrupt()
     until(lambda: not server.server.listeners[0].sock.fileno() >= 0)
