@@ -62,6 +62,7 @@ import base64
 import collections
 import configparser
 import contextlib
+import difflib
 import errno
 import fcntl
 import functools
@@ -223,10 +224,14 @@ def _parse_addresses(text):
         raise ValueError("there is no address")
     for address in addresses:
         if addresses.count(address) > 1:
-            raise ValueError("%s is there twice" % address)
-        if not re.fullmatch(r"unix:.+|[A-Za-z0-9.-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[\w:.%]*", address):
-            raise ValueError("%r is not a host, IP address or unix:PATH (without a port, which "
-                             "is a setting of its own)" % address)
+            raise ValueError("duplicate %s" % address)
+        if re.fullmatch(r"unix:.+|(?![0-9.]+$)[A-Za-z0-9.-]+", address):
+            continue
+        try:
+            ipaddress.ip_address(address.partition("%")[0])
+        except ValueError:
+            raise ValueError("%r is not a host, IP address or unix:PATH (the port is a separate "
+                             "setting)" % address) from None
     return addresses
 
 
@@ -281,7 +286,8 @@ ADDRESSES = Kind(_parse_addresses, ", ".join)
 MODE = Kind(_parse_mode, "{:04o}".format)
 HOSTS = Kind(_words, ", ".join)
 NETWORKS = Kind(_parse_networks, lambda networks: ", ".join(map(str, networks)))
-SIZE_LIMIT = _or("unlimited", UNLIMITED, SIZE)
+SIZE_LIMIT = _or("unlimited", UNLIMITED, Kind(
+    lambda text: _within(1, UNLIMITED, _parse_size(text)), _show_size))
 COUNT_LIMIT = _or("unlimited", UNLIMITED, COUNT)
 MEMORY = _or("auto", None, Kind(lambda text: _parse_size(text) or UNLIMITED,
                                 lambda size: "0" if size == UNLIMITED else _show_size(size)))
@@ -395,6 +401,15 @@ def _shown(settings, values):
     return ["%s = %s" % (key, kind.show(values[key])) for key, (kind, _) in settings.items()]
 
 
+def _hint(key, settings):
+    """Return what may have been meant by the unknown name of a setting."""
+    for section, others in (("server", SERVER_SETTINGS), ("queue", QUEUE_SETTINGS)):
+        if key in others:
+            return "; it belongs in [%s]" % section
+    near = difflib.get_close_matches(key, settings, 1)
+    return "; did you mean %s?" % near[0] if near else ""
+
+
 class Values:
     """Named values. (The attributes of a types.SimpleNamespace take CPython twice as long.)"""
 
@@ -498,6 +513,8 @@ class Config:
                 raise ConfigError("command line: %s: %s" % (key, error)) from None
         self.given = server.keys()       # the [server] settings that are not just defaults
         self.server = Values(**{**_defaults(SERVER_SETTINGS), **server})
+        self._check_server()
+        self._check_expiry()
         self.tls = self._read_tls()
         self.users = self._read_auth_file()
         self._check_users(queues)
@@ -539,7 +556,7 @@ class Config:
         except UnicodeDecodeError as error:
             raise ConfigError("%s: not UTF-8 text: %s" % (self.path, error)) from None
         except configparser.DuplicateSectionError as error:
-            raise self._error("section [%s] is there twice" % error.section,
+            raise self._error("duplicate section [%s]" % error.section,
                               line=error.lineno) from None
         except configparser.DuplicateOptionError as error:
             raise self._error("%s is set twice in [%s]" % (error.option, error.section),
@@ -559,7 +576,8 @@ class Config:
         for key, text in texts.items():
             name = _OLD_NAMES.get(key, key)
             if name not in settings:
-                raise self._error("unknown setting %s in [%s]" % (key, header), header, key)
+                raise self._error("unknown setting %s in [%s]%s" % (
+                    key, header, _hint(key, settings)), header, key)
             if name in values:
                 raise self._error("%s is the same as %s: set one of them" % tuple(
                     *_OLD_NAMES.items()), header, key)
@@ -568,6 +586,31 @@ class Config:
             except ValueError as error:
                 raise self._error("%s: %s" % (key, error), header, key) from None
         return values
+
+    def _check_server(self):
+        """Raise ConfigError for [server] settings that can only be mistakes together, or here."""
+        settings = self.server
+        ports = {}
+        for key in ("memcache_port", "text_port", "thrift_port", "admin_port"):
+            port = getattr(settings, key)
+            if port and port in ports and (key != "admin_port" or key in self.given):
+                raise self._error("%s: %d is the %s too" % (key, port, ports[port]), "server", key)
+            ports[port] = key
+        paths = [(key, getattr(settings, key)) for key in ("log_file", "status_file")]
+        paths += [("listen", address[5:]) for address in settings.listen
+                  if address.startswith("unix:")]
+        for key, path in paths:
+            directory = os.path.dirname(path) or "."
+            if path and not os.path.isdir(directory):
+                raise self._error("%s: there is no directory %s" % (key, directory), "server", key)
+
+    def _check_expiry(self):
+        """Raise ConfigError for a queue whose expired items would go to itself."""
+        for name, values in self._queues.items():
+            target = values.get("expire_to_queue")
+            if target and name and name in self.aliases.get(target, (target,)):
+                raise self._error("expire_to_queue: items of %s would go to itself" % name,
+                                  "queue " + name, "expire_to_queue")
 
     def _read_tls(self):
         """The ssl.SSLContext for those who come in, None without a tls_cert."""
@@ -625,7 +668,7 @@ class Config:
     def _add(self, header, known, name, values):
         """Note what a [queue NAME] or [alias NAME] says, once for each name."""
         if name in known:
-            raise self._error("section [%s] is there twice" % header, header)
+            raise self._error("duplicate section [%s]" % header, header)
         if name:
             try:
                 check_name(name)
@@ -7724,6 +7767,8 @@ def serve(port=0, spool=None, config=None):
 # What `python3 kestrel.py` does: arguments, logging, signals, exit status.
 
 
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
 # Of log lines that differ in their details only so many are let through in so many seconds.
 _REPEATS = 20
 _REPEAT_SECONDS = 10
@@ -7756,8 +7801,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     overrides = {key: value for key, value in vars(options).items()
                  if key in SERVER_SETTINGS and value is not None}
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr,
-                        format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=[LogStream()])
     try:
         if options.dump:
             return _dump(options.dump, options.json)
@@ -7841,6 +7885,30 @@ def _hash_password():
     return 0
 
 
+class LogStream(logging.Handler):
+    """Logs to standard error. A line that would block, since nobody reads the pipe, is dropped and
+    counted: a log must not stop the service."""
+
+    _dropped = 0
+
+    def emit(self, record):
+        lines = [self.format(record)]
+        if self._dropped:
+            lines.insert(0, "%d log lines dropped, since nobody read them" % self._dropped)
+        data = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
+        try:
+            fd = sys.stderr.fileno()
+            poll = select.poll()
+            poll.register(fd, select.POLLOUT)
+            for at in range(0, len(data), select.PIPE_BUF):      # that much does not block
+                if not poll.poll(0):
+                    raise BlockingIOError
+                os.write(fd, data[at:at + select.PIPE_BUF])
+            self._dropped = 0
+        except (OSError, ValueError):    # closed
+            self._dropped += 1
+
+
 class LogFile(logging.handlers.WatchedFileHandler):
     """A log file that harms nothing when it cannot be opened anew: its lines then go to
     standard error, until it can."""
@@ -7849,7 +7917,10 @@ class LogFile(logging.handlers.WatchedFileHandler):
         try:
             super().emit(record)
         except OSError as error:
-            print("log_file: %s: %s" % (error, self.format(record)), file=sys.stderr)
+            stream = LogStream()
+            stream.setFormatter(logging.Formatter("log_file: %s: %s" % (
+                str(error).replace("%", "%%"), _LOG_FORMAT)))
+            stream.emit(record)
 
     def _open(self):
         # Names of queues are any bytes.
@@ -7878,13 +7949,13 @@ def _repeats():
     def admit(record):
         if record.name == trace.name:
             return True
-        key = record.msg
-        since, count = seen.get(key, (record.created - _REPEAT_SECONDS, 0))
-        if not since <= record.created < since + _REPEAT_SECONDS:   # or the clock was set
+        key, now = record.msg, time.monotonic()
+        since, count = seen.get(key, (now - _REPEAT_SECONDS, 0))
+        if now >= since + _REPEAT_SECONDS:
             if count > _REPEATS:
                 record.msg, record.args = "%s (and %d more like this since)" % (
                     record.getMessage(), count - _REPEATS), ()
-            since, count = record.created, 0
+            since, count = now, 0
         seen[key] = since, count + 1
         return count < _REPEATS
 

@@ -155,8 +155,8 @@ sync_journal = never
     ("[server]\nmax_items = 5\n", 2, "unknown setting max_items"),
     ("# hello\n[servers]\n", 2, "unknown section [servers]"),
     ("[queue a]\nmax_items = 5\nmax_items = 6\n", 3, "max_items is set twice"),
-    ("[queue a]\n[queue]\n[queue a]\n", 3, "[queue a] is there twice"),
-    ("[queue a]\n[queue]\n[queue  a]\n", 3, "there twice"),
+    ("[queue a]\n[queue]\n[queue a]\n", 3, "duplicate section [queue a]"),
+    ("[queue a]\n[queue]\n[queue  a]\n", 3, "duplicate section"),
     ("[queue a]\nmax_age = 5\n[queue b]\nmax_age = 1h\n", 2, "max_age: '5' is not a time"),
     ("[queue b]\nmax_age = 1h\n[queue a]\nMax_Age: soon\n", 4, "max_age: 'soon'"),
     ("[queue]\nmax_age = %sd\n" % ("9" * 400), 2, "max_age: the number is too large"),
@@ -170,6 +170,22 @@ sync_journal = never
     ("[alias a]\ndestination_queues = b\n[alias b]\ndestination_queues = c\n", 2,
      "b is an alias itself"),
     ("[DEFAULT]\nmax_items = 5\n", 1, "unknown section [DEFAULT]"),
+    ("[server]\nmemcache_prot = 5\n", 2, "in [server]; did you mean memcache_port?"),
+    ("[queue]\nmax_itmes = 5\n", 2, "in [queue]; did you mean max_items?"),
+    ("[queue]\ntext_port = 5\n", 2, "in [queue]; it belongs in [server]"),
+    ("[server]\nmax_items = 5\n", 2, "in [server]; it belongs in [queue]"),
+    ("[server]\nthrift_port = 5\ntext_port = 5\n", 2, "thrift_port: 5 is the text_port too"),
+    ("[server]\ntext_port = 22133\n", 2, "text_port: 22133 is the memcache_port too"),
+    ("[server]\n\nlisten = 999.1.1.1\n", 3, "listen: '999.1.1.1' is not a host"),
+    ("[server]\nlisten = 127.0.0.1, 1::2::3\n", 2, "listen: '1::2::3' is not a host"),
+    ("[server]\nlog_file = /no/such/log\n", 2, "log_file: there is no directory /no/such"),
+    ("[server]\nstatus_file = /no/such/file\n", 2, "status_file: there is no directory"),
+    ("[server]\nlisten = unix:/no/such/sock\n", 2, "listen: there is no directory /no/such"),
+    ("[queue a]\nmax_size = 0\n", 2, "max_size: not from 1 to"),
+    ("[queue a]\nmax_item_size = 0b\n", 2, "max_item_size: not from 1 to"),
+    ("[queue a]\nexpire_to_queue = a\n", 2, "items of a would go to itself"),
+    ("[alias b]\ndestination_queues = c a\n[queue a]\nexpire_to_queue = b\n", 4,
+     "items of a would go to itself"),
 ])
 def test_config_errors_name_file_line_and_key(tmp_path, text, line, words):
     with pytest.raises(kestrel.ConfigError) as caught:
@@ -2348,6 +2364,85 @@ max_items = 1
     assert broker.queue("all", NOW) is None and broker.find("all") is None
 
 
+def test_an_alias_of_its_own_children_puts_each_item_once(tmp_path):
+    broker = broker_of(tmp_path, "[alias events]\n"
+                                 "destination_queues = events+archive, events+live\n")
+    assert put(broker, "events", b"1", b"2") == [True, True]
+    assert items_of(broker, "events+archive") == items_of(broker, "events+live") == [b"1", b"2"]
+    for user in (None, "bob"):
+        assert broker.may(user, "put_users", "events+archive")
+
+
+def test_rights_of_aliases_that_lead_to_each_other(tmp_path):
+    broker = broker_of(tmp_path, "[alias a]\ndestination_queues = b+x, c\n[alias b]\n"
+                                 "destination_queues = a+y\n")
+    broker.queue("c").config.put_users = ("ann",)
+    assert broker.may("ann", "put_users", "a+y") and broker.may("ann", "put_users", "b+x")
+    assert not broker.may("bob", "put_users", "a+y")
+
+
+def test_there_are_so_many_queues_and_children(tmp_path):
+    broker = broker_of(tmp_path, "[server]\nmax_queues = 4\nmax_children = 2\n")
+    for name in ("a", "a+1", "a+2"):
+        broker.queue(name)
+    with pytest.raises(OSError, match=r"a has 2 children \(max_children\)"):
+        broker.queue("a+3")
+    broker.queue("b")
+    with pytest.raises(OSError, match=r"there are 4 queues \(max_queues\)"):
+        broker.queue("c")
+    broker.delete(broker.queues["a+1"])
+    broker.queue("a+3")
+    assert put(broker, "a", b"x") == [True]
+
+
+def test_totals_follow_every_change(tmp_path):
+    broker = broker_of(tmp_path, "[queue]\nmax_memory_size = 1kb\n[queue b]\n"
+                                 "keep_journal = false\n")
+    chances = seeded()
+
+    def expected():
+        queues = broker.queues.values()
+        return (sum(queue.count for queue in queues), sum(queue.bytes for queue in queues),
+                sum(queue.config.max_memory_size for queue in queues))
+
+    for _ in range(2000):
+        name = chances.choice("abcd")
+        queue = broker.queue(name, NOW)
+        what = chances.random()
+        if what < .6:
+            put(broker, name, b"x" * chances.randrange(300), expiry=NOW + chances.randrange(3))
+        elif what < .8:
+            item = queue.remove(True, NOW + chances.randrange(3))
+            if item:
+                (queue.confirm if what < .7 else queue.abort)(item.xid)
+        elif what < .81:
+            queue.flush()
+        elif what < .82:
+            broker.delete(queue)
+        elif what < .9:
+            settle(broker)
+        totals = broker.totals()
+        assert (totals.items, totals.bytes, totals.reserved) == expected()
+
+
+def test_reloads_that_are_asked_for_at_once_are_done_as_one(tmp_path, caplog):
+    caplog.set_level("INFO")
+    broker = broker_of(tmp_path)
+    told = []
+    for number in range(50):
+        broker.reload("client %d" % number, told.append)
+    task = broker.tasks.pop()
+    read = next(task)
+    assert not broker.tasks and not told
+    broker.reload("a late one", told.append)         # the file may have changed since
+    read()
+    again = next(task)
+    assert told == [None] * 50
+    again()
+    assert next(task, "over") == "over" and told == [None] * 51
+    assert caplog.text.count("reloaded by") == 2
+
+
 def commit(broker, now):
     """What a turn does of it; returns what has been written, and what could not be."""
     written, failed = broker.write()
@@ -2389,6 +2484,7 @@ expire_to_queue = late
 max_age = 100ms
 [queue late]
 max_age = 50ms
+[queue]
 expire_to_queue = late
 """)
     put(broker, "work", b"1", b"2", expiry=NOW + 10)
@@ -2633,6 +2729,9 @@ ANSWERS = [
     ("set q 0 0 -1\r\n", "CLIENT_ERROR bad byte count\r\n✂"),
     ("set q 0 0 1e1\r\n", "CLIENT_ERROR bad byte count\r\n✂"),
     ("set q 0 0\r\n", "CLIENT_ERROR set needs a queue, flags, expiry and byte count\r\n✂"),
+    ("set my queue 0 0 13\r\ndelete jobs\r\n\r\n", "CLIENT_ERROR more words than set has\r\n✂"),
+    ("set my q 0 0 5 noreply\r\nflush\r\n", "✂"),
+    ("set q 0 0 5 norepli\r\nflush\r\n", "CLIENT_ERROR more words than set has\r\n✂"),
     ("set q x 0 2\r\nab\r\nversion\r\n", "CLIENT_ERROR bad flags\r\nVERSION 1.0.0\r\n"),
     ("set q -1 0 2\r\nab\r\nversion\r\n", "CLIENT_ERROR bad flags\r\nVERSION 1.0.0\r\n"),
     ("set q 4294967296 0 2\r\nab\r\n", "CLIENT_ERROR bad flags\r\n"),
@@ -2672,6 +2771,10 @@ ANSWERS = [
     # the rest
     ("delete q\r\n", "DELETED\r\n"),
     ("delete q 0\r\n", "DELETED\r\n"),
+    ("delete q 0 noreply\r\nversion\r\n", "VERSION 1.0.0\r\n"),
+    *[(word + " my queue\r\nversion\r\n",
+       "CLIENT_ERROR %s takes one name\r\nVERSION 1.0.0\r\n" % word.split()[0])
+      for word in ("delete", "flush", "flush_expired", "delete q 0", "flush q noreply")],
     ("delete q noreply\r\nversion\r\n", "VERSION 1.0.0\r\n"),
     ("delete\r\n", "CLIENT_ERROR delete needs the name of a queue\r\n"),
     ("flush q\r\n", "END\r\n"),
@@ -2704,6 +2807,12 @@ ANSWERS = [
     ("add q 0 0\r\n", "CLIENT_ERROR add needs a queue, flags, expiry and byte count\r\n✂"),
     ("".join(word + " q 1\r\n" for word in MEMCACHED), "ERROR\r\n" * len(MEMCACHED)),
     ("what\r\nversion\r\n", "ERROR unknown command\r\n✂"),
+    ("ms foo 11 T10\r\ndelete jobs\r\n", "ERROR unknown command\r\n✂"),
+    *[(line + "\r\nflush_all\r\n", "ERROR unknown command\r\n✂") for line in (
+        "POST / HTTP/1.1", "Host: here", "Content-Type: text/plain", "x=1&y=2", "{", "EHLO me")],
+    *[(byte + "get q\nflush_all\n", "ERROR this protocol is not supported\r\n✂")
+      for byte in "\x00\x01\x0b\x0c\x16\x1f\x80"],
+    ("\x16\x03\x01\x02\x00\x01", "ERROR this protocol is not supported\r\n✂"),
     ("touch q 1 noreply\r\nversion\r\n", "VERSION 1.0.0\r\n"),
     ("\r\n\n \r\nversion\r\n", "ERROR\r\n" * 3 + "VERSION 1.0.0\r\n"),
     ("incr " + "x" * 8187 + "\r\nversion\r\n", "ERROR\r\nVERSION 1.0.0\r\n"),
@@ -2912,6 +3021,88 @@ def test_reads_create_a_queue_and_the_rest_does_not(talk):
     talk.heard()
     assert sorted(talk.broker.queues) == ["a", "b+c", "d", "e"]
     assert sorted(os.listdir(talk.broker.spool)) == ["a", "b+c", "d", "e"]
+
+
+def test_value_key_is_the_name_of_the_queue_if_that_is_asked_for(tmp_path):
+    talk = Talk(tmp_path, "[server]\nvalue_key = queue\n")
+    talk(set_("q", "1") * 4)
+    assert talk("get q/t=10/open\r\n") == "VALUE q 0 1\r\n1\r\nEND\r\n"
+    assert talk("get r q/peek\r\n") == "VALUE q 0 1\r\n1\r\nEND\r\n"
+    assert re.fullmatch("VALUE q 0 1 \\d+\r\n1\r\nEND\r\n", talk("gets q/close/open\r\n"))
+    assert talk("monitor q 0\r\n") == "VALUE q 0 1\r\n1\r\nEND\r\n" * 2 + "END\r\n"
+
+
+def test_confirm_is_all_or_nothing(talk):
+    talk(set_("q", "1") * 5 + "monitor q 0 3\r\n")
+    assert talk("confirm q 4\r\n") == "ERROR\r\n"
+    assert len(talk.broker.queues["q"].opens) == 3
+    assert talk("confirm q 2\r\nconfirm q 1\r\n") == "END\r\nEND\r\n"
+    assert not talk.broker.queues["q"].opens
+
+
+def test_no_new_statistic_looks_like_one_of_another_queue():
+    kestrels = QUEUE_STATS[:QUEUE_STATS.index("create_time") + 1]
+    for name in QUEUE_STATS[len(kestrels):] + ["children"]:
+        assert not re.search("_(items|bytes|total_items|logsize|expired_items|mem_items|mem_bytes|"
+                             "age|discarded|waiters|open_transactions)$", "_" + name)
+
+
+@pytest.mark.parametrize("command", ["get q/t=1000\r\n", "monitor q 10\r\n"])
+def test_a_read_in_hand_ends_when_its_queue_is_deleted(talk, command):
+    """Before it waits, too: here it is dropping a run of expired items."""
+    route = talk.broker.route(b"q", NOW)
+    for waiting in (False, True):
+        for _ in range(0 if waiting else 2500):
+            talk.broker.put(route, b"late", 0, NOW + 1, NOW)
+        session = talk.session("reader %s" % waiting)
+        session.feed(command.encode(), NOW + 10)
+        assert session.state == "waiting" if waiting else "working"
+        assert talk("delete q\r\n") == "DELETED\r\n"
+        assert talk.heard("reader %s" % waiting) == "END\r\n"
+        assert "q" not in talk.broker.queues
+        route = talk.broker.route(b"q", NOW)
+
+
+def test_a_peek_stays_true_though_a_put_of_that_turn_fails(talk, disk):
+    talk(set_("q", "1"))
+    disk.failing = {"pwrite": errno.ENOSPC}
+    putter, peeker, both = map(talk.session, ("putter", "peeker", "both"))
+    putter.feed(set_("q", "2").encode(), NOW)
+    peeker.feed(b"get q/peek\r\nget none/peek\r\n", NOW)
+    peeker.resume(NOW)
+    putter.feed(set_("new", "3").encode(), NOW)
+    putter.resume(NOW)
+    both.feed(b"get new/peek\r\n", NOW)
+    failed = commit(talk.broker, NOW)[1]
+    for session in (putter, peeker, both):
+        session.settle(failed, set())
+    assert b"".join(putter.take()) == (b"SERVER_ERROR q: No space left on device\r\n"
+                                       b"SERVER_ERROR new: No space left on device\r\n")
+    assert b"".join(peeker.take()) == b"VALUE q/peek 0 1\r\n1\r\nEND\r\nEND\r\n"
+    assert b"".join(both.take()) == b"SERVER_ERROR new: No space left on device\r\n"
+
+
+def test_an_item_for_very_many_children_is_put_in_steps(tmp_path, disk):
+    talk = Talk(tmp_path, "[queue]\nkeep_journal = false\n[queue fan+full]\nmax_items = 1\n")
+    for number in range(400):
+        talk.broker.queue("fan+%d" % number, NOW)
+    talk.broker.queue("fan+full", NOW)
+    talk.broker.queue("fan", NOW)
+    session = talk.session()
+    session.feed((set_("fan", "1") + set_("fan", "2") + "version\r\n").encode(), NOW)
+    steps = 0
+    while session.state == "working":
+        before = sum(queue.count for queue in talk.broker.queues.values())
+        commit(talk.broker, NOW)
+        session.resume(NOW)
+        assert sum(queue.count for queue in talk.broker.queues.values()) - before < 110
+        steps += 1
+    assert steps >= 8
+    assert b"".join(session.take()) == b"STORED\r\nSTORED\r\nVERSION 1.0.0\r\n"
+    assert {items_of(talk.broker, name)[-1] for name in talk.broker.queues} == {b"1", b"2"}
+    assert items_of(talk.broker, "fan+399") == [b"1", b"2"]
+    talk.broker.delete(talk.broker.queues["fan+7"])        # while the next is under way
+    assert talk(set_("fan", "3")) == "STORED\r\n"
 
 
 def test_alias_over_the_wire(tmp_path):
@@ -3315,7 +3506,9 @@ def test_the_status_is_kept_in_a_file(tmp_path, caplog):
     assert broker_of(tmp_path, settings).status == "READONLY"
     assert "status_file" in caplog.text
     caplog.clear()
+    (tmp_path / "none").mkdir()
     broker = broker_of(tmp_path, "[server]\nstatus_file = %s/none/status\n" % tmp_path)
+    (tmp_path / "none").rmdir()
     broker.set_status("readonly")
     broker.write()
     assert broker.status == "READONLY" and "No such file" in caplog.text
@@ -3656,6 +3849,45 @@ def test_a_thrift_get_waits_until_it_has_enough(thrift):
     thrift(thrift_get(b"q", 3, 1000), "one")
     session.time_out()
     assert heard_of(thrift.heard("one")) == reply(b"get", thrift_items((b"4", 0)))
+
+
+def test_items_of_a_thrift_get_in_hand_do_not_time_out(tmp_path):
+    thrift = Talk(tmp_path, "[queue]\nopen_transaction_timeout = 100ms\n",
+                  kestrel.ThriftSession)
+    clock = thrift.broker.later = Clock()
+    thrift(thrift_put(b"q", b"1"))
+    assert thrift(thrift_get(b"q", 3, 10000), "one") == ""
+    for time in range(50, 2000, 50):
+        clock.reach(time)
+        assert thrift.heard("one") == ""
+    thrift.session("one").time_out()
+    assert heard_of(thrift.heard("one")) == reply(b"get", thrift_items((b"1", 0)))
+    assert not thrift.broker.queues["q"].opens and not thrift.broker.queues["q"].count
+
+
+def test_thrift_reads_that_go_back_by_themselves_are_bounded(tmp_path):
+    thrift = Talk(tmp_path, "[server]\nmax_open_transactions = 3\n[queue]\n"
+                            "open_transaction_timeout = 1s\n", kestrel.ThriftSession)
+    clock = thrift.broker.later = Clock()
+    thrift(thrift_put(b"q", *[b"x"] * 9))
+    queue = thrift.broker.queues["q"]
+    thrift(thrift_get(b"q", 2, 0, 60000))
+    thrift(thrift_get(b"q", 5, 0, 60000))
+    assert len(queue.opens) == 3
+    assert heard_of(thrift(thrift_get(b"q", 1, 0, 60000))) == exception(
+        b"get", b"too many open reads of q; limit=3", 6)
+    assert heard_of(thrift(thrift_get(b"q", 1))) == reply(b"get", thrift_items((b"x", 0)))
+    clock.reach(1000)
+    clock.reach(1200)
+    assert not queue.opens and queue.count == 8       # sooner than the client has asked for
+    thrift(thrift_get(b"q", 5, 0, 60000))
+    assert len(queue.opens) == 3
+
+
+def test_a_thrift_put_of_too_large_an_item_creates_no_queue(tmp_path):
+    thrift = Talk(tmp_path, "[server]\nmax_item_size = 1kb\n", kestrel.ThriftSession)
+    assert "too large" in thrift(thrift_put(b"q", b"1", b"x" * 1025))
+    assert not thrift.broker.queues
 
 
 def test_a_thrift_client_that_leaves_while_it_waits(thrift):
@@ -5930,7 +6162,7 @@ def test_a_log_file_that_cannot_be_opened_anew_harms_nothing(daemon, tmp_path):
 def test_log_level(tmp_path):
     (tmp_path / "conf").write_text("[server]\nlog_file = /no/such/place\n")
     status, _, err = run("-c", tmp_path / "conf")
-    assert status == 1 and "log_file /no/such/place: No such file" in err
+    assert status == 1 and "log_file: there is no directory /no/such" in err
     (tmp_path / "conf").write_text("[server]\nlog_level = loud\n")
     status, _, err = run("-c", tmp_path / "conf")
     assert status == 1 and "log_level" in err
@@ -5950,12 +6182,12 @@ def test_log_level(tmp_path):
     assert (tmp_path / "log").read_text() == ""
 
 
-def test_log_lines_that_repeat_are_limited():
+def test_log_lines_that_repeat_are_limited(monkeypatch):
     admit = kestrel._repeats()
 
     def line(message, seconds, *arguments, name="kestrel"):
+        monkeypatch.setattr(kestrel, "time", types.SimpleNamespace(monotonic=lambda: seconds))
         record = logging.LogRecord(name, logging.INFO, "", 0, message, arguments, None)
-        record.created = seconds
         return record.getMessage() if admit(record) else None
 
     passed = [line("queue %s created", 100 + number / 1000, number) for number in range(1000)]
@@ -6207,15 +6439,6 @@ def test_a_browser_cannot_be_made_to_post_commands(talk, text):
     assert text(body + "flush q\r\n").endswith("✂")
 
 
-def test_a_clock_set_back_does_not_silence_the_log():
-    admit = kestrel._repeats()
-    for second in [1000] * 100 + [500] * 5:
-        record = logging.LogRecord("kestrel", logging.INFO, "", 0, "said", (), None)
-        record.created = second
-        passed = admit(record)
-    assert passed
-
-
 # == Who may come in ======================================================================
 
 # Certificates that nobody trusts, with keys that everybody knows: an authority, and two for
@@ -6308,7 +6531,7 @@ LOGIN = "set any 0 0 12\r\nbob a secret\r\n"
 
 @pytest.mark.parametrize("text, words", [
     ("listen =", "there is no address"),
-    ("listen = ::1, 127.0.0.1 ::1", "::1 is there twice"),
+    ("listen = ::1, 127.0.0.1 ::1", "duplicate ::1"),
     ("listen = 127.0.0.1:22133", "'127.0.0.1:22133' is not a host, IP address or unix:PATH"),
     ("listen = [::1]:22133", "'[::1]:22133' is not a host"), ("listen = *", "'*' is not a host"),
     ("listen = 10.0.0.0/8", "'10.0.0.0/8' is not"), ("listen = /run/k.sock", "'/run/k.sock' is not"),
@@ -6982,8 +7205,6 @@ def test_unix_sockets_that_are_left_in_use_or_no_sockets(tmp_path, short_path):
     assert path.read_text() == "something else"
     with pytest.raises(OSError, match="cannot listen on unix:.*too long"):
         kestrel.Server(config_of(other, "[server]\nlisten = unix:%s\n" % (short_path / ("x" * 200))))
-    with pytest.raises(OSError, match="cannot listen on unix:/nowhere/at/all: No such file"):
-        kestrel.Server(config_of(other, "[server]\nlisten = unix:/nowhere/at/all\n"))
 
 
 def test_a_second_server_does_not_take_the_socket_of_one_that_is_loading(tmp_path, short_path):
