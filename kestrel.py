@@ -551,6 +551,7 @@ class Config:
                 if "\0" in line:
                     raise self._error("a NUL in the file", line=number)
             parser.read_file(iter(line + "\n" for line in self._lines), self.path)
+            return [(header, dict(parser[header])) for header in parser.sections()]
         except OSError as error:
             raise ConfigError("%s: %s" % (self.path, error.strerror)) from None
         except UnicodeDecodeError as error:
@@ -567,9 +568,10 @@ class Config:
         except configparser.ParsingError as error:
             raise self._error("neither [section] nor key = value",
                               line=error.errors[0][0]) from None
-        sections = [(header, dict(parser[header])) for header in parser.sections()]
-        vars(parser).clear()             # it is a cycle, and there is no garbage collector
-        return sections
+        finally:
+            # A parser and its sections are cycles, and there is no garbage collector.
+            for one in [*parser.values(), parser]:
+                vars(one).clear()
 
     def _values(self, header, settings, texts):
         values = {}
@@ -5038,8 +5040,6 @@ class MemcacheSession(Session):
             out += pieces
         self.load += size + _COMMAND_COST
 
-    do_gets = do_get
-
     def do_monitor(self, words):
         """monitor <queue> <seconds> [<items>]"""
         if not 3 <= len(words) <= 4:
@@ -7267,7 +7267,9 @@ class Server:
         self.buffered += change
         budget.memory += change
         while budget.memory > budget.most_memory and self.buffered > budget.most_memory // 4:
-            max(self.connections.values(), key=lambda one: one.buffered).refuse()
+            # Of those with about as much, the one that has not moved for the longest time.
+            max(self.connections.values(), key=lambda one: (
+                one.buffered.bit_length(), -one.last_active)).refuse()
 
     def _run_tasks(self):
         """Run each task a step, as long as there is time. It comes last in a turn, when all
