@@ -6829,7 +6829,7 @@ class Connection:
         if session.timeout is not None:
             self._deadline = server.mono + session.timeout / 1000
             session.timeout = None
-        if state is ENDING and not (session.out or self._unsent or self._finished):
+        if state is ENDING and not (session.out or self._unsent):
             self._finish()
             if session.state is CLOSED:
                 return
@@ -6935,15 +6935,15 @@ class Connection:
     def _finish(self):
         """All has been said. The client is given a moment to read it: to close a socket with
         unread input would take back what it has not read yet."""
-        self._finished = True
-        self._deadline = self.server.mono + _LINGER_SECONDS
         if self.session.at_end:
             self.close()
-            return
-        try:
-            self.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self.close()
+        elif not self._finished:
+            self._finished = True
+            self._deadline = self.server.mono + _LINGER_SECONDS
+            try:
+                self.sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                self.close()
 
     def close(self):
         """Let go of the client; its open reads go back."""
@@ -7160,6 +7160,7 @@ class Server:
             log.warning("anybody who can reach %s can read and write all queues: see the "
                         "settings allow, auth_file and tls_client_ca", ", ".join(open_to_all))
         self.notify("READY=1\n" + self._summary())
+        self.interrupt()                     # the first turn has something to begin
         while not self.broker.stopping:
             self.turn()
         self.notify("STOPPING=1")
