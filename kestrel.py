@@ -125,10 +125,6 @@ STATUSES = {
     "QUIESCENT": (True, True),
 }
 
-_SIZES = {"": 1, "b": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
-_TIMES = {"ms": 1, "s": 1000, "m": 60 * 1000, "h": 3600 * 1000, "d": 86400 * 1000}
-
-
 class ConfigError(Exception):
     """A setting that cannot be used. Its text says where and why: `file:line: why`."""
 
@@ -147,37 +143,56 @@ def check_name(name):
     return name
 
 
-def _within_bounds(number):
-    if number > UNLIMITED:
-        raise ValueError("the number is too large")
-    return number
+# How a kind of setting is read from text and written as text.
+Kind = collections.namedtuple("Kind", "parse show")
+
+_SIZES = {"": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
+_TIMES = {"ms": 1, "s": 1000, "m": 60 * 1000, "h": 3600 * 1000, "d": 86400 * 1000}
 
 
-def _parse_size(text):
-    match = re.fullmatch(r"([0-9]+) *([a-z]*)", text.lower())
-    if not match or match[2] not in _SIZES:
-        raise ValueError("%r is not a size such as 512, 64kb, 16mb or 1gb" % text)
-    return _within_bounds(int(match[1]) * _SIZES[match[2]])
-
-
-def _show_size(size):
-    unit = max((unit for unit in _SIZES if size and size % _SIZES[unit] == 0),
-               key=_SIZES.get, default="")
-    return "%d%s" % (size // _SIZES[unit], unit if _SIZES[unit] > 1 else "")
-
-
-def _within(least, most, size):
-    if not least <= size <= most:
-        raise ValueError("not from %s to %s" % (_show_size(least), _show_size(most)))
-    return size
-
-
-def _parse_integer(low, high):
+def _number_of(what, units, low=0, high=UNLIMITED, **words):
+    """Return the kind of a number with one of the units, or of a word that stands for a value.
+    what: such as "a size such as 64kb". The first word of a value is the one it is shown as."""
     def parse(text):
-        if not re.fullmatch("[0-9]+", text) or not low <= int(text) <= high:
-            raise ValueError("%r is not a whole number from %d to %d" % (text, low, high))
-        return int(text)
-    return parse
+        text = text.lower()
+        if text in words:
+            return words[text]
+        match = re.fullmatch("([0-9]+) *([a-z]*)", text)
+        unit = match and units.get("" if match[2] == "b" and "kb" in units else match[2],
+                                   0 if match[2] == "" and int(match[1]) == 0 else None)
+        if unit is None:
+            raise ValueError("%r is not %s" % (text, what))
+        number = int(match[1]) * unit
+        if number > UNLIMITED:
+            raise ValueError("the number is too large")
+        if not low <= number <= high:
+            raise ValueError("not from %s to %s" % (show(low), show(high)))
+        return number
+
+    def show(number):
+        for word, value in words.items():
+            if value == number:
+                return word
+        unit = max((unit for unit in units if number and number % units[unit] == 0),
+                   key=units.get, default="")
+        return "%d%s" % (number // units.get(unit, 1), unit)
+
+    return Kind(parse, show)
+
+
+def _one_of(*words):
+    """Return the kind of one of these words."""
+    def parse(text):
+        if text.lower() not in words:
+            raise ValueError("%r is none of: %s" % (text, ", ".join(filter(None, words))))
+        return text.lower()
+    return Kind(parse, str)
+
+
+def _list_of(parse):
+    """Return the kind of words with commas or blanks between them; parse: makes one of a word."""
+    return Kind(lambda text: tuple(map(parse, filter(None, re.split("[ ,\n]+", text)))),
+                lambda values: ", ".join(map(str, values)))
 
 
 def _parse_flag(text):
@@ -193,45 +208,24 @@ def _parse_text(text):
     return text
 
 
-def _parse_word(*words):
-    def parse(text):
-        if text.lower() not in words:
-            raise ValueError("%r is none of: %s" % (text, ", ".join(filter(None, words))))
-        return text.lower()
-    return parse
-
-
-def _parse_name_or_none(text):
-    return check_name(text) if text else None
-
-
-def _words(text):
-    return tuple(filter(None, re.split("[ ,\n]+", text)))
-
-
-def _parse_networks(text):
-    return tuple(map(ipaddress.ip_network, _words(text)))
-
-
-def _parse_names(text):
-    return tuple(map(check_name, _words(text) or [""]))
-
-
-def _parse_addresses(text):
-    addresses = tuple(word[1:-1] if word.startswith("[") and word.endswith("]") else word
-                      for word in _words(text))
-    if not addresses:
-        raise ValueError("there is no address")
-    for address in addresses:
-        if addresses.count(address) > 1:
-            raise ValueError("duplicate %s" % address)
-        if re.fullmatch(r"unix:.+|(?![0-9.]+$)[A-Za-z0-9.-]+", address):
-            continue
+def _parse_address(text):
+    address = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if not re.fullmatch(r"unix:.+|(?![0-9.]+$)[A-Za-z0-9.-]+", address):
         try:
             ipaddress.ip_address(address.partition("%")[0])
         except ValueError:
             raise ValueError("%r is not a host, IP address or unix:PATH (the port is a separate "
                              "setting)" % address) from None
+    return address
+
+
+def _parse_addresses(text):
+    addresses = _list_of(_parse_address).parse(text)
+    if not addresses:
+        raise ValueError("there is no address")
+    for address in addresses:
+        if addresses.count(address) > 1:
+            raise ValueError("duplicate %s" % address)
     return addresses
 
 
@@ -241,61 +235,33 @@ def _parse_mode(text):
     return int(text, 8)
 
 
-# How a kind of setting is read from text and written as text.
-Kind = collections.namedtuple("Kind", "parse show")
-
-
-def _or(word, value, kind):
-    """The kind of setting that may also be `word`, which stands for `value`."""
-    return Kind(lambda text: value if text.lower() == word else kind.parse(text),
-                lambda held: word if held == value else kind.show(held))
-
-
-def _time(units, examples):
-    """The kind of a time: a number and one of the units, held in the smallest of them."""
-    def parse(text):
-        match = re.fullmatch(r"([0-9]+) *([a-z]*)", text.lower())
-        if match and int(match[1]) == 0 and match[2] in ("", *units):
-            return 0
-        if not match or match[2] not in units:
-            raise ValueError("%r is not a time such as %s" % (text, examples))
-        return _within_bounds(int(match[1]) * units[match[2]])
-
-    def show(held):
-        unit = max((unit for unit in units if held % units[unit] == 0), key=units.get)
-        return "%d%s" % (held // units[unit], unit) if held else "0"
-
-    return Kind(parse, show)
-
-
-SIZE = Kind(_parse_size, _show_size)
-TIME = _time(_TIMES, "100ms, 30s, 5m, 1h or 1d")
-SHORT_TIME = _time({"us": 1, "ms": 1000}, "100us or 1ms")
-ITEM_SIZE = Kind(lambda text: _within(1, 1 << 30, _parse_size(text)), _show_size)
-LINE_SIZE = Kind(lambda text: _within(512, 1 << 20, _parse_size(text)), _show_size)
-COUNT = Kind(_parse_integer(1, UNLIMITED), str)
-PORT = Kind(_parse_integer(0, 65535), str)
+_SIZE, _TIME = "a size such as 512, 64kb, 16mb or 1gb", "a time such as 100ms, 30s, 5m, 1h or 1d"
+_COUNT = "a whole number from 1"
+SIZE = _number_of(_SIZE, _SIZES)
+SIZE_LIMIT = _number_of(_SIZE, _SIZES, 1, unlimited=UNLIMITED)
+ITEM_SIZE = _number_of(_SIZE, _SIZES, 1, 1 << 30)
+LINE_SIZE = _number_of(_SIZE, _SIZES, 512, 1 << 20)
+MEMORY = _number_of(_SIZE, _SIZES, **{"auto": None, "0": UNLIMITED})
+TIME = _number_of(_TIME, _TIMES)
+SHORT_TIME = _number_of("a time such as 100us or 1ms", {"us": 1, "ms": 1000})
+TIME_OR_NEVER = _number_of(_TIME, _TIMES, never=None)
+# Kestrel's older configurations say 0 where they mean that a thing never times out.
+TIMEOUT = _number_of(_TIME, _TIMES, **{"never": None, "0": None})
+COUNT = _number_of(_COUNT, {"": 1}, 1)
+COUNT_LIMIT = _number_of(_COUNT, {"": 1}, 1, unlimited=UNLIMITED)
+PORT = _number_of("a port", {"": 1}, 0, 65535)
+PORT_OR_OFF = _number_of("a port", {"": 1}, 0, 65535, off=None)
+ADMIN_PORT = _number_of("a port", {"": 1}, 0, 65535, **{"off": None, "0": None})
 FLAG = Kind(_parse_flag, lambda flag: "true" if flag else "false")
 TEXT = Kind(_parse_text, str)
 TEXT_OR_NONE = Kind(str, str)
-STATUS = Kind(_parse_word(*map(str.lower, STATUSES)), str)
-NAME = Kind(_parse_name_or_none, lambda name: name or "")
-NAMES = Kind(_parse_names, ", ".join)
-USERS = Kind(_words, ", ".join)
+STATUS = _one_of(*map(str.lower, STATUSES))
+NAME = Kind(lambda text: check_name(text) if text else None, lambda name: name or "")
+NAMES = Kind(lambda text: _list_of(check_name).parse(text) or check_name(""), ", ".join)
+WORDS = _list_of(str)
 ADDRESSES = Kind(_parse_addresses, ", ".join)
+NETWORKS = _list_of(ipaddress.ip_network)
 MODE = Kind(_parse_mode, "{:04o}".format)
-HOSTS = Kind(_words, ", ".join)
-NETWORKS = Kind(_parse_networks, lambda networks: ", ".join(map(str, networks)))
-SIZE_LIMIT = _or("unlimited", UNLIMITED, Kind(
-    lambda text: _within(1, UNLIMITED, _parse_size(text)), _show_size))
-COUNT_LIMIT = _or("unlimited", UNLIMITED, COUNT)
-MEMORY = _or("auto", None, Kind(lambda text: _parse_size(text) or UNLIMITED,
-                                lambda size: "0" if size == UNLIMITED else _show_size(size)))
-PORT_OR_OFF = _or("off", None, PORT)
-ADMIN_PORT = Kind(lambda text: PORT_OR_OFF.parse(text) or None, PORT_OR_OFF.show)
-TIME_OR_NEVER = _or("never", None, TIME)
-# Kestrel's older configurations say 0 where they mean that a thing never times out.
-TIMEOUT = Kind(lambda text: TIME_OR_NEVER.parse(text) or None, TIME_OR_NEVER.show)
 
 # What each section of the config file may set: name -> (kind, default as written).
 SERVER_SETTINGS = {
@@ -306,8 +272,8 @@ SERVER_SETTINGS = {
     "tls_key": (TEXT_OR_NONE, ""),
     "tls_client_ca": (TEXT_OR_NONE, ""),
     "auth_file": (TEXT_OR_NONE, ""),
-    "admin_hosts": (HOSTS, ""),
-    "admin_commands": (Kind(_parse_word("", "local", "all", "none"), str), ""),
+    "admin_hosts": (WORDS, ""),
+    "admin_commands": (_one_of("", "local", "all", "none"), ""),
     "memcache_port": (PORT, "22133"),
     "text_port": (PORT_OR_OFF, "off"),
     "thrift_port": (PORT_OR_OFF, "off"),
@@ -333,10 +299,10 @@ SERVER_SETTINGS = {
     "status_change_grace_period": (TIME, "0"),
     "status_command": (TEXT_OR_NONE, ""),
     "enable_session_trace": (FLAG, "false"),
-    "log_level": (Kind(_parse_word("debug", "info", "warning", "error"), str), "info"),
+    "log_level": (_one_of("debug", "info", "warning", "error"), "info"),
     "log_file": (TEXT_OR_NONE, ""),
-    "value_key": (Kind(_parse_word("asked", "queue"), str), "asked"),
-    "flush_all_reply": (Kind(_parse_word("kestrel", "memcached"), str), "kestrel"),
+    "value_key": (_one_of("asked", "queue"), "asked"),
+    "flush_all_reply": (_one_of("kestrel", "memcached"), "kestrel"),
     "allow_remote_shutdown": (FLAG, "false"),
 }
 QUEUE_SETTINGS = {
@@ -358,8 +324,8 @@ QUEUE_SETTINGS = {
     "open_transaction_timeout": (TIMEOUT, "never"),
     "keep_flags": (FLAG, "true"),
     "enable_trace": (FLAG, "false"),
-    "put_users": (USERS, ""),
-    "get_users": (USERS, ""),
+    "put_users": (WORDS, ""),
+    "get_users": (WORDS, ""),
 }
 ALIAS_SETTINGS = {
     "destination_queues": (NAMES, None),
