@@ -889,55 +889,37 @@ def read_records(file, piece=_READ_SIZE):
             if not data:
                 return
         opcode = data[pos]
-        xid = deliveries = flags = 0
+        xid = 0
         try:
-            if opcode == REMOVE:
+            if opcode == ADDX:               # as a rule
+                size, add_time, expiry = addx.unpack_from(data, pos + 1)
+                item, start, size = Item(None, add_time, expiry), pos + 21, size - 16
+            elif opcode in _HEADS:
+                item, xid, start, size = _parse_head(data, pos)
+                if item.deliveries >= _MOST_DELIVERIES:      # an ADDX with a flipped bit
+                    raise Damage(base + pos, "impossible count of deliveries", torn=False)
+            else:
+                if opcode in (OPEN, CONFIRM, UNREMOVE, SAVE_XID):
+                    xid, = _XID.unpack_from(data, pos + 1)
+                    pos += 4
+                elif opcode not in (REMOVE, OPEN_NEXT):
+                    raise Damage(base + pos, "unknown opcode %d" % opcode, torn=False)
                 pos += 1
-                yield REMOVE, 0, None, base + pos
-                continue
-            if opcode in (OPEN, CONFIRM, UNREMOVE, SAVE_XID):
-                xid, = _XID.unpack_from(data, pos + 1)
-                pos += 5
                 yield opcode, xid, None, base + pos
                 continue
-            if opcode == OPEN_NEXT:
-                pos += 1
-                yield OPEN_NEXT, 0, None, base + pos
-                continue
-            if opcode == ADDX:
-                head = addx
-                size, add_time, expiry = head.unpack_from(data, pos + 1)
-                smallest = 16
-            elif opcode == ADD:
-                head = _HEADS[ADD]
-                size, expiry = head.unpack_from(data, pos + 1)
-                add_time, expiry, smallest = 0, expiry * 1000, 4
-            elif opcode == ADDF:
-                head = _HEADS[ADDF]
-                size, add_time, expiry, flags, deliveries = head.unpack_from(data, pos + 1)
-                smallest = 24
-                if deliveries >= _MOST_DELIVERIES:           # an ADDX with a flipped bit
-                    raise Damage(base + pos, "impossible count of deliveries", torn=False)
-            elif opcode in _HEADS:
-                head = _HEADS[opcode]
-                xid, size, add_time, expiry = head.unpack_from(data, pos + 1)
-                smallest = 16
-            else:
-                raise Damage(base + pos, "unknown opcode %d" % opcode, torn=False)
         except struct.error:
             raise Damage(base + pos, "record cut short", torn=True) from None
-        start = pos + 1 + head.size
-        end = start + size - smallest
-        if size < smallest:
+        if size < 0:
             zeros = opcode == ADD and _only_zeros(data[pos:], file)
-            raise Damage(base + pos, "zeros" if zeros else "impossible size %d" % size, zeros)
+            raise Damage(base + pos, "zeros" if zeros else "impossible size", zeros)
+        end = start + size
         if end > len(data):
             more = file.read(max(piece, end - len(data)))
             data = data[pos:] + more
             start, end, base, pos = start - pos, end - pos, base + pos, 0
             if end > len(data):
                 raise Damage(base, "record cut short", torn=True)
-        item = Item(data[start:end], add_time, expiry, flags, deliveries)
+        item.data = data[start:end]
         pos = end
         yield opcode, xid, item, base + pos
 
@@ -950,22 +932,19 @@ def _only_zeros(data, file):
     return True
 
 
-def _parse_head(data):
-    """Return (item without data, where its data begins, its size) of the record at the start of
-    `data`; None if it adds no item, or its head is not whole."""
-    head = _HEADS.get(data[0]) if data else None
-    if head is None or len(data) < 1 + head.size:
-        return None
-    fields = head.unpack_from(data, 1)
-    if data[0] in (ADD_XID, CONTINUE):
-        fields = fields[1:]
+def _parse_head(data, pos=0):
+    """Return (item without data, xid, where its data begins, its size) of the record at data[pos]
+    that adds an item. Raises struct.error if the head is not whole."""
+    head = _HEADS[data[pos]]
+    fields = head.unpack_from(data, pos + 1)
+    xid = uncounted = 0                  # uncounted: the size does not include it
+    if data[pos] in (ADD_XID, CONTINUE):
+        xid, *fields = fields
+        uncounted = 4
     size, *fields = fields
-    if data[0] == ADD:
+    if data[pos] == ADD:
         fields = 0, fields[0] * 1000
-    counted = head.size - (8 if data[0] in (ADD_XID, CONTINUE) else 4)       # by the size
-    if size < counted:
-        return None
-    return Item(None, *fields), 1 + head.size, size - counted
+    return Item(None, *fields), xid, pos + 1 + head.size, size - (head.size - 4 - uncounted)
 
 
 def _head(item, size):
@@ -2079,8 +2058,11 @@ class ReadBehind:
 
     def _take_large(self, data, left, items):
         """Take an item that is larger than a piece, without its data."""
-        item, start, size = _parse_head(data) or (None, 0, left + 1)
-        if start + size > left:
+        try:
+            item, _, start, size = _parse_head(data)
+        except (struct.error, IndexError, KeyError):
+            start, size = 0, left + 1
+        if size < 0 or start + size > left:
             raise Damage(self.offset, "record cut short", torn=True)
         if self.skip:
             self.skip -= 1
