@@ -396,7 +396,7 @@ class QueueConfig(Values):
         super().__init__(**{**_QUEUE_DEFAULTS, **given})
 
     def lines(self):
-        """Each setting as `key = value`, as it would stand in the config file."""
+        """Return each setting as `key = value`, in the syntax of the config file."""
         return _shown(QUEUE_SETTINGS, vars(self))
 
 
@@ -486,14 +486,14 @@ class Config:
         self._check_users(queues)
 
     def queue(self, name):
-        """The QueueConfig of `name`: built-in, then [queue], [queue q], [queue q+child]."""
+        """Return the QueueConfig of `name`: built-in, then [queue], [queue q], [queue q+child]."""
         values = dict(self._queues.get("", {}))
         for prefix in {name.partition("+")[0]: 1, name: 2}:
             values.update(self._queues.get(prefix, {}))
         return QueueConfig(**values)
 
     def lines(self):
-        """The effective settings, as a config file that would bring them about."""
+        """Return the effective settings as lines of a config file."""
         lines = ["[server]", *_shown(SERVER_SETTINGS, vars(self.server)), "",
                  "[queue]", *self.queue("").lines()]
         for name in sorted(filter(None, self._queues)):
@@ -581,7 +581,7 @@ class Config:
                                   "queue " + name, "expire_to_queue")
 
     def _read_tls(self):
-        """The ssl.SSLContext for those who come in, None without a tls_cert."""
+        """Return the ssl.SSLContext of the ports, None without a tls_cert."""
         settings = self.server
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.sslsocket_class = TLSSocket
@@ -624,7 +624,7 @@ class Config:
             raise self._error("auth_file %s: %s" % (path, error), "server", "auth_file") from None
 
     def _check_users(self, queues):
-        """Who is named by these (header, settings) of queues must be known."""
+        """Raise ConfigError if these (header, settings) of queues name unknown users."""
         for header, values in queues:
             for key in ("put_users", "get_users"):
                 for user in values.get(key, ()):
@@ -645,7 +645,7 @@ class Config:
         known[name] = values
 
     def _error(self, why, header=None, key=None, line=None):
-        """A ConfigError that names the file and the line of `header`, or of its `key`."""
+        """Return a ConfigError that names the file and the line of `header`, or of its `key`."""
         section = None
         for number, text in enumerate(self._lines, 1):
             match = re.match(r"\[(.+)\]", text.strip())
@@ -874,7 +874,7 @@ class Damage(Exception):
 
 def read_records(file, piece=_READ_SIZE):
     """Yield (opcode, xid, item, end offset) for each record of the open binary `file`, which
-    is read in pieces of so many bytes.
+    is read in pieces of `piece` bytes.
 
     The item is None and the xid 0 where the record has none. Raises Damage at the first
     byte from which no whole record can be read.
@@ -1178,7 +1178,7 @@ def _close_all(fds):
 
 
 def _open_private(path, flags):
-    """The opener of files that are for their owner only."""
+    """Open a file that only its owner may read: an opener for open()."""
     return os.open(path, flags, 0o600)
 
 
@@ -1408,7 +1408,7 @@ Plan = collections.namedtuple("Plan", "shares size waiting passed opens")
 Write = collections.namedtuple("Write", "position before passed")
 
 # Files have been passed with the operation at `position`. Of those up to `number` these open
-# reads and items are to be kept.
+# reads and items it keeps.
 Passing = collections.namedtuple("Passing", "position number opens items")
 
 # An fsync under way, of all that has been written up to `position`.
@@ -1508,7 +1508,7 @@ class Journal:
 
     @staticmethod
     def _lost(file):
-        return OSError(errno.ESTALE, "removed or replaced by somebody else", file.path)
+        return OSError(errno.ESTALE, "removed or replaced by another process", file.path)
 
     def has_fresh_current(self):
         """Return whether the current file is an empty one that is still there."""
@@ -1723,7 +1723,7 @@ class Journal:
         if current.number is None:           # else an earlier try came as far as this
             number = self._next_number()
             path = "%s.%d" % (self.path, number)
-            with contextlib.suppress(FileNotFoundError):       # removed by somebody else
+            with contextlib.suppress(FileNotFoundError):       # another process has removed it
                 os.rename(self.path, path)
             current.path, current.number = path, number
 
@@ -2004,7 +2004,7 @@ def _opens_before(opens, ops):
 
 
 class ReadBehind:
-    """How far a journal has been read: the items that follow byte `offset` of `file`, but for
+    """Reads the items after byte `offset` of `file`, but for
     the first `skip` of them, are not in memory."""
 
     def __init__(self, journal, file, offset, skip=0):
@@ -2135,7 +2135,7 @@ class Alone:
     start(task)             run a task
     work(call, done)        make a blocking call, then call done with its OSError or None
     later(ms, call)         make a call in that time; return what cancels it
-    bury(queue, item, now)  an expired item is open, and is to be moved to another queue
+    bury(queue, item, now)  an expired item is open: move it to another queue
     sweep_limit             how many expired items a read drops at once
     locks_files             whether to keep other processes out
     budget                  see Budget
@@ -2216,7 +2216,7 @@ class History:
             call(error)
 
     def forget(self):
-        """Nothing is, or will be, on a disk of the operations so far: they are safe."""
+        """Take the operations so far for safe: they are, and will be, on no disk."""
         self.go_back()
         self.settle()
 
@@ -2365,10 +2365,10 @@ class Queue:
 
     def remove(self, open=False, now=None):
         """Take the head item, or return None. `open`: only for a while; item.xid is then
-        the number by which it is to be confirmed or aborted.
+        the number to confirm or abort it by.
 
         With a server, None though there are items (`count`) means that many at the head have
-        expired, or that the worker reads a large one: it is to be called again. Raises OSError
+        expired, or that the worker reads a large one: call it again. Raises OSError
         when it cannot be read.
         """
         if now is None:
@@ -2494,7 +2494,7 @@ class Queue:
         self.waiters[waiter] = None
 
     def cancel(self, waiter):
-        """The waiter does not want an item any more; it is not called."""
+        """Forget a waiter; it is not called."""
         self.waiters.pop(waiter, None)
 
     def dismiss_waiters(self):
@@ -2597,7 +2597,7 @@ class Queue:
         self.upkeep.check()
 
     def _wrote(self, journal, plan, position, fresh, count, error):
-        """The worker has written a plan, or failed."""
+        """Handle the result of the worker's write of a plan."""
         if self.closed or self.journal is not journal:
             return                           # a reload has taken it away
         self._writing = None
@@ -2625,7 +2625,7 @@ class Queue:
                 and self.journal.needs_sync())
 
     def synced(self, sync):
-        """An fsync has been done."""
+        """Note that an fsync has succeeded."""
         if self.journal is None or self.upkeep.renewing is not None:
             return                           # a reload has taken it away, or it is out of date
         history = self.history
@@ -2637,7 +2637,7 @@ class Queue:
             self.upkeep.check()
 
     def sync_failed(self, sync, error):
-        """An fsync has failed, or could not begin: undo what waits for it. What has been
+        """Undo what waits for an fsync that has failed, or could not begin. What has been
         acknowledged and may be lost by now is written anew. sync: None if it did not begin."""
         history = self.history
         if self.journal is None:
@@ -2879,7 +2879,7 @@ class Queue:
             self._allowance = min(self._allowance, max(left, MEMORY_FLOOR))
 
     def check_memory(self, size):
-        """Raise OSError if the server has no memory left for an item of so many bytes, and it
+        """Raise OSError if the server has no memory left for an item of `size` bytes, and it
         cannot be left in a journal."""
         if not self.journal:
             self.count_memory()
@@ -2938,7 +2938,7 @@ class Queue:
         return len(items)
 
     def _catch_up(self):
-        """All that waits is in memory again."""
+        """Note that all waiting items are in memory again."""
         # If items were lost to damage on the way, nobody could tell how large they had been.
         self.bytes = sum(len(item.data) if item.data is not None else item.place.size
                          for item in itertools.chain(self.items, self._fresh))
@@ -2951,7 +2951,7 @@ class Queue:
         """Mend a file that has another size than it should have, or have everything written
         anew. Return the error to be told, None if there is none."""
         if not self._behind:
-            return OSError(errno.ESTALE, "changed by somebody else", file.path)
+            return OSError(errno.ESTALE, "changed by another process", file.path)
         try:
             self._mend(file)
         except (OSError, MemoryError) as error:
@@ -2988,7 +2988,7 @@ class Queue:
                 else (one, old, waiting) for one, old, waiting in write.before]
 
     def _mend_missing(self, error):
-        """The file that is to be read behind has disappeared: go on without it. Raises OSError."""
+        """Go on without a file to be read behind that has disappeared. Raises OSError."""
         file = self._behind.file
         lost = self._unread_of(file)
         log.error("%s: %s; %d items are lost", file.path, error.strerror, lost)
@@ -2997,8 +2997,8 @@ class Queue:
         self._lose(file, lost)
 
     def _check_count(self, file, unread, found):
-        """A file has been read to its end: correct the counts if it had more or fewer items
-        than it should have had, since somebody else has changed it."""
+        """Correct the counts at the end of a file, if it had more or fewer items
+        than it should have had, since another process has changed it."""
         files = self.journal.files
         new = self._behind.file
         if found and new is files[0]:
@@ -3115,8 +3115,8 @@ class Queue:
         return item
 
     def limit(self, xid, timeout):
-        """Have an open read aborted in so many milliseconds (None: never), whatever the settings
-        say."""
+        """Have an open read aborted after `timeout` milliseconds (None: never), whatever the
+        settings say."""
         self._stop_alarm(xid)
         self._start_alarm(xid, timeout)
 
@@ -3131,7 +3131,7 @@ class Queue:
             cancel()
 
     def _silence_alarm(self, xid):
-        """An open read has ended: stop its alarm, but keep its timeout until that is safe."""
+        """Stop the alarm of an open read that has ended; keep its timeout until that is safe."""
         self._alarms[xid][0]()
         self.history.when_safe(lambda error: error or self._alarms.pop(xid, None))
 
@@ -3388,7 +3388,7 @@ SAMPLES = 120
 
 
 class Histogram:
-    """How often whole numbers of each size were seen: bucket n counts those of n bits."""
+    """Counts whole numbers by size: bucket n counts those of n bits."""
 
     def __init__(self):
         self.buckets = [0] * 128             # no time is longer
@@ -3712,7 +3712,7 @@ class Broker:
         return stored
 
     def check_memory(self, route, size):
-        """Raise OSError if a queue of the route has no memory for an item of so many bytes."""
+        """Raise OSError if a queue of the route has no memory for an item of `size` bytes."""
         for queue in route.queues:
             queue.check_memory(size)
 
@@ -3921,7 +3921,7 @@ class Broker:
         return written, failed
 
     def failed(self, queue, error):
-        """The operations of a queue that are not safe have been undone."""
+        """Note that the operations of a queue that were not safe have been undone."""
         self._failed[queue] = _bare(error)
 
     def bury(self, queue, item, now):
@@ -3968,7 +3968,7 @@ class Broker:
                 arrived += 1
         except (OSError, ValueError) as error:       # or there is no such setting since a reload
             log.error("queue %s: items that expired cannot be moved: %s", source.name, error)
-            yield None                       # lest a disk that fails makes it go round and round
+            yield None                       # so that a failing disk does not make the loop spin
             source.abort(xid, orphaned=True)
             return
         while source.confirm(xid):
@@ -4057,8 +4057,8 @@ class Broker:
 #   CLOSED     thrown away       never
 #
 # A command that waits is a generator. It yields None to go on in a later turn, a Waiter to wait
-# for an item, or a function to ask somebody: the function is called with a callback, and what
-# that is given is sent into the generator. `wake` means: such an answer is there, and the session
+# for an item, or a function that gets a result later: it is called with a callback, and what that
+# is given is sent into the generator. `wake` means: such an answer is there, and the session
 # is in broker.woken.
 #
 # What grows with the number of queues, or creates or deletes files, begins with a `yield`: it is
@@ -4076,7 +4076,7 @@ _BIG = 1 << 16
 # What a command adds to the load of its session besides its answer.
 _COMMAND_COST = 1 << 10
 
-# With so many queues to be written a turn does one command more of each session.
+# When more queues than this have something to write, each session does one more command only.
 _MOST_DIRTY = 50
 
 # An item that goes to more queues than this is put into them in steps.
@@ -4167,7 +4167,7 @@ class Session:
 
     @property
     def unparsed(self):
-        """How many bytes of input are kept."""
+        """The number of bytes of input that are kept."""
         return self._kept.tell() if self._kept else 0
 
     def is_over(self):
@@ -4206,7 +4206,7 @@ class Session:
         self.open_reads.clear()
 
     def close(self, now):
-        """The connection is closed."""
+        """Note that the connection is closed."""
         self.now = now
         self.end()
         self.state = CLOSED
@@ -4224,8 +4224,8 @@ class Session:
                 self._run_kept()
 
     def hang_up(self, now):
-        """The client will send no more. What it has asked for is still done and answered, but it
-        waits for no item any longer."""
+        """Note that the client will send no more. What it has asked for is still done and
+        answered, but it waits for no item any longer."""
         self.now = now
         self.at_end = True
         if type(self.asks) is Waiter:
@@ -4317,7 +4317,7 @@ class Session:
         self._wake(command, item)
 
     def time_out(self):
-        """The time that was asked for is over."""
+        """End a wait: the time that was asked for is over."""
         if type(self.asks) is Waiter:
             self.asks.queue.cancel(self.asks)
             self._wake(self.command, None)
@@ -4332,7 +4332,7 @@ class Session:
         self.out.append(answer)
 
     def _rest_on(self, queue, whole=True):
-        """The next answer rests on the journal of a queue: it is not sent before what has been
+        """Let the next answer rest on the journal of a queue: it is not sent before what has been
         done is safe, and is an error if that fails. whole: False in a get of many keys, where a
         queue that fails is passed over; or the item that was peeked at, whose answer stays true
         as long as it is at the head."""
@@ -4355,7 +4355,7 @@ class Session:
         return out
 
     def sent(self):
-        """All that was taken has been sent."""
+        """Note that all that was taken has been sent."""
         self.load = 0
         if self.state is FULL:
             self._update()
@@ -4810,7 +4810,7 @@ class MemcacheSession(Session):
             super()._run_kept()
 
     def _finish_block(self):
-        """The rest of a data block has come: store it, without another copy."""
+        """Store a data block whose rest has come, without another copy."""
         block, self._block = self._block, None
         self._kept.seek(block.size)
         rest = self._kept.read()
@@ -5460,7 +5460,7 @@ class ThriftSession(Session):
     def do_put(self, key, items, expiration):
         self._check_writes()
         if not all(isinstance(item, bytes) for item in items):
-            raise ValueError("items are to be binary")
+            raise ValueError("items must be binary")
         _name(key)
         if any(len(item) > self.broker.settings.max_item_size for item in items):
             raise Refused("SERVER_ERROR", "object too large for cache")
@@ -5534,7 +5534,7 @@ class ThriftSession(Session):
 
     def _end_ids(self, name, ids, end):
         if not all(type(one) is int for one in ids):
-            raise ValueError("ids are to be integers")
+            raise ValueError("ids must be integers")
         queue = self.broker.find(_name(name))
         self._answer(_i32_field(0, end(queue, list(dict.fromkeys(ids))) if queue else 0),
                      *filter(None, [queue]))
@@ -5773,7 +5773,7 @@ class AdminSession(Session):
 
     def _is_from_here(self, headers):
         """Return whether a request comes from a page of this server, or from no page at all. A
-        page of elsewhere may be open in the browser of somebody who may do what it asks for,
+        page of elsewhere may be open in the browser of a user who may do what it asks for,
         even under a name that its owner has made lead here (DNS rebinding)."""
         host = headers.get("host", "")
         name = (urllib.parse.urlsplit("//" + host).hostname or "localhost").lower()
@@ -6275,7 +6275,7 @@ always()
 
 @functools.lru_cache(maxsize=None)
 def _page_policy():
-    """A Content-Security-Policy that lets the page's own script run, and no other."""
+    """Return a Content-Security-Policy that lets only the page's own script run."""
     script = _PAGE.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return ("default-src 'none'; script-src 'sha256-%s'; style-src 'unsafe-inline'; "
@@ -6461,7 +6461,7 @@ class Poller:
         self.selector.register(self._left, _READ, self)
 
     def wait(self, timeout):
-        """Wait for events, at most so many seconds (None: for ever).
+        """Wait for events, at most `timeout` seconds (None: for ever).
 
         To be put to sleep and woken again takes longer than most commands. While the waits are
         short, as with a client that answers at once, it is cheaper not to sleep.
@@ -6499,7 +6499,7 @@ class Poller:
             self._left.recv(4096)
 
     def wait_for_interrupt(self, timeout):
-        """Wait for an interrupt(), at most so many seconds, and not for sockets."""
+        """Wait for an interrupt(), at most `timeout` seconds, and not for sockets."""
         self._left.settimeout(timeout)
         with contextlib.suppress(OSError):
             self._left.recv(4096)
@@ -6533,7 +6533,7 @@ class Syncs:
         return not (self.wanted or self._running)
 
     def written(self, queue):
-        """A journal has been written: it is fsynced as sync_journal says."""
+        """Plan the fsync of a journal that has been written, as sync_journal says."""
         if self._failing:
             self._note_success(queue)
         delay = queue.config.sync_journal
@@ -6606,7 +6606,7 @@ class Syncs:
 
 
 def _first_of(pieces, size):
-    """Return the first `size` bytes, or so many as one sendmsg() takes, as a list of pieces."""
+    """Return the first `size` bytes, or as many as one sendmsg() takes, as a list of pieces."""
     taken = []
     for piece in pieces[:_MAX_VECTOR]:
         if size <= 0:
@@ -6671,7 +6671,7 @@ class Connection:
         return bool(self._unsent)
 
     def ready(self, mask):
-        """The socket can be read or written."""
+        """Read the socket, or have answers sent: it can be read or written."""
         session, server = self.session, self.server
         if session.state is CLOSED:
             return
@@ -6793,7 +6793,7 @@ class Connection:
         self._set_alarm()
 
     def _is_listening(self):
-        """Return whether the socket is to be read."""
+        """Return whether the socket should be read."""
         session = self.session
         return not session.at_end and (
             session.state in (READY, RECEIVING, ENDING) or session.unparsed <= _CHUNK)
@@ -6835,7 +6835,7 @@ class Connection:
         self.server.visit(self, Connection.tick)
 
     def tick(self):
-        """One of these times may be over."""
+        """Do what is due."""
         self.state = self.session.state
         for when, call in list(self._deadlines()):
             if when <= self.server.mono:
@@ -6844,7 +6844,8 @@ class Connection:
             self._set_alarm()
 
     def _look(self):
-        """Nothing else tells that a client has gone which waits and whose socket is not read."""
+        """Close the connection if the client has gone. Nothing else tells while its socket is not
+        read."""
         self._looked = self.server.mono
         poll = select.poll()
         poll.register(self.sock, getattr(select, "POLLRDHUP", 0))
@@ -6881,8 +6882,8 @@ class Connection:
     # -- the end
 
     def _finish(self):
-        """All has been said. The client is given a moment to read it: to close a socket with
-        unread input would take back what it has not read yet."""
+        """Shut down the socket: all has been said. The client is given a moment to read it, since
+        closing a socket with unread input would take back what it has not read yet."""
         if self.session.at_end:
             self.close()
         elif not self._finished:
@@ -7076,7 +7077,7 @@ class Server:
         return next((one.address[1] for one in self.listeners if one.protocol == "memcache"
                      and isinstance(one.address, tuple)), None)
     def _bind_all(self):
-        """Return (socket, protocol) of each address and port there is to be."""
+        """Open all ports; return (socket, protocol) of each."""
         settings = self.config.server
         bound = []
         for protocol in _PROTOCOLS:
@@ -7336,6 +7337,8 @@ class Server:
                 self.poller.wait_for_interrupt(1)
         for worker in self._workers:
             worker.stop()
+        if self._announcer:
+            self._announcer.stop(wait=False)           # its command may take half a minute
         self.broker.work = None                        # from here on all is done at once
         self._commit()                                 # what they had still to say
         for queue in self.broker.queues.values():
@@ -7393,7 +7396,7 @@ def _usable_memory():
 
 
 def _cores():
-    """How many processors this process may use."""
+    """Return the number of processors that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:                             # not on every system
@@ -7402,20 +7405,20 @@ def _cores():
 
 @functools.lru_cache(maxsize=1024)       # the same clients come again and again
 def _ip_of(host):
-    """The ipaddress of a host as sockets name it; an IPv4 one if it is that in IPv6's clothes."""
+    """Return the ipaddress of a host as sockets name it, an IPv4-mapped one as IPv4."""
     ip = ipaddress.ip_address(host.partition("%")[0])
     return getattr(ip, "ipv4_mapped", None) or ip
 
 
 def _host_of(ip):
-    """What all have in common who may be one: who has one IPv6 address has a network of them."""
+    """Return the key of limits per host: the IPv4 address, or the /64 of an IPv6 address."""
     if ip.is_loopback:
         return "this machine"
     return str(ip) if ip.version == 4 else ip.exploded[:19]
 
 
 def _name_of(address):
-    """The address of a socket in words."""
+    """Return the address of a socket in words."""
     if isinstance(address, str):
         return "unix:" + address
     return ("[%s]:%d" if ":" in address[0] else "%s:%d") % address[:2]
@@ -7533,7 +7536,7 @@ def _lock_spool(path):
 
 
 class ServerError(Exception):
-    """What a server answered in place of what was asked for."""
+    """An error that a server has answered with."""
 
 
 class Client:
@@ -7570,7 +7573,7 @@ class Client:
             stack.pop_all()
 
     def put(self, queue, data, expiry=0, flags=0):
-        """Put an item (bytes); False if the queue does not take it. expiry: in so many seconds,
+        """Put an item (bytes); False if the queue does not take it. expiry: in seconds from now,
         or at that time of the epoch, 0 for never."""
         return self._ask(b"set %b %d %d %d\r\n%b\r\n" % (
             self._name(queue), flags, expiry, len(data), data)) == b"STORED"
@@ -7588,7 +7591,7 @@ class Client:
 
     @contextlib.contextmanager
     def open(self, queue, timeout=0):
-        """The next item, or None, for the time of a `with` block: it is finished when the block
+        """Open the next item, or None, for the time of a `with` block: it is closed when the block
         is, and goes back to the head of its queue if the block raises an exception."""
         data = self.get(queue, timeout, "/open")
         self._opened.add(queue)
@@ -7605,7 +7608,7 @@ class Client:
             self._opened.discard(queue)
 
     def work(self, queue, timeout=0):
-        """A generator of items, until none comes for `timeout`. Each is finished when the next
+        """Yield items, until none comes for `timeout`. Each is closed when the next
         one is asked for; the last one goes back if the loop is left before (a generator that is
         kept in a variable has to be closed for that)."""
         data = self.get(queue, timeout, "/open")
@@ -7622,7 +7625,7 @@ class Client:
             self._opened.discard(queue)
 
     def stats(self):
-        """What the command `stats` tells, as a dict of str."""
+        """Return the answer to the command `stats` as a dict of str."""
         return self._ask(b"stats\r\n", self._stats)
 
     def flush(self, queue):
@@ -7648,7 +7651,7 @@ class Client:
         return os.fsencode(check_name(os.fsdecode(queue)))
 
     def _ask(self, command, read=lambda line: line, timeout=0):
-        """What `read` makes of the first line of the answer to a command."""
+        """Send a command; return read(the first line of the answer)."""
         if self._file.closed:
             raise ConnectionError("this client is closed")
         try:
@@ -7720,7 +7723,7 @@ def serve(port=0, spool=None, config=None):
 
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
-# Of log lines that differ in their details only so many are let through in so many seconds.
+# How many log lines that differ only in their details are let through in how many seconds.
 _REPEATS = 20
 _REPEAT_SECONDS = 10
 
@@ -7894,7 +7897,7 @@ def _set_up_log(settings):
 
 
 def _repeats():
-    """A filter of log records that lets only so many of a kind pass in a while."""
+    """Return a filter of log records that lets _REPEATS of a kind pass in _REPEAT_SECONDS."""
     seen = {}                            # message without its arguments -> [since, how many]
 
     def admit(record):
@@ -7947,7 +7950,7 @@ def _notify(text):
 
 
 def _raise_file_limit():
-    """Each connection takes a descriptor; take as many as this process may have."""
+    """Raise the limit of open files: each connection takes one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

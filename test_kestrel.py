@@ -4680,7 +4680,7 @@ THRIFT_ANSWERS = [
     (call(b"put", thrift_string(1, b"q"), thrift_ids(2, [5])),
      exception(b"put", b"field 2 of put is missing, or of another type", 7)),
     (call(b"put", thrift_string(1, b"q"), field(15, 2, struct.pack(">bii", 8, 1, 5))),
-     exception(b"put", b"items are to be binary", 7)),
+     exception(b"put", b"items must be binary", 7)),
     (call(b"peek", field(11, 1, struct.pack(">i", 1000))),
      exception(b"peek", b"impossible size 1000", 7)),
     (call(b"peek", field(11, 1, struct.pack(">i", -1))),
@@ -4881,7 +4881,7 @@ def test_thrift_ids_are_integers(thrift, kind, number, method):
     put_some(thrift, "q", b"x")
     assert thrift(thrift_get(b"q", 1, 0, 1000))
     ids = field(14, 2, struct.pack(">bi", kind, 1) + number)
-    assert "ids are to be integers" in thrift(call(method, thrift_string(1, b"q"), ids))
+    assert "ids must be integers" in thrift(call(method, thrift_string(1, b"q"), ids))
     assert list(thrift.broker.queues["q"].opens) == [1]
     assert not commit(thrift.broker, NOW)[1]
 
