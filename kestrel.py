@@ -18,15 +18,17 @@ or, inside another program, one durable queue alone:
 
 The file is read from top to bottom; no section refers to one below its own:
 
-    1  Configuration   settings, their units and defaults, the config file
-    2  Records         items, records as bytes, damage
-    3  Journal         the files of one queue
-    4  Queue           items in order, open reads, waiters, limits, expiry
-    5  Broker          all queues by name: fanout, aliases, status, stats
-    6  Protocols       memcache, text, Thrift, HTTP: bytes in, bytes out; no sockets, clock, files
-    7  Server          sockets, timers, fsync, signals: one turn of the loop
-    8  From Python     a client, and a server in a thread
-    9  Command line    main()
+     1  Configuration   settings, their units and defaults, the config file
+     2  Access          password hashes, logins
+     3  Records         items, records as bytes, damage
+     4  Journal         the files of one queue
+     5  Queue           items in order, open reads, waiters, limits, expiry
+     6  Broker          all queues by name: fanout, aliases, status, statistics
+     7  Protocols       memcache, text, Thrift: bytes in, bytes out; no sockets, clock, files
+     8  Admin           HTTP, metrics, the web page
+     9  Server          sockets, timers, fsync, signals: one turn of the loop
+    10  From Python     a client, and a server in a thread
+    11  Command line    main()
 
 The words used here:
 
@@ -96,6 +98,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import weakref
 from http import HTTPStatus
 
 __version__ = "1.0.0"
@@ -1146,7 +1149,10 @@ def run_task(task):
     error = None
     with contextlib.suppress(StopIteration):
         while True:
-            call = task.throw(error) if error else next(task)
+            try:
+                call = task.throw(error) if error else next(task)
+            finally:
+                error = None             # its traceback has this frame: they would be a cycle
             try:
                 error = call and call()
             except OSError as failure:
@@ -1314,8 +1320,11 @@ def is_short_of_descriptors(error):
 
 
 def _raise(error):
-    if error:
-        raise error
+    try:
+        if error:
+            raise error
+    finally:
+        del error                        # its traceback has this frame: they would be a cycle
 
 
 def put_aside(directory, name):
@@ -3032,7 +3041,7 @@ class Queue:
         """Give the head item, a stub, its data back; True if a worker is at it. Raises OSError."""
         loading, self._loading = self._loading, None
         if isinstance(loading, tuple) and loading[0] is head:
-            raise loading[1]
+            _raise(_bare(loading[1]))
         if head.place.size < _LARGE or not self.host.work:
             self._load_data(head)
             return False
@@ -3209,11 +3218,16 @@ class Upkeep:
     """
 
     def __init__(self, queue):
-        self.queue = queue
+        self._queue = weakref.ref(queue)     # it has this: they would be a cycle
         self.task = None
         self.error = None
         self.renewing = None
         self._rewrite_above = 0              # smaller journals are not rewritten for now
+
+    @property
+    def queue(self):
+        """The queue that this is part of."""
+        return self._queue()
 
     def can_write(self):
         """Return whether write() may go on. While everything is written anew operations wait; if
@@ -3819,21 +3833,26 @@ class Broker:
     def _reload(self):
         """A task: reload for those who have asked so far, until nobody asks any more."""
         done = 0                             # they stay in the list, so that no second task starts
-        while done < len(self._reloads):
-            asked = self._reloads[done:]
-            found = []
-            yield functools.partial(self._read_config, found)
-            config, error = found
-            if error:
-                log.error("reload: %s; nothing has been changed", error)
-            else:
-                yield from self._take_config(config)
-                log.info("%s reloaded by %s", config.path or "the default settings",
-                         ", ".join(dict.fromkeys(who for who, _ in asked)))
-            for _, call in asked:
-                call(error)
-            done += len(asked)
-        self._reloads.clear()
+        try:
+            while done < len(self._reloads):
+                asked = self._reloads[done:]
+                done += len(asked)
+                found = []
+                error = ConfigError("unexpected, see the log")
+                try:
+                    yield functools.partial(self._read_config, found)
+                    config, error = found
+                    if config:
+                        yield from self._take_config(config)
+                        log.info("%s reloaded by %s", config.path or "the default settings",
+                                 ", ".join(dict.fromkeys(who for who, _ in asked)))
+                    else:
+                        log.error("reload: %s; nothing has been changed", error)
+                finally:
+                    for _, call in asked:
+                        call(error)
+        finally:
+            self._reloads.clear()
 
     def _read_config(self, found):
         try:
@@ -4058,8 +4077,7 @@ class Broker:
 #
 # A command that waits is a generator. It yields None to go on in a later turn, a Waiter to wait
 # for an item, or a function that gets a result later: it is called with a callback, and what that
-# is given is sent into the generator. `wake` means: such an answer is there, and the session
-# is in broker.woken.
+# is given is sent into the generator. Once the result is there, the session is in broker.woken.
 #
 # What grows with the number of queues, or creates or deletes files, begins with a `yield`: it is
 # done as a task, a step at a time, after the other clients have been served.
@@ -4131,7 +4149,8 @@ class Session:
 
     A protocol has _parse(data), which runs the commands in `data` and returns how far it has got,
     _say_error(error), which answers with a Refused, and _failure(why, answer), which returns the
-    bytes that take the place of an answer.
+    bytes that take the place of an answer, None for that of the command in hand. An answer that
+    is not to be said is b"".
     """
 
     idle_timeout = None                 # milliseconds, if client_timeout is not shorter
@@ -4189,10 +4208,15 @@ class Session:
             self.state = HELD
         elif self._kept is not None and self._kept.tell() >= self._needed:
             self.state = WORKING
-        elif self.at_end:
-            self.end()
         else:
             self.state = READY if self._kept is None and not self._needed else RECEIVING
+
+    def _rest(self):
+        """Find out the state when nothing is being run; end, if nothing will come any more, or
+        be waited for."""
+        self._update()
+        if self.at_end and self.state in (READY, RECEIVING, WAITING):
+            self.end()
 
     def end(self):
         """Run nothing more, and put open reads back; the connection is closed when all has been
@@ -4228,9 +4252,7 @@ class Session:
         answered, but it waits for no item any longer."""
         self.now = now
         self.at_end = True
-        if type(self.asks) is Waiter:
-            self.end()
-        self._update()
+        self._rest()
 
     def resume(self, now):
         """Go on with the command in hand, or with the input that has been kept."""
@@ -4241,6 +4263,7 @@ class Session:
                 self._go_on(given)
             if self.state is WORKING and self.command is None:
                 self._run_kept()
+            self._rest()
 
     def _run(self, data):
         pos = self._parse(data)
@@ -4252,7 +4275,7 @@ class Session:
                 self._keep(data[pos:])
             if self.state is READY and self.load <= self.most_load and self._kept is not None:
                 self._needed = max(self._needed, self.unparsed + 1)      # it needs more
-            self._update()
+            self._rest()
 
     def _run_kept(self):
         data = self._kept.getvalue()
@@ -4312,8 +4335,10 @@ class Session:
         return waiter
 
     def _deliver(self, command, queue, opening, item):
-        if item is not None and opening:
-            self.open_reads.setdefault(queue, []).append(item.xid)
+        if item is not None:
+            self._rest_on(queue)             # in this turn, though the answer may be of the next
+            if opening:
+                self.open_reads.setdefault(queue, []).append(item.xid)
         self._wake(command, item)
 
     def time_out(self):
@@ -4358,7 +4383,7 @@ class Session:
         """Note that all that was taken has been sent."""
         self.load = 0
         if self.state is FULL:
-            self._update()
+            self._rest()
 
     def settle(self, failed, unsafe):
         """Put errors in the place of answers that rest on a failed journal, and hold those that
@@ -4386,7 +4411,7 @@ class Session:
             self.close(self.now)
         elif error:
             self.fail({queue: error}, since, until)
-        self._update()
+        self._rest()
         if not self.holds:
             self.broker.woken.append(self)   # to be sent, and resumed
 
@@ -4396,12 +4421,16 @@ class Session:
         for queue, index, count, whole in self.touched[since:until]:
             if queue not in failed or isinstance(whole, Item) and queue.is_head(whole):
                 continue
-            if index == len(self.out) and count:       # of the command in hand
+            if not count:
+                continue
+            said = None
+            if index == len(self.out):                 # by the command in hand
                 self._drop_command()
-                self.out.append(b"")
-            if count:
-                error = self._failure(_why(failed[queue]), self.out[index])
-                self.out[index:index + count] = [error if whole else b""] + [b""] * (count - 1)
+                self.out.append(None)
+            else:
+                said = self.out[index]
+            error = b"" if said == b"" else self._failure(_why(failed[queue]), said)
+            self.out[index:index + count] = [error if whole else b""] + [b""] * (count - 1)
         for queue in failed:
             mine = [xid for other, xid in self._ended if other is queue]
             mine += self.open_reads.pop(queue, ())
@@ -4584,11 +4613,18 @@ class Session:
             self.broker.flush(queue, self.who)
         return queue
 
+    def _check_all_queues(self):
+        """Check that the client may drop what is in any queue."""
+        yield
+        for number, name in enumerate(list(self.broker.queues), 1):
+            self._check_user("get_users", name)
+            if number % SWEEP_STEP == 0:
+                yield
+
     def _flush_all(self, command):
         self._check_admin(command)
         self._check_writes()
-        self._check_user("get_users", *self.broker.queues)
-        yield
+        yield from self._check_all_queues()
         for number, queue in enumerate(self._queues(), 1):
             if queue.count:
                 self.broker.flush(queue, self.who)
@@ -4696,6 +4732,15 @@ def _parse_block(words):
 _BLOCKS = (b"set", b"add", b"replace", b"append", b"prepend", b"cas")
 _MEMCACHED = (b"incr decr touch gat gats mg md mn ma me slabs lru lru_crawler watch cache_memlimit"
               b" misbehave debug extstore refresh_certs").split()
+
+
+def _is_silent(words):
+    """Return whether the words of a command line ask for no answer."""
+    if not words or words[-1] != b"noreply":
+        return False
+    name = words[0].lower()
+    return (name in _BLOCKS or name in (b"flush_all", b"verbosity", b"incr", b"decr", b"touch")
+            or name in (b"delete", b"flush") and len(words) > 2)         # else it is the queue
 
 
 def _check_byte(byte):
@@ -4836,6 +4881,11 @@ class MemcacheSession(Session):
             raise Refused("CLIENT_ERROR", "line too long", close=True)
         _check_byte(data[pos:pos + 1])
 
+    def out_of_memory(self):
+        if self.command is None:
+            self._words = self._block.words if self._block else ()
+        super().out_of_memory()
+
     def _check_stranger(self, line):
         """Check that the first command is the login, or quit."""
         if line.lower().split()[:1] not in ([b"set"], [b"quit"]):
@@ -4843,10 +4893,7 @@ class MemcacheSession(Session):
 
     def _reply(self, words, answer, *queues):
         """Answer a command that may have asked for silence."""
-        # A queue may have that name.
-        is_name = len(words) == 2 and words[0].lower() in (b"delete", b"flush")
-        if not words or words[-1] != b"noreply" or is_name:
-            self._say(answer, *queues)
+        self._say(b"" if _is_silent(words) else answer, *queues)
 
     def _say_error(self, error):
         line = "%s %s" % (error.kind, error.why) if error.why else error.kind
@@ -4856,6 +4903,8 @@ class MemcacheSession(Session):
             self.end()
 
     def _failure(self, why, answer):
+        if answer is None and _is_silent(self._words):
+            return b""
         return b"SERVER_ERROR %b\r\n" % os.fsencode(why)
 
     # -- storing
@@ -5022,6 +5071,8 @@ class MemcacheSession(Session):
             raise Refused("CLIENT_ERROR", "confirm needs a queue and a number of items")
         queue = self.broker.find(_name(words[1]))
         count = _number(words[2], "number of items")
+        if count < 0:
+            raise Refused("CLIENT_ERROR", "bad number of items")
         self._say(b"END\r\n" if self._confirm(queue, count) else b"ERROR\r\n")
 
     # -- administration
@@ -5058,8 +5109,10 @@ class MemcacheSession(Session):
 
     def _flush_expired(self, names):
         self._check_writes()
-        self._check_user("get_users", *(self.broker.queues if names is None else names))
-        yield
+        if names is None:
+            yield from self._check_all_queues()
+        else:
+            self._check_user("get_users", *names)
         total = 0
         for number, queue in enumerate(self._queues(names), 1):
             for dropped in self.broker.discard_expired(queue, self.now):
@@ -5194,7 +5247,7 @@ class TextSession(Session):
                           close=True)
 
     def _say_error(self, error):
-        self._say(self._failure(error.why, b""))
+        self._say(self._failure(error.why, None))
 
     def _failure(self, why, answer):
         return b"-%b\n" % os.fsencode(why)
@@ -5414,24 +5467,18 @@ class ThriftSession(Session):
             self.end()
             return
         name = self._head[1].decode("utf-8", "replace")
+        if name not in _THRIFT_METHODS or kind not in (_CALL, _ONEWAY):
+            self._except("unknown method %s" % name, _UNKNOWN_METHOD)
+            return
         try:
-            kinds = _THRIFT_METHODS.get(name)
-            if kinds is None or kind not in (_CALL, _ONEWAY):
-                self._except("unknown method %s" % name, _UNKNOWN_METHOD)
-                return
-            fields, _ = _thrift_value(_STRUCT, frame, pos, [_MOST_VALUES])
-            values = []
-            for field, (of, default) in enumerate(kinds, 1):
-                of_given, value = fields.get(field, (of, default))
-                if of_given != of or value is None:
-                    raise ValueError("field %d of %s is missing, or of another type" % (
-                        field, name))
-                values.append(value)
+            values = _thrift_arguments(name, frame, pos)
+        except (ValueError, struct.error) as error:
+            self._except(str(error), _PROTOCOL_ERROR)
+            return
+        try:
             waits = getattr(self, "do_" + name)(*values)
             if waits:
                 self._begin(waits)
-        except (ValueError, struct.error, TypeError) as error:
-            self._except(str(error), _PROTOCOL_ERROR)
         except (Refused, OSError) as error:
             self._refuse(error)
 
@@ -5442,25 +5489,34 @@ class ThriftSession(Session):
         self._say(b"" if oneway else frame, *queues)
 
     def _except(self, why, kind):
-        self._say(self._failure(why, b"", kind))
+        self._say(self._failure(why, None, kind))
 
     def _say_error(self, error):
         self._except(error.why, _INTERNAL_ERROR)
 
     def _failure(self, why, answer, kind=_INTERNAL_ERROR):
         """Return a TApplicationException, in the place of an answer, or of the one to come."""
-        strict, name, number, oneway = _thrift_head(answer[4:])[0] if answer else self._head
+        strict, name, number, oneway = (
+            self._head if answer is None else _thrift_head(answer[4:])[0])
         if oneway:
             return b""
         return _thrift_frame(strict, name, number, _EXCEPTION, _string_field(1, os.fsencode(why))
                              + struct.pack(">bhi", _I32, 2, kind))
 
+    def fail(self, failed, since=0, until=None):
+        ended = [(queue, xid) for queue, xid in self._ended if queue in failed]
+        super().fail(failed, since, until)
+        # The items of a get that could not be confirmed: the client knows no ids of them.
+        for queue in failed:
+            xids = [xid for other, xid in ended if other is queue and xid in queue.opens]
+            for xid in xids:
+                self.open_reads[queue].remove(xid)
+            queue.abort(*xids, orphaned=True)
+
     # -- the methods of the service
 
     def do_put(self, key, items, expiration):
         self._check_writes()
-        if not all(isinstance(item, bytes) for item in items):
-            raise ValueError("items must be binary")
         _name(key)
         if any(len(item) > self.broker.settings.max_item_size for item in items):
             raise Refused("SERVER_ERROR", "object too large for cache")
@@ -5481,7 +5537,8 @@ class ThriftSession(Session):
         """Get up to `most` items. auto_abort: in how many milliseconds they go back if they are
         not confirmed, 0 if they are taken for good."""
         queue = yield from self._queue(name)
-        opening = wait or auto_abort > 0     # so that they go back if the client leaves
+        # Open, so that they go back if the client leaves, or if what comes later fails.
+        opening = wait or auto_abort > 0 or most > 1
         if auto_abort and queue:
             most = min(most, self._room(queue))
         items = []
@@ -5533,8 +5590,6 @@ class ThriftSession(Session):
         self._end_ids(name, ids, lambda queue, xids: queue.abort(*sorted(xids), now=self.now))
 
     def _end_ids(self, name, ids, end):
-        if not all(type(one) is int for one in ids):
-            raise ValueError("ids must be integers")
         queue = self.broker.find(_name(name))
         self._answer(_i32_field(0, end(queue, list(dict.fromkeys(ids))) if queue else 0),
                      *filter(None, [queue]))
@@ -5600,6 +5655,22 @@ def _thrift_head(frame):
     return (strict, name, number, kind == _ONEWAY), kind, pos
 
 
+def _thrift_arguments(name, frame, pos):
+    """Return the arguments of a call, from the struct at frame[pos]. Raises ValueError and
+    struct.error."""
+    fields, _ = _thrift_value(_STRUCT, frame, pos, [_MOST_VALUES])
+    values = []
+    for number, (kind, of, default) in enumerate(_THRIFT_METHODS[name], 1):
+        given, value = fields.get(number, (kind, default))
+        if given != kind or value is None:
+            raise ValueError("field %d of %s is missing, or of another type" % (number, name))
+        if of and not all(type(one) is of for one in value):
+            raise ValueError("%s must be %s" % (("items", "binary") if of is bytes else (
+                "ids", "integers")))
+        values.append(value)
+    return values
+
+
 def _thrift_frame(strict, name, number, kind, fields):
     """Return a message, a struct of these fields."""
     head = (struct.pack(">ii", _STRICT | kind, len(name)) + name + struct.pack(">i", number)
@@ -5616,18 +5687,21 @@ def _i32_field(field, number):
     return struct.pack(">bhi", _I32, field, number)
 
 
-# The (type, default) of each argument of the methods; the default is None where it must be given.
+# The arguments of the methods: Thrift's type, Python's type of the elements of a list or set, and
+# the default, None if it must be given.
+_THRIFT_NAME = _STRING, None, None
+_THRIFT_IDS = _SET, int, None
 _THRIFT_METHODS = {
-    "put": ((_STRING, None), (_LIST, None), (_I32, 0)),
-    "get": ((_STRING, None), (_I32, None), (_I32, 0), (_I32, 0)),
-    "confirm": ((_STRING, None), (_SET, None)),
-    "abort": ((_STRING, None), (_SET, None)),
-    "peek": ((_STRING, None),),
-    "flush_queue": ((_STRING, None),),
+    "put": (_THRIFT_NAME, (_LIST, bytes, None), (_I32, None, 0)),
+    "get": (_THRIFT_NAME, (_I32, None, None), (_I32, None, 0), (_I32, None, 0)),
+    "confirm": (_THRIFT_NAME, _THRIFT_IDS),
+    "abort": (_THRIFT_NAME, _THRIFT_IDS),
+    "peek": (_THRIFT_NAME,),
+    "flush_queue": (_THRIFT_NAME,),
     "flush_all_queues": (),
-    "delete_queue": ((_STRING, None),),
+    "delete_queue": (_THRIFT_NAME,),
     "current_status": (),
-    "set_status": ((_I32, None),),
+    "set_status": ((_I32, None, None),),
     "get_version": (),
 }
 
@@ -5710,10 +5784,12 @@ class AdminSession(Session):
                     self._needed = end + 4 + size - pos
                     break
                 pos = end + 4 + size
-                self._begin(self._request(target, headers))
+                path = self._parse_target(target)
             except ValueError as error:
                 self._keep_alive = False
                 self._respond(HTTPStatus.BAD_REQUEST, str(error))
+                break
+            self._begin(self._request(path, headers))
         return pos
 
     def _parse_head(self, head):
@@ -5744,27 +5820,26 @@ class AdminSession(Session):
             "close" not in headers.get("connection", "").lower())
         return line[1], headers
 
-    def _request(self, target, headers):
+    def _parse_target(self, target):
+        """Return the path of a target, and set `_query`. Raises ValueError."""
+        parts = urllib.parse.urlsplit(target)
+        # Unquoted bytes arrive as they are; and in no name is a + a blank.
+        query = os.fsdecode(parts.query.encode("latin-1")).replace("+", "%2B")
+        self._query = urllib.parse.parse_qs(query, errors="surrogateescape")
+        return parts.path
+
+    def _request(self, path, headers):
         """Answer a request: a generator."""
-        try:
-            parts = urllib.parse.urlsplit(target)
-            # As bytes, since so came what was not quoted; and in no name is a + a blank.
-            query = os.fsdecode(parts.query.encode("latin-1")).replace("+", "%2B")
-            self._query = urllib.parse.parse_qs(query, errors="surrogateescape")
-        except ValueError as error:
-            self._keep_alive = False
-            self._respond(HTTPStatus.BAD_REQUEST, str(error))
-            return
-        method, call = _ADMIN_PATHS.get(parts.path, (None, None))
+        method, call = _ADMIN_PATHS.get(path, (None, None))
         if call is None:
             self._respond(HTTPStatus.NOT_FOUND)
         elif self._method not in (("POST",) if method == "POST" else ("GET", "HEAD")):
             self._respond(HTTPStatus.METHOD_NOT_ALLOWED,
                           header="Allow: " + ("POST" if method == "POST" else "GET, HEAD"))
-        elif (method == "POST" or parts.path == "/peek") and not self._is_from_here(headers):
+        elif (method == "POST" or path == "/peek") and not self._is_from_here(headers):
             self._respond(HTTPStatus.FORBIDDEN, "this is taken from pages of this server only, "
                           "under a name of it (admin_hosts)")
-        elif self.broker.config.users is not None and parts.path not in _PROBES and not (
+        elif self.broker.config.users is not None and path not in _PROBES and not (
                 yield from self._is_known(headers)):
             self._respond(HTTPStatus.UNAUTHORIZED,
                           header='WWW-Authenticate: Basic realm="kestrel"')
@@ -5776,16 +5851,19 @@ class AdminSession(Session):
         page of elsewhere may be open in the browser of a user who may do what it asks for,
         even under a name that its owner has made lead here (DNS rebinding)."""
         host = headers.get("host", "")
-        name = (urllib.parse.urlsplit("//" + host).hostname or "localhost").lower()
         try:
-            ipaddress.ip_address(name)
+            name = urllib.parse.urlsplit("//" + host).hostname or "localhost"
+            origin = urllib.parse.urlsplit(headers.get("origin", "//" + host)).netloc
+        except ValueError:                   # neither can be from here
+            return False
+        try:
+            ipaddress.ip_address(name)       # no name, so no DNS that could lead here
         except ValueError:
             settings = self.broker.settings
-            if name not in ("localhost", os.uname().nodename.lower(),
-                            *map(str.lower, settings.listen + settings.admin_hosts)):
+            if name.lower() not in ("localhost", os.uname().nodename.lower(),
+                                    *map(str.lower, settings.listen + settings.admin_hosts)):
                 return False
-        return (headers.get("sec-fetch-site", "none") in ("same-origin", "none")
-                and urllib.parse.urlsplit(headers.get("origin", "//" + host)).netloc == host)
+        return headers.get("sec-fetch-site", "none") in ("same-origin", "none") and origin == host
 
     def _is_known(self, headers):
         """Return whether the request has a right name and password (RFC 7617)."""
@@ -6426,11 +6504,10 @@ class Worker:
             self.unfinished -= 1
             _guard(call, error, seconds)
 
-    def stop(self, wait=True):
-        """End the thread when it has done what has been submitted."""
+    def stop(self, seconds):
+        """End the thread when it has done what has been submitted; wait so long for that."""
         self._jobs.put(None)
-        if wait:
-            self._thread.join()
+        self._thread.join(seconds)
 
     def _run(self):
         for work, call in iter(self._jobs.get, None):
@@ -6593,6 +6670,8 @@ class Syncs:
     def _note_success(self, queue):
         # With a disk on the brink, one write fails and the next does not, over and over.
         mono = self._server.mono
+        for other in [other for other in self._failing if other.closed]:
+            del self._failing[other]
         if mono > self._failing.get(queue, mono) + _CALM_SECONDS:
             del self._failing[queue]
             log.info("the journal of %s can be written again", queue.name)
@@ -6682,10 +6761,11 @@ class Connection:
             data = self.sock.recv(_CHUNK)
         except BlockingIOError:
             return
-        except OSError as error:         # reset: gone, like one that closed
+        except OSError as error:         # reset: it will take no answers either
             if isinstance(error, ssl.SSLError):
                 log.info("%s: TLS: %s", session.who, error.reason or error)
-            data = b""
+            self.close()
+            return
         if not data:
             session.hang_up(server.now)
             return
@@ -6743,7 +6823,7 @@ class Connection:
                 session.sent()
         state = session.state
         if (state is not READY and state is not HELD or self.state is not READY or self._unsent
-                or self.buffered or self._watched != _READ):
+                or self.buffered or self._watched != _READ or session.at_end):
             self.place()
 
     def _send(self):
@@ -6789,6 +6869,8 @@ class Connection:
         else:
             server.waiting.discard(self)
         self.count_buffers()
+        if session.state is CLOSED:          # it was the greediest
+            return
         self._watch((_READ if self._is_listening() else 0) | (_WRITE if self._unsent else 0))
         self._set_alarm()
 
@@ -6813,8 +6895,8 @@ class Connection:
             for timeout in (settings.client_timeout, session.idle_timeout):
                 if timeout:
                     yield self.last_active + timeout / 1000, self.close
-            if session.is_stranger or self.is_greeting:
-                yield self.since + LOGIN_MS / 1000, self.close
+        if session.is_stranger or self.is_greeting:
+            yield self.since + LOGIN_MS / 1000, self.close
         if session.state is WAITING:
             yield self._deadline, session.time_out
             if not self._watched & _READ:
@@ -6838,19 +6920,20 @@ class Connection:
         """Do what is due."""
         self.state = self.session.state
         for when, call in list(self._deadlines()):
-            if when <= self.server.mono:
+            if when <= self.server.mono and self.session.state is not CLOSED:
                 call()
         if self.session.state is not CLOSED:
             self._set_alarm()
 
     def _look(self):
-        """Close the connection if the client has gone. Nothing else tells while its socket is not
+        """End the session if the client has gone. Nothing else tells while its socket is not
         read."""
         self._looked = self.server.mono
         poll = select.poll()
         poll.register(self.sock, getattr(select, "POLLRDHUP", 0))
         if poll.poll(0):
-            self.close()
+            self.session.hang_up(self.server.now)
+            self.server.active.append(self)
 
     def _stop_sending(self):
         log.warning("%s is not reading its answers; closed after send_timeout", self.session.who)
@@ -7034,42 +7117,50 @@ class Server:
         self.config = config
         self.notify = notify
         self.inherited = dict(given)
-        self._spool = _lock_spool(os.path.abspath(config.server.queue_path))
-        try:
-            sockets = self._bind_all()
-        except OSError:
-            os.close(self._spool)
-            raise
         self.timers = Timers()
         self.connections = {}            # Session -> Connection
         self.active = []                 # connections that may have something to send
         self.waiting = set()             # connections whose sessions wait for an item
         self.buffered = 0                # unparsed input and unsent output of all connections
         self.share = 0                   # how much load a session may pile up in this turn
-        self.mono = started = time.monotonic()
+        self.mono = time.monotonic()
         self.now = _now()
         self.reload_wanted = False
         self._events = []                # those that the last turn had no time for
         self._sampled_at = self.mono
-        log.info("kestrel.py %s, journals in %s", __version__,
-                 os.path.abspath(config.server.queue_path))
+        self._announced = None           # the status that the status_command was run with last
+        with contextlib.ExitStack() as stack:          # what is open when the rest fails
+            self._open(stack)
+            stack.pop_all()
+        self._plan_sweep()
+        self.later(SAMPLE_SECONDS * 1000, self._sample)
+
+    def _open(self, stack):
+        """Open the spool and the ports, load the queues, start the threads."""
+        settings = self.config.server
+        spool = os.path.abspath(settings.queue_path)
+        self._spool = _lock_spool(spool)
+        stack.callback(os.close, self._spool)
+        sockets = self._bind_all()
+        for sock, _ in sockets:
+            stack.callback(sock.close)
+        log.info("kestrel.py %s, journals in %s", __version__, spool)
         self.most_connections, most_files = _share_descriptors()
-        most_memory = config.server.max_memory or _usable_memory() * 3 // 4
-        self.broker = Broker(config, self.later, self.now, Budget(most_memory, most_files),
+        most_memory = settings.max_memory or _usable_memory() * 3 // 4
+        started = self.mono
+        self.broker = Broker(self.config, self.later, self.now, Budget(most_memory, most_files),
                              lambda: self.mono - started)
-        self.poller = Poller(0 if _cores() == 1 else config.server.busy_poll / 1e6)
+        self.poller = Poller(0 if _cores() == 1 else settings.busy_poll / 1e6)
+        stack.callback(self.poller.close)
         self.syncs = Syncs(self)
+        self.listeners = [Listener(self, sock, protocol) for sock, protocol in sockets]
         self.worker = Worker(self.interrupt)
         self.broker.work = self._submit
         self._workers = [self.worker]    # what takes the processor long delays no fsync
-        if config.users is not None:
+        if self.config.users is not None:
             self._workers.append(Worker(self.interrupt))
             self.broker.aside = self._workers[-1].submit
-        self.listeners = [Listener(self, sock, protocol) for sock, protocol in sockets]
-        self._announcer = Worker(self.interrupt) if config.server.status_command else None
-        self._announced = None           # the status that the status_command was run with last
-        self._plan_sweep()
-        self.later(SAMPLE_SECONDS * 1000, self._sample)
+        self._announcer = Worker(self.interrupt) if settings.status_command else None
 
     @property
     def port(self):
@@ -7176,7 +7267,8 @@ class Server:
             events = self._events
             if self.waiting:             # of these, hang-ups must be known before items come
                 known = {event[0].data for event in events}
-                events += [event for event in select(0) if event[0].data not in known]
+                events += [event for event in select(0)
+                           if event[0].data in self.waiting and event[0].data not in known]
             return events
         if broker.dirty or broker.tasks or broker.woken or self.active:
             return select(0)
@@ -7198,10 +7290,10 @@ class Server:
         if not isinstance(one, Connection):
             log.error("unexpected", exc_info=error)
         elif isinstance(error, MemoryError):
-            one.refuse()
+            _guard(one.refuse)
         else:
             log.error("%s: unexpected, closed", one.session.who, exc_info=error)
-            one.close()
+            _guard(one.close)
 
     def _resume_woken(self):
         for session in self.broker.woken:              # which may wake others
@@ -7241,6 +7333,8 @@ class Server:
         except Exception:
             log.exception("unexpected, in a task")
             return
+        finally:
+            del error                    # its traceback has this frame: they would be a cycle
         if work:
             self.worker.submit(work, functools.partial(self._step, task))
         else:
@@ -7336,9 +7430,9 @@ class Server:
             if self.worker.unfinished:
                 self.poller.wait_for_interrupt(1)
         for worker in self._workers:
-            worker.stop()
+            worker.stop(_LAST_SECONDS)
         if self._announcer:
-            self._announcer.stop(wait=False)           # its command may take half a minute
+            self._announcer.stop(0)                    # its command may take half a minute
         self.broker.work = None                        # from here on all is done at once
         self._commit()                                 # what they had still to say
         for queue in self.broker.queues.values():
@@ -7532,7 +7626,7 @@ def _lock_spool(path):
 # == 10. From Python =======================================================================
 #
 # For programs that have this file beside them: a server in a thread, and a client. (A queue
-# without any server is Queue itself, see section 4.)
+# without any server is Queue itself, see section 5.)
 
 
 class ServerError(Exception):
@@ -7810,6 +7904,7 @@ def _dump(paths, as_json):
 def _pack(path):
     """Write the journals of an unused queue as one file, which takes their place."""
     directory, name = os.path.split(os.path.abspath(path))
+    os.listdir(directory)                # there must be one: _lock_spool() would make it
     spool = _lock_spool(directory)
     try:
         older = find_journals(directory).get(name)

@@ -3081,6 +3081,19 @@ def test_totals_follow_every_change(tmp_path):
         assert (totals.items, totals.bytes, totals.reserved) == expected()
 
 
+def test_a_reload_that_fails_unexpectedly_is_answered_and_tried_again(tmp_path, monkeypatch):
+    broker = broker_of(tmp_path)
+    queue = broker.queue("q")
+    told = []
+    monkeypatch.setattr(kestrel.Queue, "configure", lambda self, config: 1 / 0)
+    broker.reload("a client", told.append)
+    with pytest.raises(ZeroDivisionError):
+        kestrel.run_task(broker.tasks.pop())
+    assert len(told) == 1
+    monkeypatch.undo()
+    assert reload(broker) is None and queue.config
+
+
 def test_reloads_that_are_asked_for_at_once_are_done_as_one(tmp_path, caplog):
     caplog.set_level("INFO")
     broker = broker_of(tmp_path)
@@ -3860,6 +3873,34 @@ def test_no_new_statistic_looks_like_one_of_another_queue():
                              "age|discarded|waiters|open_transactions)$", "_" + name)
 
 
+@pytest.mark.parametrize("session_type, said, answers", [
+    (kestrel.MemcacheSession, "stats\r\ndelete no\r\nset c 0 0 1\r\nx\r\nversion\r\n",
+     "DELETED\r\nSTORED\r\nVERSION 1.0.0\r\n✂"),
+    (kestrel.MemcacheSession, "set c 0 0 1\r\nx\r\nget no/peek\r\nget a b\r\nreload\r\nversion\r\n",
+     "STORED\r\nEND\r\nEND\r\nReloaded config.\r\nVERSION 1.0.0\r\n✂"),
+    (kestrel.MemcacheSession, "reload\r\nset c 0 0 1\r\nx\r\nget w/t=5000\r\nversion\r\n",
+     "Reloaded config.\r\nSTORED\r\n✂"),
+    (kestrel.TextSession, "get nn\nput k:\na\n\nput k:\nb\n\nput c:\nx\n\nversion\n",
+     "*\n+1\n+1\n+1\n:1.0.0\n✂"),
+    (kestrel.ThriftSession, (call(b"flush_all_queues") + thrift_put(b"c", b"x")
+                             + call(b"get_version")).decode("latin-1"), "1.0.0\x00✂"),
+    (kestrel.AdminSession, request("POST /reload") + request("GET /ping") + request("GET /status"),
+     "UP\n✂")])
+def test_all_that_was_said_before_a_half_close_is_done(tmp_path, session_type, said, answers):
+    talk = Talk(tmp_path, session_type=session_type)
+    session = talk.session()
+    session.feed(said.encode("latin-1"), NOW)
+    session.hang_up(NOW)
+    assert talk.heard().endswith(answers)
+    assert session_type is kestrel.AdminSession or items_of(talk.broker, "c") == [b"x"]
+
+
+@pytest.mark.parametrize("command", [
+    "get noreply\r\n", "confirm noreply\r\n", "get a/t=x noreply\r\n", "monitor noreply\r\n"])
+def test_only_commands_that_have_noreply_are_silent(talk, command):
+    assert talk(command + "version\r\n").count("\r\n") == 2
+
+
 @pytest.mark.parametrize("command", ["get q/t=1000\r\n", "monitor q 10\r\n"])
 def test_a_read_in_hand_ends_when_its_queue_is_deleted(talk, command):
     """Before it waits, too: here it is dropping a run of expired items."""
@@ -3874,6 +3915,21 @@ def test_a_read_in_hand_ends_when_its_queue_is_deleted(talk, command):
         assert talk.heard("reader %s" % waiting) == "END\r\n"
         assert "q" not in talk.broker.queues
         route = talk.broker.route(b"q", NOW)
+
+
+def test_a_command_without_an_answer_fails_alone(talk, disk):
+    """What fails of it is not blamed on the next command, and is not told."""
+    talk(set_("other", "1"))
+    session = talk.session()
+    session.feed(b"set new 0 0 1 noreply\r\nx\r\nget other\r\nflush new noreply\r\nversion\r\n", NOW)
+    session.resume(NOW)
+    for queue in talk.broker.dirty:
+        disk.failing = {"pwrite": errno.ENOSPC} if queue.name == "new" else {}
+        with contextlib.suppress(OSError):
+            queue.write()
+    disk.failing = {}
+    session.settle(talk.broker.write()[1], set())
+    assert b"".join(session.take()) == b"VALUE other 0 1\r\n1\r\nEND\r\nVERSION 1.0.0\r\n"
 
 
 def test_a_peek_stays_true_though_a_put_of_that_turn_fails(talk, disk):
@@ -4775,6 +4831,28 @@ def test_thrift_reads_that_go_back_by_themselves_are_bounded(tmp_path):
     assert len(queue.opens) == 3
 
 
+def test_a_thrift_get_that_fails_after_its_first_items_gives_them_back(tmp_path, disk):
+    thrift = Talk(tmp_path, "[queue]\nmax_age = 10ms\n", kestrel.ThriftSession)
+    for number in range(3):
+        thrift(thrift_put(b"q", b"%d" % number))
+    thrift.now += 5
+    thrift(thrift_put(b"q", *[b"late"] * 3, expiration=-1))
+    session = thrift.session()
+    queue = thrift.broker.queues["q"]
+    read, reads = queue.remove, []
+    queue.remove = lambda *arguments: reads.append(0) or (
+        read(*arguments) if len(reads) != 3 else None)             # as while a large one is read
+    session.feed(thrift_get(b"q", 5), NOW)
+    assert not commit(thrift.broker, NOW)[1] and session.state == "working"
+    disk.failing = {"pwrite": errno.ENOSPC}
+    session.resume(NOW)
+    session.settle(commit(thrift.broker, NOW)[1], set())
+    assert "No space left" in b"".join(session.take()).decode("latin-1")
+    disk.failing = {}
+    commit(thrift.broker, NOW)
+    assert not queue.opens and items_of(thrift.broker, "q")[:3] == [b"0", b"1", b"2"]
+
+
 def test_a_thrift_put_of_too_large_an_item_creates_no_queue(tmp_path):
     thrift = Talk(tmp_path, "[server]\nmax_item_size = 1kb\n", kestrel.ThriftSession)
     assert "too large" in thrift(thrift_put(b"q", b"1", b"x" * 1025))
@@ -5396,6 +5474,23 @@ def test_hang_ups_of_a_turn_are_seen_before_its_items_are_handed_out(tmp_path):
     server.run()
 
 
+def test_what_a_reset_connection_still_had_to_say_takes_nothing(serve, monkeypatch):
+    server = serve()
+    client, other = server.client(), server.client()
+    client.put("q", b"x")
+    start, go = threading.Event(), threading.Event()
+    read = kestrel.Broker._read_config
+    monkeypatch.setattr(kestrel.Broker, "_read_config", lambda self, found: (
+        start.set(), go.wait(20), read(self, found))[2])
+    client.send("reload\r\n" + "get q\r\n" * 5)
+    assert start.wait(20)
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    until(lambda: other.stats()["curr_connections"] == "1")
+    go.set()
+    assert other.get("q") == b"x"
+
+
 def test_open_reads_of_a_reset_connection_go_back(serve):
     server = serve()
     client, other = server.client(), server.client()
@@ -5662,7 +5757,7 @@ def test_an_unexpected_exception_costs_one_client(
             sent = call(name[3:].encode(), *[
                 {11: thrift_string, 8: thrift_i32, 15: thrift_strings, 14: thrift_ids}[kind](
                     number, {11: b"q", 8: 1}.get(kind, []))
-                for number, (kind, _) in enumerate(kestrel._THRIFT_METHODS[name[3:]], 1)])
+                for number, (kind, _, _) in enumerate(kestrel._THRIFT_METHODS[name[3:]], 1)])
     kestrel._parse_line_cached.cache_clear()
     try:
         with Client(ports[protocol]) as client:
@@ -5792,6 +5887,67 @@ def test_half_a_command_is_given_up_after_send_timeout(tmp_path, monkeypatch, pr
         turns(clock.now + 2)
         assert not server.connections
         client.file.read()
+    server.broker.stopping = True
+    server.run()
+
+
+def test_the_loop_rests_while_a_half_closed_client_is_held(serve, monkeypatch):
+    server = serve("[queue]\nsync_journal = 0\n")
+    held = HeldFsync(monkeypatch)
+    client = server.client()
+    client.send("set q 0 0 1\r\nx\r\n")
+    client.sock.shutdown(socket.SHUT_WR)
+    assert held.called.acquire(timeout=20)
+    turns, turn = [], server.server.turn
+    server.server.turn = lambda: turns.append(0) or turn()
+    time.sleep(0.05)
+    assert len(turns) < 20
+    held.disarm()
+    assert client.file.read() == b"STORED\r\n"
+
+
+def test_an_item_that_is_delivered_while_it_is_written_is_answered_when_it_is_safe(
+        serve, monkeypatch):
+    """The waiter is served by the commit itself: an expired item moves when its source is safe."""
+    server = serve("[queue src]\nexpire_to_queue = dead\n[queue dead]\nsync_journal = 0\n")
+    client, waiter = server.client(), server.client()
+    client.send("get dead\r\nget src\r\nset src 0 -1 1\r\nx\r\n")
+    assert [client.line() for _ in range(3)] == ["END\r\n", "END\r\n", "STORED\r\n"]
+    waiter.send("get dead/t=20000\r\n")
+    until(lambda: server.server.broker.queues["dead"].waiters)
+    held = HeldFsync(monkeypatch)
+    client.send("get src\r\n")
+    assert held.called.acquire(timeout=20)
+    nothing_comes(waiter)
+    held.disarm()
+    assert waiter.item() == b"x"
+
+
+def test_timers_run_though_there_is_always_more_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(kestrel, "_FEED_SECONDS", 0)
+    monkeypatch.setattr(kestrel, "_EVENTS_STEP", 1)
+    with turned_by_hand(tmp_path, "", 12) as (server, clients):
+        clients[0].send("get q/t=50\r\n")
+        for _ in range(200):
+            for client in clients[1:]:
+                client.send("version\r\n")
+            server.turn()
+            time.sleep(0.001)
+        clients[0].sock.settimeout(1)
+        assert clients[0].item() is None
+
+
+def test_a_server_that_cannot_start_lets_go_of_the_spool(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        text = "[server]\nadmin_port = %d\n" % taken.getsockname()[1]
+        with pytest.raises(OSError, match="in use"):
+            kestrel.Server(config_of(tmp_path, text, memcache_port="0"))
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patch:
+        patch.setattr(kestrel, "Broker", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            kestrel.Server(config_of(tmp_path, memcache_port="0"))
+    server = kestrel.Server(config_of(tmp_path, memcache_port="0"))
     server.broker.stopping = True
     server.run()
 
@@ -6287,6 +6443,30 @@ def test_what_clients_leave_behind_is_in_no_cycle(serve):
             until(lambda: not server.server.connections)
 
 
+def test_deleted_queues_and_failures_leave_no_cycle(tmp_path, disk):
+    broker = broker_of(tmp_path, "[queue]\nsync_journal = 0\n")
+    put(broker, "q", b"x")
+    run_tasks(settle(broker))
+    with no_cycles():
+        for number in range(3):
+            queue = broker.queue("new%d" % number, NOW)
+            put(broker, queue.name, b"x")
+            commit(broker, NOW)
+            broker.delete(queue)
+            broker.routes.clear()
+            del queue
+            run_tasks(broker)
+            commit(broker, NOW)
+            disk.failing = {"fsync": errno.EIO}
+            with contextlib.suppress(OSError):
+                broker.queues["q"].sync_now()
+            with contextlib.suppress(OSError):
+                kestrel._raise(OSError("x"))
+            disk.failing = {}
+            run_tasks(broker)
+            commit(broker, NOW)
+
+
 @pytest.mark.parametrize("session_type, answers", [
     (kestrel.MemcacheSession, ANSWERS), (kestrel.TextSession, TEXT_ANSWERS),
     (kestrel.ThriftSession, THRIFT_ANSWERS),
@@ -6570,7 +6750,7 @@ def test_the_worker_outlives_what_it_does():
     assert woken.acquire(timeout=20) and woken.acquire(timeout=20)
     assert [(call, error and error.errno) for call, error, _ in worker.done] == [
         ("first", errno.EIO), ("second", None)]
-    worker.stop()
+    worker.stop(20)
 
 
 def test_no_turn_is_made_for_a_job_that_is_held(serve, monkeypatch):
