@@ -80,6 +80,7 @@ import json
 import logging
 import logging.handlers
 import mmap
+import operator
 import os
 import queue as queues
 import re
@@ -3436,113 +3437,96 @@ class Histogram:
         return {**dict.fromkeys([name for name, _ in shares], 0), **figures}
 
 
-# One line of the statistics. name: in `stats`. kind, ostrich, metric, help: "gauge" or "counter",
-# the name in /stats.json (Kestrel's own), the name in /metrics and what it is; None where it is
-# not shown there. get: a function of the queue, or of the broker, and the time.
-Stat = collections.namedtuple("Stat", "name kind ostrich metric help get")
+# One line of the statistics. name: in `stats`. kind, ostrich, metric: "gauge" or "counter", the name
+# in /stats.json (Kestrel's own) and the name in /metrics; None where it is not shown there. get: a
+# function of the queue, or of the broker, and the time. help: what it is.
+Stat = collections.namedtuple("Stat", "name kind ostrich metric get help")
+
+
+def _read_stats(lines, **functions):
+    """Return the Stats that lines of text describe. The fifth field is an attribute, or one of the
+    functions."""
+    def reader(name):
+        get = operator.attrgetter(name)
+        return functions.get(name) or (lambda one, now: get(one))
+
+    table = [[field.strip() or None for field in line.split("|")]
+             for line in lines.strip().split("\n")]
+    return [Stat(*fields[:4], reader(fields[4]), fields[5]) for fields in table]
+
 
 # No new name may end like one of Kestrel's: clients find queues by the ends of names.
-QUEUE_STATS = [
-    Stat("items", "gauge", "items", "items", "Waiting items.", lambda q, now: q.count),
-    Stat("bytes", "gauge", "bytes", "bytes", "Data of the waiting items, in bytes.",
-         lambda q, now: q.bytes),
-    Stat("total_items", "counter", "put_items", "put_items_total", "Items put.",
-         lambda q, now: q.counters.total_items),
-    Stat("logsize", "gauge", "journal_size", "journal_bytes", "Size of the journal files.",
-         lambda q, now: q.journal.size if q.journal else 0),
-    Stat("expired_items", "counter", "expired_items", "expired_items_total",
-         "Items that expired.", lambda q, now: q.counters.expired_items),
-    Stat("mem_items", "gauge", "mem_items", "memory_items", "Items in memory.",
-         lambda q, now: len(q.items)),
-    Stat("mem_bytes", "gauge", "mem_bytes", "memory_bytes",
-         "Data of the items in memory, in bytes.",
-         lambda q, now: q.memory - ITEM_COST * len(q.items)),
-    Stat("age", "gauge", "age_msec", "age_seconds",
-         "How long the item that was read last had waited.",
-         lambda q, now: q.counters.age if q.count else 0),
-    Stat("discarded", "counter", "discarded", "discarded_items_total",
-         "Items dropped for newer ones in a full queue.", lambda q, now: q.counters.discarded),
-    Stat("waiters", "gauge", "waiters", "waiters", "Reads that wait for an item.",
-         lambda q, now: len(q.waiters)),
-    Stat("open_transactions", "gauge", "open_transactions", "open_reads", "Open reads.",
-         lambda q, now: len(q.opens)),
-    Stat("transactions", "counter", "transactions", "opened_reads_total", "Reads opened.",
-         lambda q, now: q.counters.transactions),
-    Stat("canceled_transactions", "counter", "canceled_transactions", "aborted_reads_total",
-         "Open reads whose item went back.", lambda q, now: q.counters.canceled_transactions),
-    Stat("total_flushes", "counter", "flushes", "flushes_total", "Flushes.",
-         lambda q, now: q.counters.total_flushes),
-    Stat("journal_rewrites", "counter", "journal_rewrites", "journal_rewrites_total",
-         "Times the journal was rewritten.", lambda q, now: q.counters.journal_rewrites),
-    Stat("journal_rotations", "counter", "journal_rotations", "journal_rotations_total",
-         "Times a journal file was full.", lambda q, now: q.counters.journal_rotations),
-    Stat("create_time", "gauge", "create_time", "created_timestamp_seconds",
-         "When the queue was created or loaded.", lambda q, now: q.counters.create_time),
-    Stat("head_wait", "gauge", "head_age_msec", "head_age_seconds",
-         "How long the item at the head has waited.",
-         lambda q, now: max(0, now - q.items[0].add_time) if q.items else 0),
-    Stat("bytes_put", "counter", "put_bytes", "put_bytes_total", "Data of the items put.",
-         lambda q, now: q.counters.put_bytes),
-    Stat("bytes_taken", "counter", "get_bytes", "get_bytes_total", "Data of the items taken.",
-         lambda q, now: q.counters.get_bytes),
-    Stat("get_hits", "counter", "get_items_hit", "get_items_total", "Items taken.",
-         lambda q, now: q.counters.get_hits),
-    Stat("get_misses", "counter", "get_items_miss", "get_misses_total",
-         "Gets that found no item.", lambda q, now: q.counters.get_misses),
-    Stat("put_rate", None, None, None, "Items put a second.",
-         lambda q, now: round(q.counters.put_rate, 1)),
-    Stat("get_rate", None, None, None, "Items taken a second.",
-         lambda q, now: round(q.counters.get_rate, 1)),
-    Stat("fsync_usec", "gauge", "fsync_usec", "fsync_seconds", "How long the last fsync took.",
-         lambda q, now: q.counters.fsync_usec),
-]
-SERVER_STATS = [
-    Stat("uptime", "gauge", "uptime", "uptime_seconds", "Seconds since the start.",
-         lambda b, now: int(b.uptime())),
-    Stat("time", None, None, None, "Seconds of the epoch.", lambda b, now: now // 1000),
-    Stat("version", None, None, None, "The version.", lambda b, now: __version__),
-    Stat("curr_items", "gauge", "items", "items", "Waiting items, in all queues.",
-         lambda b, now: b.totals().items),
-    Stat("total_items", "counter", "total_items", "items_put_total",
-         "Items put, in all queues.", lambda b, now: b.totals().put_items),
-    Stat("bytes", "gauge", "bytes", "bytes", "Data of the waiting items, in bytes.",
-         lambda b, now: b.totals().bytes),
-    Stat("reserved_memory_ratio", "gauge", "reserved_memory_ratio", "reserved_memory_ratio",
-         "What all queues may take of the memory of the machine.",
-         lambda b, now: "%.3f" % (b.totals().reserved / b.machine_memory)),
-    Stat("curr_connections", "gauge", "connections", "connections", "Open connections.",
-         lambda b, now: b.stats.curr_connections),
-    Stat("total_connections", "counter", "total_connections", "connections_total",
-         "Connections ever.", lambda b, now: b.stats.total_connections),
-    Stat("cmd_get", "counter", "cmd_get", "gets_total", "Gets.",
-         lambda b, now: b.stats.cmd_get),
-    Stat("cmd_set", "counter", "cmd_set", "sets_total", "Sets.",
-         lambda b, now: b.stats.cmd_set),
-    Stat("cmd_peek", "counter", "cmd_peek", "peeks_total", "Peeks.",
-         lambda b, now: b.stats.cmd_peek),
-    Stat("get_hits", "counter", "get_hits", "get_hits_total", "Gets that found an item.",
-         lambda b, now: b.stats.get_hits),
-    Stat("get_misses", "counter", "get_misses", "get_misses_total", "Gets that found none.",
-         lambda b, now: b.stats.get_misses),
-    Stat("bytes_read", "counter", "bytes_read", "received_bytes_total", "Bytes from clients.",
-         lambda b, now: b.stats.bytes_read),
-    Stat("bytes_written", "counter", "bytes_written", "sent_bytes_total", "Bytes to clients.",
-         lambda b, now: b.stats.bytes_written),
-    Stat("queue_creates", "counter", "queue_creates", "queue_creates_total", "Queues created.",
-         lambda b, now: b.stats.queue_creates),
-    Stat("queue_deletes", "counter", "queue_deletes", "queue_deletes_total", "Queues deleted.",
-         lambda b, now: b.stats.queue_deletes),
-    Stat("queue_expires", "counter", "queue_expires", "queue_expires_total",
-         "Queues deleted by max_queue_age.", lambda b, now: b.stats.queue_expires),
-    Stat("put_rate", None, None, None, "Items put a second.",
-         lambda b, now: round(b.put_rate, 1)),
-    Stat("get_rate", None, None, None, "Items taken a second.",
-         lambda b, now: round(b.get_rate, 1)),
-    Stat("max_turn_usec", None, None, None, "The longest turn since this was last asked.",
-         lambda b, now: b.metrics["turn_usec"].take_recent()),
-    Stat("max_fsync_usec", None, None, None, "The longest fsync since this was last asked.",
-         lambda b, now: b.metrics["fsync_usec"].take_recent()),
-]
+QUEUE_STATS = _read_stats("""
+items            | gauge   | items            | items               | count         | Waiting items.
+bytes            | gauge   | bytes            | bytes               | bytes         | Data of the waiting items, in bytes.
+total_items      | counter | put_items        | put_items_total     | counters.total_items | Items put.
+logsize          | gauge   | journal_size     | journal_bytes       | logsize       | Size of the journal files.
+expired_items    | counter | expired_items    | expired_items_total | counters.expired_items | Items that expired.
+mem_items        | gauge   | mem_items        | memory_items        | mem_items     | Items in memory.
+mem_bytes        | gauge   | mem_bytes        | memory_bytes        | mem_bytes     | Data of the items in memory, in bytes.
+age              | gauge   | age_msec         | age_seconds         | age           | How long the item that was read last had waited.
+discarded        | counter | discarded        | discarded_items_total | counters.discarded | Items dropped for newer ones in a full queue.
+waiters          | gauge   | waiters          | waiters             | waiting       | Reads that wait for an item.
+open_transactions | gauge  | open_transactions | open_reads         | open          | Open reads.
+transactions     | counter | transactions     | opened_reads_total  | counters.transactions | Reads opened.
+canceled_transactions | counter | canceled_transactions | aborted_reads_total | counters.canceled_transactions | Open reads whose item went back.
+total_flushes    | counter | flushes          | flushes_total       | counters.total_flushes | Flushes.
+journal_rewrites | counter | journal_rewrites | journal_rewrites_total | counters.journal_rewrites | Times the journal was rewritten.
+journal_rotations | counter | journal_rotations | journal_rotations_total | counters.journal_rotations | Times a journal file was full.
+create_time      | gauge   | create_time      | created_timestamp_seconds | counters.create_time | When the queue was created or loaded.
+head_wait        | gauge   | head_age_msec    | head_age_seconds    | head_wait     | How long the item at the head has waited.
+bytes_put        | counter | put_bytes        | put_bytes_total     | counters.put_bytes | Data of the items put.
+bytes_taken      | counter | get_bytes        | get_bytes_total     | counters.get_bytes | Data of the items taken.
+get_hits         | counter | get_items_hit    | get_items_total     | counters.get_hits | Items taken.
+get_misses       | counter | get_items_miss   | get_misses_total    | counters.get_misses | Gets that found no item.
+put_rate         |         |                  |                     | put_rate      | Items put a second.
+get_rate         |         |                  |                     | get_rate      | Items taken a second.
+fsync_usec       | gauge   | fsync_usec       | fsync_seconds       | counters.fsync_usec | How long the last fsync took.
+""", logsize=lambda q, now: q.journal.size if q.journal else 0,
+    mem_items=lambda q, now: len(q.items),
+    mem_bytes=lambda q, now: q.memory - ITEM_COST * len(q.items),
+    age=lambda q, now: q.counters.age if q.count else 0,
+    waiting=lambda q, now: len(q.waiters),
+    open=lambda q, now: len(q.opens),
+    head_wait=lambda q, now: max(0, now - q.items[0].add_time) if q.items else 0,
+    put_rate=lambda q, now: round(q.counters.put_rate, 1),
+    get_rate=lambda q, now: round(q.counters.get_rate, 1))
+
+SERVER_STATS = _read_stats("""
+uptime        | gauge   | uptime        | uptime_seconds      | uptime        | Seconds since the start.
+time          |         |               |                     | time          | Seconds of the epoch.
+version       |         |               |                     | version       | The version.
+curr_items    | gauge   | items         | items               | items         | Waiting items, in all queues.
+total_items   | counter | total_items   | items_put_total     | put_items     | Items put, in all queues.
+bytes         | gauge   | bytes         | bytes               | bytes         | Data of the waiting items, in bytes.
+reserved_memory_ratio | gauge | reserved_memory_ratio | reserved_memory_ratio | reserved | What all queues may take of the memory of the machine.
+curr_connections | gauge | connections  | connections         | stats.curr_connections | Open connections.
+total_connections | counter | total_connections | connections_total | stats.total_connections | Connections ever.
+cmd_get       | counter | cmd_get       | gets_total          | stats.cmd_get | Gets.
+cmd_set       | counter | cmd_set       | sets_total          | stats.cmd_set | Sets.
+cmd_peek      | counter | cmd_peek      | peeks_total         | stats.cmd_peek | Peeks.
+get_hits      | counter | get_hits      | get_hits_total      | stats.get_hits | Gets that found an item.
+get_misses    | counter | get_misses    | get_misses_total    | stats.get_misses | Gets that found none.
+bytes_read    | counter | bytes_read    | received_bytes_total | stats.bytes_read | Bytes from clients.
+bytes_written | counter | bytes_written | sent_bytes_total    | stats.bytes_written | Bytes to clients.
+queue_creates | counter | queue_creates | queue_creates_total | stats.queue_creates | Queues created.
+queue_deletes | counter | queue_deletes | queue_deletes_total | stats.queue_deletes | Queues deleted.
+queue_expires | counter | queue_expires | queue_expires_total | stats.queue_expires | Queues deleted by max_queue_age.
+put_rate      |         |               |                     | put_rate      | Items put a second.
+get_rate      |         |               |                     | get_rate      | Items taken a second.
+max_turn_usec |         |               |                     | turn          | The longest turn since this was last asked.
+max_fsync_usec |        |               |                     | fsync         | The longest fsync since this was last asked.
+""", uptime=lambda b, now: int(b.uptime()),
+    time=lambda b, now: now // 1000,
+    version=lambda b, now: __version__,
+    items=lambda b, now: b.totals().items,
+    put_items=lambda b, now: b.totals().put_items,
+    bytes=lambda b, now: b.totals().bytes,
+    reserved=lambda b, now: "%.3f" % (b.totals().reserved / b.machine_memory),
+    put_rate=lambda b, now: round(b.put_rate, 1),
+    get_rate=lambda b, now: round(b.get_rate, 1),
+    turn=lambda b, now: b.metrics["turn_usec"].take_recent(),
+    fsync=lambda b, now: b.metrics["fsync_usec"].take_recent())
 
 # The broker's metrics: name -> the name in /metrics, and what it is.
 METRICS = {
@@ -4350,8 +4334,8 @@ class Session:
     # -- output
 
     def _say(self, answer, *queues):
-        """Answer a command that has changed these queues."""
-        for queue in queues:
+        """Answer a command that has changed these queues (None: no queue)."""
+        for queue in filter(None, queues):
             self.touched.append((queue, len(self.out), 1, True))
         self.load += len(answer) + _COMMAND_COST
         self.out.append(answer)
@@ -4670,6 +4654,40 @@ class Session:
         self.end()
 
 
+class LineSession(Session):
+    """One client of a protocol whose commands are lines of words. It has a method do_<word> for
+    each command, and the answers of those that all have."""
+
+    FLUSHED = DELETED = CHANGED = STATUS = VERSION = b""
+
+    def _reply(self, words, answer, *queues):
+        self._say(answer, *queues)
+
+    def do_flush(self, words):
+        """flush <queue>"""
+        self._reply(words, self.FLUSHED, self._flush(self._named(words)))
+
+    def do_delete(self, words):
+        """delete <queue>"""
+        queue = yield from self._delete(self._named(words))
+        self._reply(words, self.DELETED, queue)
+
+    def do_status(self, words):
+        """status [<word>]"""
+        if len(words) > 1:
+            self._set_status(words[1].decode("ascii", "replace"))
+        self._say(self.CHANGED if len(words) > 1 else self.STATUS % self.broker.status.encode())
+
+    def do_version(self, words):
+        self._say(self.VERSION % __version__.encode())
+
+    def do_shutdown(self, words):
+        self._shutdown()
+
+    def do_quit(self, words):
+        self.end()
+
+
 # A key of a get. text: as it was sent. queue and name: of the queue, as bytes and as text. wait:
 # milliseconds.
 ReadKey = collections.namedtuple("ReadKey", "text queue name wait open close abort peek")
@@ -4775,12 +4793,15 @@ _parse_line_cached = functools.lru_cache(maxsize=4096)(_parse_line)
 _LINE_CACHED = 120
 
 
-class MemcacheSession(Session):
+class MemcacheSession(LineSession):
     """One client of the memcache text protocol, as Kestrel speaks it.
 
     With an auth_file the client logs in first, as to memcached (its doc/protocol.txt,
     Authentication): the first command is a set, under any key, of `name password`.
     """
+
+    FLUSHED = CHANGED = b"END\r\n"
+    DELETED, STATUS, VERSION = b"DELETED\r\n", b"%b\r\n", b"VERSION %b\r\n"
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -5088,14 +5109,6 @@ class MemcacheSession(Session):
             raise Refused("CLIENT_ERROR", "%s takes one name" % words[0].decode())
         return _name(words[1])
 
-    def do_delete(self, words):
-        queue = yield from self._delete(self._named(words))
-        self._reply(words, b"DELETED\r\n", *filter(None, [queue]))
-
-    def do_flush(self, words):
-        queue = self._flush(self._named(words))
-        self._reply(words, b"END\r\n", *filter(None, [queue]))
-
     def do_flush_all(self, words):
         yield from self._flush_all("flush_all")
         stock = self.broker.settings.flush_all_reply == "memcached"
@@ -5158,24 +5171,8 @@ class MemcacheSession(Session):
         yield from self._reload()
         self._say(b"Reloaded config.\r\n")
 
-    def do_status(self, words):
-        if len(words) < 2:
-            self._say(self.broker.status.encode() + b"\r\n")
-            return
-        self._set_status(words[1].decode("ascii", "replace"))
-        self._say(b"END\r\n")
-
-    def do_version(self, words):
-        self._say(b"VERSION %b\r\n" % __version__.encode())
-
     def do_verbosity(self, words):
         self._reply(words, b"OK\r\n")
-
-    def do_shutdown(self, words):
-        self._shutdown()
-
-    def do_quit(self, words):
-        self.end()
 
 
 # The longest item that can be put as a line of text, how many with one put, and how much.
@@ -5184,10 +5181,13 @@ MAX_TEXT_ITEMS = 1024
 MAX_TEXT_PUT = 16 << 20
 
 
-class TextSession(Session):
+class TextSession(LineSession):
     """One client of Kestrel's text protocol (net.lag.kestrel.TextHandler): lines that end in a
     newline, items without one. (There is no login at this port: Config does not allow it together
     with an auth_file.)"""
+
+    FLUSHED = DELETED = CHANGED = b"+0\n"
+    STATUS = VERSION = b":%b\n"
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -5339,30 +5339,6 @@ class TextSession(Session):
         if not self._confirm(self.broker.find(_name(words[1])), count):
             raise Refused("CLIENT_ERROR", "Not that many transactions open.")
         self._say(b"+%d\n" % count)
-
-    def do_flush(self, words):
-        queue = self._flush(self._named(words))
-        self._say(b"+0\n", *filter(None, [queue]))
-
-    def do_delete(self, words):
-        queue = yield from self._delete(self._named(words))
-        self._say(b"+0\n", *filter(None, [queue]))
-
-    def do_status(self, words):
-        if len(words) < 2:
-            self._say(b":%b\n" % self.broker.status.encode())
-            return
-        self._set_status(words[1].decode("ascii", "replace"))
-        self._say(b"+0\n")
-
-    def do_version(self, words):
-        self._say(b":%b\n" % __version__.encode())
-
-    def do_shutdown(self, words):
-        self._shutdown()
-
-    def do_quit(self, words):
-        self.end()
 
 
 # The types and kinds of messages of Thrift's binary protocol.
@@ -5570,7 +5546,7 @@ class ThriftSession(Session):
             struct.pack(">bhbi", _LIST, 0, _STRUCT, len(items)) + b"".join([
                 _string_field(1, item.data)
                 + struct.pack(">bhqb", _I64, 2, item.xid if auto_abort else 0, 0)
-                for item in items]), *filter(None, [queue]))
+                for item in items]), queue)
 
     def _room(self, queue):
         """Return how many more items of a queue the client may have that go back by themselves.
@@ -5615,7 +5591,7 @@ class ThriftSession(Session):
 
     def do_flush_queue(self, name):
         queue = self._flush(_name(name))
-        self._answer(b"", *filter(None, [queue]))
+        self._answer(b"", queue)
 
     def do_flush_all_queues(self):
         yield from self._flush_all("flush_all_queues")
@@ -5623,7 +5599,7 @@ class ThriftSession(Session):
 
     def do_delete_queue(self, name):
         queue = yield from self._delete(_name(name), "delete_queue")
-        self._answer(b"", *filter(None, [queue]))
+        self._answer(b"", queue)
 
     def do_current_status(self):
         self._answer(_i32_field(0, _THRIFT_STATUSES[self.broker.status]))
@@ -6886,12 +6862,14 @@ class Connection:
         timeout = settings.send_timeout
         if self._unsent:
             if timeout:
-                yield self.last_active + timeout / 1000, self._stop_sending
+                yield self.last_active + timeout / 1000, functools.partial(
+                    self._give_up, "is not reading its answers")
         elif self._finished:
             yield self._deadline, self.close
         elif session.state in (READY, RECEIVING):
             if timeout and session.state is RECEIVING:
-                yield self.last_active + timeout / 1000, self._stop_receiving
+                yield self.last_active + timeout / 1000, functools.partial(
+                    self._give_up, "has sent half a command")
             for timeout in (settings.client_timeout, session.idle_timeout):
                 if timeout:
                     yield self.last_active + timeout / 1000, self.close
@@ -6935,12 +6913,8 @@ class Connection:
             self.session.hang_up(self.server.now)
             self.server.active.append(self)
 
-    def _stop_sending(self):
-        log.warning("%s is not reading its answers; closed after send_timeout", self.session.who)
-        self.close()
-
-    def _stop_receiving(self):
-        log.warning("%s has sent half a command; closed after send_timeout", self.session.who)
+    def _give_up(self, why):
+        log.warning("%s %s; closed after send_timeout", self.session.who, why)
         self.close()
 
     def count_buffers(self):
