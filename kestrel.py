@@ -3437,51 +3437,53 @@ class Histogram:
         return {**dict.fromkeys([name for name, _ in shares], 0), **figures}
 
 
-# One line of the statistics. name: in `stats`. kind, ostrich, metric: "gauge" or "counter", the name
-# in /stats.json (Kestrel's own) and the name in /metrics; None where it is not shown there. get: a
-# function of the queue, or of the broker, and the time. help: what it is.
+# One line of the statistics. name: in `stats`. kind, ostrich, metric: "gauge" or "counter", the
+# name in /stats.json (Kestrel's own) and the name in /metrics; None where it is not shown there.
+# get: a function of the queue, or of the broker, and the time. help: what it is.
 Stat = collections.namedtuple("Stat", "name kind ostrich metric get help")
 
 
 def _read_stats(lines, **functions):
-    """Return the Stats that lines of text describe. The fifth field is an attribute, or one of the
-    functions."""
-    def reader(name):
-        get = operator.attrgetter(name)
-        return functions.get(name) or (lambda one, now: get(one))
+    """Return the Stats that lines of text describe, their fields in order. "=" is the name; get is
+    an attribute ("counters." the counter of that name), or one of the functions."""
+    def stat(name, kind, ostrich, metric, get, what):
+        if ostrich == "=":
+            ostrich = name
+        attribute = operator.attrgetter(get + name if get.endswith(".") else get)
+        return Stat(name, kind, ostrich, metric,
+                    functions.get(get) or (lambda one, now: attribute(one)), what)
 
-    table = [[field.strip() or None for field in line.split("|")]
-             for line in lines.strip().split("\n")]
-    return [Stat(*fields[:4], reader(fields[4]), fields[5]) for fields in table]
+    return [stat(*(field.strip() or None for field in line.split("|")))
+            for line in lines.strip().split("\n")]
 
 
 # No new name may end like one of Kestrel's: clients find queues by the ends of names.
 QUEUE_STATS = _read_stats("""
-items            | gauge   | items            | items               | count         | Waiting items.
-bytes            | gauge   | bytes            | bytes               | bytes         | Data of the waiting items, in bytes.
-total_items      | counter | put_items        | put_items_total     | counters.total_items | Items put.
-logsize          | gauge   | journal_size     | journal_bytes       | logsize       | Size of the journal files.
-expired_items    | counter | expired_items    | expired_items_total | counters.expired_items | Items that expired.
-mem_items        | gauge   | mem_items        | memory_items        | mem_items     | Items in memory.
-mem_bytes        | gauge   | mem_bytes        | memory_bytes        | mem_bytes     | Data of the items in memory, in bytes.
-age              | gauge   | age_msec         | age_seconds         | age           | How long the item that was read last had waited.
-discarded        | counter | discarded        | discarded_items_total | counters.discarded | Items dropped for newer ones in a full queue.
-waiters          | gauge   | waiters          | waiters             | waiting       | Reads that wait for an item.
-open_transactions | gauge  | open_transactions | open_reads         | open          | Open reads.
-transactions     | counter | transactions     | opened_reads_total  | counters.transactions | Reads opened.
-canceled_transactions | counter | canceled_transactions | aborted_reads_total | counters.canceled_transactions | Open reads whose item went back.
-total_flushes    | counter | flushes          | flushes_total       | counters.total_flushes | Flushes.
-journal_rewrites | counter | journal_rewrites | journal_rewrites_total | counters.journal_rewrites | Times the journal was rewritten.
-journal_rotations | counter | journal_rotations | journal_rotations_total | counters.journal_rotations | Times a journal file was full.
-create_time      | gauge   | create_time      | created_timestamp_seconds | counters.create_time | When the queue was created or loaded.
-head_wait        | gauge   | head_age_msec    | head_age_seconds    | head_wait     | How long the item at the head has waited.
-bytes_put        | counter | put_bytes        | put_bytes_total     | counters.put_bytes | Data of the items put.
-bytes_taken      | counter | get_bytes        | get_bytes_total     | counters.get_bytes | Data of the items taken.
-get_hits         | counter | get_items_hit    | get_items_total     | counters.get_hits | Items taken.
-get_misses       | counter | get_items_miss   | get_misses_total    | counters.get_misses | Gets that found no item.
-put_rate         |         |                  |                     | put_rate      | Items put a second.
-get_rate         |         |                  |                     | get_rate      | Items taken a second.
-fsync_usec       | gauge   | fsync_usec       | fsync_seconds       | counters.fsync_usec | How long the last fsync took.
+items | gauge | = | items | count | Waiting items.
+bytes | gauge | = | bytes | bytes | Data of the waiting items, in bytes.
+total_items | counter | put_items | put_items_total | counters. | Items put.
+logsize | gauge | journal_size | journal_bytes | logsize | Size of the journal files.
+expired_items | counter | = | expired_items_total | counters. | Items that expired.
+mem_items | gauge | = | memory_items | mem_items | Items in memory.
+mem_bytes | gauge | = | memory_bytes | mem_bytes | Data of the items in memory, in bytes.
+age | gauge | age_msec | age_seconds | age | How long the item read last had waited.
+discarded | counter | = | discarded_items_total | counters. | Items dropped for newer ones.
+waiters | gauge | = | waiters | waiting | Reads that wait for an item.
+open_transactions | gauge | = | open_reads | open | Open reads.
+transactions | counter | = | opened_reads_total | counters. | Reads opened.
+canceled_transactions | counter | = | aborted_reads_total | counters. | Reads whose item went back.
+total_flushes | counter | flushes | flushes_total | counters. | Flushes.
+journal_rewrites | counter | = | journal_rewrites_total | counters. | Rewrites of the journal.
+journal_rotations | counter | = | journal_rotations_total | counters. | Full journal files.
+create_time | gauge | = | created_timestamp_seconds | counters. | When it was created or loaded.
+head_wait | gauge | head_age_msec | head_age_seconds | head_wait | Wait of the item at the head.
+bytes_put | counter | put_bytes | put_bytes_total | counters.put_bytes | Data of the items put.
+bytes_taken | counter | get_bytes | get_bytes_total | counters.get_bytes | Data of the items taken.
+get_hits | counter | get_items_hit | get_items_total | counters. | Items taken.
+get_misses | counter | get_items_miss | get_misses_total | counters. | Gets that found no item.
+put_rate | | | | put_rate | Items put a second.
+get_rate | | | | get_rate | Items taken a second.
+fsync_usec | gauge | = | fsync_seconds | counters. | How long the last fsync took.
 """, logsize=lambda q, now: q.journal.size if q.journal else 0,
     mem_items=lambda q, now: len(q.items),
     mem_bytes=lambda q, now: q.memory - ITEM_COST * len(q.items),
@@ -3493,29 +3495,29 @@ fsync_usec       | gauge   | fsync_usec       | fsync_seconds       | counters.f
     get_rate=lambda q, now: round(q.counters.get_rate, 1))
 
 SERVER_STATS = _read_stats("""
-uptime        | gauge   | uptime        | uptime_seconds      | uptime        | Seconds since the start.
-time          |         |               |                     | time          | Seconds of the epoch.
-version       |         |               |                     | version       | The version.
-curr_items    | gauge   | items         | items               | items         | Waiting items, in all queues.
-total_items   | counter | total_items   | items_put_total     | put_items     | Items put, in all queues.
-bytes         | gauge   | bytes         | bytes               | bytes         | Data of the waiting items, in bytes.
-reserved_memory_ratio | gauge | reserved_memory_ratio | reserved_memory_ratio | reserved | What all queues may take of the memory of the machine.
-curr_connections | gauge | connections  | connections         | stats.curr_connections | Open connections.
-total_connections | counter | total_connections | connections_total | stats.total_connections | Connections ever.
-cmd_get       | counter | cmd_get       | gets_total          | stats.cmd_get | Gets.
-cmd_set       | counter | cmd_set       | sets_total          | stats.cmd_set | Sets.
-cmd_peek      | counter | cmd_peek      | peeks_total         | stats.cmd_peek | Peeks.
-get_hits      | counter | get_hits      | get_hits_total      | stats.get_hits | Gets that found an item.
-get_misses    | counter | get_misses    | get_misses_total    | stats.get_misses | Gets that found none.
-bytes_read    | counter | bytes_read    | received_bytes_total | stats.bytes_read | Bytes from clients.
-bytes_written | counter | bytes_written | sent_bytes_total    | stats.bytes_written | Bytes to clients.
-queue_creates | counter | queue_creates | queue_creates_total | stats.queue_creates | Queues created.
-queue_deletes | counter | queue_deletes | queue_deletes_total | stats.queue_deletes | Queues deleted.
-queue_expires | counter | queue_expires | queue_expires_total | stats.queue_expires | Queues deleted by max_queue_age.
-put_rate      |         |               |                     | put_rate      | Items put a second.
-get_rate      |         |               |                     | get_rate      | Items taken a second.
-max_turn_usec |         |               |                     | turn          | The longest turn since this was last asked.
-max_fsync_usec |        |               |                     | fsync         | The longest fsync since this was last asked.
+uptime | gauge | = | uptime_seconds | uptime | Seconds since the start.
+time | | | | time | Seconds of the epoch.
+version | | | | version | The version.
+curr_items | gauge | items | items | items | Waiting items, in all queues.
+total_items | counter | = | items_put_total | put_items | Items put, in all queues.
+bytes | gauge | = | bytes | bytes | Data of the waiting items, in bytes.
+reserved_memory_ratio | gauge | = | reserved_memory_ratio | reserved | Memory that queues may take.
+curr_connections | gauge | connections | connections | stats. | Open connections.
+total_connections | counter | = | connections_total | stats. | Connections ever.
+cmd_get | counter | = | gets_total | stats. | Gets.
+cmd_set | counter | = | sets_total | stats. | Sets.
+cmd_peek | counter | = | peeks_total | stats. | Peeks.
+get_hits | counter | = | get_hits_total | stats. | Gets that found an item.
+get_misses | counter | = | get_misses_total | stats. | Gets that found none.
+bytes_read | counter | = | received_bytes_total | stats. | Bytes from clients.
+bytes_written | counter | = | sent_bytes_total | stats. | Bytes to clients.
+queue_creates | counter | = | queue_creates_total | stats. | Queues created.
+queue_deletes | counter | = | queue_deletes_total | stats. | Queues deleted.
+queue_expires | counter | = | queue_expires_total | stats. | Queues deleted by max_queue_age.
+put_rate | | | | put_rate | Items put a second.
+get_rate | | | | get_rate | Items taken a second.
+max_turn_usec | | | | turn | The longest turn since the last stats.
+max_fsync_usec | | | | fsync | The longest fsync since the last stats.
 """, uptime=lambda b, now: int(b.uptime()),
     time=lambda b, now: now // 1000,
     version=lambda b, now: __version__,
