@@ -98,6 +98,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.parse
 import weakref
 from http import HTTPStatus
@@ -5696,6 +5697,8 @@ MAX_BODY = 65536
 _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
 _HTML = "text/html; charset=utf-8"
+# https://prometheus.io/docs/instrumenting/exposition_formats/
+_METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 # What a value is multiplied with to be in seconds, by the end of its name in /stats.json.
 _SCALES = {"usec": 1e-6, "msec": 1e-3, "time": 1e-3}
@@ -5822,7 +5825,11 @@ class AdminSession(Session):
             self._respond(HTTPStatus.UNAUTHORIZED,
                           header='WWW-Authenticate: Basic realm="kestrel"')
         else:
-            yield from call(self) or ()
+            told = call(self)
+            if isinstance(told, types.GeneratorType):
+                told = yield from told
+            if told is not None:
+                self._respond(HTTPStatus.OK, told)
 
     def _is_from_here(self, headers):
         """Return whether a request comes from a page of this server, or from no page at all. A
@@ -5857,12 +5864,12 @@ class AdminSession(Session):
 
     # -- answers
 
-    def _respond(self, status, text=None, kind=_TEXT, header=None, queues=()):
+    def _respond(self, status, text=None, kind=_TEXT, header=None):
         """Answer the request in hand. text: None for what the status says."""
         body = (status.phrase if text is None else text).rstrip("\n") + "\n"
         body = body.encode("utf-8", "backslashreplace")
         head = self._head(status, kind, "Content-Length: %d" % len(body), header)
-        self._say(head + (b"" if self._method == "HEAD" else body), *queues)
+        self._say(head + (b"" if self._method == "HEAD" else body))
         if not self._keep_alive:
             self.end()
 
@@ -5912,23 +5919,15 @@ class AdminSession(Session):
 
     # -- what is asked for
 
+    # Each returns the text of its answer, or None if it has answered, at once or as a generator.
+
     def _page(self):
         self._respond(HTTPStatus.OK, _PAGE, _HTML)
 
-    def _ping(self):
-        self._respond(HTTPStatus.OK, "pong")
-
-    def _status(self):
-        self._respond(HTTPStatus.OK, self.broker.status)
-
-    def _readable(self):
-        self._tell_refusal(self.broker.refuses_reads)
-
-    def _writable(self):
-        self._tell_refusal(self.broker.refuses_writes)
-
-    def _tell_refusal(self, why):
-        self._respond(HTTPStatus.SERVICE_UNAVAILABLE if why else HTTPStatus.OK, why or None)
+    def _probe(self, why):
+        if why:
+            self._respond(HTTPStatus.SERVICE_UNAVAILABLE, why)
+        return None if why else "OK"
 
     def _report(self):
         """Yield (kind, name, value) of all figures, one kind after the other, by the names of
@@ -5949,9 +5948,6 @@ class AdminSession(Session):
         for name, metric in broker.metrics.items():
             yield "metrics", name, metric.figures()
 
-    def _stats_json(self):
-        return self._stream(_JSON, self._json_pieces())
-
     def _json_pieces(self):
         last = None
         for kind, name, value in self._report():
@@ -5960,9 +5956,6 @@ class AdminSession(Session):
                 json.dumps(name), json.dumps(value))
             last = kind
         yield "}}\n"
-
-    def _stats_txt(self):
-        return self._stream(_TEXT, self._text_pieces())
 
     def _text_pieces(self):
         last = None
@@ -5973,10 +5966,6 @@ class AdminSession(Session):
                 value = ", ".join("%s=%s" % pair for pair in value.items())
             yield "  %s: %s\n" % (name, value)
             last = kind
-
-    def _metrics(self):
-        # https://prometheus.io/docs/instrumenting/exposition_formats/, version 0.0.4
-        return self._stream("text/plain; version=0.0.4; charset=utf-8", self._metric_lines())
 
     def _metric_lines(self):
         broker, now = self.broker, self.now
@@ -6008,9 +5997,6 @@ class AdminSession(Session):
                 yield line % (_label(queue.name), get(queue, now) * scale)
 
     # -- for the page
-
-    def _queues_json(self):
-        return self._stream(_JSON, self._page_pieces())
 
     def _page_pieces(self):
         broker, now = self.broker, self.now
@@ -6060,21 +6046,23 @@ class AdminSession(Session):
         queue = self._asked_queue()
         if queue:
             self._flush(queue.name)
-            self._respond(HTTPStatus.OK, "flushed", queues=[queue])
+            self._rest_on(queue)
+        return queue and "flushed"
 
     def _post_delete(self):
         queue = self._asked_queue()
         if queue:
             yield from self._delete(queue.name)
-            self._respond(HTTPStatus.OK, "deleted", queues=[queue])
+            self._rest_on(queue)
+        return queue and "deleted"
 
     def _post_reload(self):
         yield from self._reload()
-        self._respond(HTTPStatus.OK, "reloaded")
+        return "reloaded"
 
     def _post_quiesce(self):
         self._set_status("quiescent")
-        self._respond(HTTPStatus.OK, "quiescent")
+        return "quiescent"
 
     def _post_shutdown(self):
         self._check_admin("shutdown")
@@ -6090,14 +6078,14 @@ def _described(name, kind, what):
 # What may be asked for: path -> method and what does it.
 _ADMIN_PATHS = {
     "/": ("GET", AdminSession._page),
-    "/ping": ("GET", AdminSession._ping),
-    "/status": ("GET", AdminSession._status),
-    "/readable": ("GET", AdminSession._readable),
-    "/writable": ("GET", AdminSession._writable),
-    "/stats.json": ("GET", AdminSession._stats_json),
-    "/stats.txt": ("GET", AdminSession._stats_txt),
-    "/metrics": ("GET", AdminSession._metrics),
-    "/queues.json": ("GET", AdminSession._queues_json),
+    "/ping": ("GET", lambda session: "pong"),
+    "/status": ("GET", lambda session: session.broker.status),
+    "/readable": ("GET", lambda session: session._probe(session.broker.refuses_reads)),
+    "/writable": ("GET", lambda session: session._probe(session.broker.refuses_writes)),
+    "/stats.json": ("GET", lambda session: session._stream(_JSON, session._json_pieces())),
+    "/stats.txt": ("GET", lambda session: session._stream(_TEXT, session._text_pieces())),
+    "/metrics": ("GET", lambda session: session._stream(_METRICS, session._metric_lines())),
+    "/queues.json": ("GET", lambda session: session._stream(_JSON, session._page_pieces())),
     "/history.json": ("GET", AdminSession._history_json),
     "/peek": ("GET", AdminSession._peek),
     "/flush": ("POST", AdminSession._post_flush),
