@@ -713,7 +713,8 @@ class Logins:
 
     def check(self, client, name, password, done):
         """Call done(user): the name as text if that is its password (both bytes), else None.
-        client: has `peer.host`, and `is_over()` once nobody waits for the answer."""
+        client: has `peer.host`, `at_end` once it will say no more, and `is_over()` when nobody
+        waits for the answer."""
         host = client.peer.host
         line = self._lines.get(host)
         if self._digest(name, password) in self._known:
@@ -721,10 +722,12 @@ class Logins:
         elif line is None:
             self._lines[host] = collections.deque([(client, name, password, done)])
             self._go_on(host)
-        elif len(line) < _LOGINS:
-            line.append((client, name, password, done))
         else:
-            done(None)
+            line.append((client, name, password, done))
+            if len(line) > _LOGINS:          # the last of those that have hung up, or this one
+                last = next((entry for entry in list(line)[:0:-1] if entry[0].at_end), line[-1])
+                line.remove(last)
+                last[3](None)
 
     def _stored(self, name):
         return self._broker.config.users.get(os.fsdecode(name), _NOBODY)
@@ -735,9 +738,10 @@ class Logins:
 
     def _go_on(self, host):
         """Check the next password of a host."""
-        line = self._lines[host]
-        while line and line[0][0].is_over():
-            line.popleft()
+        # Those that have hung up come last: most of them do not wait for the answer.
+        line = self._lines[host] = collections.deque(sorted(
+            (entry for entry in self._lines[host] if not entry[0].is_over()),
+            key=lambda entry: entry[0].at_end))
         if not line:
             del self._lines[host]
             return
@@ -2466,6 +2470,8 @@ class Queue:
             self._drop_items()
             self._log(FLUSH, held, held[3])
             self.history.when_safe(functools.partial(self._let_go, held[0], held[5]))
+        elif self.journal and self.journal.torn:
+            self.host.changed(self)          # what was undone may come back: write() says so
 
     def _let_go(self, items, memory, error=None):
         """Free the memory of items that are not needed any more: of many it takes long."""
@@ -4261,7 +4267,7 @@ class Session:
             if pos < len(data):
                 self._keep(data[pos:])
             if self.state is READY and self.load <= self.most_load and self._kept is not None:
-                self._needed = max(self._needed, self.unparsed + 1)      # it needs more
+                self._needed = max(self._needed, self._kept.tell() + 1)      # it needs more
             self._rest()
 
     def _run_kept(self):
@@ -4613,7 +4619,8 @@ class Session:
         self._check_writes()
         yield from self._check_all_queues()
         for number, queue in enumerate(self._queues(), 1):
-            if queue.count:
+            if queue.count or queue.history.safe < queue.history.logged or (
+                    queue.journal and queue.journal.torn):
                 self.broker.flush(queue, self.who)
                 self._rest_on(queue)
             if number % QUEUES_STEP == 0 or len(self.broker.dirty) > _MOST_DIRTY:
@@ -5266,6 +5273,14 @@ class TextSession(LineSession):
         except Refused:
             raise Refused("CLIENT_ERROR", "Error parsing %s." % what) from None
 
+    @property
+    def unparsed(self):
+        return super().unparsed + (0 if self._items is None else self._size)
+
+    def end(self):
+        self._items = None
+        super().end()
+
     # -- commands
 
     def _put_items(self, words, items):
@@ -5481,6 +5496,12 @@ class ThriftSession(Session):
             return b""
         return _thrift_frame(strict, name, number, _EXCEPTION, _string_field(1, os.fsencode(why))
                              + struct.pack(">bhi", _I32, 2, kind))
+
+    def out_of_memory(self):
+        if self.command is None:             # there is no call to be answered
+            self.end()
+        else:
+            super().out_of_memory()
 
     def fail(self, failed, since=0, until=None):
         ended = [(queue, xid) for queue, xid in self._ended if queue in failed]
@@ -6694,7 +6715,8 @@ class Connection:
         self.server = server
         self.sock = sock
         self.session = session
-        self.since = self.last_active = server.mono
+        self.since = server.mono
+        self.last_active = server.mono   # when it said something, or took some of its answers
         self.is_greeting = isinstance(sock, TLSSocket)         # the handshake is not done
         self.is_traced = server.config.server.enable_session_trace
         self.state = READY               # what place() has arranged; HELD may be READY for it
@@ -6736,7 +6758,8 @@ class Connection:
             session.hang_up(server.now)
             return
         server.broker.stats.bytes_read += len(data)
-        self.last_active = server.mono
+        if not self._unsent:             # else it is up to the client to take that
+            self.last_active = server.mono
         self.is_greeting = False
         if self.is_traced:
             trace.info("%s: says %r", session.who, data[:200])
@@ -7092,6 +7115,7 @@ class Server:
         self.reload_wanted = False
         self._events = []                # those that the last turn had no time for
         self._sampled_at = self.mono
+        self._unsafe = set()             # queues with operations that are not safe
         self._announced = None           # the status that the status_command was run with last
         with contextlib.ExitStack() as stack:          # what is open when the rest fails
             self._open(stack)
@@ -7274,8 +7298,9 @@ class Server:
         budget.memory += change
         while budget.memory > budget.most_memory and self.buffered > budget.most_memory // 4:
             # Of those with about as much, the one that has not moved for the longest time.
-            max(self.connections.values(), key=lambda one: (
-                one.buffered.bit_length(), -one.last_active)).refuse()
+            most = max(one.buffered for one in self.connections.values())
+            self.visit(min((one for one in self.connections.values() if one.buffered * 4 >= most),
+                           key=lambda one: one.last_active), Connection.refuse)
 
     def _run_tasks(self):
         """Run each task a step, as long as there is time. It comes last in a turn, when all
@@ -7353,11 +7378,14 @@ class Server:
             if worker.done:
                 worker.take_results()
         written, failed = self.broker.write()
-        unsafe = set()
+        unsafe = self._unsafe
         for queue in written:
             self.syncs.written(queue)
             if queue.history.safe < queue.history.logged:
                 unsafe.add(queue)
+        if unsafe:
+            unsafe = self._unsafe = {
+                queue for queue in unsafe if queue.history.safe < queue.history.logged}
         for queue, error in failed.items():
             self.syncs.failed(queue, error)
         if self.syncs.wanted:

@@ -1253,6 +1253,19 @@ def test_a_host_with_a_wrong_password_waits_for_its_next_try(door, caplog):
     assert caplog.text.count("10.0.0.1: wrong password for bob\n") == 5
 
 
+def test_those_who_have_hung_up_do_not_hold_up_the_logins_of_their_host(door):
+    door = door()
+    for number in range(150):
+        name = "gone%d" % number
+        door.say(LOGIN.replace("a s", "b s"), name)
+        door.session(name).hang_up(NOW)
+    door.say(LOGIN, "good")
+    door.pump()
+    door.rest()
+    door.pump()
+    assert door.heard("good") == "STORED\r\n"
+
+
 def test_a_host_can_keep_only_so_many_waiting(door, monkeypatch):
     monkeypatch.setattr(kestrel, "_LOGINS", 3)
     door = door()
@@ -5817,6 +5830,22 @@ def test_a_status_that_changes_often_is_saved_and_told_once_a_turn(tmp_path, mon
 
 
 @promise(5)
+def test_a_greedy_client_that_has_made_no_call_costs_nobody_else(serve, caplog):
+    server = serve("[server]\nmax_memory = 8mb\nthrift_port = 0\ntext_port = 0\n")
+    ports = {one.protocol: one.address[1] for one in server.server.listeners}
+    thrift, text, client = Client(ports["thrift"]), Client(ports["text"]), server.client()
+    thrift.send(struct.pack(">i", 7000000) + b"x" * 4300000)
+    until(lambda: server.server.buffered > 4200000)
+    for number in range(1000):               # items of a put that is not complete count, too
+        text.send(b"put q:\n" * (number == 0) + b"x" * 8000 + b"\n")
+    assert thrift.file.read() == b""
+    assert "out of memory" in caplog.text and "Traceback" not in caplog.text
+    assert client.put("q", b"x" * 300000) == "STORED\r\n"
+    until(lambda: server.server.buffered >= 8000000)
+    text.close()
+    until(lambda: server.server.buffered == 0)
+
+
 def test_input_that_is_kept_counts_as_memory(serve, caplog):
     """The greediest client is refused; the others have their items stored."""
     server = serve("[server]\nmax_memory = 8mb\n")
@@ -5889,6 +5918,43 @@ def test_half_a_command_is_given_up_after_send_timeout(tmp_path, monkeypatch, pr
         client.file.read()
     server.broker.stopping = True
     server.run()
+
+
+@pytest.mark.parametrize("command, said", [
+    ("flush_all\r\n", "Flushed all queues.\r\n"), ("flush q\r\n", "END\r\n")])
+def test_what_rests_on_the_work_of_another_waits_for_it(serve, monkeypatch, command, said):
+    server = serve("[queue]\nsync_journal = 0\n")
+    client, other = server.client(), server.client()
+    client.put("q", b"x")
+    held = HeldFsync(monkeypatch)
+    client.send("flush q\r\n")
+    assert held.called.acquire(timeout=20)
+    other.send(command)
+    nothing_comes(other)
+    held.error = errno.EIO
+    held.go.release()
+    assert client.line().startswith("SERVER_ERROR")
+    held.error = None
+    held.disarm()
+    assert other.line().startswith("SERVER_ERROR")
+    until(lambda: client.ask(command) == said)
+    assert client.get("q") is None
+
+
+def test_a_flush_of_an_empty_queue_whose_files_are_doubtful_is_refused(tmp_path, disk):
+    talk = Talk(tmp_path, "[queue]\nsync_journal = never\n")
+    talk.broker.later = lambda delay, call: lambda: None
+    talk(set_("q", "1") + "get q\r\n")
+    disk.failing = {"pwrite": errno.EIO, "ftruncate": errno.EIO}
+    talk.session().feed(set_("q", "2").encode(), NOW)
+    commit(talk.broker, NOW)
+    assert talk.broker.queues["q"].journal.torn and not talk.broker.queues["q"].count
+    for command in (b"flush q\r\n", b"flush_all\r\n"):
+        session = talk.session(command)
+        session.feed(command, NOW)
+        session.resume(NOW)
+        session.settle(commit(talk.broker, NOW)[1], set())
+        assert b"".join(session.take()).startswith(b"SERVER_ERROR q: ")
 
 
 def test_the_loop_rests_while_a_half_closed_client_is_held(serve, monkeypatch):
@@ -7198,6 +7264,35 @@ def test_a_client_that_takes_nothing_is_closed_and_its_items_go_back(serve, capl
     until(lambda: "is not reading its answers" in caplog.text)
     assert client.get("q") == b"x" * (8 << 20)
     assert client.stats()["curr_connections"] == "1"
+
+
+def test_a_client_that_speaks_but_takes_nothing_is_closed(tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(monotonic=lambda: clock.now, time_ns=time.time_ns, now=100.0)
+    monkeypatch.setattr(kestrel, "time", clock)
+    with turned_by_hand(tmp_path, "[server]\nsend_timeout = 60s\n", 1) as (server, (client,)):
+        put_some(server, "q", b"x" * (8 << 20))
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection, = server.connections.values()
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        client.send(b"get q/peek\r\n")
+        before, left = -1, 0
+        while not left or left != before:    # until the kernel takes no more of the answer
+            before = left
+            for _ in range(50):
+                server.interrupt()
+                server.turn()
+            time.sleep(0.005)
+            left = sum(map(len, connection._unsent))
+        for number in range(8):
+            assert number > 5 or len(server.connections) == 1
+            clock.now += 10
+            with contextlib.suppress(OSError):
+                client.send(b"v")
+            for _ in range(3):
+                server.interrupt()
+                server.turn()
+        assert not server.connections
 
 
 def test_a_client_that_takes_its_answer_slowly_is_not_closed(serve):
