@@ -3597,6 +3597,7 @@ class Broker:
             get_hits=0, get_misses=0, bytes_read=0, bytes_written=0, queue_creates=0,
             queue_deletes=0, queue_expires=0)
         self.metrics = {name: Histogram() for name in METRICS}
+        self.latency = self.metrics["delivery_latency_msec"]
         self.put_rate = self.get_rate = 0.0       # items a second of all queues
         self.machine_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._accounts = {}               # queue -> Account
@@ -4234,7 +4235,10 @@ class Session:
         """Take bytes that the client sent, and run every whole command in them."""
         self.now = now
         if self.state is READY:              # as a rule
-            self._run(data)
+            pos = self._parse(data)
+            if (pos != len(data) or self.state is not READY or self.load > self.most_load
+                    or self._needed or self.at_end):
+                self._stop(data, pos)
         elif not self.is_over():
             self._keep(data)
             if self.state is RECEIVING and self._kept.tell() >= self._needed:
@@ -4258,11 +4262,8 @@ class Session:
                 self._run_kept()
             self._rest()
 
-    def _run(self, data):
-        pos = self._parse(data)
-        if pos == len(data) and self.state is READY and self.load <= self.most_load and not (
-                self._needed or self.at_end):
-            return                           # as a rule
+    def _stop(self, data, pos):
+        """Keep what has not been run of some input, and find out the state."""
         if not self.is_over():
             if pos < len(data):
                 self._keep(data[pos:])
@@ -4274,7 +4275,7 @@ class Session:
         data = self._kept.getvalue()
         self._kept, self._needed = None, 0
         self.state = READY
-        self._run(data)
+        self._stop(data, self._parse(data))
 
     def _keep(self, data):
         if self._kept is None:
@@ -4543,7 +4544,7 @@ class Session:
         stats.cmd_get += 1
         if item is not None:
             stats.get_hits += 1
-            self.broker.metrics["delivery_latency_msec"].add(queue.counters.age)
+            self.broker.latency.add(queue.counters.age)
         else:
             stats.get_misses += 1
             if queue:
@@ -4986,17 +4987,22 @@ class MemcacheSession(LineSession):
 
     def do_get(self, get):
         """get <key> [<key> ...]: answered at once if that is possible."""
+        broker = self.broker
         key = get.keys[0]
-        queue = self.broker.queues.get(key.name)
-        if queue is None or get.is_many or key.name in self.broker.config.aliases:
+        _, _, name, wait, opening, closing, abort, peek = key
+        queue = broker.queues.get(name)
+        if queue is None or get.is_many or name in broker.config.aliases:
             return self._get_in_steps(get)
-        if not self._begin_read(key, queue):
+        if (closing or abort or broker.refuses_reads or queue in self.open_reads
+                or broker.config.users is not None) and not self._begin_read(key, queue):
             self._say(b"END\r\n")
             return None
-        item = self._read(queue, key.open, key.peek)
-        if item is None and (key.wait > 0 or queue.count):
+        item = queue.peek(self.now) if peek else queue.remove(opening, self.now)
+        if item is None and (wait > 0 or queue.count):
             return self._get_in_steps(get, begun=True)
-        self._count_read(queue, item, key.peek)
+        if opening and item is not None:
+            self.open_reads.setdefault(queue, []).append(item.xid)
+        self._count_read(queue, item, peek)
         self._give(get, key, queue, item)
         return None
 
@@ -7211,8 +7217,11 @@ class Server:
     def turn(self):
         """Wait for events and handle them, as far as there is time."""
         broker = self.broker
-        events = self._next_events()
         clock = time.monotonic
+        if self._events or broker.dirty or broker.tasks or broker.woken or self.active:
+            events = self._next_events()
+        else:                                # as a rule
+            events = self.poller.wait(self.timers.wait(clock()))
         self.mono = clock()
         self.now = _now()
         if self.waiting:
@@ -7241,26 +7250,26 @@ class Server:
         if self.reload_wanted:
             self.reload_wanted = False
             self._reload()
-        self._resume_woken()
+        if broker.woken:
+            self._resume_woken()
         self._commit()
         if broker.tasks:
             self._run_tasks()
         broker.metrics["turn_usec"].add(int((clock() - self.mono) * 1e6))
 
     def _next_events(self):
-        """Return the events of this turn: those left over from the last one, or new ones."""
-        broker = self.broker
-        select = self.poller.selector.select
-        if self._events:
-            events = self._events
-            if self.waiting:             # of these, hang-ups must be known before items come
-                known = {event[0].data for event in events}
-                events += [event for event in select(0)
-                           if event[0].data in self.waiting and event[0].data not in known]
-            return events
-        if broker.dirty or broker.tasks or broker.woken or self.active:
-            return select(0)
-        return self.poller.wait(self.timers.wait(time.monotonic()))
+        """Return the events of a turn that has something to do in any case: those left over
+        from the last one, or new ones."""
+        events = self._events
+        if not events or self.waiting:
+            fresh = self.poller.selector.select(0)
+            if not events:
+                return fresh
+            # Of those who wait, hang-ups must be known before items come.
+            known = {event[0].data for event in events}
+            events += [event for event in fresh
+                       if event[0].data in self.waiting and event[0].data not in known]
+        return events
 
     def later(self, delay_ms, call):
         """Make a call in that time; return what cancels it."""
@@ -7395,8 +7404,9 @@ class Server:
         # Check every answer whose operations were written in this turn: a later failure of the
         # same queue would be taken for the failure of these operations.
         active, self.active = self.active, []
-        active += [self.connections[session] for session in self.broker.woken
-                   if session in self.connections]
+        if self.broker.woken:
+            active += [self.connections[session] for session in self.broker.woken
+                       if session in self.connections]
         for connection in active:
             try:
                 connection.flush(failed, unsafe)
