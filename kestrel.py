@@ -6392,8 +6392,10 @@ _LINGER_SECONDS = 1
 # When a silent TCP connection is probed, how often, and how many probes may go unanswered.
 _KEEPALIVE = {"TCP_KEEPIDLE": 120, "TCP_KEEPINTVL": 30, "TCP_KEEPCNT": 4}
 
-# How many new clients a listener takes in a turn, and how often the log tells of those refused.
+# How many new clients a listener takes in a turn, how long it rests when the kernel gives it none,
+# and how often the log tells of those refused.
 _ACCEPTS = 256
+_ACCEPT_AGAIN_SECONDS = 1
 _TELL_SECONDS = 10
 
 # How long a status_command may run.
@@ -7030,9 +7032,9 @@ class Listener:
             except ConnectionAbortedError:
                 continue
             except OSError as error:
-                log.error("cannot accept connections for a second: %s", error.strerror)
+                log.error("cannot accept connections for a moment: %s", error.strerror)
                 server.poller.watch(self.sock, _READ, 0, self)
-                server.timers.at(server.mono + 1, self._start)
+                server.timers.at(server.mono + _ACCEPT_AGAIN_SECONDS, self._start)
                 return
             connection = self._admit(sock, address)
             if connection and not connection.is_greeting:

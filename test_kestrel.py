@@ -2253,7 +2253,7 @@ def test_a_queue_with_tiny_limits_lives_as_one_in_memory_would(tmp_path):
     any moment the files alone tell what the queue holds."""
     chances = seeded()
     rotations = rewrites = 0
-    for number in range(int(os.environ.get("KESTREL_LIVES", 25))):
+    for number in range(int(os.environ.get("KESTREL_LIVES", 15))):
         path = tmp_path / str(number)
         path.mkdir()
         life = Life(path, chances)
@@ -2302,7 +2302,7 @@ def flow(queue, bench, turns, opened=None):
 @promise(5)
 @pytest.mark.parametrize("backlog", [0, 50, 2000])
 def test_disk_use_follows_the_backlog_and_not_its_history(tmp_path, backlog):
-    """Five hundred times max_memory_size goes through; one read stays open all the time."""
+    """Many times max_memory_size goes through; one read stays open all the time."""
     bench, opened = Bench(), []
     queue = kestrel.Queue(
         "q", str(tmp_path), kestrel.QueueConfig(
@@ -2312,8 +2312,8 @@ def test_disk_use_follows_the_backlog_and_not_its_history(tmp_path, backlog):
         fill(queue, *[b"x" * 100] * 50)
         queue.write()
         bench.run()
-    largest = flow(queue, bench, 10000, opened)
-    assert queue.counters.total_items * 100 > 480 * 20000
+    largest = flow(queue, bench, 5000, opened)
+    assert queue.counters.total_items * 100 > 240 * 20000
     assert largest < backlog * 121 + 80000 + 2 * 20000
     assert len(os.listdir(str(tmp_path))) < backlog * 121 / 20000 + 6
     assert queue.memory <= 20000 + 4096
@@ -6157,7 +6157,9 @@ def test_a_failed_fsync_is_told_and_service_resumes(serve, monkeypatch, tmp_path
     assert contents_of(tmp_path / "spool") == [b"4"]
 
 
-def test_a_failed_fsync_of_acknowledged_records_writes_them_anew(serve, disk, tmp_path):
+def test_a_failed_fsync_of_acknowledged_records_writes_them_anew(
+        serve, disk, tmp_path, monkeypatch):
+    monkeypatch.setattr(kestrel, "RETRY_MS", 100)
     server = serve("[queue]\nsync_journal = 1ms\n")
     client = server.client()
     disk.failing = {"fsync": errno.EIO}
@@ -6276,7 +6278,8 @@ def test_get_of_many_keys_passes_over_a_queue_that_fails(serve, monkeypatch):
     assert client.get("a") == b"a"
 
 
-def test_open_reads_of_a_client_that_left_while_the_disk_was_full(serve, disk):
+def test_open_reads_of_a_client_that_left_while_the_disk_was_full(serve, disk, monkeypatch):
+    monkeypatch.setattr(kestrel, "RETRY_MS", 100)
     server = serve("[queue]\nsync_journal = never\n")
     client, other = server.client(), server.client()
     client.put("q", b"1")
@@ -6289,6 +6292,7 @@ def test_open_reads_of_a_client_that_left_while_the_disk_was_full(serve, disk):
 
 
 def test_a_kernel_that_cannot_accept_is_not_asked_all_the_time(serve, monkeypatch, caplog):
+    monkeypatch.setattr(kestrel, "_ACCEPT_AGAIN_SECONDS", 0.3)
     server = serve()
     client = server.client()
     client.put("q", b"x")
@@ -7379,8 +7383,9 @@ def test_a_journal_that_cannot_be_opened_costs_only_its_queue(daemon, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
-def test_no_descriptors_left_for_who_comes_in(serve, caplog, number):
+def test_no_descriptors_left_for_who_comes_in(serve, caplog, monkeypatch, number):
     """The client waits, and those who are there do not notice."""
+    monkeypatch.setattr(kestrel, "_ACCEPT_AGAIN_SECONDS", 0.2)
     server = serve()
     good = server.client()
     assert good.ask("version\r\n") == "VERSION 1.0.0\r\n"
