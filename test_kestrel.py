@@ -5992,6 +5992,30 @@ def test_an_item_that_is_delivered_while_it_is_written_is_answered_when_it_is_sa
     assert waiter.item() == b"x"
 
 
+def test_an_item_that_is_undone_in_the_turn_of_its_delivery_is_not_given(serve, disk, monkeypatch):
+    monkeypatch.setattr(kestrel, "RETRY_MS", 50)
+    server = serve("[queue]\nsync_journal = never\n[queue src]\nexpire_to_queue = dead\n")
+    client, waiter = server.client(), server.client()
+    client.send("get dead\r\nget src\r\nset src 0 -1 1\r\nx\r\n")
+    assert [client.line() for _ in range(3)] == ["END\r\n", "END\r\n", "STORED\r\n"]
+    waiter.send("get dead/t=20000\r\n")
+    dead = server.server.broker.queues["dead"]
+    until(lambda: dead.waiters)
+
+    def fail():
+        del dead.write
+        disk.failing = {"pwrite": errno.ENOSPC}
+        try:
+            dead.write()
+        finally:
+            disk.failing = {}
+
+    dead.write = fail
+    assert client.get("src") is None
+    assert waiter.line() == "SERVER_ERROR dead: No space left on device\r\n"
+    assert client.get("dead/t=20000") == b"x" and client.get("dead") is None
+
+
 def test_timers_run_though_there_is_always_more_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(kestrel, "_FEED_SECONDS", 0)
     monkeypatch.setattr(kestrel, "_EVENTS_STEP", 1)
