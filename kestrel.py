@@ -347,7 +347,7 @@ _USER = re.compile(r"([^\s,:]+):(pbkdf2\$[1-9][0-9]{0,6}\$(?:[0-9a-f]{2})+\$[0-9
 
 
 def _read_users(path):
-    """{name: what hash_password() has made} of an auth_file. Raises ConfigError, OSError and
+    """Return {name: password hash} of an auth_file. Raises ConfigError, OSError and
     UnicodeDecodeError."""
     users = {}
     with open(path, encoding="utf-8-sig") as file:
@@ -401,13 +401,13 @@ class QueueConfig(Values):
         super().__init__(**{**_QUEUE_DEFAULTS, **given})
 
     def lines(self):
-        """Return each setting as `key = value`, in the syntax of the config file."""
+        """Return each setting as `key = value`, as in the config file."""
         return _shown(QUEUE_SETTINGS, vars(self))
 
 
 class TLSSocket(ssl.SSLSocket):
-    """A client's socket with TLS on it, which can be used as a plain one that does not block:
-    the handshake is part of the first reads."""
+    """A TLS socket that behaves like a plain non-blocking one: the handshake is part of the first
+    reads."""
 
     _is_over = False                 # after shutdown()
 
@@ -423,17 +423,18 @@ class TLSSocket(ssl.SSLSocket):
 
     def send(self, data):
         try:
-            return super().send(data) if data else 0       # to send nothing is an error to some
+            # Some versions of OpenSSL reject empty data.
+            return super().send(data) if data else 0
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise BlockingIOError from None
 
     def sendmsg(self, buffers):
-        # To go on after a wait OpenSSL wants to see the same again, or more.
+        # After SSLWantWriteError OpenSSL expects the same bytes again, or more.
         return self.send(b"".join(buffers))
 
     def shutdown(self, how):
         with contextlib.suppress(OSError, ValueError):
-            self.unwrap()                # says that this is the end, and does not wait for its echo
+            self.unwrap()                # send close_notify, without waiting for the reply
         self._is_over = True
         super().shutdown(how)
 
@@ -664,12 +665,11 @@ class Config:
 
 # == 2. Access ============================================================================
 #
-# Who may come in: password hashes and logins. (Which user may use which queue is asked of the
+# Password hashes and logins. (Which user may use which queue is asked of the
 # broker, which knows the settings of the queues.) Knows names and passwords; no queues, no
 # sockets.
 
-# How long a host whose password was wrong waits for its next try, and how many of one host may
-# wait.
+# The delay after a wrong password, per host, and how many logins of a host may queue.
 _LOGIN_REST_MS = 1000
 _LOGINS = 100
 
@@ -699,7 +699,7 @@ _NOBODY = "pbkdf2$200000$%032d$%064d" % (0, 0)
 
 class Logins:
     """Checks names and passwords on a worker thread: those of a host one after the other, and at
-    most one wrong one per host and second. A password that was right is known again at once.
+    most one wrong one per host and second. Right passwords are cached.
 
     broker: has `config` with the users, `aside(work, done)`, which runs work() on a thread and
     then done(error, seconds) on the loop, and `later`, see Alone.
@@ -4079,7 +4079,7 @@ class Broker:
 READY, RECEIVING, WAITING, WORKING, HELD, FULL, ENDING, CLOSED = (
     "ready", "receiving", "waiting", "working", "held", "full", "ending", "closed")
 
-# What expires later than this expires then; the journal has 64 bits for it.
+# The latest expiry; later ones are reduced to it. (The journal has 64 bits.)
 _LATEST = 1 << 62
 
 # Larger answers are put together without copying the data.
@@ -4190,7 +4190,7 @@ class Session:
     # -- the state
 
     def _update(self):
-        """Find out the state."""
+        """Derive the state from what the session waits for."""
         if self.state is ENDING or self.state is CLOSED:
             return
         if self.load > self.most_load:
@@ -4283,7 +4283,7 @@ class Session:
         self._kept.write(data)
 
     def _pass_turn(self):
-        """Let the next command wait for the next turn."""
+        """Defer the next command to the next turn."""
         self.load = self.most_load + 1
 
     # -- commands that wait
@@ -4336,7 +4336,7 @@ class Session:
         self._wake(command, item)
 
     def time_out(self):
-        """End a wait: the time that was asked for is over."""
+        """End the current wait without an item."""
         if type(self.asks) is Waiter:
             self.asks.queue.cancel(self.asks)
             self._wake(self.command, None)
@@ -4351,10 +4351,10 @@ class Session:
         self.out.append(answer)
 
     def _rest_on(self, queue, whole=True):
-        """Let the next answer rest on the journal of a queue: it is not sent before what has been
-        done is safe, and is an error if that fails. whole: False in a get of many keys, where a
-        queue that fails is passed over; or the item that was peeked at, whose answer stays true
-        as long as it is at the head."""
+        """Make the next answer depend on the journal of a queue: it is not sent before what has
+        been done is safe, and is an error if that fails. whole: False in a get of many keys,
+        where a queue that fails is passed over; or the item that was peeked at, whose answer
+        stays true as long as it is at the head."""
         self.touched.append((queue, len(self.out), int(whole is not False), whole))
 
     def _refuse(self, error):
@@ -4399,7 +4399,7 @@ class Session:
             self._update()
 
     def _release(self, queue, since, until, error):
-        """Operations that answers waited for are safe, or have been undone."""
+        """Release the answers that waited for a queue, or fail them."""
         self.holds -= 1
         if isinstance(error, Unclear):
             self.close(self.now)
@@ -4773,8 +4773,8 @@ def _is_silent(words):
 
 
 def _check_byte(byte):
-    """Check that a line may begin with a byte: TLS and the binary protocol of memcached begin
-    otherwise."""
+    """Raise Refused if no command can begin with `byte`: TLS and the binary protocol of memcached
+    do."""
     if byte == b"\x80" or byte < b" " and byte not in b"\t\r\n":
         raise Refused("ERROR", "this protocol is not supported", close=True)
 
@@ -5727,7 +5727,7 @@ _HTML = "text/html; charset=utf-8"
 # https://prometheus.io/docs/instrumenting/exposition_formats/
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
-# What a value is multiplied with to be in seconds, by the end of its name in /stats.json.
+# Factors that convert a value to seconds, by the end of its name in /stats.json.
 _SCALES = {"usec": 1e-6, "msec": 1e-3, "time": 1e-3}
 
 # How many lines of a report are put together before other work gets its turn.
@@ -5735,8 +5735,7 @@ _LINES_STEP = 400
 
 
 def _shown_name(name):
-    """Return the name of a queue as text that can be shown anywhere, and is that of no other
-    queue: no name has a slash in it."""
+    """Return a printable, unambiguous form of the name of a queue: no name has a slash in it."""
     return re.sub("[\udc80-\udcff]", lambda match: "/x%02x" % (ord(match[0]) - 0xdc00), name)
 
 
@@ -6063,7 +6062,7 @@ class AdminSession(Session):
     # -- what changes something
 
     def _asked_queue(self):
-        """Return the queue that the request names, or None, which it is told then."""
+        """Return the queue that the request names; answer 404 and return None if there is none."""
         queue = self.broker.find(self._query.get("queue", [""])[0])
         if queue is None:
             self._respond(HTTPStatus.NOT_FOUND, "there is no such queue")
@@ -6423,7 +6422,7 @@ _PROTOCOLS = {"memcache": MemcacheSession, "text": TextSession, "thrift": Thrift
 
 
 def _guard(call, *arguments):
-    """Make a call. An unexpected exception is logged, and does not end the server."""
+    """Make a call, and log any exception that it raises."""
     try:
         call(*arguments)
     except Exception:
@@ -6445,7 +6444,8 @@ class Timers:
         return entry
 
     def cancel(self, entry):
-        """Do not make that call. Its entry goes at its time, or when half of them are such."""
+        """Do not make that call. Its entry is removed when it is due, or when half of all are
+        cancelled."""
         if entry[2] is None:
             return
         entry[2] = None
@@ -6535,8 +6535,8 @@ class Poller:
     def wait(self, timeout):
         """Wait for events, at most `timeout` seconds (None: for ever).
 
-        To be put to sleep and woken again takes longer than most commands. While the waits are
-        short, as with a client that answers at once, it is cheaper not to sleep.
+        Sleeping and waking up takes longer than most commands. While the waits are short, as
+        with a client that answers at once, it is cheaper not to sleep.
         """
         wait = self.selector.select
         start = time.monotonic()
@@ -6566,7 +6566,7 @@ class Poller:
             self._right.send(b"\0")
 
     def ready(self, mask):
-        """There has been an interrupt(); what for is seen in the rest of the turn."""
+        """Discard what interrupt() has sent."""
         with contextlib.suppress(BlockingIOError):
             self._left.recv(4096)
 
@@ -6605,7 +6605,7 @@ class Syncs:
         return not (self.wanted or self._running)
 
     def written(self, queue):
-        """Plan the fsync of a journal that has been written, as sync_journal says."""
+        """Schedule the fsync of a journal that has been written, as sync_journal says."""
         if self._failing:
             self._note_success(queue)
         delay = queue.config.sync_journal
@@ -6948,7 +6948,7 @@ class Connection:
             self.server.count_buffers(change)
 
     def refuse(self):
-        """There is no memory left for what the client sends, or is sent."""
+        """Hang up on the client, since there is no memory left for its input and output."""
         log.error("%s: out of memory", self.session.who)
         if self._unsent or self.session.out:
             self.close()
@@ -7044,7 +7044,7 @@ class Listener:
                 return
 
     def _admit(self, sock, address):
-        """Return the Connection of a client that has come, None if it may not come in."""
+        """Return the Connection of an accepted socket, or None if it is refused."""
         server = self.server
         config = server.broker.config
         settings = config.server
@@ -7361,7 +7361,7 @@ class Server:
         self.notify(self._summary())
 
     def keep_watch(self, delay_ms):
-        """Tell systemd's watchdog so often that the loop turns."""
+        """Tell systemd's watchdog every `delay_ms` milliseconds that the loop turns."""
         self.notify("WATCHDOG=1")
         self.later(delay_ms, functools.partial(self.keep_watch, delay_ms))
 
@@ -7603,7 +7603,7 @@ def _remove_stale(path):
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
-        except BlockingIOError:                        # many are at the door of another server
+        except BlockingIOError:                        # the backlog of another server is full
             pass
 
 
@@ -7963,8 +7963,7 @@ class LogStream(logging.Handler):
 
 
 class LogFile(logging.handlers.WatchedFileHandler):
-    """A log file that harms nothing when it cannot be opened anew: its lines then go to
-    standard error, until it can."""
+    """A log file that falls back to standard error while it cannot be reopened."""
 
     def emit(self, record):
         try:
