@@ -4579,7 +4579,8 @@ class Session:
             broker.check_memory(route, len(item))
             stored = True
             for number, queue in enumerate(route.queues):
-                if cost > _STEP_SIZE or len(broker.dirty) > _MOST_DIRTY:
+                # Never before the first: tasks of a thousand others may come in between.
+                if cost > _STEP_SIZE or cost and len(broker.dirty) > _MOST_DIRTY:
                     cost = 0
                     yield
                 if not queue.closed:
@@ -5024,7 +5025,7 @@ class MemcacheSession(LineSession):
         return True
 
     def _get_in_steps(self, get, begun=False):
-        for key in get.keys:
+        for number, key in enumerate(get.keys, 1):
             try:
                 queue = self.broker.find(key.name)
                 if begun or self._begin_read(key, queue, not get.is_many):
@@ -5043,7 +5044,7 @@ class MemcacheSession(LineSession):
                 if not get.is_many:
                     raise
                 log.error("get of many keys: %s", _why(error))
-            if self.load > self.most_load or len(self.broker.dirty) > _MOST_DIRTY:
+            if self.load > self.most_load or number % QUEUES_STEP == 0:
                 yield
         if get.is_many:
             self._say(b"END\r\n")
@@ -5098,7 +5099,7 @@ class MemcacheSession(LineSession):
                 break
             self._give(get, key, queue, item)
             count -= 1
-            if self.load > self.most_load or len(self.broker.dirty) > _MOST_DIRTY:
+            if self.load > self.most_load:
                 yield
         self._say(b"END\r\n")
 
@@ -5215,6 +5216,9 @@ class TextSession(LineSession):
         pos = 0
         settings = self.broker.settings
         while self.state is READY and self.load <= self.most_load:
+            if pos and self._items is None and len(self.broker.dirty) > _MOST_DIRTY:
+                self._pass_turn()
+                break
             limit = settings.max_line if self._items is None else min(
                 MAX_TEXT_ITEM, settings.max_item_size)
             eol = data.find(b"\n", pos, pos + limit + 2)
@@ -5350,7 +5354,7 @@ class TextSession(LineSession):
                 count -= 1
             if item is None or not count:
                 break
-            if self.load > self.most_load or len(self.broker.dirty) > _MOST_DIRTY:
+            if self.load > self.most_load:
                 yield
         if item is None or monitor:
             self._say(b"*\n")
@@ -5446,6 +5450,9 @@ class ThriftSession(Session):
         pos = 0
         most = self.broker.settings.max_item_size + _FRAME_EXTRA
         while self.state is READY and self.load <= self.most_load and len(data) - pos >= 4:
+            if pos and len(self.broker.dirty) > _MOST_DIRTY:
+                self._pass_turn()
+                break
             size, = struct.unpack_from(">i", data, pos)
             if not 0 < size <= most:
                 log.warning("%s sent a frame of %d bytes; closed", self.who, size)
