@@ -46,10 +46,11 @@ The words used here:
     task            a generator that does long work in bounded steps
     turn            one iteration of the event loop
 
-One turn reads every ready socket once and lets the sessions change the queues in memory,
+One turn reads the ready sockets, each once, and lets the sessions change the queues in memory,
 writes each changed journal with one write, begins the fsyncs that are wanted (on a worker
-thread), sends the answers that are safe, one send a connection as a rule, and at last runs each
-task a step. Time is read once a turn and handed down as `now`.
+thread), sends the answers that are safe, one send a connection as a rule, and at last runs the
+tasks, each a step. Reading and tasks stop after some milliseconds; the next turn goes on there.
+Time is read once a turn and handed down as `now`.
 
 What fails is undone, in memory and in the files, back to the last safe position, before anybody
 is told: a refused command has not happened, and what was acknowledged before stays.
@@ -115,7 +116,7 @@ trace = logging.getLogger("kestrel.trace")    # what enable_trace and enable_ses
 # carries Kestrel's name in snake_case. Times are held in milliseconds, busy_poll in
 # microseconds, sizes in bytes. What the settings name, certificates and passwords, is read here
 # too, so that a mistake in it is one of the config file.
-# Knows configparser and units; no queues, no sockets.
+# Knows configparser and units; no queues; of sockets only what TLS makes of one.
 
 UNLIMITED = (1 << 63) - 1
 
@@ -151,7 +152,7 @@ def check_name(name):
 # How a kind of setting is read from text and written as text.
 Kind = collections.namedtuple("Kind", "parse show")
 
-_SIZES = {"": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
+_SIZES = {"": 1, "b": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
 _TIMES = {"ms": 1, "s": 1000, "m": 60 * 1000, "h": 3600 * 1000, "d": 86400 * 1000}
 
 
@@ -163,11 +164,10 @@ def _number_of(what, units, low=0, high=UNLIMITED, **words):
         if text in words:
             return words[text]
         match = re.fullmatch("([0-9]+) *([a-z]*)", text)
-        unit = match and units.get("" if match[2] == "b" and "kb" in units else match[2],
-                                   0 if match[2] == "" and int(match[1]) == 0 else None)
-        if unit is None:
+        is_zero = match and not text.strip("0")        # it needs no unit
+        if not match or not is_zero and match[2] not in units:
             raise ValueError("%r is not %s" % (text, what))
-        number = int(match[1]) * unit
+        number = 0 if is_zero else int(match[1]) * units[match[2]]
         if number > UNLIMITED:
             raise ValueError("the number is too large")
         if not low <= number <= high:
@@ -240,7 +240,8 @@ def _parse_mode(text):
     return int(text, 8)
 
 
-_SIZE, _TIME = "a size such as 512, 64kb, 16mb or 1gb", "a time such as 100ms, 30s, 5m, 1h or 1d"
+_SIZE = "a size such as 512, 64kb, 16mb or 1gb"
+_TIME = "a time such as 100ms, 30s, 5m, 1h or 1d"
 _COUNT = "a whole number from 1"
 SIZE = _number_of(_SIZE, _SIZES)
 SIZE_LIMIT = _number_of(_SIZE, _SIZES, 1, unlimited=UNLIMITED)
@@ -665,9 +666,8 @@ class Config:
 
 # == 2. Access ============================================================================
 #
-# Password hashes and logins. (Which user may use which queue is asked of the
-# broker, which knows the settings of the queues.) Knows names and passwords; no queues, no
-# sockets.
+# Password hashes and logins. (Which user may use which queue is asked of the broker, which knows
+# the settings of the queues.) Knows names and passwords; no queues, no sockets.
 
 # The delay after a wrong password, per host, and how many logins of a host may queue.
 _LOGIN_REST_MS = 1000
@@ -724,8 +724,9 @@ class Logins:
             self._go_on(host)
         else:
             line.append((client, name, password, done))
-            if len(line) > _LOGINS:          # the last of those that have hung up, or this one
-                last = next((entry for entry in list(line)[:0:-1] if entry[0].at_end), line[-1])
+            if len(line) > _LOGINS:          # the last that has hung up gives way, or this one
+                gone = [entry for entry in itertools.islice(line, 1, None) if entry[0].at_end]
+                last = gone[-1] if gone else line[-1]
                 line.remove(last)
                 last[3](None)
 
@@ -2019,8 +2020,8 @@ def _opens_before(opens, ops):
 
 
 class ReadBehind:
-    """Reads the items after byte `offset` of `file`, but for
-    the first `skip` of them, are not in memory."""
+    """Reads a queue's items that are not in memory: those after byte `offset` of `file`, but for
+    the first `skip` of them."""
 
     def __init__(self, journal, file, offset, skip=0):
         self._journal = journal
@@ -3876,7 +3877,7 @@ class Broker:
                 self._count(queue)
             if count % QUEUES_STEP == 0:
                 yield
-        self.routes.clear()
+        self.routes.clear()                  # fanout_only may be another
 
     # -- expiry
 
@@ -4136,7 +4137,7 @@ class Session:
     """One client, in whatever protocol: its input, its answers, its open reads and waits.
 
     What the server uses: feed(), hang_up(), resume(), time_out(), settle(), take(), sent(),
-    end(), close(), `state`, `holds`, `out`, `load` and
+    out_of_memory(), close(), the attributes that follow and those explained in __init__():
 
     most_load    with more load the next command waits until all has been sent
     timeout      milliseconds from now at which time_out() is to be called; then set to None
@@ -4171,7 +4172,7 @@ class Session:
         self._ended = []                # (queue, xid) closed since answers were sent last
         self._kept = None               # a BytesIO of input that has not been run, if any
         self._needed = 0                # the length from which on it is worth looking at again
-        self.at_end = False            # the client will send no more
+        self.at_end = False             # the client will send no more
 
     @property
     def who(self):
@@ -4205,9 +4206,9 @@ class Session:
         else:
             self.state = READY if self._kept is None and not self._needed else RECEIVING
 
-    def _rest(self):
-        """Find out the state when nothing is being run; end, if nothing will come any more, or
-        be waited for."""
+    def _end_if_done(self):
+        """Derive the state when nothing is being run. After a hang-up, end the session if there is
+        nothing left to do."""
         self._update()
         if self.at_end and self.state in (READY, RECEIVING, WAITING):
             self.end()
@@ -4249,7 +4250,7 @@ class Session:
         answered, but it waits for no item any longer."""
         self.now = now
         self.at_end = True
-        self._rest()
+        self._end_if_done()
 
     def resume(self, now):
         """Go on with the command in hand, or with the input that has been kept."""
@@ -4260,16 +4261,16 @@ class Session:
                 self._go_on(given)
             if self.state is WORKING and self.command is None:
                 self._run_kept()
-            self._rest()
+            self._end_if_done()
 
     def _stop(self, data, pos):
-        """Keep what has not been run of some input, and find out the state."""
+        """Keep the input from data[pos] on, which has not been run, and derive the state."""
         if not self.is_over():
             if pos < len(data):
                 self._keep(data[pos:])
             if self.state is READY and self.load <= self.most_load and self._kept is not None:
                 self._needed = max(self._needed, self._kept.tell() + 1)      # it needs more
-            self._rest()
+            self._end_if_done()
 
     def _run_kept(self):
         data = self._kept.getvalue()
@@ -4323,17 +4324,17 @@ class Session:
 
     def _wait(self, queue, opening, peek=False):
         """Return a Waiter for the next item of a queue, to be yielded."""
-        waiter = Waiter(functools.partial(self._deliver, self.command, queue, opening), opening,
-                        peek, queue)
+        waiter = Waiter(self._deliver, opening, peek, queue)
         queue.wait(waiter)
         return waiter
 
-    def _deliver(self, command, queue, opening, item):
+    def _deliver(self, item):
+        queue = self.asks.queue
         if item is not None:
             self._rest_on(queue)             # in this turn, though the answer may be of the next
-            if opening:
+            if self.asks.open:
                 self.open_reads.setdefault(queue, []).append(item.xid)
-        self._wake(command, item)
+        self._wake(self.command, item)
 
     def time_out(self):
         """End the current wait without an item."""
@@ -4377,7 +4378,7 @@ class Session:
         """Note that all that was taken has been sent."""
         self.load = 0
         if self.state is FULL:
-            self._rest()
+            self._end_if_done()
 
     def settle(self, failed, unsafe):
         """Put errors in the place of answers that rest on a failed journal, and hold those that
@@ -4405,7 +4406,7 @@ class Session:
             self.close(self.now)
         elif error:
             self.fail({queue: error}, since, until)
-        self._rest()
+        self._end_if_done()
         if not self.holds:
             self.broker.woken.append(self)   # to be sent, and resumed
 
@@ -4413,16 +4414,13 @@ class Session:
         """Answer with an error where a journal could not be written or fsynced. since, until:
         which entries of `touched` to look at."""
         for queue, index, count, whole in self.touched[since:until]:
-            if queue not in failed or isinstance(whole, Item) and queue.is_head(whole):
+            if not count or queue not in failed or (
+                    isinstance(whole, Item) and queue.is_head(whole)):
                 continue
-            if not count:
-                continue
-            said = None
             if index == len(self.out):                 # by the command in hand
                 self._drop_command()
                 self.out.append(None)
-            else:
-                said = self.out[index]
+            said = self.out[index]
             error = b"" if said == b"" else self._failure(_why(failed[queue]), said)
             self.out[index:index + count] = [error if whole else b""] + [b""] * (count - 1)
         for queue in failed:
@@ -4492,8 +4490,10 @@ class Session:
         """Return the next item of a queue; None if there is none, or none comes in time. A
         generator, since it may have to wait."""
         while not queue.closed:
-            item = self._read(queue, opening, peek)
+            item = queue.peek(self.now) if peek else queue.remove(opening, self.now)
             if item is not None:
+                if opening:
+                    self.open_reads.setdefault(queue, []).append(item.xid)
                 return item
             if queue.count:                  # a run of expired items, or a large one is being read
                 yield
@@ -4502,15 +4502,6 @@ class Session:
             else:
                 break
         return None
-
-    def _read(self, queue, opening, peek=False):
-        """Return the next item of a queue, if there is one at once."""
-        if peek:
-            return queue.peek(self.now)
-        item = queue.remove(opening, self.now)
-        if opening and item is not None:
-            self.open_reads.setdefault(queue, []).append(item.xid)
-        return item
 
     def _end_reads(self, queue, count, confirm, whole=True):
         """Close or abort the oldest open reads of a queue here; return how many were open."""
@@ -4571,7 +4562,7 @@ class Session:
         return broker.routes.get(key) or broker.route(key, self.now, self.who)
 
     def _put(self, route, items, flags=0, expiry=0):
-        """Put items in steps; return how many were taken."""
+        """Put items as Broker.put() does, but in steps; return how many were taken."""
         broker = self.broker
         count = cost = 0
         for item in items:
@@ -5678,8 +5669,7 @@ def _thrift_arguments(name, frame, pos):
         if given != kind or value is None:
             raise ValueError("field %d of %s is missing, or of another type" % (number, name))
         if of and not all(type(one) is of for one in value):
-            raise ValueError("%s must be %s" % (("items", "binary") if of is bytes else (
-                "ids", "integers")))
+            raise ValueError("items must be binary" if of is bytes else "ids must be integers")
         values.append(value)
     return values
 
@@ -5732,7 +5722,7 @@ _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
 _HTML = "text/html; charset=utf-8"
 # https://prometheus.io/docs/instrumenting/exposition_formats/
-_METRICS = "text/plain; version=0.0.4; charset=utf-8"
+_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 # Factors that convert a value to seconds, by the end of its name in /stats.json.
 _SCALES = {"usec": 1e-6, "msec": 1e-3, "time": 1e-3}
@@ -6117,7 +6107,7 @@ _ADMIN_PATHS = {
     "/writable": ("GET", lambda session: session._probe(session.broker.refuses_writes)),
     "/stats.json": ("GET", lambda session: session._stream(_JSON, session._json_pieces())),
     "/stats.txt": ("GET", lambda session: session._stream(_TEXT, session._text_pieces())),
-    "/metrics": ("GET", lambda session: session._stream(_METRICS, session._metric_lines())),
+    "/metrics": ("GET", lambda session: session._stream(_PROMETHEUS, session._metric_lines())),
     "/queues.json": ("GET", lambda session: session._stream(_JSON, session._page_pieces())),
     "/history.json": ("GET", AdminSession._history_json),
     "/peek": ("GET", AdminSession._peek),
@@ -6822,7 +6812,7 @@ class Connection:
                 self.close()
                 return
         if not self._unsent and not session.out:
-            session.load = 0
+            session.load = 0                 # as sent() does, without a call as a rule
             if session.state is FULL:
                 session.sent()
         state = session.state
@@ -7144,9 +7134,7 @@ class Server:
         spool = os.path.abspath(settings.queue_path)
         self._spool = _lock_spool(spool)
         stack.callback(os.close, self._spool)
-        sockets = self._bind_all()
-        for sock, _ in sockets:
-            stack.callback(sock.close)
+        sockets = self._bind_all(stack)
         log.info("kestrel.py %s, journals in %s", __version__, spool)
         self.most_connections, most_files = _share_descriptors()
         most_memory = settings.max_memory or _usable_memory() * 3 // 4
@@ -7170,24 +7158,24 @@ class Server:
         """The memcache port, None if there are UNIX sockets only."""
         return next((one.address[1] for one in self.listeners if one.protocol == "memcache"
                      and isinstance(one.address, tuple)), None)
-    def _bind_all(self):
-        """Open all ports; return (socket, protocol) of each."""
+
+    def _bind_all(self, stack):
+        """Open all ports; return (socket, protocol) of each. stack: an ExitStack that closes them."""
         settings = self.config.server
         bound = []
         for protocol in _PROTOCOLS:
             setting = protocol + "_port"
             try:
-                if protocol in self.inherited:
-                    bound += [(sock, protocol) for sock in self.inherited[protocol]]
-                else:
-                    bound += [(sock, protocol) for sock in _bind_each(
-                        settings, protocol == "memcache", getattr(settings, setting))]
+                socks = self.inherited.get(protocol) or _bind_each(
+                    settings, protocol == "memcache", getattr(settings, setting))
             except OSError as error:
                 if setting != "admin_port" or setting in self.config.given:
-                    for sock, _ in bound:
-                        sock.close()
                     raise
                 log.warning("no admin port: %s", error.strerror)
+                continue
+            for sock in socks:
+                stack.callback(sock.close)
+                bound.append((sock, protocol))
         return bound
 
     # -- one turn of the loop
@@ -7396,14 +7384,10 @@ class Server:
             if worker.done:
                 worker.take_results()
         written, failed = self.broker.write()
-        unsafe = self._unsafe
         for queue in written:
             self.syncs.written(queue)
-            if queue.history.safe < queue.history.logged:
-                unsafe.add(queue)
-        if unsafe:
-            unsafe = self._unsafe = {
-                queue for queue in unsafe if queue.history.safe < queue.history.logged}
+        unsafe = self._unsafe = {queue for queue in itertools.chain(self._unsafe, written)
+                                 if queue.history.safe < queue.history.logged}
         for queue, error in failed.items():
             self.syncs.failed(queue, error)
         if self.syncs.wanted:
@@ -7952,10 +7936,13 @@ class LogStream(logging.Handler):
     _dropped = 0
 
     def emit(self, record):
-        lines = [self.format(record)]
+        self.write(self.format(record))
+
+    def write(self, line):
+        """Write a line, or drop it."""
         if self._dropped:
-            lines.insert(0, "%d log lines dropped, since nobody read them" % self._dropped)
-        data = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
+            line = "%d log lines dropped, since nobody read them\n%s" % (self._dropped, line)
+        data = (line + "\n").encode("utf-8", "backslashreplace")
         try:
             fd = sys.stderr.fileno()
             poll = select.poll()
@@ -7965,21 +7952,20 @@ class LogStream(logging.Handler):
                     raise BlockingIOError
                 os.write(fd, data[at:at + select.PIPE_BUF])
             self._dropped = 0
-        except (OSError, ValueError):    # closed
+        except (OSError, ValueError):    # it would block, or is closed
             self._dropped += 1
 
 
 class LogFile(logging.handlers.WatchedFileHandler):
     """A log file that falls back to standard error while it cannot be reopened."""
 
+    _stream = LogStream()
+
     def emit(self, record):
         try:
             super().emit(record)
         except OSError as error:
-            stream = LogStream()
-            stream.setFormatter(logging.Formatter("log_file: %s: %s" % (
-                str(error).replace("%", "%%"), _LOG_FORMAT)))
-            stream.emit(record)
+            self._stream.write("log_file: %s: %s" % (error, self.format(record)))
 
     def _open(self):
         # Names of queues are any bytes.

@@ -3923,7 +3923,7 @@ def test_a_read_in_hand_ends_when_its_queue_is_deleted(talk, command):
             talk.broker.put(route, b"late", 0, NOW + 1, NOW)
         session = talk.session("reader %s" % waiting)
         session.feed(command.encode(), NOW + 10)
-        assert session.state == "waiting" if waiting else "working"
+        assert session.state == ("waiting" if waiting else "working")
         assert talk("delete q\r\n") == "DELETED\r\n"
         assert talk.heard("reader %s" % waiting) == "END\r\n"
         assert "q" not in talk.broker.queues
@@ -6055,12 +6055,11 @@ def test_timers_run_though_there_is_always_more_to_do(tmp_path, monkeypatch):
         assert clients[0].item() is None
 
 
-def test_a_server_that_cannot_start_lets_go_of_the_spool(tmp_path):
+def test_a_server_that_cannot_start_lets_go_of_the_spool(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         text = "[server]\nadmin_port = %d\n" % taken.getsockname()[1]
         with pytest.raises(OSError, match="in use"):
             kestrel.Server(config_of(tmp_path, text, memcache_port="0"))
-    monkeypatch = pytest.MonkeyPatch()
     with monkeypatch.context() as patch:
         patch.setattr(kestrel, "Broker", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
