@@ -970,7 +970,8 @@ def _encode(ops):
     chunks = []
     for opcode, item, xid in ops:
         if opcode == ADDX:
-            chunks += _head(item, len(item.data)), item.data
+            chunks.append(_head(item, len(item.data)))
+            chunks.append(item.data)
         elif opcode == REMOVE:
             chunks.append(b"\1")
         elif opcode == FLUSH:
@@ -2353,7 +2354,7 @@ class Queue:
         if size > config.max_item_size:
             return False
         cost = size + ITEM_COST
-        if self.memory + self.open_memory + cost > self._allowance and self._behind is None:
+        if self._behind is None and self.memory + self.open_memory + cost > self._allowance:
             self._fall_behind(cost)
         if self.count >= config.max_items or self.bytes >= config.max_size:
             self.discard_expired(now, min(config.max_expire_sweep, self.host.sweep_limit))
@@ -2389,7 +2390,7 @@ class Queue:
         """
         if now is None:
             now = _now()
-        if not self.count or not (self.items or self._refill()):
+        if not self.items and not (self.count and self._refill()):
             return None
         head = self.items[0]
         if ((head.expiry or self.config.max_age) and self._is_expired(head, now)
@@ -3090,9 +3091,13 @@ class Queue:
     def _take(self):
         item = self.items.popleft()
         self.count -= 1
-        size = len(item.data) if item.data is not None else item.place.size
-        self.bytes -= size
-        self.memory -= ITEM_COST if item.data is None else size + ITEM_COST
+        if item.data is None:
+            self.bytes -= item.place.size
+            self.memory -= ITEM_COST
+        else:
+            size = len(item.data)
+            self.bytes -= size
+            self.memory -= size + ITEM_COST
         return item
 
     def _push(self, item):
@@ -3396,8 +3401,9 @@ class Upkeep:
 # protocols.
 
 # Where the items put under a name go: `targets` decide the answer, `copies` are the fanout
-# children, which get what they can take; `queues` are both, each once.
-Route = collections.namedtuple("Route", "targets copies queues")
+# children, which get what they can take; `queues` are both, each once. only: the one target, if
+# there are no other queues.
+Route = collections.namedtuple("Route", "targets copies queues only")
 
 # How many expired items or queues one step of a task looks at.
 SWEEP_STEP = 1000
@@ -3512,7 +3518,7 @@ bytes | gauge | = | bytes | bytes | Data of the waiting items, in bytes.
 reserved_memory_ratio | gauge | = | reserved_memory_ratio | reserved | Memory that queues may take.
 curr_connections | gauge | connections | connections | stats. | Open connections.
 total_connections | counter | = | connections_total | stats. | Connections ever.
-cmd_get | counter | = | gets_total | stats. | Gets.
+cmd_get | counter | = | gets_total | gets | Gets.
 cmd_set | counter | = | sets_total | stats. | Sets.
 cmd_peek | counter | = | peeks_total | stats. | Peeks.
 get_hits | counter | = | get_hits_total | stats. | Gets that found an item.
@@ -3532,6 +3538,7 @@ max_fsync_usec | | | | fsync | The longest fsync since the last stats.
     items=lambda b, now: b.totals().items,
     put_items=lambda b, now: b.totals().put_items,
     bytes=lambda b, now: b.totals().bytes,
+    gets=lambda b, now: b.stats.get_hits + b.stats.get_misses,
     reserved=lambda b, now: "%.3f" % (b.totals().reserved / b.machine_memory),
     put_rate=lambda b, now: round(b.put_rate, 1),
     get_rate=lambda b, now: round(b.get_rate, 1),
@@ -3594,7 +3601,7 @@ class Broker:
         self.logins = Logins(self)
         self.aside = None                 # Worker.submit of a thread for slow calls, or None
         self.stats = Values(
-            curr_connections=0, total_connections=0, cmd_get=0, cmd_set=0, cmd_peek=0,
+            curr_connections=0, total_connections=0, cmd_set=0, cmd_peek=0,
             get_hits=0, get_misses=0, bytes_read=0, bytes_written=0, queue_creates=0,
             queue_deletes=0, queue_expires=0)
         self.metrics = {name: Histogram() for name in METRICS}
@@ -3684,7 +3691,8 @@ class Broker:
         targets = [queue for queue in targets
                    if not queue.config.fanout_only or "+" in queue.name]
         copies = [queue for queue in dict.fromkeys(copies) if queue not in targets]
-        route = Route(targets, copies, targets + copies)
+        route = Route(targets, copies, targets + copies,
+                      targets[0] if len(targets) == 1 and not copies else None)
         self.routes[key] = route
         return route
 
@@ -3704,21 +3712,6 @@ class Broker:
         return queue
 
     # -- what clients ask for
-
-    def put(self, route, data, flags, expiry, now):
-        """Add an item to every queue of the route. Return False if a target refused it. Raises
-        OSError if the memory is used up; then it is in none."""
-        targets, copies, queues = route
-        self.stats.cmd_set += 1
-        if len(queues) > 1:
-            self.check_memory(route, len(data))
-        stored = True
-        for queue in targets:
-            if not queue.add(data, flags, expiry, now):
-                stored = False
-        for queue in copies:
-            queue.add(data, flags, expiry, now)
-        return stored
 
     def check_memory(self, route, size):
         """Raise OSError if a queue of the route has no memory for an item of `size` bytes."""
@@ -4092,9 +4085,6 @@ _COMMAND_COST = 1 << 10
 # When more queues than this have something to write, each session does one more command only.
 _MOST_DIRTY = 50
 
-# An item that goes to more queues than this is put into them in steps.
-_WIDE = 50
-
 
 class Refused(Exception):
     """A command that is answered with an error. kind: ERROR, CLIENT_ERROR or SERVER_ERROR. close:
@@ -4237,8 +4227,7 @@ class Session:
         self.now = now
         if self.state is READY:              # as a rule
             pos = self._parse(data)
-            if (pos != len(data) or self.state is not READY or self.load > self.most_load
-                    or self._needed or self.at_end):
+            if pos != len(data) or self._needed:
                 self._stop(data, pos)
         elif not self.is_over():
             self._keep(data)
@@ -4368,10 +4357,9 @@ class Session:
 
     def take(self):
         """Return what is to be sent; it is the server's from now on."""
-        out, self.out = self.out, []
-        self.touched.clear()
-        self._ended.clear()
-        self._checked = 0
+        out, self.out, self.touched, self._checked = self.out, [], [], 0
+        if self._ended:
+            self._ended.clear()
         return out
 
     def sent(self):
@@ -4531,9 +4519,7 @@ class Session:
         stats = self.broker.stats
         if peek:
             stats.cmd_peek += 1
-            return
-        stats.cmd_get += 1
-        if item is not None:
+        elif item is not None:
             stats.get_hits += 1
             self.broker.latency.add(queue.counters.age)
         else:
@@ -4562,7 +4548,8 @@ class Session:
         return broker.routes.get(key) or broker.route(key, self.now, self.who)
 
     def _put(self, route, items, flags=0, expiry=0):
-        """Put items as Broker.put() does, but in steps; return how many were taken."""
+        """Put items into every queue of a route, in steps; return how many were taken by all
+        targets. Raises OSError if the memory is used up; then the item is in none."""
         broker = self.broker
         count = cost = 0
         for item in items:
@@ -4695,8 +4682,8 @@ class LineSession(Session):
 # milliseconds.
 ReadKey = collections.namedtuple("ReadKey", "text queue name wait open close abort peek")
 
-# A get. is_many: it has several keys. with_cas: it is a gets.
-Get = collections.namedtuple("Get", "keys is_many with_cas")
+# A get. key: None if there are several. with_cas: it is a gets.
+Get = collections.namedtuple("Get", "key keys with_cas")
 
 # The line of a set whose data block is to come. expiry: as it was sent. words: of the line.
 Block = collections.namedtuple("Block", "key flags expiry size words")
@@ -4721,7 +4708,8 @@ def _parse_get(words):
     """Return the Get of `get <key> [<key> ...]`. Raises Refused."""
     if len(words) < 2:
         raise Refused("CLIENT_ERROR", "get needs the name of a queue")
-    return Get([parse_key(word) for word in words[1:]], len(words) > 2, len(words[0]) == 4)
+    keys = [parse_key(word) for word in words[1:]]
+    return Get(keys[0] if len(keys) == 1 else None, keys, len(words[0]) == 4)
 
 
 def _parse_block(words):
@@ -4772,20 +4760,21 @@ def _check_byte(byte):
 
 
 def _parse_line(line):
-    """Return the method of MemcacheSession that does a command line, and what it is given; None
-    and a Block for a set. Raises Refused."""
+    """Return the method of MemcacheSession that does a command line, what it is given, and the
+    size of the data block that comes first, None for no block. Raises Refused."""
     _check_byte(line[:1])
     words = line.split()
     if not words:
         raise Refused("ERROR", "")
     name = words[0].lower()
     if name in (b"get", b"gets"):
-        return MemcacheSession.do_get, _parse_get(words)
+        return MemcacheSession.do_get, _parse_get(words), None
     if name in _BLOCKS:
-        return None, _parse_block(words)
+        block = _parse_block(words)
+        return MemcacheSession.store, block, block.size
     method = getattr(MemcacheSession, "do_" + name.decode("latin-1"), None)
     if method:
-        return method, words
+        return method, words, None
     if name in _MEMCACHED:
         raise Refused("ERROR", "")
     raise Refused("ERROR", "unknown command", close=True)    # its data would be run as commands
@@ -4817,20 +4806,18 @@ class MemcacheSession(LineSession):
         self._words = ()                # of the command in hand, if it waits
 
     def _parse(self, data):
-        pos = 0
+        pos, end = 0, len(data)
         dirty = self.broker.dirty
-        while self.state is READY and self.load <= self.most_load:
+        while pos < end and self.state is READY and self.load <= self.most_load:
+            if self._skip:
+                skipped = min(self._skip, end - pos)
+                self._skip -= skipped
+                pos += skipped
+                continue
             if pos and len(dirty) > _MOST_DIRTY:
                 self._pass_turn()
                 break
-            if self._skip:
-                skipped = min(self._skip, len(data) - pos)
-                self._skip -= skipped
-                pos += skipped
-                if self._skip:
-                    self._needed = 1
-                    break
-            line, block = b"", None
+            line = b""
             try:
                 eol = data.find(b"\n", pos)
                 if eol < 0:
@@ -4841,34 +4828,34 @@ class MemcacheSession(LineSession):
                 if self.is_stranger:
                     self._check_stranger(line)
                 if len(line) <= _LINE_CACHED:
-                    command, asked = _parse_line_cached(line)
+                    command, asked, size = _parse_line_cached(line)
                 elif len(line.rstrip(b"\r")) > self.broker.settings.max_line:
                     raise Refused("CLIENT_ERROR", "line too long", close=True)
                 else:
-                    command, asked = _parse_line(line)
-                if command:
+                    command, asked, size = _parse_line(line)
+                if size is None:
                     waits = command(self, asked)
                 else:
-                    block = asked
-                    if block.size > self._most_item:
-                        raise Refused("SERVER_ERROR", "object too large for cache",
-                                      skip=block.size + 2)
-                    end = pos + block.size
-                    if len(data) < end + 2:
-                        self._block = block
-                        self._needed = block.size + 2
+                    if size > self._most_item:
+                        raise Refused("SERVER_ERROR", "object too large for cache", skip=size + 2)
+                    stop = pos + size
+                    if stop + 2 > end:
+                        self._block = asked
+                        self._needed = size + 2
                         break
-                    if data[end:end + 2] != b"\r\n":
+                    if data[stop:stop + 2] != b"\r\n":
                         raise Refused("CLIENT_ERROR", "bad data chunk", close=True)
-                    item = data[pos:end]
-                    pos = end + 2
-                    waits = self._store(block, item)
+                    item = data[pos:stop]
+                    pos = stop + 2
+                    waits = command(self, asked, item)
                 if waits:
-                    self._words = block.words if block else line.split()
+                    self._words = line.split()
                     self._begin(waits)
             except (Refused, OSError) as error:
-                self._words = block.words if block else line.split()
+                self._words = line.split()
                 self._refuse(error)
+        if self._skip:
+            self._needed = 1
         return pos
 
     def _run_kept(self):
@@ -4892,7 +4879,7 @@ class MemcacheSession(LineSession):
         try:
             if rest[:2] != b"\r\n":
                 raise Refused("CLIENT_ERROR", "bad data chunk", close=True)
-            waits = self._store(block, item)
+            waits = self.store(block, item)
             if waits:
                 self._begin(waits)
         except (Refused, OSError) as error:
@@ -4933,7 +4920,8 @@ class MemcacheSession(LineSession):
 
     # -- storing
 
-    def _store(self, block, data):
+    def store(self, block, data):
+        """set <queue> <flags> <expiry> <bytes>: done at once if that is possible."""
         key, flags, expiry, _, words = block
         broker = self.broker
         if broker.config.users is not None:
@@ -4950,15 +4938,16 @@ class MemcacheSession(LineSession):
                 expiry += self.now
             expiry = min(max(expiry, 1), _LATEST)
         route = broker.routes.get(key)
-        if route is None or len(route.queues) > _WIDE:
+        if route is None or route.only is None:
             return self._store_in_steps(key, data, flags, expiry, words)
-        stored = broker.put(route, data, flags, expiry, self.now)
+        broker.stats.cmd_set += 1
+        queue = route.only
+        stored = queue.add(data, flags, expiry, self.now)
         if words[-1] != b"noreply":
             out = self.out
-            for queue in route.queues:
-                self.touched.append((queue, len(out), 1, True))
+            self.touched.append((queue, len(out), 1, True))
             out.append(b"STORED\r\n" if stored else b"NOT_STORED\r\n")
-        self.load += _COMMAND_COST * (len(route.queues) or 1)
+        self.load += _COMMAND_COST
         return None
 
     def _store_in_steps(self, key, data, flags, expiry, words):
@@ -4980,19 +4969,20 @@ class MemcacheSession(LineSession):
     def do_get(self, get):
         """get <key> [<key> ...]: answered at once if that is possible."""
         broker = self.broker
-        key = get.keys[0]
-        _, _, name, wait, opening, closing, abort, peek = key
-        queue = broker.queues.get(name)
-        if queue is None or get.is_many or name in broker.config.aliases:
+        key = get.key
+        queue = key and broker.find(key.name)
+        if queue is None:
             return self._get_in_steps(get)
-        if (closing or abort or broker.refuses_reads or queue in self.open_reads
+        _, _, _, wait, opening, closing, abort, peek = key
+        if (closing or abort or broker.refuses_reads or self.open_reads
                 or broker.config.users is not None) and not self._begin_read(key, queue):
             self._say(b"END\r\n")
             return None
         item = queue.peek(self.now) if peek else queue.remove(opening, self.now)
-        if item is None and (wait > 0 or queue.count):
-            return self._get_in_steps(get, begun=True)
-        if opening and item is not None:
+        if item is None:
+            if wait > 0 or queue.count:
+                return self._get_in_steps(get, begun=True)
+        elif opening:
             self.open_reads.setdefault(queue, []).append(item.xid)
         self._count_read(queue, item, peek)
         self._give(get, key, queue, item)
@@ -5019,7 +5009,7 @@ class MemcacheSession(LineSession):
         for number, key in enumerate(get.keys, 1):
             try:
                 queue = self.broker.find(key.name)
-                if begun or self._begin_read(key, queue, not get.is_many):
+                if begun or self._begin_read(key, queue, get.key is not None):
                     if queue is None and not key.peek:
                         queue = yield from self._queue(key.name)
                     item = None
@@ -5029,20 +5019,20 @@ class MemcacheSession(LineSession):
                         item = yield from self._next(queue, key.open, key.peek, key.wait > 0)
                     self._count_read(queue, item, key.peek)
                     self._give(get, key, queue, item)
-                elif not get.is_many:
+                elif get.key:
                     self._say(b"END\r\n")
             except OSError as error:
-                if not get.is_many:
+                if get.key:
                     raise
                 log.error("get of many keys: %s", _why(error))
             if self.load > self.most_load or number % QUEUES_STEP == 0:
                 yield
-        if get.is_many:
+        if not get.key:
             self._say(b"END\r\n")
 
     def _give(self, get, key, queue, item):
         """Answer one key with an item, or None."""
-        whole = not get.is_many
+        whole = get.key is not None
         if item is None:
             if whole:
                 self._say(b"END\r\n")
@@ -5050,20 +5040,12 @@ class MemcacheSession(LineSession):
                 self.load += _COMMAND_COST
             return
         out = self.out
-        data = item.data
-        size = len(data)
-        head = b"VALUE %b %d %d" % (key[self._value_key], item.flags, size)
+        size = len(item.data)
+        head = b"VALUE %b %d %d\r\n" % (key[self._value_key], item.flags, size)
         if get.with_cas:
-            head = b"%b %d" % (head, self.broker.cas(item))
-        pieces = (head, b"\r\n", data, b"\r\nEND\r\n" if whole else b"\r\n")
-        if key.peek and whole:
-            whole = item
-        if size < _BIG:
-            self.touched.append((queue, len(out), 1, whole))
-            out.append(b"".join(pieces))
-        else:
-            self.touched.append((queue, len(out), 4, whole))
-            out += pieces
+            head = b"%b %d\r\n" % (head[:-2], self.broker.cas(item))
+        self.touched.append((queue, len(out), 3, item if key.peek and whole else whole))
+        out += head, item.data, b"\r\nEND\r\n" if whole else b"\r\n"
         self.load += size + _COMMAND_COST
 
     def do_monitor(self, words):
@@ -5075,12 +5057,12 @@ class MemcacheSession(LineSession):
         count = _number(words[3], "number of items") if len(words) == 4 else UNLIMITED
         self._check_reads()
         self._check_user("get_users", name)
-        get = Get([ReadKey(words[1], words[1], name, 0, True, False, False, False)], False, False)
+        key = ReadKey(words[1], words[1], name, 0, True, False, False, False)
         self.timeout = max(0, seconds * 1000)
-        return self._monitor(get, seconds > 0, count)
+        return self._monitor(Get(key, [key], False), seconds > 0, count)
 
     def _monitor(self, get, wait, count):
-        key, = get.keys
+        key = get.key
         queue = yield from self._queue(key.name)
         limit = self.broker.settings.max_open_transactions
         while queue and count > 0 and len(self._reads_of(queue)) < limit:
@@ -6516,18 +6498,38 @@ class Worker:
 
 
 class Poller:
-    """Waits for events of sockets, and for interrupt()."""
+    """Waits for events of sockets, and for interrupt().
+
+    An event is (what was registered for the socket, whether there is something to read; else it
+    can be written). epoll is asked directly where there is one: selectors takes three times as
+    long for each event, which is 2 to 5 % of the time that a command takes.
+    """
 
     is_greeting = False                  # as a Connection may be
 
     def __init__(self, busy_poll):
-        self.selector = selectors.DefaultSelector()
+        self._selector = selectors.DefaultSelector()
+        self._watched = {}               # descriptor -> what was registered for it
+        self._epoll = None
+        if hasattr(select, "epoll"):
+            self._epoll = select.epoll.fromfd(os.dup(self._selector.fileno()))
         self._busy_poll = busy_poll      # seconds
         self._short_waits = 0            # how many in a row, see wait()
         self._left, self._right = socket.socketpair()
         self._left.setblocking(False)
         self._right.setblocking(False)
-        self.selector.register(self._left, _READ, self)
+        self.watch(self._left, 0, _READ, self)
+
+    def poll(self, timeout):
+        """Return the events that there are, or that come within `timeout` seconds (None: for
+        ever)."""
+        watched = self._watched
+        if self._epoll is None:          # not on every system
+            return [(watched[key.fd], bool(mask & _READ))
+                    for key, mask in self._selector.select(timeout)]
+        # An error, or the end of the connection, is there to be read.
+        return [(watched[fd], mask != select.EPOLLOUT)
+                for fd, mask in self._epoll.poll(timeout, len(watched))]
 
     def wait(self, timeout):
         """Wait for events, at most `timeout` seconds (None: for ever).
@@ -6535,7 +6537,7 @@ class Poller:
         Sleeping and waking up takes longer than most commands. While the waits are short, as
         with a client that answers at once, it is cheaper not to sleep.
         """
-        wait = self.selector.select
+        wait = self.poll
         start = time.monotonic()
         if self._short_waits >= _SHORT_WAITS:
             while time.monotonic() < start + self._busy_poll:
@@ -6551,18 +6553,20 @@ class Poller:
     def watch(self, sock, before, mask, data):
         """Watch a socket for other events than before (0 for none)."""
         if not mask:
-            self.selector.unregister(sock)
+            self._selector.unregister(sock)
+            del self._watched[sock.fileno()]
         elif before:
-            self.selector.modify(sock, mask, data)
+            self._selector.modify(sock, mask)
         else:
-            self.selector.register(sock, mask, data)
+            self._selector.register(sock, mask)
+            self._watched[sock.fileno()] = data
 
     def interrupt(self):
         """End a wait, or the next one. From any thread, or a signal handler."""
         with contextlib.suppress(OSError):   # full: it will turn; closed: it has stopped
             self._right.send(b"\0")
 
-    def ready(self, mask):
+    def ready(self, readable):
         """Discard what interrupt() has sent."""
         with contextlib.suppress(BlockingIOError):
             self._left.recv(4096)
@@ -6580,7 +6584,9 @@ class Poller:
 
     def close(self):
         """Close the selector; sockets are closed by their owners."""
-        self.selector.close()
+        if self._epoll is not None:
+            self._epoll.close()
+        self._selector.close()
         self._left.close()
         self._right.close()
 
@@ -6742,13 +6748,13 @@ class Connection:
         """Return whether there are answers that the kernel has not taken yet."""
         return bool(self._unsent)
 
-    def ready(self, mask):
+    def ready(self, readable):
         """Read the socket, or have answers sent: it can be read or written."""
         session, server = self.session, self.server
         if session.state is CLOSED:
             return
         server.active.append(self)
-        if not mask & _READ:
+        if not readable:
             return
         try:
             data = self.sock.recv(_CHUNK)
@@ -6799,48 +6805,54 @@ class Connection:
         if session.state is CLOSED:
             self.close()
             return
+        unsent = self._unsent
         if session.out and not session.holds:
             if self.is_traced:
                 trace.info("%s: is told %r", session.who, b"".join(session.out)[:200])
-            self._unsent += session.take()
-        if self._unsent:
+            unsent += session.take()
+        if unsent:
             try:
-                self._send()
+                if session.load < _BIG:  # as a rule
+                    unsent[:] = [b"".join(unsent)]
+                    self._sent(self.sock.send(unsent[0]))
+                else:
+                    self._send_much()
             except BlockingIOError:
                 pass
             except OSError:              # gone: the next read would have told
                 self.close()
                 return
-        if not self._unsent and not session.out:
-            session.load = 0                 # as sent() does, without a call as a rule
-            if session.state is FULL:
-                session.sent()
         state = session.state
-        if (state is not READY and state is not HELD or self.state is not READY or self._unsent
-                or self.buffered or self._watched != _READ or session.at_end):
+        if not unsent and not session.out:
+            session.load = 0                 # as sent() does, without a call as a rule
+            if state is FULL:
+                session.sent()
+                state = session.state
+        if (state is not READY and state is not HELD or self.state is not READY or unsent
+                or self.buffered):
             self.place()
 
-    def _send(self):
+    def _send_much(self):
         unsent = self._unsent
-        stats = self.server.broker.stats
         left = _MOST_SENT
-        while unsent:
+        while unsent and left:           # else the others first
             # Joining small answers is cheaper than a vector of them.
-            if len(unsent) > 1 and sum(map(len, unsent)) < _BIG:
+            if sum(map(len, unsent)) < _BIG:
                 unsent[:] = [b"".join(unsent)]
-            if len(unsent) == 1 and len(unsent[0]) <= left:
-                count = self.sock.send(unsent[0])
-            elif left:
-                count = self.sock.sendmsg(_first_of(unsent, left))
-            else:
-                return                         # the others first
+            count = self.sock.sendmsg(_first_of(unsent, left))
             left -= count
-            stats.bytes_written += count
-            self.last_active = self.server.mono
-            while unsent and count >= len(unsent[0]):
-                count -= len(unsent.pop(0))
-            if count:
-                unsent[0] = memoryview(unsent[0])[count:]
+            self._sent(count)
+
+    def _sent(self, count):
+        """Note that the kernel has taken so many bytes."""
+        unsent = self._unsent
+        server = self.server
+        server.broker.stats.bytes_written += count
+        self.last_active = server.mono
+        while unsent and count >= len(unsent[0]):
+            count -= len(unsent.pop(0))
+        if count:
+            unsent[0] = memoryview(unsent[0])[count:]
 
     # -- the state
 
@@ -7017,7 +7029,7 @@ class Listener:
         """Return whether only clients of this machine can come in."""
         return isinstance(self.address, str) or _ip_of(self.address[0]).is_loopback
 
-    def ready(self, mask):
+    def ready(self, readable):
         """Accept pending connections."""
         server = self.server
         end = server.mono + _FEED_SECONDS
@@ -7036,7 +7048,7 @@ class Listener:
             connection = self._admit(sock, address)
             if connection and not connection.is_greeting:
                 # Its first word is there as a rule: saves a turn.
-                server.visit(connection, Connection.ready, _READ)
+                server.visit(connection, Connection.ready, True)
             if time.monotonic() > end:
                 return
 
@@ -7223,20 +7235,21 @@ class Server:
         self.now = _now()
         if self.waiting:
             # These first: one that has hung up must not be given an item.
-            events.sort(key=lambda event: event[0].data not in self.waiting)
+            first = [event for event in events if event[0] in self.waiting]
+            if first:
+                events = first + [event for event in events if event[0] not in self.waiting]
         # The more there are, the less is done for each.
         self.share = self.config.server.max_output_buffer // max(
             1, len(events) + len(broker.woken) - 1)
         end = self.mono + _FEED_SECONDS
         greetings = count = 0
-        for count, (key, mask) in enumerate(events, 1):
-            one = key.data
+        for count, (one, readable) in enumerate(events, 1):
             if one.is_greeting:
                 greetings += 1
                 if greetings > _GREETINGS:
-                    continue                           # select() will tell of it again
+                    continue                           # poll() will tell of it again
             try:
-                one.ready(mask)
+                one.ready(readable)
             except Exception as error:
                 self._unexpected(one, error)
             if not count % _EVENTS_STEP and (clock() > end or len(broker.dirty) > _MOST_WRITES):
@@ -7259,13 +7272,13 @@ class Server:
         from the last one, or new ones."""
         events = self._events
         if not events or self.waiting:
-            fresh = self.poller.selector.select(0)
+            fresh = self.poller.poll(0)
             if not events:
                 return fresh
             # Of those who wait, hang-ups must be known before items come.
-            known = {event[0].data for event in events}
+            known = {one for one, _ in events}
             events += [event for event in fresh
-                       if event[0].data in self.waiting and event[0].data not in known]
+                       if event[0] in self.waiting and event[0] not in known]
         return events
 
     def later(self, delay_ms, call):
@@ -7433,11 +7446,13 @@ class Server:
         for queue in self.broker.queues.values():
             queue.abort(*queue.opens)        # in the order of all, not connection by connection
         end = time.monotonic() + 1                     # for those who have answers still to take
-        while time.monotonic() < end and any(
-                one.is_sending() for one in self.connections.values()):
-            for key, mask in self.poller.selector.select(.1):
-                if mask & _WRITE:
-                    key.data.flush()
+        while time.monotonic() < end:
+            sending = [one for one in self.connections.values() if one.is_sending()]
+            if not sending:
+                break
+            self.poller.poll(.1)
+            for connection in sending:
+                connection.flush()
         for connection in list(self.connections.values()):
             connection.close()
         self.broker.write()

@@ -29,6 +29,7 @@ import pathlib
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -370,8 +371,19 @@ def broker_of(path, text="", **options):
 
 
 def put(broker, name, *data, expiry=0, now=NOW):
-    return [broker.put(broker.route(name.encode(), now), item, 0, expiry, now)
-            for item in data]
+    """Put items as every session does; return whether each was taken."""
+    session = kestrel.Session(broker)
+    session.now = now
+    route = broker.route(name.encode(), now)
+    taken = []
+    for item in data:
+        steps = session._put(route, [item], 0, expiry)
+        try:
+            while True:
+                next(steps)
+        except StopIteration as stop:
+            taken.append(stop.value == 1)
+    return taken
 
 
 def items_of(broker, name):
@@ -825,7 +837,7 @@ DEEP = "[queue]\nmax_memory_size = 64kb\nsync_journal = never\n"
 
 def fill_deep(broker, name="q", expiry=0):
     for number in range(200):
-        broker.put(broker.route(name.encode(), NOW), b"%03d" % number * 300, 0, expiry, NOW)
+        put(broker, name, b"%03d" % number * 300, expiry=expiry)
         commit(broker, NOW)
     assert broker.queues[name]._behind
 
@@ -3917,10 +3929,8 @@ def test_only_commands_that_have_noreply_are_silent(talk, command):
 @pytest.mark.parametrize("command", ["get q/t=1000\r\n", "monitor q 10\r\n"])
 def test_a_read_in_hand_ends_when_its_queue_is_deleted(talk, command):
     """Before it waits, too: here it is dropping a run of expired items."""
-    route = talk.broker.route(b"q", NOW)
     for waiting in (False, True):
-        for _ in range(0 if waiting else 2500):
-            talk.broker.put(route, b"late", 0, NOW + 1, NOW)
+        put(talk.broker, "q", *[b"late"] * (0 if waiting else 2500), expiry=NOW + 1)
         session = talk.session("reader %s" % waiting)
         session.feed(command.encode(), NOW + 10)
         assert session.state == ("waiting" if waiting else "working")
@@ -4209,10 +4219,8 @@ def test_a_mass_expiry_is_dropped_some_in_each_turn(talk, monkeypatch, ask, answ
     """However many have expired, no turn drops more than two thousand, and a read that meets
     them is answered with what is behind them."""
     talk("get none\r\n")
-    route = talk.broker.route(b"q", NOW)
-    for number in range(2500):
-        talk.broker.put(route, b"%d" % number, 0, NOW + 1, NOW)
-    talk.broker.put(route, b"last", 0, 0, NOW)
+    put(talk.broker, "q", *map(b"%d".__mod__, range(2500)), expiry=NOW + 1)
+    put(talk.broker, "q", b"last")
     commit(talk.broker, NOW)
     talk.now += 10
     session = talk.session()
@@ -4226,7 +4234,7 @@ def test_a_mass_expiry_is_dropped_some_in_each_turn(talk, monkeypatch, ask, answ
         dropped.append(before - queue.count)
     assert max(dropped) <= 2000 and sum(dropped) >= 2500
     assert talk("version\r\n") == answer + "VERSION 1.0.0\r\n"
-    assert talk.broker.stats.cmd_get == 1 + ask.startswith(("get", "monitor")) * (
+    assert dict(talk.broker.server_stats(NOW))["cmd_get"] == 1 + ask.startswith(("get", "monitor")) * (
         "peek" not in ask) + ask.startswith("get none")
 
 
@@ -4234,9 +4242,7 @@ def test_a_get_that_closes_meets_a_mass_expiry(talk):
     """The read that it closes is closed once, though the get goes on in later turns."""
     for data in ("1", "2"):
         talk(set_("q", data) + "get q/open\r\n")
-    route = talk.broker.route(b"q", NOW)
-    for number in range(2500):
-        talk.broker.put(route, b"late", 0, NOW + 1, NOW)
+    put(talk.broker, "q", *[b"late"] * 2500, expiry=NOW + 1)
     talk.now += 10
     assert talk("get q/close/open\r\n") == "END\r\n"
     assert [item.data for item in talk.broker.queues["q"].opens.values()] == [b"2"]
@@ -4474,8 +4480,8 @@ def test_one_large_item_for_many_readers_is_in_memory_once(talk):
     (b"get q\r\n", 1), (b"set q 0 0 1\r\nx\r\n", 1), (b"version\r\n", 1),
     (b"set q 0 0 1 noreply\r\nx\r\n", 0), (b"get q/close\r\n", 1), (b"incr q 1\r\n", 1)])
 def test_a_pipeline_of_small_commands_takes_many_turns(talk, command, per_command):
-    put_some(talk, "q", b"x")
-    session = talk.session()
+    talk(set_("q", "x") + "get q\r\n")
+    session = talk.session("another")
     before = talk.broker.queues["q"].counters.total_items
     turns = list(turns_of(session, command * 5000))
     assert 5 <= len(turns) < 50
@@ -5482,8 +5488,9 @@ def test_hang_ups_of_a_turn_are_seen_before_its_items_are_handed_out(tmp_path):
     for client in waiters[:-1]:
         client.close()
     time.sleep(0.05)                         # all of it is there before the loop looks
-    select = server.poller.selector.select   # the put is heard of first: it was accepted first
-    server.poller.selector.select = lambda timeout: sorted(select(timeout), key=lambda event: event[0].fd)
+    poll = server.poller.poll                # the put is heard of first
+    server.poller.poll = lambda timeout: sorted(
+        poll(timeout), key=lambda event: event[0] in server.waiting)
     server.turn()
     assert waiters[-1].item() == b"x"
     server.broker.stopping = True
@@ -5579,13 +5586,27 @@ def test_client_timeout(serve):
     assert waiting.line() == ""
 
 
+def test_systems_without_epoll_are_served_too(serve, monkeypatch):
+    monkeypatch.delattr(select, "epoll", raising=False)
+    server = serve()
+    getter, putter = server.client(), server.client()
+    getter.send("get q/t=20000\r\n")
+    until(lambda: server.server.waiting)
+    data = b"x" * (8 << 20)                  # has to be waited for in both directions
+    putter.put("q", data)
+    assert getter.item() == data
+    getter.send("version\r\n")
+    getter.close()
+    until(lambda: len(server.server.connections) == 1)
+
+
 class Polls:
-    """A selector in whose place a made-up clock goes on by `gap` until there is an event."""
+    """Poller.poll(), while a made-up clock goes on by `gap` until there is an event."""
 
     def __init__(self, clock):
         self.clock, self.gap, self.timeouts = clock, 0, []
 
-    def select(self, timeout):
+    def __call__(self, timeout):
         self.timeouts.append(timeout)
         if timeout == 0:
             self.clock.now += 0.00001
@@ -5605,14 +5626,14 @@ def test_the_server_does_not_sleep_while_waits_are_short(
         tmp_path, "[server]\nbusy_poll = %s\n" % busy_poll, memcache_port="0"))
     monkeypatch.setattr(kestrel, "time", clock)
     poller = server.poller
-    real, poller.selector = poller.selector, Polls(clock)
+    real, poller.poll = poller.poll, Polls(clock)
 
     def wait(gap):
         """Wait for an event that comes in so many microseconds: does it sleep, or poll?"""
-        poller.selector.gap = gap / 1e6
-        poller.selector.timeouts.clear()
+        poller.poll.gap = gap / 1e6
+        poller.poll.timeouts.clear()
         assert poller.wait(None) == ["event"]
-        return {"poll" if timeout == 0 else "sleep" for timeout in poller.selector.timeouts}
+        return {"poll" if timeout == 0 else "sleep" for timeout in poller.poll.timeouts}
 
     for _ in range(4):
         assert wait(50) == {"sleep"}
@@ -5622,7 +5643,7 @@ def test_the_server_does_not_sleep_while_waits_are_short(
     for _ in range(4):
         assert wait(50) == {"sleep"}
     assert wait(50) == ({"poll"} if polls else {"sleep"})
-    poller.selector = real
+    poller.poll = real
     server._stop()
 
 
@@ -5635,7 +5656,7 @@ def test_a_turn_sees_to_some_connections_and_the_next_to_the_others(tmp_path, mo
         server.turn()
     for client in clients:
         client.send("set q 0 0 1\r\nx\r\n")
-    until(lambda: len(server.poller.selector.select(0)) == 10)
+    until(lambda: len(server.poller.poll(0)) == 10)
     server.broker.route(b"q")
     for done in 3, 6, 9, 10:
         server.turn()
@@ -5726,7 +5747,7 @@ def commands_of(session_type):
 EVERY_COMMAND = [
     *[("memcache", name, name[3:].encode() + b" q\r\n")
       for name in commands_of(kestrel.MemcacheSession)],
-    ("memcache", "_store", b"set q 0 0 1\r\nx\r\n"),
+    ("memcache", "store", b"set q 0 0 1\r\nx\r\n"),
     ("memcache", "_store_in_steps", b"set new 0 0 1\r\nx\r\n"),
     ("memcache", "_get_in_steps", b"get new\r\n"), ("memcache", "_next", b"get a b\r\n"),
     *[("text", name, name[3:].encode() + b" q 1\n") for name in commands_of(kestrel.TextSession)],
@@ -6344,8 +6365,7 @@ def test_a_kernel_that_cannot_accept_is_not_asked_all_the_time(serve, monkeypatc
     server = serve()
     client = server.client()
     client.put("q", b"x")
-    listener, = [key.data for key in server.server.poller.selector.get_map().values()
-                 if isinstance(key.data, kestrel.Listener)]
+    listener, = server.server.listeners
 
     class Exhausted:
         def __init__(self, sock):
