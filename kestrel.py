@@ -59,28 +59,23 @@ Two clocks: `now` is the time of day in milliseconds of the epoch, for items (ad
 time, expiry) only; whatever waits is timed by the server on the monotonic clock.
 """
 
+# What only some use is imported where it is used: the start takes half as long without.
 import argparse
 import array
 import base64
 import collections
 import configparser
 import contextlib
-import difflib
 import errno
 import fcntl
 import functools
 import gc
-import getpass
-import hashlib
 import heapq
-import hmac
 import io
 import ipaddress
 import itertools
 import json
 import logging
-import logging.handlers
-import mmap
 import operator
 import os
 import queue as queues
@@ -88,15 +83,11 @@ import re
 import resource
 import select
 import selectors
-import shlex
 import signal
 import socket
-import ssl
 import stat
 import struct
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import types
@@ -378,6 +369,7 @@ def _hint(key, settings):
     for section, others in (("server", SERVER_SETTINGS), ("queue", QUEUE_SETTINGS)):
         if key in others:
             return "; it belongs in [%s]" % section
+    import difflib
     near = difflib.get_close_matches(key, settings, 1)
     return "; did you mean %s?" % near[0] if near else ""
 
@@ -406,38 +398,45 @@ class QueueConfig(Values):
         return _shown(QUEUE_SETTINGS, vars(self))
 
 
-class TLSSocket(ssl.SSLSocket):
-    """A TLS socket that behaves like a plain non-blocking one: the handshake is part of the first
-    reads."""
+@functools.lru_cache(maxsize=None)
+def tls_socket_class():
+    """Return the class of TLS sockets."""
+    import ssl
 
-    _is_over = False                 # after shutdown()
+    class TLSSocket(ssl.SSLSocket):
+        """A TLS socket that behaves like a plain non-blocking one: the handshake is part of the first
+        reads."""
 
-    def recv(self, size):
-        if self._is_over:
-            return super().recv(size)    # in plain, to be thrown away
-        try:
-            return self.read(size)
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            raise BlockingIOError from None
-        except ValueError as error:      # it was gone before it was wrapped, and so is not
-            raise ConnectionError(str(error)) from None
+        _is_over = False                 # after shutdown()
 
-    def send(self, data):
-        try:
-            # Some versions of OpenSSL reject empty data.
-            return super().send(data) if data else 0
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            raise BlockingIOError from None
+        def recv(self, size):
+            if self._is_over:
+                return super().recv(size)    # in plain, to be thrown away
+            try:
+                return self.read(size)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                raise BlockingIOError from None
+            except ValueError as error:      # it was gone before it was wrapped, and so is not
+                raise ConnectionError(str(error)) from None
 
-    def sendmsg(self, buffers):
-        # After SSLWantWriteError OpenSSL expects the same bytes again, or more.
-        return self.send(b"".join(buffers))
+        def send(self, data):
+            try:
+                # Some versions of OpenSSL reject empty data.
+                return super().send(data) if data else 0
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                raise BlockingIOError from None
 
-    def shutdown(self, how):
-        with contextlib.suppress(OSError, ValueError):
-            self.unwrap()                # send close_notify, without waiting for the reply
-        self._is_over = True
-        super().shutdown(how)
+        def sendmsg(self, buffers):
+            # After SSLWantWriteError OpenSSL expects the same bytes again, or more.
+            return self.send(b"".join(buffers))
+
+        def shutdown(self, how):
+            with contextlib.suppress(OSError, ValueError):
+                self.unwrap()                # send close_notify, without waiting for the reply
+            self._is_over = True
+            super().shutdown(how)
+
+    return TLSSocket
 
 
 class Config:
@@ -590,8 +589,11 @@ class Config:
     def _read_tls(self):
         """Return the ssl.SSLContext of the ports, None without a tls_cert."""
         settings = self.server
+        if not (settings.tls_cert or settings.tls_key or settings.tls_client_ca):
+            return None
+        import ssl
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.sslsocket_class = TLSSocket
+        context.sslsocket_class = tls_socket_class()
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)      # not on PyPy
         for key in ("tls_cert", "tls_key", "tls_client_ca"):
@@ -615,7 +617,7 @@ class Config:
                                   key) from None
             except (OSError, ValueError) as error:
                 raise self._error("%s: %s" % (key, error), "server", key) from None
-        return context if settings.tls_cert else None
+        return context
 
     def _read_auth_file(self):
         path = self.server.auth_file
@@ -681,6 +683,7 @@ LOGIN_MS = 60000
 def hash_password(password, salt=None, rounds=200000):
     """Hash a password (bytes) for an auth_file: PBKDF2 (RFC 8018) with HMAC-SHA256, written as
     `pbkdf2$rounds$salt$digest`. Deliberately slow: about 0.1 s of processor time."""
+    import hashlib
     salt = salt or os.urandom(16)
     digest = hashlib.pbkdf2_hmac("sha256", password, salt, rounds)
     return "pbkdf2$%d$%s$%s" % (rounds, salt.hex(), digest.hex())
@@ -688,6 +691,7 @@ def hash_password(password, salt=None, rounds=200000):
 
 def is_password(password, stored):
     """Return whether a password (bytes) matches what hash_password() has returned."""
+    import hmac
     _, rounds, salt, _ = stored.split("$")
     made = hash_password(password, bytes.fromhex(salt), int(rounds))
     return hmac.compare_digest(made, stored)
@@ -734,6 +738,7 @@ class Logins:
         return self._broker.config.users.get(os.fsdecode(name), _NOBODY)
 
     def _digest(self, name, password):
+        import hmac
         stored = self._stored(name)      # so that a changed password is not known any more
         return hmac.new(self._key, b"%b %b" % (stored.encode(), password), "sha256").digest()
 
@@ -824,6 +829,10 @@ class Item:
         return stub
 
 
+# What an item takes of the memory besides its data, in bytes: about that is what CPython 3.8
+# to 3.13 were seen to need.
+ITEM_COST = 200
+
 # The opcodes. What this server writes is ADDX, REMOVE, SAVE_XID, OPEN, CONFIRM, UNREMOVE,
 # and ADDF where flags or deliveries need it; the others it only reads.
 ADD, REMOVE, ADDX, OPEN_NEXT, SAVE_XID = 0, 1, 2, 3, 4
@@ -850,14 +859,15 @@ _HEADS = {
 _LONGEST_HEAD = 1 + max(head.size for head in _HEADS.values())
 _XID = struct.Struct("<i")
 
-_pack_addx = struct.Struct("<Biqq").pack
+_ADDX = struct.Struct("<Biqq")         # the head that most items have, with its opcode
+_pack_addx = _ADDX.pack
 _pack_addf = struct.Struct("<BiqqII").pack
 _pack_xid = struct.Struct("<Bi").pack
 
 # A larger count of deliveries means a corrupt record.
 _MOST_DELIVERIES = 1000000
 
-_READ_SIZE = 1 << 20
+_READ_SIZE = 1 << 17
 _LARGE = 1 << 20                # bytes of a write that is not done on the loop's thread
 _STEP_SIZE = 1 << 20            # bytes that a task reads or writes in one step
 
@@ -882,15 +892,18 @@ class Damage(Exception):
         self.file = file
 
 
-def read_records(file, piece=_READ_SIZE):
+def read_records(file, piece=_READ_SIZE, take_run=None):
     """Yield (opcode, xid, item, end offset) for each record of the open binary `file`, which
-    is read in pieces of `piece` bytes.
+    is read in pieces of `piece` bytes, enough for a head.
 
     The item is None and the xid 0 where the record has none. Raises Damage at the first
-    byte from which no whole record can be read.
+    byte from which no whole record can be read. take_run: called with (data, pos, the offset
+    of data in the file) where there is an ADDX record at data[pos]. It may take that and those
+    that follow itself, see read_run(), and returns where what it has not taken begins.
     """
     data, pos, base = b"", 0, 0           # data[pos] is the byte base + pos of the file
     addx = _HEADS[ADDX]
+    last = None                           # the opcode before
     while True:
         if len(data) - pos < _LONGEST_HEAD:
             data = data[pos:] + file.read(piece)
@@ -902,9 +915,16 @@ def read_records(file, piece=_READ_SIZE):
         xid = 0
         try:
             if opcode == ADDX:               # as a rule
+                if take_run and last == ADDX:          # several, perhaps very many
+                    end = take_run(data, pos, base)
+                    if end > pos:
+                        pos = end
+                        continue
+                last = ADDX
                 size, add_time, expiry = addx.unpack_from(data, pos + 1)
                 item, start, size = Item(None, add_time, expiry), pos + 21, size - 16
             elif opcode in _HEADS:
+                last = opcode
                 item, xid, start, size = _parse_head(data, pos)
                 if item.deliveries >= _MOST_DELIVERIES:      # an ADDX with a flipped bit
                     raise Damage(base + pos, "impossible count of deliveries", torn=False)
@@ -915,6 +935,7 @@ def read_records(file, piece=_READ_SIZE):
                 elif opcode not in (REMOVE, OPEN_NEXT):
                     raise Damage(base + pos, "unknown opcode %d" % opcode, torn=False)
                 pos += 1
+                last = opcode
                 yield opcode, xid, None, base + pos
                 continue
         except struct.error:
@@ -932,6 +953,41 @@ def read_records(file, piece=_READ_SIZE):
         item.data = data[start:end]
         pos = end
         yield opcode, xid, item, base + pos
+
+
+def read_run(data, pos, items, room):
+    """Append the items of whole ADDX records at data[pos:] to `items`, as many as `room` bytes of
+    memory have room for. Return (the end of the last, the size of their data)."""
+    unpack, head = _ADDX.unpack_from, _ADDX.size
+    size = 0
+    while pos + head <= len(data):
+        opcode, length, add_time, expiry = unpack(data, pos)
+        length -= 16
+        end = pos + head + length
+        room -= length + ITEM_COST
+        if opcode != ADDX or length < 0 or end > len(data) or room < 0:
+            break
+        items.append(Item(data[pos + head:end], add_time, expiry))
+        size += length
+        pos = end
+    return pos, size
+
+
+def skip_run(data, pos):
+    """Skip the whole ADDX records at data[pos:]. Return (the end of the last, their number, the
+    size of their data)."""
+    unpack, head = _ADDX.unpack_from, _ADDX.size
+    start = pos
+    count = 0
+    last = len(data) - head
+    while pos <= last:
+        opcode, length, _, _ = unpack(data, pos)
+        end = pos + head - 16 + length
+        if opcode != ADDX or length < 16 or end > len(data):
+            break
+        count += 1
+        pos = end
+    return pos, count, pos - start - count * head
 
 
 def _only_zeros(data, file):
@@ -1534,10 +1590,12 @@ class Journal:
 
     # -- reading
 
-    def read(self, file):
-        """Yield the records of one file, as read_records does. Raises Damage."""
-        with open(file.path, "rb") as source:
-            yield from read_records(source)
+    def read(self, file, take_run):
+        """Yield the records of one file, as read_records() does. Raises Damage."""
+        is_open = file.fd is not None
+        with open(file.fd if is_open else file.path, "rb", 0, closefd=not is_open) as source:
+            source.seek(0)
+            yield from read_records(source, min(_READ_SIZE, file.size + 1), take_run)
 
     def load_call(self, item):
         """Return the call that gives a stub its data back. Raises OSError, as does the call."""
@@ -1903,6 +1961,7 @@ class Journal:
             self.size -= file.size
             file.size = 0
             return
+        import mmap
         with open(file.path, "rb") as source, mmap.mmap(
                 source.fileno(), 0, prot=mmap.PROT_READ) as data:
             cuts = list(find_damage(data, start))
@@ -2105,10 +2164,6 @@ class ReadBehind:
 # each change. Can be used alone. Knows no sockets, no protocols, no other queues: what expires
 # is handed to its host, which is also told when there is something to write.
 
-
-# What an item takes of the memory besides its data, in bytes: about that is what CPython 3.8
-# to 3.13 were seen to need.
-ITEM_COST = 200
 
 # How much memory each queue may use though the server has reached max_memory, in bytes.
 MEMORY_FLOOR = 1 << 18
@@ -2815,17 +2870,27 @@ class Queue:
         last_head = 0                   # the last file that does something to the head
         told = time.monotonic()
         done = 0                        # bytes of the files before this one
-        records = 0
+        look = offset = 0               # where the clock is looked at, where the next record is
+
+        def take_run(data, pos, base):
+            nonlocal offset
+            before = self.count
+            end = self._append_run(data, pos)
+            added[-1] += self.count - before
+            offset = base + end
+            return end
+
         for number, file in enumerate(journal.files):
             yield file
             added.append(0)
             offset = 0
-            for opcode, xid, item, end in journal.read(file):
-                records += 1
-                if not records % 10000 and time.monotonic() > told + _PROGRESS_SECONDS:
-                    told = time.monotonic()
-                    log.info("loading %s: %d %%, %d items", self.name,
-                             100 * (done + offset) // journal.size, self.count)
+            for opcode, xid, item, end in journal.read(file, take_run):
+                if done + offset > look:
+                    look = done + offset + _STEP_SIZE // 4
+                    if time.monotonic() > told + _PROGRESS_SECONDS:
+                        told = time.monotonic()
+                        log.info("loading %s: %d %%, %d items", self.name,
+                                 100 * (done + offset) // journal.size, self.count)
                 if item is not None:
                     added[-1] += 1
                     if opcode == CONTINUE:
@@ -2870,6 +2935,20 @@ class Queue:
         if not self.items:
             self._read_more(self.count)
         return self._take()
+
+    def _append_run(self, data, pos):
+        """Append the items of whole ADDX records at data[pos:], as long as memory is not used up
+        by one; return where they end."""
+        if self._behind is None:
+            before = len(self.items)
+            end, size = read_run(data, pos, self.items, self._allowance - self.memory)
+            count = len(self.items) - before
+            self.memory += size + count * ITEM_COST
+        else:
+            end, count, size = skip_run(data, pos)
+        self.count += count
+        self.bytes += size
+        return end
 
     def _append(self, item, file, offset):
         """Append an item that stands at `offset` of a file of the journal."""
@@ -6325,6 +6404,7 @@ always()
 @functools.lru_cache(maxsize=None)
 def _page_policy():
     """Return a Content-Security-Policy that lets only the page's own script run."""
+    import hashlib
     script = _PAGE.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return ("default-src 'none'; script-src 'sha256-%s'; style-src 'unsafe-inline'; "
@@ -6695,6 +6775,8 @@ def _first_of(pieces, size):
 
 def _run_status_command(command, status, endpoints):
     """Run a status_command; blocks."""
+    import shlex
+    import subprocess
     try:
         subprocess.run([*shlex.split(command), status, *endpoints], check=True,
                        timeout=_ANNOUNCE_SECONDS, stdin=subprocess.DEVNULL)
@@ -6728,7 +6810,7 @@ class Connection:
         self.session = session
         self.since = server.mono
         self.last_active = server.mono   # when it said something, or took some of its answers
-        self.is_greeting = isinstance(sock, TLSSocket)         # the handshake is not done
+        self.is_greeting = hasattr(sock, "do_handshake")       # which is not done yet
         self.is_traced = server.config.server.enable_session_trace
         self.state = READY               # what place() has arranged; HELD may be READY for it
         self.buffered = 0                # bytes of input and output that server.buffered counts
@@ -6761,7 +6843,7 @@ class Connection:
         except BlockingIOError:
             return
         except OSError as error:         # reset: it will take no answers either
-            if isinstance(error, ssl.SSLError):
+            if hasattr(error, "reason"):               # it is an ssl.SSLError
                 log.info("%s: TLS: %s", session.who, error.reason or error)
             self.close()
             return
@@ -7806,6 +7888,7 @@ def serve(port=0, spool=None, config=None):
     """
     with contextlib.ExitStack() as stack:
         if spool is None:
+            import tempfile
             spool = stack.enter_context(tempfile.TemporaryDirectory(prefix="kestrel-"))
         overrides = {"memcache_port": str(port), "queue_path": os.fspath(spool)}
         if "admin_port" not in Config(config).given:
@@ -7871,6 +7954,9 @@ def main(arguments=None):
         if options.check:
             print("\n".join(config.lines()))
             return 0
+        # A collection looks at every item in memory, for a tenth of a second with half a million
+        # of them, and finds nothing: what is let go of here is in no cycle.
+        gc.disable()
         _set_up_log(config.server)
         _handle_first_signals()
         _raise_file_limit()
@@ -7886,9 +7972,6 @@ def main(arguments=None):
     watchdog = int(os.environ.get("WATCHDOG_USEC", 0))
     if watchdog and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
         server.keep_watch(watchdog // 2000)            # twice as often as it wants it
-    # A collection looks at every item in memory, for a tenth of a second with half a million
-    # of them, and finds nothing: what is let go of here is in no cycle.
-    gc.disable()
     server.run()
     return 0
 
@@ -7933,6 +8016,7 @@ def _pack(path):
 
 def _hash_password():
     """Print what stands in an auth_file for a password."""
+    import getpass
     try:
         password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
     except (EOFError, KeyboardInterrupt):
@@ -7971,20 +8055,26 @@ class LogStream(logging.Handler):
             self._dropped += 1
 
 
-class LogFile(logging.handlers.WatchedFileHandler):
-    """A log file that falls back to standard error while it cannot be reopened."""
+def _log_file(path):
+    """Return the handler of a log file. Raises OSError."""
+    from logging import handlers
 
-    _stream = LogStream()
+    class LogFile(handlers.WatchedFileHandler):
+        """A log file that falls back to standard error while it cannot be reopened."""
 
-    def emit(self, record):
-        try:
-            super().emit(record)
-        except OSError as error:
-            self._stream.write("log_file: %s: %s" % (error, self.format(record)))
+        _stream = LogStream()
 
-    def _open(self):
-        # Names of queues are any bytes.
-        return open(self.baseFilename, self.mode, encoding="utf-8", errors="backslashreplace")
+        def emit(self, record):
+            try:
+                super().emit(record)
+            except OSError as error:
+                self._stream.write("log_file: %s: %s" % (error, self.format(record)))
+
+        def _open(self):
+            # Names of queues are any bytes.
+            return open(self.baseFilename, self.mode, encoding="utf-8", errors="backslashreplace")
+
+    return LogFile(path)
 
 
 def _set_up_log(settings):
@@ -7993,7 +8083,7 @@ def _set_up_log(settings):
     root.setLevel(settings.log_level.upper())
     if settings.log_file:
         try:
-            handler = LogFile(settings.log_file)
+            handler = _log_file(settings.log_file)
         except OSError as error:
             raise OSError(error.errno, "log_file %s: %s" % (settings.log_file, error.strerror)
                           ) from None
