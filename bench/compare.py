@@ -2,16 +2,20 @@
 # Copyright (c) the kestrel.py authors. MIT License, see LICENSE.
 """How fast kestrel.py is beside redis and beanstalkd, as far as these are on this machine.
 
-    python3 bench/compare.py                              # with bench/load.py, slow to drive
-    python3 bench/compare.py --qload /tmp/qload           # with a load generator in C
+    cc -O2 -o /tmp/qload bench/qload.c -lpthread          # the load generator
+    python3 bench/compare.py --qload /tmp/qload
     python3 bench/compare.py --qload /tmp/qload --only put-get flood --rounds 9
     python3 bench/compare.py --qload /tmp/qload --python python3.8 --python pypy3
+    python3 bench/compare.py --qload /tmp/qload --floor floor.py     # a bare loop, see --help
+    python3 bench/compare.py                              # with bench/load.py, slow to drive
 
 All servers run at the same time and are driven in turns, so that a noisy machine is as
-noisy for each; what is printed are medians, and the ratio of kestrel.py to the others.
+noisy for each. What is printed are medians: operations a second, the ratio of kestrel.py to
+the others, and the processor time of the server for an operation, user + system.
 """
 
 import argparse
+import collections
 import os
 import re
 import shutil
@@ -28,13 +32,17 @@ DAEMON = os.path.join(HERE, os.pardir, "kestrel.py")
 LOAD = os.path.join(HERE, "load.py")
 
 # What the load generators call the servers' protocols.
-KINDS = {"kestrel": "mc", "redis": "redis", "beanstalkd": "bs"}
+KINDS = {"kestrel": "mc", "redis": "redis", "beanstalkd": "bs", "floor": "mc"}
+
+# What was measured: operations a second, and the microseconds of processor time that the server
+# took for each, in user mode and in the system.
+Figure = collections.namedtuple("Figure", "rate user system")
 
 
 class Peer:
     """A server, started with a port and a directory of its own."""
 
-    def __init__(self, name, python, durable, work):
+    def __init__(self, name, python, durable, work, floor):
         self.name = name
         self.python = python
         self.kind = KINDS[name.split()[0]]
@@ -43,7 +51,9 @@ class Peer:
             sock.bind(("127.0.0.1", 0))
             self.port = sock.getsockname()[1]
         port = str(self.port)
-        if self.kind == "mc":
+        if name == "floor":
+            command = [sys.executable, os.path.abspath(floor), port, os.path.join(directory, "spool")]
+        elif self.kind == "mc":
             config = os.path.join(directory, "kestrel.conf")
             with open(config, "w") as file:
                 file.write("[server]\nadmin_port = off\nmemcache_port = %s\nqueue_path = %s\n"
@@ -70,36 +80,52 @@ class Peer:
                     raise OSError("%s does not start" % self.name) from None
                 time.sleep(0.05)
 
+    def measure(self, count, run):
+        """Return the Figure of run(), which does `count` operations and returns their rate."""
+        before = self._used()
+        rate = run()
+        return Figure(rate, *[(now - then) / count for then, now in zip(before, self._used())])
+
+    def _used(self):
+        with open("/proc/%d/stat" % self.process.pid) as file:
+            fields = file.read().rpartition(")")[2].split()
+        return [int(ticks) * 1e6 / os.sysconf("SC_CLK_TCK") for ticks in fields[11:13]]
+
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
         self.process.wait()
 
 
 class Qload:
-    """The load generator in C; each method gives operations a second."""
+    """The load generator in C."""
 
     def __init__(self, path, scale):
         self.path = path
         self.scale = scale
 
     def __call__(self, peer, mode, clients, count, *more):
-        return self._figure(self._start(peer, mode, clients, count * self.scale, *more),
-                            r"ops/s=(\d+)")
+        if peer.name == "floor":         # it knows no open reads and no waits
+            mode = mode.replace("rflood", "flood")
+            more = [word for word in more if word not in ("-T", "0")]
+        count = max(1, int(count * self.scale))
+        return peer.measure(count, lambda: self._figure(
+            self._start(peer, mode, clients, count, *more), r"ops/s=(\d+)"))
 
     def misses(self, peer, clients):
         """Gets of an empty queue: they go on until an item comes."""
         process = self._start(peer, "get", clients, 1, "-T", "0")
         time.sleep(2 * self.scale)
-        self(peer, "put", 1, 1 / self.scale)
+        self._figure(self._start(peer, "put", 1, 1), "ops/s=(\\d+)")
         line = process.stdout.read()
         process.stdout = None
         self._figure(process, "", line)
-        return int(re.search(r"miss=(\d+)", line)[1]) / float(re.search(r"sec=([\d.]+)", line)[1])
+        rate = int(re.search(r"miss=(\d+)", line)[1]) / float(re.search(r"sec=([\d.]+)", line)[1])
+        return Figure(rate, None, None)
 
     def _start(self, peer, mode, clients, count, *more):
         return subprocess.Popen(
             [self.path, "-p", str(peer.port), "-k", peer.kind, "-m", mode, "-c", str(clients),
-             "-n", str(max(1, int(count))), *more], stdout=subprocess.PIPE, text=True)
+             "-n", str(count), *more], stdout=subprocess.PIPE, text=True)
 
     def _figure(self, process, pattern, out=None):
         if out is None:
@@ -119,11 +145,11 @@ class Load:
         tests = {"put": ["put-many"], "flood": ["flood"], "rflood": ["flood", "-r"]}
         if mode not in tests or more:
             return None
-        out = subprocess.run(
+        count = int(count * self.scale / 10)
+        return peer.measure(count, lambda: float(re.search(r"(\d+) items/s", subprocess.run(
             [sys.executable, LOAD, *tests[mode], "-p", str(peer.port), "-k", peer.kind,
-             "-c", str(clients), "-n", str(int(count * self.scale / 10))],
-            stdout=subprocess.PIPE, text=True, check=True).stdout
-        return float(re.search(r"(\d+) items/s", out)[1])
+             "-c", str(clients), "-n", str(count)],
+            stdout=subprocess.PIPE, text=True, check=True).stdout)[1]))
 
     def misses(self, peer, clients):
         return None
@@ -145,8 +171,7 @@ def reliable(load, peer, *arguments):
 
 def churn(load, peer, *arguments):
     yield "connect, put, close", load(peer, "churn", *arguments)
-    while load(peer, "get", 10, arguments[1]) is None:   # what it has put, in no table
-        return
+    load(peer, "get", 10, arguments[1])  # what it has put, in no table
 
 
 def polls(load, peer, clients, count):
@@ -160,7 +185,8 @@ def polls(load, peer, clients, count):
 WORKS = {
     "put-get": (put_get, (100, 100000), False, KINDS, "100 connections"),
     "flood": (flood, (100, 100000), False, KINDS, "50 producers, 50 consumers"),
-    "reliable": (reliable, (100, 100000), False, ["kestrel"], "50 producers, 50 consumers"),
+    "reliable": (reliable, (100, 100000), False, ["kestrel", "floor"], "50 producers, 50 consumers"),
+    "drain": (put_get, (16, 100000), False, KINDS, "16 connections"),
     "one": (put_get, (1, 30000), False, KINDS, "one connection"),
     "pair": (flood, (2, 30000), False, KINDS, "one producer, one consumer"),
     "pipelined": (put_get, (4, 200000, "-P", "50"), False, KINDS, "4 connections, 50 deep"),
@@ -180,12 +206,14 @@ def measure(options, work, directory):
     names += [(name, None) for name, program in (
         ("redis", "redis-server"), ("beanstalkd", "beanstalkd"))
         if name in kinds and name not in options.without and shutil.which(program)]
+    if options.floor and not durable and "floor" in kinds:
+        names.append(("floor", sys.executable))
     load = Qload(options.qload, options.scale) if options.qload else Load(options.scale)
     peers = []
     figures = {}
     try:
         for name, python in names:
-            peers.append(Peer(name, python, durable, directory))
+            peers.append(Peer(name, python, durable, directory, options.floor))
         for _ in range(options.rounds):
             for peer in peers:
                 for what, figure in call(load, peer, *arguments):
@@ -199,12 +227,19 @@ def measure(options, work, directory):
 
 def report(work, figures):
     for what, servers in figures.items():
-        medians = {name: statistics.median(values) for name, values in servers.items()}
-        first = next(iter(medians.values()))
-        print("| %s, %s | %s |" % (what, WORKS[work][4], " | ".join(
-            "%s %s" % (name, format(round(median), ",")) if median == first
-            else "%s %s (%.2f)" % (name, format(round(median), ","), first / median)
-            for name, median in medians.items())), flush=True)
+        cells = []
+        first = None
+        for name, measured in servers.items():
+            rate = statistics.median(figure.rate for figure in measured)
+            cell = "%s %s" % (name, format(round(rate), ","))
+            if first:
+                cell += " (%.2f)" % (first / rate)
+            first = first or rate
+            if measured[0].user is not None:
+                cell += ", %.1f + %.1f" % tuple(
+                    statistics.median(time) for time in list(zip(*measured))[1:])
+            cells.append(cell)
+        print("| %s, %s | %s |" % (what, WORKS[work][4], " | ".join(cells)), flush=True)
 
 
 def main():
@@ -212,13 +247,15 @@ def main():
     parser.add_argument("--qload", help="the path of qload, a load generator in C")
     parser.add_argument("--python", action="append",
                         help="the Python to run kestrel.py with; may be given several times")
+    parser.add_argument("--floor", metavar="PATH", help="a server that does the least that can "
+                        "be done in Python, to be started as PATH PORT SPOOL")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1, help="how much work a round is")
     parser.add_argument("--only", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--without", nargs="+", default=[], choices=["redis", "beanstalkd"])
     options = parser.parse_args()
-    print("Operations a second, medians of %d rounds; in brackets: kestrel divided by it."
-          % options.rounds)
+    print("Operations a second (kestrel divided by it), microseconds of the processor for each, "
+          "user + system; medians of %d rounds." % options.rounds)
     with tempfile.TemporaryDirectory() as directory:
         for work in options.only:
             report(work, measure(options, work, directory))
