@@ -6895,10 +6895,13 @@ class Connection:
         if unsent:
             try:
                 if session.load < _BIG:  # as a rule
-                    unsent[:] = [b"".join(unsent)]
-                    self._sent(self.sock.send(unsent[0]))
+                    data = b"".join(unsent)
+                    count = self.sock.send(data)
+                    unsent[:] = [memoryview(data)[count:]] if count < len(data) else ()
                 else:
-                    self._send_much()
+                    count = self._send_much()
+                self.server.broker.stats.bytes_written += count
+                self.last_active = self.server.mono
             except BlockingIOError:
                 pass
             except OSError:              # gone: the next read would have told
@@ -6915,26 +6918,25 @@ class Connection:
             self.place()
 
     def _send_much(self):
+        """Send as much as the kernel takes, and as is fair to the others; return how much."""
         unsent = self._unsent
         left = _MOST_SENT
-        while unsent and left:           # else the others first
+        while unsent and left:
             # Joining small answers is cheaper than a vector of them.
             if sum(map(len, unsent)) < _BIG:
                 unsent[:] = [b"".join(unsent)]
-            count = self.sock.sendmsg(_first_of(unsent, left))
+            try:
+                count = self.sock.sendmsg(_first_of(unsent, left))
+            except BlockingIOError:
+                if left < _MOST_SENT:
+                    break
+                raise
             left -= count
-            self._sent(count)
-
-    def _sent(self, count):
-        """Note that the kernel has taken so many bytes."""
-        unsent = self._unsent
-        server = self.server
-        server.broker.stats.bytes_written += count
-        self.last_active = server.mono
-        while unsent and count >= len(unsent[0]):
-            count -= len(unsent.pop(0))
-        if count:
-            unsent[0] = memoryview(unsent[0])[count:]
+            while unsent and count >= len(unsent[0]):
+                count -= len(unsent.pop(0))
+            if count:
+                unsent[0] = memoryview(unsent[0])[count:]
+        return _MOST_SENT - left
 
     # -- the state
 
@@ -7500,6 +7502,8 @@ class Server:
                 connection.flush(failed, unsafe)
             except Exception as error:
                 self._unexpected(connection, error)
+        if self.broker.woken:            # the others have nothing more to do
+            self.broker.woken = [one for one in self.broker.woken if one.state is WORKING]
 
     # -- the end
 
