@@ -1030,10 +1030,10 @@ def _encode(ops):
             chunks.append(item.data)
         elif opcode == REMOVE:
             chunks.append(b"\1")
-        elif opcode == FLUSH:
-            chunks.append(b"\1" * xid)
-        else:
+        elif opcode != FLUSH:
             chunks.append(_pack_xid(opcode, xid))
+        else:
+            chunks.append(b"\1" * xid)
     return chunks
 
 
@@ -4577,11 +4577,13 @@ class Session:
         del reads[:count]
         if not reads:
             self.open_reads.pop(queue, None)
-        self._ended += [(queue, xid) for xid in xids]
         self._rest_on(queue, whole)
-        if confirm:
-            return sum([queue.confirm(xid) for xid in xids])
-        return queue.abort(*xids, now=self.now)
+        confirmed = 0
+        for xid in xids:
+            self._ended.append((queue, xid))
+            if confirm:
+                confirmed += queue.confirm(xid)
+        return confirmed if confirm else queue.abort(*xids, now=self.now)
 
     def _confirm(self, queue, count):
         """Close the oldest open reads of a queue; none, and return False, if there are fewer."""
