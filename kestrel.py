@@ -52,6 +52,11 @@ thread), sends the answers that are safe, one send a connection as a rule, and a
 tasks, each a step. Reading and tasks stop after some milliseconds; the next turn goes on there.
 Time is read once a turn and handed down as `now`.
 
+The path of a set, from recv to send: Server.turn(), Connection.ready(), Session.feed(),
+MemcacheSession._parse() and store(), Queue.add(); Queue.write() with Journal.plan() and write();
+Connection.flush(). A get has do_get(), Queue.remove() and _give() in the place of store() and
+add(). What these do is done for each command: measure what you add.
+
 What fails is undone, in memory and in the files, back to the last safe position, before anybody
 is told: a refused command has not happened, and what was acknowledged before stays.
 
@@ -6439,6 +6444,9 @@ _MOST_WRITES = 150
 # is kept before its socket is left alone.
 _CHUNK = 1 << 16
 
+# With a larger load in one turn the output of a client is counted before it is sent.
+_UNCOUNTED = 1 << 18
+
 # How much is sent to a client in a turn, though it would take more; IOV_MAX: how many pieces one
 # sendmsg() takes.
 _MOST_SENT = 1 << 17
@@ -6860,7 +6868,7 @@ class Connection:
             trace.info("%s: says %r", session.who, data[:200])
         session.most_load = server.share
         session.feed(data, server.now)
-        if session.load > _CHUNK or session.state is not READY:
+        if session.load > _UNCOUNTED or session.state is not READY:
             self.count_buffers()
 
     def resume(self):
@@ -6869,7 +6877,7 @@ class Connection:
         server.active.append(self)
         session.most_load = server.share
         session.resume(server.now)
-        if session.load > _CHUNK:
+        if session.load > _UNCOUNTED:
             self.count_buffers()
 
     def _work(self):
