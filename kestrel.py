@@ -293,6 +293,7 @@ SERVER_SETTINGS = {
     "max_item_size": (ITEM_SIZE, "128mb"),
     "max_memory": (MEMORY, "auto"),
     "max_output_buffer": (SIZE, "1mb"),
+    "min_free_space": (SIZE, "64mb"),
     "send_timeout": (TIMEOUT, "1m"),
     "connection_limit_refuse_writes": (COUNT_LIMIT, "unlimited"),
     "connection_limit_refuse_reads": (COUNT_LIMIT, "unlimited"),
@@ -1205,6 +1206,11 @@ def find_damage(data, start=0):
 
 class Unclear(OSError):
     """Operations failed, and whether they are in the files cannot be said."""
+
+
+def _why(error):
+    """Return what went wrong, from an OSError, on one line."""
+    return "%s: %s" % (os.path.basename(error.filename or "journal"), error.strerror or error)
 
 
 def _bare(error):
@@ -2209,6 +2215,8 @@ class Alone:
 
     changed(queue)          there is something for queue.write() to do
     failed(queue, error)    operations of it have been undone
+    unreadable(queue, error)
+                            items that are only on disk cannot be read
     start(task)             run a task
     work(call, done)        make a blocking call, then call done with its OSError or None
     later(ms, call)         make a call in that time; return what cancels it
@@ -2230,6 +2238,8 @@ class Alone:
 
     def failed(self, queue, error):
         pass                                 # the caller gets the error
+
+    unreadable = failed
 
     def start(self, task):
         run_task(task)
@@ -3034,8 +3044,12 @@ class Queue:
         self.count_memory()
         # A quarter for the items, another for their data; the first half is still there.
         room = self._allowance // 4
-        items = self._behind.read(min(unread, max(1, room // ITEM_COST)),
-                                  max(4096, min(_STEP_SIZE, room)))
+        try:
+            items = self._behind.read(min(unread, max(1, room // ITEM_COST)),
+                                      max(4096, min(_STEP_SIZE, room)))
+        except OSError as error:
+            self.host.unreadable(self, error)
+            raise
         self.items.extend(items)
         self.memory += sum(map(_cost, items))
         return len(items)
@@ -3637,6 +3651,10 @@ METRICS = {
 }
 
 
+# That a journal could not be written, fsynced or read, when last, in seconds of Broker.uptime().
+Failure = collections.namedtuple("Failure", "what error when")
+
+
 class Account:
     """What the broker knows of a queue: what it has counted of it in its totals (waiting items,
     their bytes, items put, memory reserved), when it was made, and samples of its rates."""
@@ -3695,6 +3713,10 @@ class Broker:
         self._accounts = {}               # queue -> Account
         self._uncounted = set()           # queues that have changed since totals()
         self._totals = Totals(0, 0, 0, 0)
+        self.failing = {}                 # queue -> Failure, while its journal fails
+        self.refused = collections.Counter()      # reason -> commands refused for it
+        self.free_space = None            # bytes left for the spool, and, if these are too few,
+        self.low_space = ""               # why nothing is put
         self._failed = {}                 # queue -> OSError, since the last write()
         self._reloads = []                # (who, done) of each reload that was asked for
         self._refused = (False, False)    # whether the status refuses reads, writes by now
@@ -4014,6 +4036,49 @@ class Broker:
     def failed(self, queue, error):
         """Note that the operations of a queue that were not safe have been undone."""
         self._failed[queue] = _bare(error)
+        self.note_failure(queue, error, "written")
+
+    def unreadable(self, queue, error):
+        """Note that items of a queue that are only on disk cannot be read."""
+        self.note_failure(queue, error, "read")
+
+    def note_failure(self, queue, error, what):
+        """Note that a journal cannot be written, fsynced or read; log it the first time."""
+        if queue in self.failing:
+            what = self.failing[queue].what
+        else:
+            log.error("the journal of %s cannot be %s: %s", queue.name, what, _why(error))
+        self.failing[queue] = Failure(what, _bare(error), self.uptime())
+
+    def forget_failures(self, seconds):
+        """Forget the failures of journals that have not failed for so long."""
+        for queue, failure in list(self.failing.items()):
+            if queue.closed or self.uptime() > failure.when + seconds:
+                del self.failing[queue]
+                if not queue.closed:
+                    log.info("the journal of %s can be %s again", queue.name, failure.what)
+
+    def trouble(self):
+        """Return which journal fails and why, or "" if none does."""
+        for queue, failure in self.failing.items():
+            return "the journal of %s cannot be %s: %s" % (
+                queue.name, failure.what, _why(failure.error))
+        return ""
+
+    def take_free_space(self, size):
+        """Note how many bytes are free for the spool."""
+        self.free_space = size
+        least = self.settings.min_free_space
+        low = size < least and "there is no space for more: less than %s free (min_free_space)" % (
+            SIZE.show(least))
+        if bool(low) != bool(self.low_space):
+            if low:
+                log.error("%s: %s free, puts are refused until it is more than %s "
+                          "(min_free_space)", self.spool, SIZE.show(size >> 20 << 20),
+                          SIZE.show(least))
+            else:
+                log.info("%s: enough space for puts again", self.spool)
+        self.low_space = low or ""
 
     def bury(self, queue, item, now):
         """Move an item that has expired, and is open now, to another queue."""
@@ -4172,19 +4237,16 @@ _MOST_DIRTY = 50
 
 class Refused(Exception):
     """A command that is answered with an error. kind: ERROR, CLIENT_ERROR or SERVER_ERROR. close:
-    the connection is closed then. skip: how many bytes of a data block are thrown away."""
+    the connection is closed then. skip: how many bytes of a data block are thrown away. reason:
+    what it is counted under."""
 
-    def __init__(self, kind, why, close=False, skip=0):
+    def __init__(self, kind, why, close=False, skip=0, reason="client"):
         super().__init__(why)
         self.kind = kind
         self.why = why
         self.close = close
         self.skip = skip
-
-
-def _why(error):
-    """Return what went wrong, from an OSError, on one line."""
-    return "%s: %s" % (os.path.basename(error.filename or "journal"), error.strerror or error)
+        self.reason = reason
 
 
 def _name(word):
@@ -4205,6 +4267,11 @@ def _number(word, what, close=False):
 # The other side of a connection. name: for the log. host: its limits are shared by all clients of
 # a host. local: it is on this machine.
 Peer = collections.namedtuple("Peer", "name host local")
+
+
+def _reason(error):
+    """Return what a command that an OSError has refused is counted under."""
+    return errno.errorcode.get(error.errno, "EIO")
 
 
 class Session:
@@ -4434,7 +4501,8 @@ class Session:
     def _refuse(self, error):
         """Answer a command with what went wrong, a Refused or an OSError."""
         if isinstance(error, OSError):
-            error = Refused("SERVER_ERROR", _why(error))
+            error = Refused("SERVER_ERROR", _why(error), reason=_reason(error))
+        self.broker.refused[error.reason] += 1
         self._say_error(error)
         if error.close and self.hangs_up:
             self.end()
@@ -4492,6 +4560,7 @@ class Session:
             if index == len(self.out):                 # by the command in hand
                 self._drop_command()
                 self.out.append(None)
+            self.broker.refused[_reason(failed[queue])] += 1
             said = self.out[index]
             error = b"" if said == b"" else self._failure(_why(failed[queue]), said)
             self.out[index:index + count] = [error if whole else b""] + [b""] * (count - 1)
@@ -4506,7 +4575,7 @@ class Session:
     def out_of_memory(self):
         """Refuse the command in hand, drop all other input, and end."""
         self._drop_command()
-        self._refuse(Refused("SERVER_ERROR", "out of memory"))
+        self._refuse(Refused("SERVER_ERROR", "out of memory", reason="ENOMEM"))
         self.end()
 
     # -- what a client may do
@@ -4514,12 +4583,14 @@ class Session:
     def _check_writes(self):
         if self.broker.refuses_writes:
             raise Refused("SERVER_ERROR",
-                          "%s: nothing can be written" % self.broker.refuses_writes, close=True)
+                          "%s: nothing can be written" % self.broker.refuses_writes, close=True,
+                          reason="status")
 
     def _check_reads(self):
         if self.broker.refuses_reads:
             raise Refused("SERVER_ERROR",
-                          "%s: nothing can be read" % self.broker.refuses_reads, close=True)
+                          "%s: nothing can be read" % self.broker.refuses_reads, close=True,
+                          reason="status")
 
     def _check_admin(self, command):
         """Check that a command which is not for everybody may be given from here."""
@@ -4540,7 +4611,7 @@ class Session:
 
     def _deny(self, why):
         log.warning("%s is denied: %s", self.who, why)
-        raise Refused("CLIENT_ERROR", why)
+        raise Refused("CLIENT_ERROR", why, reason="denied")
 
     def _check_opens(self, queue, plain=False):
         """Check that the client may open one more read of a queue, or read it plainly."""
@@ -4637,6 +4708,8 @@ class Session:
         """Put items into every queue of a route, in steps; return how many were taken by all
         targets. Raises OSError if the memory is used up; then the item is in none."""
         broker = self.broker
+        if broker.low_space and any(queue.journal for queue in route.queues):
+            raise Refused("SERVER_ERROR", broker.low_space, reason="ENOSPC")
         count = cost = 0
         for item in items:
             broker.stats.cmd_set += 1
@@ -4653,6 +4726,7 @@ class Session:
                     self._rest_on(queue)
                     cost += len(item) + _COMMAND_COST
             count += stored
+            broker.refused["full"] += not stored
         return count
 
     def _queues(self, names=None):
@@ -5024,11 +5098,13 @@ class MemcacheSession(LineSession):
                 expiry += self.now
             expiry = min(max(expiry, 1), _LATEST)
         route = broker.routes.get(key)
-        if route is None or route.only is None:
+        if route is None or route.only is None or broker.low_space:
             return self._store_in_steps(key, data, flags, expiry, words)
         broker.stats.cmd_set += 1
         queue = route.only
         stored = queue.add(data, flags, expiry, self.now)
+        if not stored:
+            broker.refused["full"] += 1
         if words[-1] != b"noreply":
             out = self.out
             self.touched.append((queue, len(out), 1, True))
@@ -6060,6 +6136,22 @@ class AdminSession(Session):
 
     def _metric_lines(self):
         broker, now = self.broker, self.now
+        yield _described("build_info", "gauge", "The version.")
+        yield 'kestrel_build_info{version="%s",python="%s"} 1\n' % (
+            __version__, ".".join(map(str, sys.version_info[:3])))
+        yield _described("status", "gauge", "1 for the status that the server has.")
+        for status in STATUSES:
+            yield 'kestrel_status{status="%s"} %d\n' % (status.lower(), status == broker.status)
+        yield _described("refused_total", "counter", "Commands refused, by the reason.")
+        for reason, count in sorted(broker.refused.items()):
+            yield 'kestrel_refused_total{reason="%s"} %d\n' % (reason, count)
+        if broker.free_space is not None:
+            yield _described("spool_free_bytes", "gauge", "Bytes left for the spool.")
+            yield "kestrel_spool_free_bytes %d\n" % broker.free_space
+        yield _described("journal_failed", "gauge",
+                         "1 while the journal of a queue cannot be written or read.")
+        for queue in list(broker.failing):
+            yield 'kestrel_journal_failed{queue="%s"} 1\n' % _label(queue.name)
         for one in SERVER_STATS:
             if one.kind:
                 yield _described(one.metric, one.kind, one.help)
@@ -6096,7 +6188,8 @@ class AdminSession(Session):
             "version": __version__, "uptime": int(broker.uptime()),
             "put_rate": round(broker.put_rate, 1), "get_rate": round(broker.get_rate, 1),
             "status": broker.status, "connections": broker.stats.curr_connections,
-            "items": totals.items, "queues": 0})[:-2] + "["
+            "items": totals.items, "trouble": broker.trouble() or broker.low_space,
+            "queues": 0})[:-2] + "["
         shown = [one for one in QUEUE_STATS if one.name in (
             "items", "bytes", "logsize", "waiters", "open_transactions", "head_wait", "put_rate",
             "get_rate")]
@@ -6171,8 +6264,10 @@ _ADMIN_PATHS = {
     "/": ("GET", AdminSession._page),
     "/ping": ("GET", lambda session: "pong"),
     "/status": ("GET", lambda session: session.broker.status),
-    "/readable": ("GET", lambda session: session._probe(session.broker.refuses_reads)),
-    "/writable": ("GET", lambda session: session._probe(session.broker.refuses_writes)),
+    "/readable": ("GET", lambda session: session._probe(
+        session.broker.refuses_reads or session.broker.trouble())),
+    "/writable": ("GET", lambda session: session._probe(
+        session.broker.refuses_writes or session.broker.trouble() or session.broker.low_space)),
     "/stats.json": ("GET", lambda session: session._stream(_JSON, session._json_pieces())),
     "/stats.txt": ("GET", lambda session: session._stream(_TEXT, session._text_pieces())),
     "/metrics": ("GET", lambda session: session._stream(_PROMETHEUS, session._metric_lines())),
@@ -6397,7 +6492,7 @@ async function refresh() {
     at("status").textContent = "unreachable"
     return
   }
-  at("problem").textContent = ""
+  at("problem").textContent = data.trouble
   show()
 }
 at("filter").oninput = () => data && show()
@@ -6469,8 +6564,10 @@ _TELL_SECONDS = 10
 # How long a status_command may run.
 _ANNOUNCE_SECONDS = 30
 
-# Seconds without a failed write before a journal counts as recovered.
+# Seconds without a failure before a journal counts as recovered, and how often the log tells of
+# those that have not.
 _CALM_SECONDS = 3
+_REMIND_SECONDS = 60
 
 # How many queues are being fsynced at once, each of which takes descriptors; and after how many
 # milliseconds it is tried again if there were none.
@@ -6690,8 +6787,7 @@ class Syncs:
         self._planned = set()            # queues whose fsync has a time set
         self.wanted = {}                # queues to be fsynced, in order; an ordered set
         self._running = set()            # queues that are being fsynced
-        self._failing = {}               # queue -> when writing its journal failed last
-        self._recovering = set()         # queues whose recovery is planned
+        self._told = 0                   # when the log told of failing journals last
 
     def is_idle(self):
         """Return whether no fsync is wanted or under way."""
@@ -6699,8 +6795,6 @@ class Syncs:
 
     def written(self, queue):
         """Schedule the fsync of a journal that has been written, as sync_journal says."""
-        if self._failing:
-            self._note_success(queue)
         delay = queue.config.sync_journal
         if delay == 0:
             self.wanted[queue] = None
@@ -6742,34 +6836,55 @@ class Syncs:
             queue.synced(sync)
             return
         if not queue.closed:
-            self.failed(queue, error, "fsynced")
+            self._server.broker.note_failure(queue, error, "fsynced")
             self._server.later(RETRY_MS, functools.partial(self._due, queue))
         queue.sync_failed(sync, error)
 
-    def failed(self, queue, error, what="written"):
-        """Log that a journal cannot be written, once, and try again in a while."""
-        if queue not in self._failing:
-            log.error("the journal of %s cannot be %s: %s", queue.name, what, _why(error))
-        self._failing[queue] = self._server.mono
-        if queue not in self._recovering:
-            self._recovering.add(queue)
-            self._server.later(RETRY_MS, functools.partial(self._recover, queue))
-
-    def _note_success(self, queue):
-        # With a disk on the brink, one write fails and the next does not, over and over.
-        mono = self._server.mono
-        for other in [other for other in self._failing if other.closed]:
-            del self._failing[other]
-        if mono > self._failing.get(queue, mono) + _CALM_SECONDS:
-            del self._failing[queue]
-            log.info("the journal of %s can be written again", queue.name)
-
-    def _recover(self, queue):
-        self._recovering.discard(queue)
-        if queue.closed:
-            self._failing.pop(queue, None)
-        else:
+    def look(self):
+        """Look each second how much space there is, and, while journals fail, whether they still
+        do: whoever must not act before a change is safe waits for that, and clients may have gone
+        to another server."""
+        broker = self._server.broker
+        for queue in list(broker.failing):
             queue.recover(self._server.now)
+        found = []
+        self._server.worker.submit(
+            functools.partial(_look_at, broker.spool, bool(broker.failing), found),
+            functools.partial(self._looked, found))
+
+    def _looked(self, found, error, seconds):
+        broker, mono = self._server.broker, self._server.mono
+        if found:
+            broker.take_free_space(*found)
+        if error:
+            for queue, failure in broker.failing.items():
+                broker.failing[queue] = failure._replace(when=broker.uptime())
+        broker.forget_failures(_CALM_SECONDS)
+        if not broker.failing:
+            self._told = mono
+        elif mono > self._told + _REMIND_SECONDS:
+            self._told = mono
+            log.error("%s; %s of %s are free; %d journals fail; clients are told SERVER_ERROR, "
+                      "nothing acknowledged is lost, service resumes by itself", broker.trouble(),
+                      SIZE.show((broker.free_space or 0) >> 20 << 20), broker.spool,
+                      len(broker.failing))
+        self._server.later(RETRY_MS, self.look)
+
+
+def _look_at(spool, is_failing, found):
+    """Append to `found` how many bytes are free for the spool. is_failing: try whether it can be
+    written. Raises OSError."""
+    status = os.statvfs(spool)
+    found.append(status.f_bavail * status.f_frsize)
+    if is_failing:
+        path = os.path.join(spool, "kestrel~~0")       # which a start would delete
+        fd = _open_journal(path, os.O_CREAT)
+        try:
+            _write_all(fd, [bytes(4096)], 0, 4096)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+            os.unlink(path)
 
 
 def _first_of(pieces, size):
@@ -7233,6 +7348,7 @@ class Server:
             stack.pop_all()
         self._plan_sweep()
         self.later(SAMPLE_SECONDS * 1000, self._sample)
+        self.syncs.look()
 
     def _open(self, stack):
         """Open the spool and the ports, load the queues, start the threads."""
@@ -7334,7 +7450,7 @@ class Server:
                 events = first + [event for event in events if event[0] not in self.waiting]
         # The more there are, the less is done for each.
         self.share = self.config.server.max_output_buffer // max(
-            1, len(events) + len(broker.woken) - 1)
+            1, len(events) + len(broker.woken) + len(broker.tasks) - 1)
         end = self.mono + _FEED_SECONDS
         greetings = count = 0
         for count, (one, readable) in enumerate(events, 1):
@@ -7495,8 +7611,6 @@ class Server:
             self.syncs.written(queue)
         unsafe = self._unsafe = {queue for queue in itertools.chain(self._unsafe, written)
                                  if queue.history.safe < queue.history.logged}
-        for queue, error in failed.items():
-            self.syncs.failed(queue, error)
         if self.syncs.wanted:
             self.syncs.start()               # they run while answers are sent
         if self._announcer:

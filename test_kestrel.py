@@ -42,6 +42,7 @@ import threading
 import time
 import tracemalloc
 import types
+import urllib.error
 import urllib.parse
 import urllib.request
 
@@ -276,6 +277,8 @@ class Bench:
     def failed(self, queue, error):
         pass
 
+    unreadable = failed
+
     def later(self, delay, call):
         self.calls.append(call)
         return lambda: None
@@ -338,7 +341,7 @@ class FailingDisk:
         self.failing = {}
         self.once = False
         self.good = 0
-        for name in ("pwrite", "fsync", "ftruncate", "rename", "unlink", "open"):
+        for name in ("pwrite", "fsync", "ftruncate", "rename", "unlink", "open", "pread"):
             monkeypatch.setattr(kestrel.os, name, self._wrap(name, getattr(os, name)))
 
     def _wrap(self, name, real):
@@ -5225,7 +5228,7 @@ def test_metrics_are_in_the_prometheus_text_format(admin):
             assert line.split()[2] == last and line.split()[3] in ("gauge", "counter", "histogram")
         else:
             name, label, value = re.fullmatch(
-                r'(\w+)(\{\w+="(?:[^"\\\n]|\\[\\"n])*"\})? (\S+)', line).groups()
+                r'(\w+)(\{(?:,?\w+="(?:[^"\\\n]|\\[\\"n])*")+\})? (\S+)', line).groups()
             assert name.startswith(last)
             assert name == last or re.fullmatch("_(bucket|sum|count)", name[len(last):])
             values[name, label] = float(value)
@@ -5234,6 +5237,10 @@ def test_metrics_are_in_the_prometheus_text_format(admin):
     assert values["kestrel_queue_items", '{queue="a<b>\\"&\'\\\\/xff%"}'] == 1
     assert values["kestrel_queue_age_seconds", '{queue="q"}'] == 0.003
     assert values["kestrel_turn_seconds_count", None] == 1
+    assert values["kestrel_status", '{status="up"}'] == 1
+    assert values["kestrel_status", '{status="quiescent"}'] == 0
+    assert values["kestrel_build_info", '{version="1.0.0",python="%s"}' % (
+        ".".join(map(str, sys.version_info[:3])))] == 1
     assert values["kestrel_turn_seconds_sum", None] == 5e-6
     buckets = [value for (name, _), value in values.items()
                if name == "kestrel_turn_seconds_bucket"]
@@ -6308,8 +6315,103 @@ def test_a_full_disk_costs_nothing_that_was_acknowledged(
     assert client.put("q", b"4") == "STORED\r\n"
     assert client.get("q/close") is None
     assert [other.get("q"), other.get("q"), other.get("q")] == [b"2", b"4", None]
-    assert "written again" in caplog.text
+    until(lambda: "can be written again" in caplog.text)
     assert contents_of(tmp_path / "spool") == []
+
+
+def get_page(port, path):
+    """Return the status and the text of an answer of the admin port."""
+    try:
+        with urllib.request.urlopen("http://127.0.0.1:%d%s" % (port, path)) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_a_failing_disk_is_seen(serve, disk, caplog, monkeypatch):
+    """By load balancers, metrics, the page, and the log, until it can be written again, though
+    nobody puts anything meanwhile."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(kestrel, "_CALM_SECONDS", 0.1)
+    monkeypatch.setattr(kestrel, "_REMIND_SECONDS", 0.2)
+    monkeypatch.setattr(kestrel, "RETRY_MS", 20)
+    admin = free_port()
+    server = serve("[server]\nadmin_port = %d\n[queue]\nsync_journal = never\n" % admin)
+    client = server.client()
+    client.put("q", b"1")
+    assert get_page(admin, "/writable") == get_page(admin, "/readable") == (200, "OK\n")
+    assert "kestrel_journal_failed{" not in get_page(admin, "/metrics")[1]
+    disk.failing = {"pwrite": errno.ENOSPC}
+    assert client.put("q", b"2").startswith("SERVER_ERROR")
+    assert client.ask("get q\r\n").startswith("SERVER_ERROR")
+    why = "the journal of q cannot be written: q: No space left on device"
+    until(lambda: "service resumes by itself" in caplog.text)
+    assert caplog.text.count("resumes") < caplog.text.count("cannot be written")
+    assert get_page(admin, "/writable") == get_page(admin, "/readable") == (503, why + "\n")
+    told = get_page(admin, "/metrics")[1]
+    assert 'kestrel_journal_failed{queue="q"} 1\n' in told
+    assert 'kestrel_refused_total{reason="ENOSPC"} 2\n' in told
+    assert int(re.search(r"kestrel_spool_free_bytes (\d+)\n", told)[1]) > 0
+    assert json.loads(get_page(admin, "/queues.json")[1])["trouble"] == why
+    disk.failing = {}
+    until(lambda: get_page(admin, "/writable")[0] == 200)
+    assert json.loads(get_page(admin, "/queues.json")[1])["trouble"] == ""
+    assert "the journal of q can be written again" in caplog.text
+    assert client.get("q") == b"1"
+
+
+def test_puts_are_refused_before_the_disk_is_full(serve, monkeypatch, caplog):
+    monkeypatch.setattr(kestrel, "RETRY_MS", 20)
+    free = types.SimpleNamespace(f_bavail=20, f_frsize=1 << 20, f_flag=0)
+    monkeypatch.setattr(os, "statvfs", lambda path: free)
+    admin = free_port()
+    server = serve("[server]\nadmin_port = %d\nmin_free_space = 10mb\n"
+                   "[queue memory]\nkeep_journal = false\n" % admin)
+    client = server.client()
+    assert client.put("q", b"1") == client.put("q+child", b"1") == "STORED\r\n"
+    free.f_bavail = 9
+    until(lambda: server.server.broker.low_space)
+    why = "there is no space for more: less than 10mb free (min_free_space)"
+    assert client.put("q", b"2") == "SERVER_ERROR %s\r\n" % why
+    assert client.put("new", b"2") == "SERVER_ERROR %s\r\n" % why
+    assert client.put("memory", b"2") == "STORED\r\n"
+    assert get_page(admin, "/writable") == (503, why + "\n")
+    assert get_page(admin, "/readable")[0] == 200
+    assert json.loads(get_page(admin, "/queues.json")[1])["trouble"] == why
+    assert 'kestrel_refused_total{reason="ENOSPC"} 2\n' in get_page(admin, "/metrics")[1]
+    assert client.get("q/open") == b"1" and client.get("q/close") is None     # gets go on
+    free.f_bavail = 10
+    until(lambda: not server.server.broker.low_space)
+    assert client.put("q", b"3") == "STORED\r\n"
+    assert "9mb free, puts are refused" in caplog.text
+
+
+def test_items_that_cannot_be_read_are_seen(serve, disk, monkeypatch):
+    monkeypatch.setattr(kestrel, "RETRY_MS", 20)
+    monkeypatch.setattr(kestrel, "_CALM_SECONDS", 0.1)
+    admin = free_port()
+    server = serve("[server]\nadmin_port = %d\n[queue]\nmax_memory_size = 64kb\n" % admin)
+    client = server.client()
+    for _ in range(30):
+        client.put("q", b"x" * 10000)
+    disk.failing = {"pread": errno.EIO}
+    with pytest.raises(ConnectionError, match="Input/output error"):
+        while client.get("q"):
+            pass
+    assert get_page(admin, "/readable") == (
+        503, "the journal of q cannot be read: journal: Input/output error\n")
+    disk.failing = {}
+    until(lambda: get_page(admin, "/readable")[0] == 200)
+    assert client.get("q") == b"x" * 10000
+
+
+def test_refusals_are_counted_by_reason(talk):
+    talk(set_("q", "1"))
+    talk.broker.queues["q"].config.max_items = 1
+    talk(set_("q", "2") + "get a b/open/abort\r\n")
+    talk.broker.set_status("readonly")
+    talk(set_("q", "3"), "another")
+    assert talk.broker.refused == {"full": 1, "client": 1, "status": 1}
 
 
 @promise(2)
@@ -6396,7 +6498,7 @@ def test_open_reads_of_a_client_that_left_while_the_disk_was_full(serve, disk, m
     client.get("q/open")
     disk.failing = {"pwrite": errno.ENOSPC}
     client.close()
-    until(lambda: server.server.syncs._failing)
+    until(lambda: server.server.broker.failing)
     disk.failing = {}
     assert other.get("q/t=20000") == b"1"
 
