@@ -4726,7 +4726,8 @@ class Session:
                     self._rest_on(queue)
                     cost += len(item) + _COMMAND_COST
             count += stored
-            broker.refused["full"] += not stored
+            if not stored:
+                broker.refused["full"] += 1
         return count
 
     def _queues(self, names=None):
