@@ -3503,6 +3503,9 @@ class Upkeep:
 # there are no other queues.
 Route = collections.namedtuple("Route", "targets copies queues only")
 
+# How many items are moved from one queue to another at a time.
+_MOVE_STEP = 200
+
 # How many expired items or queues one step of a task looks at.
 SWEEP_STEP = 1000
 
@@ -3614,7 +3617,7 @@ curr_items | gauge | items | items | items | Waiting items, in all queues.
 total_items | counter | = | items_put_total | put_items | Items put, in all queues.
 bytes | gauge | = | bytes | bytes | Data of the waiting items, in bytes.
 reserved_memory_ratio | gauge | = | reserved_memory_ratio | reserved | Memory that queues may take.
-curr_connections | gauge | connections | connections | stats. | Open connections.
+curr_connections | gauge | connections | connections | clients | Open connections.
 total_connections | counter | = | connections_total | stats. | Connections ever.
 cmd_get | counter | = | gets_total | gets | Gets.
 cmd_set | counter | = | sets_total | stats. | Sets.
@@ -3636,6 +3639,7 @@ max_fsync_usec | | | | fsync | The longest fsync since the last stats.
     items=lambda b, now: b.totals().items,
     put_items=lambda b, now: b.totals().put_items,
     bytes=lambda b, now: b.totals().bytes,
+    clients=lambda b, now: len(b.clients),
     gets=lambda b, now: b.stats.get_hits + b.stats.get_misses,
     reserved=lambda b, now: "%.3f" % (b.totals().reserved / b.machine_memory),
     put_rate=lambda b, now: round(b.put_rate, 1),
@@ -3703,7 +3707,7 @@ class Broker:
         self.logins = Logins(self)
         self.aside = None                 # Worker.submit of a thread for slow calls, or None
         self.stats = Values(
-            curr_connections=0, total_connections=0, cmd_set=0, cmd_peek=0,
+            total_connections=0, cmd_set=0, cmd_peek=0,
             get_hits=0, get_misses=0, bytes_read=0, bytes_written=0, queue_creates=0,
             queue_deletes=0, queue_expires=0)
         self.metrics = {name: Histogram() for name in METRICS}
@@ -3713,6 +3717,7 @@ class Broker:
         self._accounts = {}               # queue -> Account
         self._uncounted = set()           # queues that have changed since totals()
         self._totals = Totals(0, 0, 0, 0)
+        self.clients = {}                 # number -> (session, when it came)
         self.failing = {}                 # queue -> Failure, while its journal fails
         self.refused = collections.Counter()      # reason -> commands refused for it
         self.free_space = None            # bytes left for the spool, and, if these are too few,
@@ -3866,13 +3871,23 @@ class Broker:
             self._grace = self.later(grace, self.update_refusals)
         self.update_refusals(at_once=self._grace is None)
 
-    def count_connection(self, change):
-        """Note that a client has come (1) or gone (-1)."""
-        self.stats.curr_connections += change
-        self.stats.total_connections += change > 0
+    def admit(self, session):
+        """Note that a client has come."""
+        self.stats.total_connections += 1
+        number = self.stats.total_connections
+        self.clients[number] = session, self.uptime()
+        self._look_at_limits()
+        return number
+
+    def dismiss(self, number):
+        """Note that a client has gone; number: what admit() has returned."""
+        del self.clients[number]
+        self._look_at_limits()
+
+    def _look_at_limits(self):
         settings = self.settings
-        if self.stats.curr_connections >= min(settings.connection_limit_refuse_reads,
-                                              settings.connection_limit_refuse_writes):
+        if len(self.clients) >= min(settings.connection_limit_refuse_reads,
+                                    settings.connection_limit_refuse_writes):
             self.update_refusals(at_once=False)
 
     def update_refusals(self, at_once=True):
@@ -3885,7 +3900,7 @@ class Broker:
         self.refuses_reads, self.refuses_writes = [
             "the server is %s" % self.status.lower() if refused
             else "there are more than %d connections" % limit
-            if self.stats.curr_connections > limit else ""
+            if len(self.clients) > limit else ""
             for refused, limit in zip(self._refused, limits)]
 
     def _read_status(self):
@@ -4132,6 +4147,58 @@ class Broker:
             if not error:
                 break
             yield None
+
+    def move(self, source, dest, most, now, done):
+        """Move waiting items of one queue to another, at most `most`, the oldest first; then call
+        done((how many, OSError or None)). It ends early where the other queue is full."""
+        self._advance(self._move_many(source, dest, most, now, done))
+
+    def _move_many(self, source, dest, most, now, done):
+        """Move items as _move() does, some at a time."""
+        moved, error, is_full = 0, None, False
+        copies = [self.queues[name] for name in self.children.get(dest.name, ())]
+        while moved < most and source.count and not (
+                error or is_full or source.closed or dest.closed or self.stopping):
+            batch = []
+            try:
+                while len(batch) < min(_MOVE_STEP, most - moved):
+                    item = source.remove(True, now)
+                    if item is None:
+                        break
+                    source.limit(item.xid, None)
+                    batch.append(item)
+            except OSError as failure:
+                error = failure
+            if not batch:
+                if not error and source.count:
+                    yield None               # a run of expired items, or a large one is being read
+                continue
+            failure = yield source
+            if failure:                      # they are at the head again
+                error = failure
+                break
+            stored = []
+            for item in batch:
+                if not dest.add(item.data, item.flags, item.expiry, now):
+                    is_full = True
+                    break
+                for queue in copies:
+                    if not queue.closed:
+                        queue.add(item.data, item.flags, item.expiry, now)
+                stored.append(item.xid)
+            source.abort(*[item.xid for item in batch[len(stored):]], orphaned=True)
+            failure = yield dest
+            if failure:
+                error = failure
+                source.abort(*stored, orphaned=True)
+                break
+            while any([source.confirm(xid) for xid in stored]):
+                failure = yield source
+                if not failure:
+                    break
+                yield None
+            moved += len(stored)
+        done((moved, error))
 
     # -- statistics
 
@@ -5289,6 +5356,69 @@ class MemcacheSession(LineSession):
                 yield
         self._say(b"%d\r\n" % total)
 
+    def do_list(self, words):
+        """list [<prefix>]"""
+        if len(words) > 2:
+            raise Refused("CLIENT_ERROR", "list takes one prefix")
+        yield
+        prefix = os.fsdecode(words[1]) if len(words) > 1 else ""
+        for number, queue in enumerate(self._queues(), 1):
+            if queue.name.startswith(prefix):
+                self._say(os.fsencode("QUEUE %s %d %d %d %d\r\n" % (
+                    queue.name, queue.count, queue.bytes, len(queue.opens), len(queue.waiters))))
+            if number % QUEUES_STEP == 0:
+                yield
+        self._say(b"END\r\n")
+
+    def do_move(self, words):
+        """move <queue> <queue> [<items>]"""
+        if not 3 <= len(words) <= 4:
+            raise Refused("CLIENT_ERROR", "move needs two queues")
+        name, dest = _name(words[1]), _name(words[2])
+        most = _number(words[3], "number of items") if len(words) == 4 else UNLIMITED
+        self._check_reads()
+        self._check_writes()
+        self._check_user("get_users", name)
+        self._check_user("put_users", dest)
+        source = self.broker.find(name)
+        target = yield from self._queue(dest)
+        if target is None or target is source or most < 0:
+            raise Refused("CLIENT_ERROR", "items cannot be moved like this")
+        if source is None:
+            raise Refused("CLIENT_ERROR", "there is no queue %s" % name)
+        moved, error = yield functools.partial(
+            self.broker.move, source, target, min(most, source.count), self.now)
+        if error:
+            raise Refused("SERVER_ERROR", "%s; %d were moved" % (_why(error), moved),
+                          reason=_reason(error))
+        self._say(b"%d\r\n" % moved)
+
+    def do_clients(self, words):
+        """clients"""
+        self._check_admin("clients")
+        yield
+        for count, (number, (session, came)) in enumerate(list(self.broker.clients.items()), 1):
+            protocol, _, address = session.peer.name.partition(" client ")
+            waits_for = session.asks.queue.name if session.state is WAITING else "-"
+            self._say(os.fsencode("CLIENT %d %s %s %s %s %d %d %s\r\n" % (
+                number, address.replace(" ", "%20"), session.user or "-", protocol,
+                session.state, self.broker.uptime() - came,
+                sum(map(len, session.open_reads.values())), waits_for)))
+            if count % QUEUES_STEP == 0:
+                yield
+        self._say(b"END\r\n")
+
+    def do_kick(self, words):
+        """kick <client>"""
+        self._check_admin("kick")
+        number = _number(words[1], "number of a client") if len(words) == 2 else 0
+        session, _ = self.broker.clients.get(number, (None, 0))
+        if session:
+            log.info("%s: kicked by %s", session.who, self.who)
+            session.end()
+            self.broker.woken.append(session)
+        self._reply(words, b"OK\r\n" if session else b"NOT_FOUND\r\n")
+
     def do_stats(self, words):
         yield
         self._say_pairs("STAT %s %s", self.broker.server_stats(self.now))
@@ -6188,7 +6318,7 @@ class AdminSession(Session):
         yield json.dumps({
             "version": __version__, "uptime": int(broker.uptime()),
             "put_rate": round(broker.put_rate, 1), "get_rate": round(broker.get_rate, 1),
-            "status": broker.status, "connections": broker.stats.curr_connections,
+            "status": broker.status, "connections": len(broker.clients),
             "items": totals.items, "trouble": broker.trouble() or broker.low_space,
             "queues": 0})[:-2] + "["
         shown = [one for one in QUEUE_STATS if one.name in (
@@ -6934,6 +7064,7 @@ class Connection:
         self.server = server
         self.sock = sock
         self.session = session
+        self.number = server.broker.admit(session)
         self.since = server.mono
         self.last_active = server.mono   # when it said something, or took some of its answers
         self.is_greeting = hasattr(sock, "do_handshake")       # which is not done yet
@@ -7204,7 +7335,7 @@ class Connection:
                 server.timers.cancel(self._alarm)
             self.sock.close()
             server.waiting.discard(self)
-            server.broker.count_connection(-1)
+            server.broker.dismiss(self.number)
             if self.is_traced:
                 trace.info("%s: closed", session.who)
 
@@ -7294,7 +7425,6 @@ class Listener:
                 return None
         session = _PROTOCOLS[self.protocol](
             server.broker, Peer("%s client %s" % (self.protocol, name), host, local))
-        server.broker.count_connection(1)
         connection = server.connections[session] = Connection(server, sock, session)
         return connection
 

@@ -3405,13 +3405,14 @@ def test_the_status_is_kept_in_a_file(tmp_path, caplog):
 def test_connection_limits(tmp_path):
     talk = Talk(tmp_path, "[server]\nconnection_limit_refuse_writes = 2\n"
                           "connection_limit_refuse_reads = 3\n")
+    numbers = []
     for expected in ((False, False), (False, False), (False, True), (True, True)):
-        talk.broker.count_connection(1)
+        numbers.append(talk.broker.admit(talk.session()))
         assert refusals(talk.broker) == expected
     assert talk("get q\r\n") == (
         "SERVER_ERROR there are more than 3 connections: nothing can be read\r\n✂")
-    talk.broker.count_connection(-1)
-    talk.broker.count_connection(-1)
+    talk.broker.dismiss(numbers[0])
+    talk.broker.dismiss(numbers[2])
     assert refusals(talk.broker) == (False, False)
     assert talk(set_("q", "1"), "other") == "STORED\r\n"
 
@@ -6403,6 +6404,85 @@ def test_items_that_cannot_be_read_are_seen(serve, disk, monkeypatch):
     disk.failing = {}
     until(lambda: get_page(admin, "/readable")[0] == 200)
     assert client.get("q") == b"x" * 10000
+
+
+def test_list(talk):
+    put_some(talk, "jobs", b"1", b"23")
+    put_some(talk, "mail", b"1")
+    talk("get jobs/open\r\n", "another")
+    waiting = talk.session("third")
+    waiting.feed(b"get jobs/open\r\nget jobs/open/t=1000\r\n", NOW)
+    talk("get none/peek\r\n")
+    assert talk("list\r\n") == "QUEUE jobs 0 0 2 1\r\nQUEUE mail 1 1 0 0\r\nEND\r\n"
+    assert talk("list ma\r\n") == "QUEUE mail 1 1 0 0\r\nEND\r\n"
+    assert talk("list x\r\nlist a b\r\n") == "END\r\nCLIENT_ERROR list takes one prefix\r\n"
+
+
+def test_move(talk):
+    put_some(talk, "q", *[b"%d" % number for number in range(500)])
+    talk("get q/open\r\n", "another")
+    assert talk("move q r 3\r\n") == "3\r\n"
+    assert items_of(talk.broker, "r") == [b"1", b"2", b"3"]
+    assert talk("move q r\r\n") == "496\r\n"
+    assert items_of(talk.broker, "r") == [b"%d" % number for number in range(1, 500)]
+    assert talk.broker.queues["q"].count == 0 and len(talk.broker.queues["q"].opens) == 1
+    talk("get q/abort\r\n", "another")
+    assert talk("move q r 0\r\nmove q r\r\nmove q r\r\n") == "0\r\n1\r\n0\r\n"
+
+
+def test_move_goes_as_far_as_there_is_room(tmp_path):
+    talk = Talk(tmp_path, "[queue r]\nmax_items = 3\n[alias all]\ndestination_queues = r\n")
+    put_some(talk, "q", *b"abcde".split(b"x"), b"2", b"3", b"4", b"5")
+    put_some(talk, "r+child")
+    assert talk("move q r\r\n") == "3\r\n"
+    assert items_of(talk.broker, "r") == [b"abcde", b"2", b"3"]
+    assert items_of(talk.broker, "q") == [b"4", b"5"] and not talk.broker.queues["q"].opens
+    for command in ("move q q", "move q all", "move none r", "move q r -1", "move q", "move q r x"):
+        assert talk(command + "\r\n").startswith("CLIENT_ERROR"), command
+    assert items_of(talk.broker, "q") == [b"4", b"5"]
+
+
+@pytest.mark.parametrize("good", range(4))
+def test_a_move_over_a_failing_disk_loses_nothing(talk, disk, good):
+    put_some(talk, "q", b"1", b"2")
+    talk.broker.queue("r", NOW)
+    commit(talk.broker, NOW)
+    disk.failing, disk.good, disk.once = {"pwrite": errno.ENOSPC}, good, True
+    session = talk.session()
+    session.feed(b"move q r\r\n", NOW)
+    for _ in range(10):
+        session.settle(commit(talk.broker, NOW)[1], set())
+        session.resume(NOW)
+    said = b"".join(session.take()).decode()
+    found = items_of(talk.broker, "q") + items_of(talk.broker, "r")
+    assert sorted(found) == [b"1", b"2"] or (      # it is closed when it can be written
+        said == "" and len(talk.broker.queues["q"].opens) == 2 and len(found) == 2)
+    assert said in ("", "2\r\n") or "No space left" in said and found == [b"1", b"2"]
+
+
+def test_clients_and_kick(serve):
+    server = serve()
+    one, two = server.client(), server.client()
+    one.put("q", b"x")
+    assert one.get("q/open") == b"x"
+    two.send("get q/t=20000\r\n")
+    until(lambda: server.server.waiting)
+    lines = []
+    one.send("clients\r\n")
+    while not lines or lines[-1] != "END\r\n":
+        lines.append(one.line())
+    first, second, _ = lines
+    assert re.fullmatch(r"CLIENT 1 127\.0\.0\.1:\d+ - memcache working \d+ 1 -\r\n", first)
+    assert re.fullmatch(r"CLIENT 2 127\.0\.0\.1:\d+ - memcache waiting \d+ 0 q\r\n", second)
+    assert one.ask("kick 2\r\n") == "OK\r\n"
+    assert two.line() == ""
+    two.close()
+    until(lambda: len(server.server.broker.clients) == 1)
+    assert one.ask("kick 2\r\n") == "NOT_FOUND\r\n"
+    assert one.ask("kick x\r\n").startswith("CLIENT_ERROR")
+    one.send("kick 1\r\n")
+    assert one.line() in ("OK\r\n", "")
+    assert server.client().get("q/t=1000") == b"x"
 
 
 def test_refusals_are_counted_by_reason(talk):
