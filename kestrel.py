@@ -1055,7 +1055,7 @@ def dump_records(path):
                     record["xid"] = xid
                 if item is not None:
                     record.update(add_time=item.add_time, expiry=item.expiry,
-                                  size=len(item.data), data=repr(item.data[:40])[1:])
+                                  size=len(item.data), data=item.data)
                     if opcode == ADDF:
                         record.update(flags=item.flags, deliveries=item.deliveries)
                 yield record
@@ -8069,9 +8069,43 @@ class Client:
         finally:
             self._opened.discard(queue)
 
+    def peek(self, queue):
+        """Return the item at the head, which stays there; None if there is none."""
+        return self._ask(b"get %b/peek\r\n" % self._name(queue), self._item)
+
     def stats(self):
         """Return the answer to the command `stats` as a dict of str."""
-        return self._ask(b"stats\r\n", self._stats)
+        return dict(line.split(" ", 1) for line in self._table("stats", "STAT "))
+
+    def queues(self, prefix=""):
+        """Return [(name, items, bytes, open reads, waiters)] of the queues whose names begin like
+        that."""
+        rows = [line.rsplit(" ", 4) for line in self._table(("list " + prefix).strip(), "QUEUE ")]
+        return [(name, *map(int, numbers)) for name, *numbers in rows]
+
+    def clients(self):
+        """Return who is connected, a list of lists of str: number, address, user, protocol, state,
+        seconds, open reads, and the queue that is waited for."""
+        return [line.split(" ") for line in self._table("clients", "CLIENT ")]
+
+    def kick(self, number):
+        """Hang up on a client; False if there is none of that number."""
+        return self._ask(b"kick %d\r\n" % int(number)) == b"OK"
+
+    def move(self, queue, dest, count=None):
+        """Move waiting items, all or so many, to another queue; return how many were moved."""
+        return int(self._ask(b"move %b %b%b\r\n" % (
+            self._name(queue), self._name(dest), b"" if count is None else b" %d" % count)))
+
+    def status(self, word=None):
+        """Return the status of the server, or set it to that word."""
+        if word is None:
+            return os.fsdecode(self._ask(b"status\r\n"))
+        return self._ask(b"status %b\r\n" % word.encode()) and word.upper()
+
+    def version(self):
+        """Return the version of the server."""
+        return os.fsdecode(self._ask(b"version\r\n")).partition(" ")[2]
 
     def flush(self, queue):
         """Drop all that waits in a queue."""
@@ -8124,13 +8158,16 @@ class Client:
         self._line()
         return data
 
-    def _stats(self, line):
-        stats = {}
-        while line != b"END":
-            _, name, value = os.fsdecode(line).split(" ", 2)
-            stats[name] = value
-            line = self._line()
-        return stats
+    def _table(self, command, begin):
+        """Return the lines of an answer up to END, without what all begin with."""
+        def read(line):
+            lines = []
+            while line != b"END":
+                lines.append(os.fsdecode(line)[len(begin):])
+                line = self._line()
+            return lines
+
+        return self._ask(os.fsencode(command) + b"\r\n", read)
 
 
 @contextlib.contextmanager
@@ -8177,7 +8214,11 @@ _REPEAT_SECONDS = 10
 def main(arguments=None):
     """Run the daemon; returns the exit status. `arguments` default to the command line's."""
     parser = argparse.ArgumentParser(
-        prog="kestrel.py", description="A tiny, durable queue that speaks memcache.")
+        prog="kestrel.py", usage="%(prog)s [options]\n       %(prog)s COMMAND ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="A tiny, durable queue that speaks memcache: without a command, the daemon.",
+        epilog="commands (COMMAND --help says more):\n" + "\n".join(
+            "  %-8s %s" % (name, what) for name, (_, _, what) in _COMMANDS.items()))
     parser.add_argument("-c", metavar="FILE", dest="config", help="the config file to read")
     parser.add_argument("--listen", metavar="ADDRESSES",
                         help="the addresses to listen on (default 127.0.0.1)")
@@ -8185,10 +8226,11 @@ def main(arguments=None):
                         help="the port for memcache clients (default 22133)")
     parser.add_argument("--spool", metavar="DIRECTORY", dest="queue_path",
                         help="where the journals are (default ./spool)")
-    parser.add_argument("--dump", metavar="JOURNAL", nargs="+",
+    parser.add_argument("--dump", action="store_true",
                         help="print the records of journal files, a line each, and exit")
     parser.add_argument("--json", action="store_true",
-                        help="with --dump: a JSON object for each record")
+                        help="with --dump: a JSON object for each record, with all of its data")
+    parser.add_argument("journals", metavar="JOURNAL", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--pack", metavar="SPOOL/QUEUE",
                         help="write the journals of a queue that no server holds as one "
                              "minimal file, and exit")
@@ -8198,13 +8240,19 @@ def main(arguments=None):
     parser.add_argument("--check", action="store_true",
                         help="check the config file, print the effective settings, and exit")
     parser.add_argument("--version", action="version", version="kestrel.py " + __version__)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in _COMMANDS:
+        return _run_command(*arguments)
     options = parser.parse_args(arguments)
+    if bool(options.dump) != bool(options.journals):
+        parser.error("--dump needs journal files" if options.dump else
+                     "there is no command %s" % options.journals[0])
     overrides = {key: value for key, value in vars(options).items()
                  if key in SERVER_SETTINGS and value is not None}
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=[LogStream()])
     try:
         if options.dump:
-            return _dump(options.dump, options.json)
+            return _dump(options.journals, options.json)
         if options.pack:
             return _pack(options.pack)
         if options.hash_password:
@@ -8223,6 +8271,9 @@ def main(arguments=None):
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1
+    except BrokenPipeError:              # of standard output: `| head`
+        sys.stdout = None
+        return 0
     except OSError as error:
         print("kestrel.py: %s%s" % (error.filename + ": " if error.filename else "",
                                     error.strerror or error), file=sys.stderr)
@@ -8243,14 +8294,26 @@ def _dump(paths, as_json):
             if "damage" in record:
                 status = 1
             if as_json:
+                if "data" in record:
+                    record.update(_in_json(record.pop("data")))
                 print(json.dumps({"file": path, **record}))
             elif "damage" in record:
                 print("%10d %s: %s; the last %d bytes are not read" % (
                     record["offset"], path, record["damage"], record["bytes"]))
             else:
+                if "data" in record:
+                    record["data"] = repr(record["data"][:40])[1:]
                 print("%10d %-20s %s" % (record.pop("offset"), record.pop("operation"), " ".join(
                     "%s=%s" % pair for pair in record.items())))
     return status
+
+
+def _in_json(data):
+    """Return data as an entry of a JSON object: `data` if it is text, else `base64`."""
+    try:
+        return {"data": data.decode()}
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(data).decode()}
 
 
 def _pack(path):
@@ -8272,6 +8335,224 @@ def _pack(path):
         os.close(spool)
     return 0
 
+
+# -- commands that talk to a server
+
+def _connect(options):
+    """Return a Client of the server that the options, or the environment, name."""
+    server = options.server
+    host, port = server, 22133
+    if not server.startswith("unix:"):
+        host, _, port = server.rpartition(":") if ":" in server else (server, "", "22133")
+        port = PORT.parse(port)
+    tls = None
+    if options.tls or options.cafile:
+        import ssl
+        tls = ssl.create_default_context(cafile=options.cafile)
+    password = os.environ.get("KESTREL_PASSWORD", "")
+    if options.user and "KESTREL_PASSWORD" not in os.environ:
+        import getpass
+        password = getpass.getpass("password of %s: " % options.user)
+    return Client(host.strip("[]"), port, user=options.user, password=password, tls=tls)
+
+
+def _show(options, names, rows):
+    """Print a table, or a JSON object for each row."""
+    if options.json:
+        for row in rows:
+            print(json.dumps(dict(zip(names, row))))
+        return
+    widths = [max(map(len, map(str, column))) for column in zip(names, *rows)]
+    for row in (names, *rows):
+        print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def _command_put(client, options):
+    if options.item:
+        items = map(os.fsencode, options.item)
+    elif options.whole:
+        items = [sys.stdin.buffer.read()]
+    else:
+        items = (line.rstrip(b"\n") for line in sys.stdin.buffer)
+    for item in items:
+        if not client.put(options.queue, item, options.expiry):
+            print("kestrel.py: %s is full" % options.queue, file=sys.stderr)
+            return 1
+    return 0
+
+
+def _command_get(client, options):
+    for count in range(options.n):
+        item = client.get(options.queue, options.wait)
+        if item is None:
+            return int(count == 0)
+        _print_item(item)
+    return 0
+
+
+def _command_peek(client, options):
+    item = client.peek(options.queue)
+    if item is not None:
+        _print_item(item)
+    return int(item is None)
+
+
+def _print_item(item):
+    sys.stdout.buffer.write(item + b"\n")
+    sys.stdout.buffer.flush()
+
+
+_QUEUE_COLUMNS = "queue", "items", "bytes", "open", "waiters"
+
+
+def _command_list(client, options):
+    _show(options, _QUEUE_COLUMNS, client.queues(options.prefix or ""))
+
+
+def _command_stats(client, options):
+    stats = client.stats()
+    if options.queue:
+        begin = "queue_%s_" % options.queue
+        stats = {name[len(begin):]: value for name, value in stats.items()
+                 if name.startswith(begin)}
+    if options.json:
+        print(json.dumps(stats))
+    else:
+        _show(options, ("name", "value"), list(stats.items()))
+    return int(not stats)
+
+
+def _command_top(client, options):
+    """Show the deepest queues, anew each second, until it is interrupted."""
+    before, then = {}, 0
+    while True:
+        try:
+            client = client or _connect(options)
+            stats = client.stats()
+            rows, mono = client.queues(), time.monotonic()
+            head = "%s  %s  %s items  up %s s" % (
+                options.server, client.status(), stats["curr_items"], stats["uptime"])
+            taken = {row[0]: int(stats.get("queue_%s_get_hits" % row[0], 0)) for row in rows}
+            rows = [(*row, round((taken[row[0]] - before[row[0]]) / (mono - then), 1)
+                     if row[0] in before else "") for row in rows]
+            before, then = taken, mono
+        except (OSError, ServerError) as error:
+            client, head = None, "%s  %s" % (options.server, error)
+            rows = []
+        rows.sort(key=lambda row: row[-1 if options.by == "rate" else 1] or 0, reverse=True)
+        lines = os.get_terminal_size().lines - 4 if sys.stdout.isatty() else 20
+        sys.stdout.write("\33[H\33[2J" + head + "\n\n")
+        _show(options, (*_QUEUE_COLUMNS, "gets/s"), rows[:lines])
+        sys.stdout.flush()
+        time.sleep(1)
+
+
+def _command_move(client, options):
+    print(client.move(options.queue, options.dest, options.count))
+
+
+def _command_flush(client, options):
+    if not _is_sure(options, "Drop all items of %s?" % options.queue):
+        return 1
+    client.flush(options.queue)
+    return 0
+
+
+def _command_delete(client, options):
+    if options.queue not in [row[0] for row in client.queues(options.queue)]:
+        raise ValueError("there is no queue %s" % options.queue)
+    if not _is_sure(options, "Delete %s and all its items?" % options.queue):
+        return 1
+    client.delete(options.queue)
+    return 0
+
+
+def _is_sure(options, question):
+    """Ask at a terminal, unless --yes says so."""
+    return options.yes or not sys.stdin.isatty() or input(question + " [y/N] ").lower() == "y"
+
+
+def _command_status(client, options):
+    print(client.status(options.word))
+
+
+def _command_ping(client, options):
+    print("kestrel.py %s at %s is %s" % (client.version(), options.server, client.status()))
+
+
+def _command_clients(client, options):
+    _show(options, ("id", "address", "user", "protocol", "state", "seconds", "open", "waits for"),
+          client.clients())
+
+
+def _command_kick(client, options):
+    return int(not client.kick(options.id))
+
+
+# The options of commands.
+_N = ("-n", {"type": int, "default": 1, "metavar": "N", "help": "at most so many items (1)"})
+_COUNT = ("-n", {"type": int, "dest": "count", "metavar": "N", "help": "so many items (all)"})
+_WAIT = ("--wait", {"type": float, "default": 0, "metavar": "SECONDS",
+                    "help": "wait so long for an item"})
+_YES = ("--yes", {"action": "store_true", "help": "do not ask"})
+_QUEUE = ("queue", {})
+
+# What can be asked of a server: name -> (function, its arguments, what it does). A function is
+# given a Client and the options, and returns the exit status, None for 0.
+_COMMANDS = {
+    "put": (_command_put, (_QUEUE, ("item", {"nargs": "*"}), ("--whole", {
+        "action": "store_true", "help": "all of standard input is one item"}), ("--expiry", {
+            "type": int, "default": 0, "metavar": "SECONDS", "help": "the time it has"})),
+            "put items, or each line of standard input"),
+    "get": (_command_get, (_QUEUE, _N, _WAIT), "take items, and print each with a newline"),
+    "peek": (_command_peek, (_QUEUE,), "print the item at the head, which stays there"),
+    "list": (_command_list, (("prefix", {"nargs": "?"}),), "the queues, or those that begin so"),
+    "stats": (_command_stats, (("queue", {"nargs": "?"}),), "figures of the server, or of a queue"),
+    "top": (_command_top, (("--by", {"choices": ["depth", "rate"], "default": "depth",
+                                     "help": "sort by items (depth), or by gets a second"}),),
+            "the queues, anew each second"),
+    "move": (_command_move, (_QUEUE, ("dest", {}), _COUNT), "move items to another queue"),
+    "flush": (_command_flush, (_QUEUE, _YES), "drop all items of a queue"),
+    "delete": (_command_delete, (_QUEUE, _YES), "delete a queue"),
+    "status": (_command_status, (("word", {"nargs": "?"}),), "what the server lets in; set it"),
+    "ping": (_command_ping, (), "whether it answers, for health checks"),
+    "clients": (_command_clients, (), "who is connected"),
+    "kick": (_command_kick, (("id", {"type": int}),), "hang up on a client"),
+}
+
+
+def _run_command(name, *arguments):
+    """Run a command; return the exit status: 0 done, 1 refused or not found, 2 usage, 3 no
+    connection."""
+    function, wanted, what = _COMMANDS[name]
+    parser = argparse.ArgumentParser(prog="kestrel.py " + name, description=what)
+    for word, how in wanted:
+        parser.add_argument(word, **how)
+    parser.add_argument("--server", metavar="HOST:PORT", help="or unix:PATH; $KESTREL_SERVER, else "
+                        "127.0.0.1:22133", default=os.environ.get("KESTREL_SERVER")
+                        or "127.0.0.1:22133")
+    parser.add_argument("--user", help="its password is $KESTREL_PASSWORD, or is asked for")
+    parser.add_argument("--tls", action="store_true", help="speak TLS")
+    parser.add_argument("--cafile", metavar="FILE", help="whose certificates to trust, with TLS")
+    parser.add_argument("--json", action="store_true", help="a JSON object for each line of a table")
+    options = parser.parse_args(arguments)
+    try:
+        with contextlib.ExitStack() as stack:
+            return function(stack.enter_context(_connect(options)), options) or 0
+    except KeyboardInterrupt:
+        return 0 if name == "top" else 1
+    except BrokenPipeError:              # of standard output: `| head`
+        sys.stdout = None
+        return 0
+    except (ServerError, ValueError) as error:
+        print("kestrel.py: %s" % error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print("kestrel.py: %s: %s" % (options.server, error.strerror or error), file=sys.stderr)
+        return 1 if name == "ping" else 3
+
+
+# -- without a server
 
 def _hash_password():
     """Print what stands in an auth_file for a password."""

@@ -8234,6 +8234,112 @@ def test_check(tmp_path):
     assert run("-c", tmp_path / "bad")[0] == 1
 
 
+@pytest.fixture
+def ask_server(serve, capfd, monkeypatch):
+    """Run a command against a server; return its exit status and what it printed."""
+    server = serve("[queue full]\nmax_items = 1\n")
+    monkeypatch.setenv("KESTREL_SERVER", "127.0.0.1:%d" % server.port)
+
+    def ask(*words, stdin=b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        status = kestrel.main([str(word) for word in words])
+        return status, capfd.readouterr().out
+
+    ask.server = server
+    ask.errors = lambda words: (kestrel.main(words), capfd.readouterr().err)
+    return ask
+
+
+def test_commands_put_and_get(ask_server):
+    assert ask_server("put", "q", "one", "two") == (0, "")
+    assert ask_server("put", "q", stdin=b"three\nfour") == (0, "")
+    assert ask_server("put", "q", "--whole", stdin=b"five\nsix\n") == (0, "")
+    assert ask_server("peek", "q") == (0, "one\n")
+    assert ask_server("get", "q") == (0, "one\n")
+    assert ask_server("get", "q", "-n", 3) == (0, "two\nthree\nfour\n")
+    assert ask_server("get", "q", "-n", 3) == (0, "five\nsix\n\n")
+    assert ask_server("get", "q", "--wait", "0.01") == ask_server("peek", "q") == (1, "")
+    assert ask_server("put", "q", "x", "--expiry", 100)[0] == 0
+    assert ask_server.server.server.broker.queues["q"].items[0].expiry
+
+
+def test_commands_show_and_move(ask_server):
+    ask_server("put", "jobs", "1", "23")
+    assert ask_server("move", "jobs", "more", "-n", 1) == (0, "1\n")
+    assert ask_server("move", "jobs", "more") == (0, "1\n")
+    assert ask_server("list") == (0, "queue  items  bytes  open  waiters\n"
+                                     "jobs   0      0      0     0\n"
+                                     "more   2      3      0     0\n")
+    assert [json.loads(line) for line in ask_server("list", "m", "--json")[1].splitlines()] == [
+        {"queue": "more", "items": 2, "bytes": 3, "open": 0, "waiters": 0}]
+    status, told = ask_server("stats", "more", "--json")
+    assert status == 0 and json.loads(told)["items"] == "2"
+    assert re.search("^curr_items +2$", ask_server("stats")[1], re.M)
+    assert ask_server("stats", "none")[0] == 1
+    assert ask_server("flush", "more") == ask_server("delete", "more", "--yes") == (0, "")
+    assert ask_server("delete", "more")[0] == 1
+    assert ask_server("list")[1].count("\n") == 2
+
+
+def test_commands_for_operators(ask_server):
+    assert ask_server("status") == (0, "UP\n")
+    assert re.fullmatch(r"kestrel.py \S+ at 127.0.0.1:\d+ is UP\n", ask_server("ping")[1])
+    assert ask_server("status", "readonly") == (0, "READONLY\n")
+    assert ask_server.errors(["put", "q", "x"]) == (
+        1, "kestrel.py: SERVER_ERROR the server is readonly: nothing can be written\n")
+    assert ask_server("status", "up") == (0, "UP\n")
+    other = ask_server.server.client()
+    assert other.ask("version\r\n").startswith("VERSION")
+    client, *_ = [json.loads(line) for line in ask_server("clients", "--json")[1].splitlines()
+                  if '"ready"' in line]
+    assert client["address"].endswith(":%d" % other.sock.getsockname()[1])
+    assert ask_server("kick", client["id"]) == (0, "")
+    assert other.line() == ""
+    assert ask_server("kick", 12345)[0] == 1
+
+
+def test_commands_tell_what_is_wrong(ask_server, monkeypatch, capfd):
+    ask_server("put", "full", "1")
+    assert ask_server.errors(["put", "full", "2"]) == (1, "kestrel.py: full is full\n")
+    assert ask_server.errors(["put", "a/b", "2"]) == (1, "kestrel.py: '/' in the name of a queue\n")
+    for words in (["get"], ["get", "q", "-n", "x"], ["move", "q"], ["lst"], ["--dump"], ["kick", "x"]):
+        with pytest.raises(SystemExit) as stopped:
+            kestrel.main(words)
+        assert stopped.value.code == 2
+    assert "there is no command lst" in capfd.readouterr().err
+    monkeypatch.setenv("KESTREL_SERVER", "127.0.0.1:%d" % free_port())
+    assert ask_server.errors(["list"])[0] == 3
+    assert ask_server.errors(["ping"])[0] == 1
+    assert ask_server.errors(["list", "--server", "unix:/none"]) == (
+        3, "kestrel.py: unix:/none: No such file or directory\n")
+    assert ask_server.errors(["list", "--server", "host:port"])[0] == 1
+
+
+def test_top_survives_a_restart(serve, short_path, monkeypatch, capfd):
+    text = "[server]\nlisten = unix:%s\n" % (short_path / "socket")
+    server = serve(text)
+    with kestrel.Client("unix:%s" % (short_path / "socket")) as client:
+        client.put("jobs", b"1")
+        client.put("jobs", b"2")
+    told = []
+
+    def sleep(seconds):
+        told.append(capfd.readouterr().out)
+        if len(told) == 1:
+            server.stop()
+        elif len(told) == 2:
+            serve(text)
+        else:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(kestrel, "time", types.SimpleNamespace(
+        sleep=sleep, monotonic=time.monotonic, time_ns=time.time_ns))
+    assert kestrel.main(["top", "--server", "unix:%s" % (short_path / "socket")]) == 0
+    assert re.search("^jobs +2 +2 ", told[0], re.M) and re.search("^jobs +2 +2 ", told[2], re.M)
+    assert not re.search("^jobs", told[1], re.M)
+    assert re.search("closed|Broken pipe|reset|No such file|refused", told[1])
+
+
 def test_dump(tmp_path):
     good = addx(b"a\r\nb", NOW, NOW + 5) + xid_record(9, 7) + b"\1" + struct.pack(
         "<BiqqII", 10, 25, NOW, 0, 9, 2) + b"x"
@@ -8249,11 +8355,16 @@ def test_dump(tmp_path):
     status, out, err = run("--json", "--dump", tmp_path / "q", tmp_path / "bad")
     records = [json.loads(line) for line in out.splitlines()]
     assert status == 1 and len(records) == 9
+    assert records[0]["data"] == "a\r\nb" and records[3]["data"] == "x"
     assert records[1] == {"file": str(tmp_path / "q"), "offset": 25, "xid": 7,
                           "operation": "REMOVE_TENTATIVE_XID"}
     assert records[-1]["offset"] == len(good) and records[-1]["bytes"] == 10
     assert (tmp_path / "bad").read_bytes() == good + b"\xff" * 10
+    assert run("--dump", "--json", tmp_path / "q", tmp_path / "bad")[1] == out
     assert run("--dump", tmp_path / "none")[0] == 1
+    spool_of(tmp_path, binary=addx(b"\xff" * 100))
+    assert json.loads(run("--dump", "--json", tmp_path / "binary")[1])["base64"] == (
+        base64.b64encode(b"\xff" * 100).decode())
 
 
 def test_pack_a_queue_that_is_not_in_use(daemon, tmp_path):
