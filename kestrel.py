@@ -65,6 +65,11 @@ time, expiry) only; whatever waits is timed by the server on the monotonic clock
 """
 
 # What only some use is imported where it is used: the start takes half as long without.
+import sys
+
+if sys.version_info < (3, 8):
+    sys.exit("kestrel.py needs Python 3.8 or newer; this is %s" % sys.version.split()[0])
+
 import argparse
 import array
 import base64
@@ -92,7 +97,6 @@ import signal
 import socket
 import stat
 import struct
-import sys
 import threading
 import time
 import types
@@ -101,6 +105,8 @@ import weakref
 from http import HTTPStatus
 
 __version__ = "1.0.0"
+__all__ = ["Client", "Config", "ConfigError", "Queue", "QueueConfig", "Server", "ServerError",
+           "dump_records", "serve"]
 
 log = logging.getLogger("kestrel")
 trace = logging.getLogger("kestrel.trace")    # what enable_trace and enable_session_trace tell
@@ -2417,7 +2423,7 @@ class Queue:
         if now is None:
             now = _now()
         if type(data) is not bytes:
-            data = bytes(memoryview(data))   # a TypeError for what is no bytes at all
+            data = _as_bytes(data)
         if (expiry or flags) and not (abs(expiry) < 1 << 63 and 0 <= flags < 1 << 32):
             raise ValueError("expiry %d or flags %d cannot be kept" % (expiry, flags))
         size = len(data)
@@ -3304,6 +3310,14 @@ class Queue:
         if self._behind and self.count == len(self.items) + len(self._fresh):
             self._catch_up()
         self.opens = dict(sorted(self.opens.items()))      # the oldest first, as before
+
+
+def _as_bytes(data):
+    """Return bytes, or what can be taken for them, as bytes. Raises TypeError."""
+    try:
+        return bytes(memoryview(data))
+    except TypeError:
+        raise TypeError("data must be bytes, not %s" % type(data).__name__) from None
 
 
 def _free(items):
@@ -7980,6 +7994,10 @@ def _lock_spool(path):
 # without any server is Queue itself, see section 5.)
 
 
+# How many items put_many() sends before it reads the answers.
+_PUT_AT_ONCE = 50
+
+
 class ServerError(Exception):
     """An error that a server has answered with."""
 
@@ -8020,8 +8038,34 @@ class Client:
     def put(self, queue, data, expiry=0, flags=0):
         """Put an item (bytes); False if the queue does not take it. expiry: in seconds from now,
         or at that time of the epoch, 0 for never."""
-        return self._ask(b"set %b %d %d %d\r\n%b\r\n" % (
-            self._name(queue), flags, expiry, len(data), data)) == b"STORED"
+        return self._ask(self._set(queue, data, expiry, flags)) == b"STORED"
+
+    def put_many(self, queue, items, expiry=0, flags=0):
+        """Put items without waiting for the answer to each; return how many the queue has taken.
+        Raises ServerError for the first that was refused, when all have been answered."""
+        items = iter(items)
+        taken, refused = 0, None
+        while True:
+            sets = [self._set(queue, data, expiry, flags)
+                    for data in itertools.islice(items, _PUT_AT_ONCE)]
+            if not sets:
+                break
+            self._send(b"".join(sets))
+            for _ in sets:
+                try:
+                    taken += self._read(self._line) == b"STORED"
+                except ServerError as error:
+                    refused = refused or error
+                except OSError as error:     # some refusals are its last word
+                    raise refused or error
+        if refused:
+            raise refused
+        return taken
+
+    def _set(self, queue, data, expiry, flags):
+        data = _as_bytes(data)
+        return b"set %b %d %d %d\r\n%b\r\n" % (
+            self._name(queue), flags, expiry, len(data), data)
 
     def get(self, queue, timeout=0, options=""):
         """Take the next item, waiting for it if need be; None if there is none. options: such
@@ -8131,12 +8175,18 @@ class Client:
 
     def _ask(self, command, read=lambda line: line, timeout=0):
         """Send a command; return read(the first line of the answer)."""
+        self._send(command, timeout)
+        return self._read(lambda: read(self._line()))
+
+    def _send(self, command, timeout=0):
         if self._file.closed:
             raise ConnectionError("this client is closed")
+        self._sock.settimeout(self._timeout + timeout)
+        self._read(lambda: self._sock.sendall(command))
+
+    def _read(self, call):
         try:
-            self._sock.settimeout(self._timeout + timeout)
-            self._sock.sendall(command)
-            return read(self._line())
+            return call()
         except ServerError:
             raise
         except BaseException:                # it would give the rest of the answer to the next
@@ -8171,7 +8221,7 @@ class Client:
 
 
 @contextlib.contextmanager
-def serve(port=0, spool=None, config=None):
+def serve(port=0, spool=None, config=None, settings=None):
     """Run a server on 127.0.0.1 in a thread for the time of a `with` block, which is given the
     Server; its `port` is a free one if `port` is 0.
 
@@ -8179,12 +8229,20 @@ def serve(port=0, spool=None, config=None):
             client.put("q", b"x")
 
     spool: the directory of the journals, None for one that is deleted in the end. config: the
-    path of a config file. It has no admin port, unless the file gives one. Raises ConfigError,
-    and OSError when it cannot start.
+    path of a config file. settings: what would stand in one, as {"server": {"max_queues": 5},
+    "queue jobs": {"max_items": 100}}. It has no admin port, unless these give one. Raises
+    ConfigError, and OSError when it cannot start.
     """
+    import tempfile
     with contextlib.ExitStack() as stack:
+        if settings:
+            file = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".conf"))
+            for section, values in settings.items():
+                file.write("[%s]\n" % section)
+                file.writelines("%s = %s\n" % pair for pair in values.items())
+            file.flush()
+            config = file.name
         if spool is None:
-            import tempfile
             spool = stack.enter_context(tempfile.TemporaryDirectory(prefix="kestrel-"))
         overrides = {"memcache_port": str(port), "queue_path": os.fspath(spool)}
         if "admin_port" not in Config(config).given:
@@ -8270,7 +8328,7 @@ def main(arguments=None):
         server = Server(config, _inherited(config), _notify)
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 1
+        return os.EX_CONFIG              # systemd does not start it again, see kestrel.service
     except BrokenPipeError:              # of standard output: `| head`
         sys.stdout = None
         return 0
