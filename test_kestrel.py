@@ -8231,7 +8231,7 @@ def test_check(tmp_path):
     status, out, err = run("--check", "-c", tmp_path / "bad")
     assert (status, out) == (78, "")
     assert err.startswith("%s:3: max_items: 'many'" % (tmp_path / "bad"))
-    assert run("-c", tmp_path / "bad")[0] == 1
+    assert run("-c", tmp_path / "bad")[0] == 78
 
 
 def test_client_puts_many(tmp_path):
