@@ -269,6 +269,10 @@ NAMES = Kind(lambda text: _list_of(check_name).parse(text) or check_name(""), ",
 WORDS = _list_of(str)
 ADDRESSES = Kind(_parse_addresses, ", ".join)
 NETWORKS = _list_of(ipaddress.ip_network)
+FLAG_OR_NETWORKS = Kind(
+    lambda text: FLAG.parse(text) if text.lower() in configparser.ConfigParser.BOOLEAN_STATES
+    else NETWORKS.parse(text) or FLAG.parse(text),
+    lambda value: FLAG.show(value) if isinstance(value, bool) else NETWORKS.show(value))
 MODE = Kind(_parse_mode, "{:04o}".format)
 
 # What each section of the config file may set: name -> (kind, default as written).
@@ -307,7 +311,7 @@ SERVER_SETTINGS = {
     "status_file": (TEXT_OR_NONE, ""),
     "status_change_grace_period": (TIME, "0"),
     "status_command": (TEXT_OR_NONE, ""),
-    "enable_session_trace": (FLAG, "false"),
+    "enable_session_trace": (FLAG_OR_NETWORKS, "false"),
     "log_level": (_one_of("debug", "info", "warning", "error"), "info"),
     "log_file": (TEXT_OR_NONE, ""),
     "value_key": (_one_of("asked", "queue"), "asked"),
@@ -344,7 +348,8 @@ ALIAS_SETTINGS = {
 _OLD_NAMES = {"listen_address": "listen"}
 
 # The [server] settings that change at once with a reload.
-RELOADED = ("allow", "tls_cert", "tls_key", "tls_client_ca", "admin_commands")
+RELOADED = ("allow", "tls_cert", "tls_key", "tls_client_ca", "admin_commands", "log_level",
+            "log_file", "enable_session_trace")
 
 
 _USER = re.compile(r"([^\s,:]+):(pbkdf2\$[1-9][0-9]{0,6}\$(?:[0-9a-f]{2})+\$[0-9a-f]{64})")
@@ -3732,6 +3737,7 @@ class Broker:
         self._uncounted = set()           # queues that have changed since totals()
         self._totals = Totals(0, 0, 0, 0)
         self.clients = {}                 # number -> (session, when it came)
+        self.reloaded = []                # calls to be made after each reload
         self.failing = {}                 # queue -> Failure, while its journal fails
         self.refused = collections.Counter()      # reason -> commands refused for it
         self.free_space = None            # bytes left for the spool, and, if these are too few,
@@ -3739,6 +3745,7 @@ class Broker:
         self._failed = {}                 # queue -> OSError, since the last write()
         self._reloads = []                # (who, done) of each reload that was asked for
         self._refused = (False, False)    # whether the status refuses reads, writes by now
+        self._strangers = set()           # (host, what it did) that the log has told of
         self._grace = None                # cancels the end of its grace period
         self._read_status()
         self.spool = os.path.abspath(self.settings.queue_path)
@@ -3893,6 +3900,12 @@ class Broker:
         self._look_at_limits()
         return number
 
+    def note_stranger(self, peer, why):
+        """Log that a client wants something else than this port offers, once a host."""
+        if len(self._strangers) < 1000 and (peer.host, why) not in self._strangers:
+            self._strangers.add((peer.host, why))
+            log.info("%s %s", peer.name, why)
+
     def dismiss(self, number):
         """Note that a client has gone; number: what admit() has returned."""
         del self.clients[number]
@@ -4006,6 +4019,8 @@ class Broker:
             if count % QUEUES_STEP == 0:
                 yield
         self.routes.clear()                  # fanout_only may be another
+        for call in self.reloaded:
+            call()
 
     # -- expiry
 
@@ -4350,6 +4365,11 @@ def _number(word, what, close=False):
 Peer = collections.namedtuple("Peer", "name host local")
 
 
+# What clients speak who want another port: the reason of a refusal -> in words.
+_FOREIGN = {"binary memcache": "memcache's binary protocol: it has to use the text protocol",
+            "TLS": "TLS to a port without (tls_cert)", "binary": "no protocol that is known here"}
+
+
 def _reason(error):
     """Return what a command that an OSError has refused is counted under."""
     return errno.errorcode.get(error.errno, "EIO")
@@ -4584,6 +4604,8 @@ class Session:
         if isinstance(error, OSError):
             error = Refused("SERVER_ERROR", _why(error), reason=_reason(error))
         self.broker.refused[error.reason] += 1
+        if error.reason in _FOREIGN:
+            self.broker.note_stranger(self.peer, "speaks " + _FOREIGN[error.reason])
         self._say_error(error)
         if error.close and self.hangs_up:
             self.end()
@@ -4819,6 +4841,15 @@ class Session:
             if queue:
                 yield queue
 
+    def _clients(self):
+        """Yield a dict for each client that is connected."""
+        for number, (session, came) in list(self.broker.clients.items()):
+            protocol, _, address = session.peer.name.partition(" client ")
+            yield {"id": number, "address": address, "user": session.user, "protocol": protocol,
+                   "state": session.state, "seconds": int(self.broker.uptime() - came),
+                   "open_reads": sum(map(len, session.open_reads.values())),
+                   "waits_for": session.asks.queue.name if session.state is WAITING else None}
+
     def _flush(self, name):
         """Flush a queue; return it, or None if there is none."""
         queue = self.broker.find(name)
@@ -4998,7 +5029,8 @@ def _check_byte(byte):
     """Raise Refused if no command can begin with `byte`: TLS and the binary protocol of memcached
     do."""
     if byte == b"\x80" or byte < b" " and byte not in b"\t\r\n":
-        raise Refused("ERROR", "this protocol is not supported", close=True)
+        raise Refused("ERROR", "this protocol is not supported", close=True, reason={
+            b"\x80": "binary memcache", b"\x16": "TLS"}.get(byte, "binary"))
 
 
 def _parse_line(line):
@@ -5411,13 +5443,10 @@ class MemcacheSession(LineSession):
         """clients"""
         self._check_admin("clients")
         yield
-        for count, (number, (session, came)) in enumerate(list(self.broker.clients.items()), 1):
-            protocol, _, address = session.peer.name.partition(" client ")
-            waits_for = session.asks.queue.name if session.state is WAITING else "-"
-            self._say(os.fsencode("CLIENT %d %s %s %s %s %d %d %s\r\n" % (
-                number, address.replace(" ", "%20"), session.user or "-", protocol,
-                session.state, self.broker.uptime() - came,
-                sum(map(len, session.open_reads.values())), waits_for)))
+        for count, row in enumerate(self._clients(), 1):
+            self._say(os.fsencode("CLIENT %s\r\n" % " ".join(
+                "-" if value is None else str(value).replace(" ", "%20")
+                for value in row.values())))
             if count % QUEUES_STEP == 0:
                 yield
         self._say(b"END\r\n")
@@ -6346,6 +6375,17 @@ class AdminSession(Session):
             comma = ","
         yield "]}\n"
 
+    def _client_pieces(self):
+        comma = "["
+        for row in self._clients():
+            yield comma + json.dumps(row)
+            comma = ",\n"
+        yield "]\n"
+
+    def _connections(self):
+        self._check_admin("clients")
+        return self._stream(_JSON, self._client_pieces())
+
     def _history_json(self):
         queues = self._queues(self._query.get("queue", [])[:QUEUES_STEP * 4])
         self._respond(HTTPStatus.OK, json.dumps(
@@ -6418,6 +6458,7 @@ _ADMIN_PATHS = {
     "/metrics": ("GET", lambda session: session._stream(_PROMETHEUS, session._metric_lines())),
     "/queues.json": ("GET", lambda session: session._stream(_JSON, session._page_pieces())),
     "/history.json": ("GET", AdminSession._history_json),
+    "/connections.json": ("GET", AdminSession._connections),
     "/peek": ("GET", AdminSession._peek),
     "/flush": ("POST", AdminSession._post_flush),
     "/delete": ("POST", AdminSession._post_delete),
@@ -6674,6 +6715,18 @@ _SHORT_WAITS = 4
 
 # How many events are handled between two looks at the clock.
 _EVENTS_STEP = 8
+
+# What goes wrong in TLS: a part of OpenSSL's reason -> in words.
+_TLS_FAILURES = {
+    "WRONG_VERSION_NUMBER": "speaks no TLS to a port with TLS:",
+    "HTTP_REQUEST": "speaks plain HTTP to a port with TLS:",
+    "UNKNOWN_CA": "does not trust the certificate:",
+    "CERTIFICATE_UNKNOWN": "does not trust the certificate:",
+    "BAD_CERTIFICATE": "does not trust the certificate:",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "has no certificate (tls_client_ca):",
+    "CERTIFICATE_VERIFY_FAILED": "has a certificate that tls_client_ca does not sign:",
+    "UNSUPPORTED_PROTOCOL": "speaks too old a version of TLS:",
+    "": "fails in TLS:"}
 
 # How many TLS handshakes a turn does, which take a millisecond each, and how many queues may have
 # something to write before it feeds nobody any more.
@@ -7082,7 +7135,7 @@ class Connection:
         self.since = server.mono
         self.last_active = server.mono   # when it said something, or took some of its answers
         self.is_greeting = hasattr(sock, "do_handshake")       # which is not done yet
-        self.is_traced = server.config.server.enable_session_trace
+        self.is_traced = False
         self.state = READY               # what place() has arranged; HELD may be READY for it
         self.buffered = 0                # bytes of input and output that server.buffered counts
         self._unsent = []
@@ -7092,10 +7145,18 @@ class Connection:
         self._alarm = None               # the entry of tick() in server.timers
         self._finished = False           # the socket has been shut down
         self._in_tasks = False           # _work() is among the server's tasks
+        self.set_trace()
         if self.is_traced:
             trace.info("%s: connected", session.who)
         self._watch(_READ)
         self._set_alarm()
+
+    def set_trace(self):
+        """Trace what is said, if enable_session_trace says so."""
+        wanted = self.server.config.server.enable_session_trace
+        address = self.session.peer.name.partition(" client ")[2].rpartition(":")[0].strip("[]")
+        self.is_traced = wanted is True or bool(wanted) and not address.startswith("unix") and any(
+            _ip_of(address) in network for network in wanted)
 
     def is_sending(self):
         """Return whether there are answers that the kernel has not taken yet."""
@@ -7115,7 +7176,9 @@ class Connection:
             return
         except OSError as error:         # reset: it will take no answers either
             if hasattr(error, "reason"):               # it is an ssl.SSLError
-                log.info("%s: TLS: %s", session.who, error.reason or error)
+                why = str(error.reason or error)
+                server.broker.note_stranger(session.peer, next(
+                    (words for part, words in _TLS_FAILURES.items() if part in why), "") + " " + why)
             self.close()
             return
         if not data:
@@ -7514,6 +7577,7 @@ class Server:
         self.listeners = [Listener(self, sock, protocol) for sock, protocol in sockets]
         self.worker = Worker(self.interrupt)
         self.broker.work = self._submit
+        self.broker.reloaded.append(self._set_traces)
         self._workers = [self.worker]    # what takes the processor long delays no fsync
         if self.config.users is not None:
             self._workers.append(Worker(self.interrupt))
@@ -7702,6 +7766,10 @@ class Server:
             self.worker.submit(work, functools.partial(self._step, task))
         else:
             self.broker.tasks.append(task)
+
+    def _set_traces(self):
+        for connection in self.connections.values():
+            connection.set_trace()
 
     def _submit(self, call, done):
         self.worker.submit(call, lambda error, seconds: done(error))
@@ -8336,6 +8404,7 @@ def main(arguments=None):
         print("kestrel.py: %s%s" % (error.filename + ": " if error.filename else "",
                                     error.strerror or error), file=sys.stderr)
         return 1
+    server.broker.reloaded.append(functools.partial(_set_up_log_again, config.server))
     _handle_signals(server)
     watchdog = int(os.environ.get("WATCHDOG_USEC", 0))
     if watchdog and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
@@ -8678,16 +8747,25 @@ def _log_file(path):
 def _set_up_log(settings):
     """Log as the settings say. Raises OSError."""
     root = logging.getLogger()
+    try:
+        handler = _log_file(settings.log_file) if settings.log_file else LogStream()
+    except OSError as error:
+        raise OSError(error.errno, "log_file %s: %s" % (settings.log_file, error.strerror)
+                      ) from None
+    handler.setFormatter(logging.Formatter(_LOG_FORMAT))
+    handler.addFilter(_repeats())
+    for old in root.handlers:
+        old.close()
+    root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
-    if settings.log_file:
-        try:
-            handler = _log_file(settings.log_file)
-        except OSError as error:
-            raise OSError(error.errno, "log_file %s: %s" % (settings.log_file, error.strerror)
-                          ) from None
-        handler.setFormatter(root.handlers[0].formatter)
-        root.handlers[:] = [handler]
-    root.handlers[0].addFilter(_repeats())
+
+
+def _set_up_log_again(settings):
+    """Log as the settings say after a reload, or as before."""
+    try:
+        _set_up_log(settings)
+    except OSError as error:
+        log.error("reload: %s", error.strerror)
 
 
 def _repeats():

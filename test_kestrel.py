@@ -5298,6 +5298,19 @@ def test_the_page_needs_nothing_from_elsewhere_and_runs_its_own_script_only(admi
     assert "default-src 'none'" in headers["Content-Security-Policy"]
 
 
+def test_connections_json(admin):
+    waiting = kestrel.MemcacheSession(admin.broker, kestrel.Peer("memcache client a b", "h", True))
+    admin.broker.admit(waiting)
+    waiting.feed(b"get q/t=1000\r\n", NOW)
+    waiting.resume(NOW)
+    status, headers, told = ask(admin, "GET /connections.json")
+    assert json.loads(told) == [{
+        "id": 1, "address": "a b", "user": None, "protocol": "memcache", "state": "waiting",
+        "seconds": 0, "open_reads": 0, "waits_for": "q"}]
+    admin.broker.settings.admin_commands = "none"
+    assert ask(admin, "GET /connections.json")[0] == 403
+
+
 def test_the_admin_port_over_sockets(serve):
     port = free_port()
     server = serve("[server]\nadmin_port = %d\n" % port)
@@ -6474,6 +6487,8 @@ def test_clients_and_kick(serve):
     first, second, _ = lines
     assert re.fullmatch(r"CLIENT 1 127\.0\.0\.1:\d+ - memcache working \d+ 1 -\r\n", first)
     assert re.fullmatch(r"CLIENT 2 127\.0\.0\.1:\d+ - memcache waiting \d+ 0 q\r\n", second)
+    with kestrel.Client(port=server.port) as client:
+        assert [row[4] for row in client.clients()] == ["ready", "waiting", "working"]
     assert one.ask("kick 2\r\n") == "OK\r\n"
     assert two.line() == ""
     two.close()
@@ -6483,6 +6498,40 @@ def test_clients_and_kick(serve):
     one.send("kick 1\r\n")
     assert one.line() in ("OK\r\n", "")
     assert server.client().get("q/t=1000") == b"x"
+
+
+@pytest.mark.parametrize("said, words", [
+    (b"\x80\0\0\1\0\0\0\0", "speaks memcache's binary protocol"),
+    (b"\x16\3\1\2\0\1\0\1", "speaks TLS to a port without (tls_cert)"),
+    (b"\0\0\0\5hello", "speaks no protocol that is known here")])
+def test_clients_of_another_protocol_leave_one_line(talk, caplog, said, words):
+    caplog.set_level("INFO")
+    for number in range(3):
+        session = talk.session("client %d" % number)
+        session.feed(said, NOW)
+        assert session.is_over() and b"this protocol is not supported" in b"".join(session.out)
+    talk.session("client of another host", host="192.0.2.9").feed(said, NOW)
+    assert caplog.text.count(words) == 2
+    assert sum(talk.broker.refused.values()) == 4
+
+
+def test_reload_changes_logs_and_traces(daemon, tmp_path):
+    text = "[server]\nlog_level = %s\nlog_file = %s\nenable_session_trace = %s\n"
+    logs = [tmp_path / "one.log", tmp_path / "two.log"]
+    server = daemon(text % ("info", logs[0], "false"), log=logs[0])
+    with server.client() as client:
+        assert client.put("q", b"secret") == "STORED\r\n"
+        (tmp_path / "kestrel.conf").write_text(text % ("info", logs[1], "127.0.0.0/8"))
+        assert client.ask("reload\r\n") == "Reloaded config.\r\n"
+        client.put("q", b"traced")
+        (tmp_path / "kestrel.conf").write_text(text % ("error", logs[1], "10.0.0.0/8"))
+        assert client.ask("reload\r\n") == "Reloaded config.\r\n"
+        client.put("new", b"untold")
+        (tmp_path / "kestrel.conf").write_text(text % ("info", "/none/log", "true"))
+        assert client.ask("reload\r\n").startswith("SERVER_ERROR")
+    told = [log.read_text() for log in logs]
+    assert "queue q created" in told[0] and "secret" not in told[0]
+    assert "traced" in told[1] and "untold" not in told[1] and "queue new" not in told[1]
 
 
 def test_refusals_are_counted_by_reason(talk):
@@ -7378,7 +7427,8 @@ def test_older_tls_and_none_at_all_are_refused(serve, tmp_path, caplog):
     with Client(server.port) as plain, contextlib.suppress(ConnectionError):
         plain.send("version\r\n")
         assert b"VERSION" not in plain.file.read()
-    until(lambda: "memcache client 127.0.0.1:" in caplog.text and ": TLS: " in caplog.text)
+    until(lambda: re.search("memcache client 127.0.0.1:[0-9]+ speaks no TLS to a port with TLS:",
+                            caplog.text))
     assert server.server.broker.config.tls.minimum_version == ssl.TLSVersion.TLSv1_2
     for client in (Client(server.port), Client(server.port)):    # neither says anything
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
