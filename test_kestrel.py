@@ -2268,7 +2268,7 @@ def test_a_queue_with_tiny_limits_lives_as_one_in_memory_would(tmp_path):
     any moment the files alone tell what the queue holds."""
     chances = seeded()
     rotations = rewrites = 0
-    for number in range(int(os.environ.get("KESTREL_LIVES", 15))):
+    for number in range(int(os.environ.get("KESTREL_LIVES", 10))):
         path = tmp_path / str(number)
         path.mkdir()
         life = Life(path, chances)
@@ -5819,16 +5819,13 @@ EVERY_COMMAND = [
 ]
 
 
-@pytest.fixture(scope="module")
-def every_port(tmp_path_factory):
+@pytest.fixture
+def every_port(serve):
     """A server with a port for each protocol: protocol -> port."""
-    path = tmp_path_factory.mktemp("ports")
-    server = ServerThread(path, "[server]\ntext_port = 0\nthrift_port = 0\nadmin_port = %d\n" % (
-        free_port()))
-    with Client(server.port) as client:
-        assert client.put("q", b"x") == "STORED\r\n"
-        yield {one.protocol: one.address[1] for one in server.server.listeners}, client
-    server.stop()
+    server = serve("[server]\ntext_port = 0\nthrift_port = 0\nadmin_port = %d\n" % free_port())
+    client = server.client()
+    assert client.put("q", b"x") == "STORED\r\n"
+    return {one.protocol: one.address[1] for one in server.server.listeners}, client
 
 
 @pytest.mark.parametrize("protocol, name, sent", EVERY_COMMAND, ids=lambda part: str(part)[:30])
@@ -9360,7 +9357,7 @@ def test_strangers(serve, tmp_path, caplog, monkeypatch, with_tls, share):
     if with_tls:
         assert good.ask(LOGIN) == "STORED\r\n"
     broker = server.server.broker
-    count = int(os.environ.get("KESTREL_STRANGERS", 2000)) // share
+    count = int(os.environ.get("KESTREL_STRANGERS", 1600)) // share
     sizes, slowest = [], 0
     for number in range(1, count + 1):
         protocol = misbehave(chances, ports, tls)
