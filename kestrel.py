@@ -2228,6 +2228,7 @@ class Alone:
     failed(queue, error)    operations of it have been undone
     unreadable(queue, error)
                             items that are only on disk cannot be read
+    timed_out(queue, xids)  open reads go back, since their time is over
     start(task)             run a task
     work(call, done)        make a blocking call, then call done with its OSError or None
     later(ms, call)         make a call in that time; return what cancels it
@@ -2250,7 +2251,7 @@ class Alone:
     def failed(self, queue, error):
         pass                                 # the caller gets the error
 
-    unreadable = failed
+    unreadable = timed_out = failed
 
     def start(self, task):
         run_task(task)
@@ -3275,6 +3276,7 @@ class Queue:
 
     def _abort_overdue(self):
         overdue, self._overdue = self._overdue, []
+        self.host.timed_out(self, overdue)
         self.abort(*overdue, orphaned=True)
 
     def _log(self, opcode, item, xid=0):
@@ -4085,6 +4087,14 @@ class Broker:
     def unreadable(self, queue, error):
         """Note that items of a queue that are only on disk cannot be read."""
         self.note_failure(queue, error, "read")
+
+    def timed_out(self, queue, xids):
+        """Log whose open reads go back, since their time is over."""
+        for session, _ in self.clients.values():
+            count = len(set(xids).intersection(session.open_reads.get(queue, ())))
+            if count:
+                log.warning("%s: %d open reads of %s have timed out", session.who, count,
+                            queue.name)
 
     def note_failure(self, queue, error, what):
         """Note that a journal cannot be written, fsynced or read; log it the first time."""
@@ -6565,7 +6575,7 @@ const columns = [["Queue", "name", x => x], ["Items", "items", number.format],
   ["Put/s", "put_rate", number.format], ["Got/s", "get_rate", number.format],
   ["Open", "open_transactions", number.format], ["Waiters", "waiters", number.format],
   ["Journal", "logsize", bytes]]
-let data = null, sort = "name", down = false, charts = {}, turn = 0
+let data = null, sort = "name", down = false, charts = {}, turn = 0, answered = 0
 function make(tag, text, parent) {
   const one = document.createElement(tag)
   one.textContent = text
@@ -6652,8 +6662,8 @@ function ask(question, yes, act, item) {
 }
 at("no").onclick = () => at("dialog").close()
 async function fetched(path, options) {
-  const answer = await fetch(path, options)
-  if (!answer.ok) throw new Error(await answer.text())
+  const answer = await fetch(path, {signal: AbortSignal.timeout(5000), ...options})
+  if (!answer.ok) throw Object.assign(new Error(await answer.text()), {status: answer.status})
   return answer
 }
 async function peek(queue) {
@@ -6671,10 +6681,13 @@ function change(queue, title) {
 async function refresh() {
   try {
     data = await (await fetched("queues.json")).json()
+    answered = Date.now()
     const wanted = rows().slice(0, 50).map(queue => "queue=" + queue.key).join("&")
     if (turn++ % 2 === 0 && wanted) charts = await (await fetched("history.json?" + wanted)).json()
   } catch (error) {
-    at("problem").textContent = "The server does not answer" + (data ? "; this is old." : ".")
+    at("problem").textContent = ({401: "Log in again.", 403: "You may not see this."})[error.status]
+      || (error.status ? `The server says ${error.status}` : "The server does not answer")
+        + (data ? `; last answer ${time((Date.now() - answered) / 1000)} ago.` : ".")
     at("status").textContent = "unreachable"
     return
   }

@@ -277,7 +277,7 @@ class Bench:
     def failed(self, queue, error):
         pass
 
-    unreadable = failed
+    unreadable = timed_out = failed
 
     def later(self, delay, call):
         self.calls.append(call)
@@ -6529,6 +6529,16 @@ def test_reload_changes_logs_and_traces(daemon, tmp_path):
     told = [log.read_text() for log in logs]
     assert "queue q created" in told[0] and "secret" not in told[0]
     assert "traced" in told[1] and "untold" not in told[1] and "queue new" not in told[1]
+
+
+def test_the_log_says_whose_read_has_timed_out(serve, caplog):
+    server = serve("[queue]\nopen_transaction_timeout = 20ms\n")
+    slow, other = server.client(), server.client()
+    slow.put("q", b"x")
+    assert slow.get("q/open") == b"x"
+    assert other.get("q/t=20000") == b"x"
+    assert "memcache client 127.0.0.1:%d: 1 open reads of q have timed out" % (
+        slow.sock.getsockname()[1]) in caplog.text
 
 
 def test_refusals_are_counted_by_reason(talk):
