@@ -7240,7 +7240,8 @@ class Connection:
             unsent += session.take()
         if unsent:
             try:
-                if session.load < _BIG:  # as a rule
+                # As a rule they are small: their load is what the commands have cost.
+                if session.load < _BIG + _COMMAND_COST * len(unsent):
                     data = b"".join(unsent)
                     count = self.sock.send(data)
                     unsent[:] = [memoryview(data)[count:]] if count < len(data) else ()
