@@ -4217,14 +4217,17 @@ class Broker:
                 error = failure
                 break
             stored = []
-            for item in batch:
-                if not dest.add(item.data, item.flags, item.expiry, now):
-                    is_full = True
-                    break
-                for queue in copies:
-                    if not queue.closed:
-                        queue.add(item.data, item.flags, item.expiry, now)
-                stored.append(item.xid)
+            try:
+                for item in batch:
+                    if not dest.add(item.data, item.flags, item.expiry, now):
+                        is_full = True
+                        break
+                    stored.append(item.xid)
+                    for queue in copies:
+                        if not queue.closed:
+                            queue.add(item.data, item.flags, item.expiry, now)
+            except OSError as failure:       # there is no memory left
+                error = failure
             source.abort(*[item.xid for item in batch[len(stored):]], orphaned=True)
             failure = yield dest
             if failure:
@@ -7261,7 +7264,7 @@ class Connection:
                 session.sent()
                 state = session.state
         if (state is not READY and state is not HELD or self.state is not READY or unsent
-                or self.buffered):
+                or self.buffered or session.at_end):
             self.place()
 
     def _send_much(self):

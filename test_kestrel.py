@@ -5662,6 +5662,26 @@ def test_systems_without_epoll_are_served_too(serve, monkeypatch):
     until(lambda: len(server.server.connections) == 1)
 
 
+def test_a_client_that_hangs_up_before_its_fsync_does_not_make_the_loop_spin(serve, monkeypatch):
+    held = HeldFsync(monkeypatch)
+    server = serve("[queue]\nsync_journal = 0\n")
+    client = server.client()
+    held.armed = False
+    client.put("q", b"1")                    # creates the queue, which takes another path
+    held.armed = True
+    client.send(set_("q", "2"))
+    held.called.acquire()
+    client.sock.shutdown(socket.SHUT_WR)
+    connection, = server.server.connections.values()
+    until(lambda: connection.session.at_end)
+    turns = server.server.broker.metrics["turn_usec"].buckets
+    before = sum(turns)
+    time.sleep(0.2)
+    assert sum(turns) - before < 20
+    held.go.release()
+    assert client.line() == "STORED\r\n" and client.line() == ""
+
+
 class Polls:
     """Poller.poll(), while a made-up clock goes on by `gap` until there is an event."""
 
@@ -6468,6 +6488,19 @@ def test_a_move_over_a_failing_disk_loses_nothing(talk, disk, good):
     assert sorted(found) == [b"1", b"2"] or (      # it is closed when it can be written
         said == "" and len(talk.broker.queues["q"].opens) == 2 and len(found) == 2)
     assert said in ("", "2\r\n") or "No space left" in said and found == [b"1", b"2"]
+
+
+def test_a_move_to_a_queue_without_memory_is_answered(tmp_path):
+    talk = Talk(tmp_path, "[queue r]\nkeep_journal = false\n")
+    talk.broker.budget.most_memory = 1 << 20
+    put_some(talk, "q", *[b"x" * 50000] * 30)
+    talk("get r\r\n")
+    told = talk("move q r\r\n")
+    assert told.startswith("SERVER_ERROR r: out of memory; ")
+    moved = int(re.search(r"(\d+) were moved", told)[1])
+    queues = talk.broker.queues
+    assert queues["r"].count == moved and queues["q"].count == 30 - moved
+    assert not queues["q"].opens
 
 
 def test_clients_and_kick(serve):
