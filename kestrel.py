@@ -28,7 +28,7 @@ The file is read from top to bottom; no section refers to one below its own:
      8  Admin           HTTP, metrics, the web page
      9  Server          sockets, timers, fsync, signals: one turn of the loop
     10  From Python     a client, and a server in a thread
-    11  Command line    main()
+    11  Command line    main(), and the commands that are a client
 
 The words used here:
 
@@ -920,7 +920,7 @@ def read_records(file, piece=_READ_SIZE, take_run=None):
     """
     data, pos, base = b"", 0, 0           # data[pos] is the byte base + pos of the file
     addx = _HEADS[ADDX]
-    last = None                           # the opcode before
+    opcode = None
     while True:
         if len(data) - pos < _LONGEST_HEAD:
             data = data[pos:] + file.read(piece)
@@ -928,7 +928,7 @@ def read_records(file, piece=_READ_SIZE, take_run=None):
             pos = 0
             if not data:
                 return
-        opcode = data[pos]
+        last, opcode = opcode, data[pos]
         xid = 0
         try:
             if opcode == ADDX:               # as a rule
@@ -937,11 +937,9 @@ def read_records(file, piece=_READ_SIZE, take_run=None):
                     if end > pos:
                         pos = end
                         continue
-                last = ADDX
                 size, add_time, expiry = addx.unpack_from(data, pos + 1)
                 item, start, size = Item(None, add_time, expiry), pos + 21, size - 16
             elif opcode in _HEADS:
-                last = opcode
                 item, xid, start, size = _parse_head(data, pos)
                 if item.deliveries >= _MOST_DELIVERIES:      # an ADDX with a flipped bit
                     raise Damage(base + pos, "impossible count of deliveries", torn=False)
@@ -952,7 +950,6 @@ def read_records(file, piece=_READ_SIZE, take_run=None):
                 elif opcode not in (REMOVE, OPEN_NEXT):
                     raise Damage(base + pos, "unknown opcode %d" % opcode, torn=False)
                 pos += 1
-                last = opcode
                 yield opcode, xid, None, base + pos
                 continue
         except struct.error:
@@ -3676,7 +3673,8 @@ METRICS = {
 }
 
 
-# That a journal could not be written, fsynced or read, when last, in seconds of Broker.uptime().
+# The last failure of a journal. what: written, fsynced or read is what it cannot be. when: in
+# seconds, as Broker.uptime().
 Failure = collections.namedtuple("Failure", "what error when")
 
 
@@ -3895,23 +3893,23 @@ class Broker:
         self.update_refusals(at_once=self._grace is None)
 
     def admit(self, session):
-        """Note that a client has come."""
+        """Note that a client has come; return the number that it is known by."""
         self.stats.total_connections += 1
         number = self.stats.total_connections
         self.clients[number] = session, self.uptime()
         self._look_at_limits()
         return number
 
+    def dismiss(self, number):
+        """Note that a client has gone; number: what admit() has returned."""
+        del self.clients[number]
+        self._look_at_limits()
+
     def note_stranger(self, peer, why):
         """Log that a client wants something else than this port offers, once a host."""
         if len(self._strangers) < 1000 and (peer.host, why) not in self._strangers:
             self._strangers.add((peer.host, why))
             log.info("%s %s", peer.name, why)
-
-    def dismiss(self, number):
-        """Note that a client has gone; number: what admit() has returned."""
-        del self.clients[number]
-        self._look_at_limits()
 
     def _look_at_limits(self):
         settings = self.settings
@@ -4090,8 +4088,9 @@ class Broker:
 
     def timed_out(self, queue, xids):
         """Log whose open reads go back, since their time is over."""
+        overdue = set(xids)
         for session, _ in self.clients.values():
-            count = len(set(xids).intersection(session.open_reads.get(queue, ())))
+            count = len(overdue.intersection(session.open_reads.get(queue, ())))
             if count:
                 log.warning("%s: %d open reads of %s have timed out", session.who, count,
                             queue.name)
@@ -4123,16 +4122,15 @@ class Broker:
         """Note how many bytes are free for the spool."""
         self.free_space = size
         least = self.settings.min_free_space
-        low = size < least and "there is no space for more: less than %s free (min_free_space)" % (
-            SIZE.show(least))
-        if bool(low) != bool(self.low_space):
-            if low:
-                log.error("%s: %s free, puts are refused until it is more than %s "
-                          "(min_free_space)", self.spool, SIZE.show(size >> 20 << 20),
-                          SIZE.show(least))
-            else:
+        if size >= least:
+            if self.low_space:
                 log.info("%s: enough space for puts again", self.spool)
-        self.low_space = low or ""
+            self.low_space = ""
+        elif not self.low_space:
+            log.error("%s: %s free, puts are refused until it is more than %s (min_free_space)",
+                      self.spool, SIZE.show(size >> 20 << 20), SIZE.show(least))
+            self.low_space = "there is no space for more: less than %s free (min_free_space)" % (
+                SIZE.show(least))
 
     def bury(self, queue, item, now):
         """Move an item that has expired, and is open now, to another queue."""
@@ -4181,7 +4179,12 @@ class Broker:
             yield None                       # so that a failing disk does not make the loop spin
             source.abort(xid, orphaned=True)
             return
-        while source.confirm(xid):
+        yield from self._confirm_moved(source, [xid])
+
+    @staticmethod
+    def _confirm_moved(source, xids):
+        """Confirm items that are safe elsewhere, as often as it takes."""
+        while any([source.confirm(xid) for xid in xids]):
             error = yield source
             if not error:
                 break
@@ -4234,11 +4237,7 @@ class Broker:
                 error = failure
                 source.abort(*stored, orphaned=True)
                 break
-            while any([source.confirm(xid) for xid in stored]):
-                failure = yield source
-                if not failure:
-                    break
-                yield None
+            yield from self._confirm_moved(source, stored)
             moved += len(stored)
         done((moved, error))
 
@@ -4333,9 +4332,6 @@ READY, RECEIVING, WAITING, WORKING, HELD, FULL, ENDING, CLOSED = (
 
 # The latest expiry; later ones are reduced to it. (The journal has 64 bits.)
 _LATEST = 1 << 62
-
-# Larger answers are put together without copying the data.
-_BIG = 1 << 16
 
 # What a command adds to the load of its session besides its answer.
 _COMMAND_COST = 1 << 10
@@ -6753,6 +6749,9 @@ _MOST_WRITES = 150
 # is kept before its socket is left alone.
 _CHUNK = 1 << 16
 
+# Larger answers are sent without being joined.
+_BIG = 1 << 16
+
 # With a larger load in one turn the output of a client is counted before it is sent.
 _UNCOUNTED = 1 << 18
 
@@ -7243,7 +7242,7 @@ class Connection:
             unsent += session.take()
         if unsent:
             try:
-                # As a rule they are small: their load is what the commands have cost.
+                # As a rule: nearly all of the load is what the commands have cost, not data.
                 if session.load < _BIG + _COMMAND_COST * len(unsent):
                     data = b"".join(unsent)
                     count = self.sock.send(data)
@@ -8138,7 +8137,7 @@ class Client:
             self._send(b"".join(sets))
             for _ in sets:
                 try:
-                    taken += self._read(self._line) == b"STORED"
+                    taken += self._try(self._line) == b"STORED"
                 except ServerError as error:
                     refused = refused or error
                 except OSError as error:     # some refusals are its last word
@@ -8261,15 +8260,16 @@ class Client:
     def _ask(self, command, read=lambda line: line, timeout=0):
         """Send a command; return read(the first line of the answer)."""
         self._send(command, timeout)
-        return self._read(lambda: read(self._line()))
+        return self._try(lambda: read(self._line()))
 
     def _send(self, command, timeout=0):
         if self._file.closed:
             raise ConnectionError("this client is closed")
         self._sock.settimeout(self._timeout + timeout)
-        self._read(lambda: self._sock.sendall(command))
+        self._try(lambda: self._sock.sendall(command))
 
-    def _read(self, call):
+    def _try(self, call):
+        """Make a call, and close the client if it fails."""
         try:
             return call()
         except ServerError:
@@ -8314,9 +8314,9 @@ def serve(port=0, spool=None, config=None, settings=None):
             client.put("q", b"x")
 
     spool: the directory of the journals, None for one that is deleted in the end. config: the
-    path of a config file. settings: what would stand in one, as {"server": {"max_queues": 5},
-    "queue jobs": {"max_items": 100}}. It has no admin port, unless these give one. Raises
-    ConfigError, and OSError when it cannot start.
+    path of a config file. settings: what would stand in one, in its place, as {"server":
+    {"max_queues": 5}, "queue jobs": {"max_items": 100}}. It has no admin port, unless these give
+    one. Raises ConfigError, and OSError when it cannot start.
     """
     import tempfile
     with contextlib.ExitStack() as stack:
@@ -8344,7 +8344,8 @@ def serve(port=0, spool=None, config=None, settings=None):
 
 # == 11. Command line ======================================================================
 #
-# What `python3 kestrel.py` does: arguments, logging, signals, exit status.
+# What `python3 kestrel.py` does: arguments, logging, signals, exit status; and the commands that
+# ask a running server.
 
 
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -8355,37 +8356,12 @@ _REPEAT_SECONDS = 10
 
 
 def main(arguments=None):
-    """Run the daemon; returns the exit status. `arguments` default to the command line's."""
-    parser = argparse.ArgumentParser(
-        prog="kestrel.py", usage="%(prog)s [options]\n       %(prog)s COMMAND ...",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="A tiny, durable queue that speaks memcache: without a command, the daemon.",
-        epilog="commands (COMMAND --help says more):\n" + "\n".join(
-            "  %-8s %s" % (name, what) for name, (_, _, what) in _COMMANDS.items()))
-    parser.add_argument("-c", metavar="FILE", dest="config", help="the config file to read")
-    parser.add_argument("--listen", metavar="ADDRESSES",
-                        help="the addresses to listen on (default 127.0.0.1)")
-    parser.add_argument("--port", dest="memcache_port",
-                        help="the port for memcache clients (default 22133)")
-    parser.add_argument("--spool", metavar="DIRECTORY", dest="queue_path",
-                        help="where the journals are (default ./spool)")
-    parser.add_argument("--dump", action="store_true",
-                        help="print the records of journal files, a line each, and exit")
-    parser.add_argument("--json", action="store_true",
-                        help="with --dump: a JSON object for each record, with all of its data")
-    parser.add_argument("journals", metavar="JOURNAL", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--pack", metavar="SPOOL/QUEUE",
-                        help="write the journals of a queue that no server holds as one "
-                             "minimal file, and exit")
-    parser.add_argument("--hash-password", action="store_true",
-                        help="ask for a password (or read a line), print what an auth_file has "
-                             "in its place, and exit")
-    parser.add_argument("--check", action="store_true",
-                        help="check the config file, print the effective settings, and exit")
-    parser.add_argument("--version", action="version", version="kestrel.py " + __version__)
+    """Run the daemon, or what else the arguments say; return the exit status. `arguments` default
+    to the command line's."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in _COMMANDS:
         return _run_command(*arguments)
+    parser = _argument_parser()
     options = parser.parse_args(arguments)
     if bool(options.dump) != bool(options.journals):
         parser.error("--dump needs journal files" if options.dump else
@@ -8428,6 +8404,37 @@ def main(arguments=None):
         server.keep_watch(watchdog // 2000)            # twice as often as it wants it
     server.run()
     return 0
+
+
+def _argument_parser():
+    parser = argparse.ArgumentParser(
+        prog="kestrel.py", usage="%(prog)s [options]\n       %(prog)s COMMAND ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="A tiny, durable queue that speaks memcache: without a command, the daemon.",
+        epilog="commands (COMMAND --help says more):\n" + "\n".join(
+            "  %-8s %s" % (name, what) for name, (_, _, what) in _COMMANDS.items()))
+    parser.add_argument("-c", metavar="FILE", dest="config", help="the config file to read")
+    parser.add_argument("--listen", metavar="ADDRESSES",
+                        help="the addresses to listen on (default 127.0.0.1)")
+    parser.add_argument("--port", dest="memcache_port",
+                        help="the port for memcache clients (default 22133)")
+    parser.add_argument("--spool", metavar="DIRECTORY", dest="queue_path",
+                        help="where the journals are (default ./spool)")
+    parser.add_argument("--dump", action="store_true",
+                        help="print the records of journal files, a line each, and exit")
+    parser.add_argument("--json", action="store_true",
+                        help="with --dump: a JSON object for each record, with all of its data")
+    parser.add_argument("journals", metavar="JOURNAL", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--pack", metavar="SPOOL/QUEUE",
+                        help="write the journals of a queue that no server holds as one "
+                             "minimal file, and exit")
+    parser.add_argument("--hash-password", action="store_true",
+                        help="ask for a password (or read a line), print what an auth_file has "
+                             "in its place, and exit")
+    parser.add_argument("--check", action="store_true",
+                        help="check the config file, print the effective settings, and exit")
+    parser.add_argument("--version", action="version", version="kestrel.py " + __version__)
+    return parser
 
 
 def _dump(paths, as_json):
