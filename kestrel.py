@@ -1024,7 +1024,10 @@ def _parse_head(data, pos=0):
     size, *fields = fields
     if data[pos] == ADD:
         fields = 0, fields[0] * 1000
-    return Item(None, *fields), xid, pos + 1 + head.size, size - (head.size - 4 - uncounted)
+    item = Item(None, *fields)
+    if data[pos] == ADD_XID:
+        item.xid = xid                   # that the OPEN_NEXT of it will have
+    return item, xid, pos + 1 + head.size, size - (head.size - 4 - uncounted)
 
 
 def _head(item, size):
@@ -2100,13 +2103,19 @@ def _opens_before(opens, ops):
 
 class ReadBehind:
     """Reads a queue's items that are not in memory: those after byte `offset` of `file`, but for
-    the first `skip` of them."""
+    the first `skip` of them.
+
+    older: the files in front of those of the journal, for a spool whose newer files take items
+    from older ones: the items of all these are accounted to files[0], see Journal.account().
+    Kestrel leaves such a spool when it was reading behind.
+    """
 
     def __init__(self, journal, file, offset, skip=0):
         self._journal = journal
         self.file = file
         self.offset = offset
         self.skip = skip
+        self.older = ()
 
     def read(self, most, size):
         """Return the next items, at most `most` of them, from a piece of about `size` bytes of
@@ -2170,7 +2179,7 @@ class ReadBehind:
         """Go on with the file after this one, which may have been packed since; False if there
         is none."""
         last = self.file.number
-        for file in self._journal.files:
+        for file in itertools.chain(self.older, self._journal.files):
             if last is not None and (file.number is None or file.number > last):
                 self.file, self.offset = file, 0
                 return True
@@ -2472,9 +2481,10 @@ class Queue:
         if not self.items and not (self.count and self._refill()):
             return None
         head = self.items[0]
-        if ((head.expiry or self.config.max_age) and self._is_expired(head, now)
-                and not self._sweep(now)):
-            return None
+        if (head.expiry or self.config.max_age) and self._is_expired(head, now):
+            if not self._sweep(now):
+                return None
+            head = self.items[0]
         if head.data is None and self._is_loading(head):
             return None
         item = self._pop() if self._behind else self._take()
@@ -2920,8 +2930,6 @@ class Queue:
                     if opcode == CONTINUE:
                         last_head = number
                         ignored += opens.pop(xid, None) is None
-                    elif opcode == ADD_XID:
-                        item.xid = xid       # that the OPEN_NEXT of it will have
                     self._append(item, file, offset)
                     offset = end
                     continue
@@ -2950,6 +2958,8 @@ class Queue:
             log.warning("%s: %d operations on items that are not there, ignored",
                         journal.path, ignored)
         journal.account(added, last_head, self.count)
+        if self._behind:
+            self._behind.older = journal.passed[:]
         self.open_memory = sum(map(_cost, opens.values()))
         self.abort(*opens, orphaned=True)
         self.counters.canceled_transactions = 0
@@ -3099,7 +3109,8 @@ class Queue:
         size = file.size
         self.journal.repair(file, start)
         lost = 0
-        if file is behind.file or behind.file not in files[files.index(file):]:
+        if file not in behind.older and (
+                file is behind.file or behind.file not in files[files.index(file):]):
             with open(file.path, "rb") as source, contextlib.suppress(Damage):
                 source.seek(start)
                 there = 0
@@ -3117,9 +3128,11 @@ class Queue:
         """Go on without a file to be read behind that has disappeared. Raises OSError."""
         file = self._behind.file
         lost = self._unread_of(file)
-        log.error("%s: %s; %d items are lost", file.path, error.strerror, lost)
+        log.error("%s: %s; %d items are lost", file.path, error.strerror,
+                  file.waiting if file in self._behind.older else lost)
         self.journal.replace_missing(file, max(0, file.waiting - lost))
-        self._behind.offset = file.size
+        if self._behind.offset:
+            self._behind.offset = file.size
         self._lose(file, lost)
 
     def _check_count(self, file, unread, found):
@@ -3127,8 +3140,10 @@ class Queue:
         than it should have had, since another process has changed it."""
         files = self.journal.files
         new = self._behind.file
-        if found and new is files[0]:
-            return                           # the file was passed, so that its count was right
+        if found and (new is files[0] or new not in files):
+            return                           # counted at the end of files[0], or right: passed
+        if file in self._behind.older:
+            file = files[0]
         after = files[files.index(new):] if found else []
         lost = unread - sum(other.waiting for other in after)
         if lost:
@@ -3142,7 +3157,10 @@ class Queue:
             self._lose(file, lost)
 
     def _unread_of(self, file):
-        """Return how many of the unread items should be in this file, not in those after it."""
+        """Return how many of the unread items should be in this file, not in those after it; 0
+        of one that is not counted for itself."""
+        if file in self._behind.older:
+            return 0
         unread = self.count - len(self.items) - len(self._fresh)
         files = self.journal.files
         after = files[files.index(file) + 1:] if file in files else files

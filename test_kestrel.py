@@ -2423,6 +2423,80 @@ def test_read_behind_reads_in_large_pieces(tmp_path, monkeypatch):
     queue.close()
 
 
+@promise(6)
+def test_expired_items_in_front_of_one_whose_data_is_on_disk_only(tmp_path):
+    """The item came without its data, which was an exception, and was gone."""
+    queue = load(tmp_path, max_memory_size=5000)
+    fill(queue, *[b"x" * 1000] * 8)
+    fill(queue, b"short", expiry=NOW + 5)
+    fill(queue, b"y" * 9000, b"last")
+    assert data_of(take(queue, 8)) == [b"x" * 1000] * 8
+    assert data_of(take(queue, 3, NOW + 10)) == [b"y" * 9000, b"last", None]
+    queue.close()
+
+
+@promise(6)
+@pytest.mark.parametrize("records, taken", [
+    (b"\1" * 3, 3), (b"\1" * 25, 25), (xid_record(9, 5) + xid_record(6, 5), 1),
+    (xid_record(9, 5), 0), (xid_record(9, 5) + b"\1" + xid_record(5, 5), 1),
+    (xid_record(5, 5), 0), (xid_record(6, 5) + addx(b"more"), 0)],
+    ids=["removes", "many", "confirm", "open", "unremove", "ignored", "ignored-and-added"])
+@pytest.mark.parametrize("lives", [1, 3, 100])
+def test_a_spool_of_kestrel_whose_newest_file_takes_from_older_ones(tmp_path, records, taken,
+                                                                    lives):
+    """As Kestrel leaves it when it was reading behind; items of the other files were lost."""
+    items = [b"item%02d" % number + b"." * 100 for number in range(40)]
+    spool_of(tmp_path, **{"q__%d" % number: b"".join(map(addx, items[number * 10:][:10]))
+                          for number in range(4)}, q=records)
+    expected = items[taken:]
+    if b"\5\5" in records and taken:        # the second is taken while the first is open
+        expected = items[:1] + items[2:]
+    if records.endswith(b"more"):
+        expected.append(b"more")
+    found = []
+    while len(found) < 100:
+        queue = load(tmp_path, max_memory_size=1000)
+        assert queue.count == len(expected) - len(found)
+        found += filter(None, data_of(take(queue, -(-40 // lives))))
+        opened = queue.remove(open=True, now=NOW)
+        if opened and not len(found) % 2:
+            queue.confirm(opened.xid)
+            found.append(opened.data)
+        queue.close()
+        if not opened:
+            break
+    assert found == expected
+    assert contents_of(tmp_path) == []
+
+
+def test_an_item_that_carries_its_xid_keeps_it_on_disk(tmp_path):
+    """ADD_XID, of a file that Kestrel 1.x rewrote: the item came back, though confirmed."""
+    spool_of(tmp_path, q=addx(b"x" * 1000) * 9 + struct.pack("<Biiqq", 7, 55, 21, NOW, 0)
+             + b"tried" + b"\1" * 9 + b"\3" + xid_record(6, 55) + addx(b"last"))
+    assert contents(load(tmp_path, max_memory_size=2000)) == [b"last"]
+
+
+@promise(6)
+def test_a_spool_of_kestrel_of_which_a_file_is_damaged_and_one_missing(tmp_path, caplog):
+    items = [b"item%02d" % number + b"." * 100 for number in range(60)]
+    spool_of(tmp_path, **{"q__%d" % number: b"".join(map(addx, items[number * 10:][:10]))
+                          for number in range(6)}, q=b"\1" * 3)
+    queue = load(tmp_path, max_memory_size=1000)
+    (tmp_path / "q.2").write_bytes(b"".join(map(addx, items[20:24])) + b"\xff" * 40
+                                   + b"".join(map(addx, items[25:30])))
+    (tmp_path / "q.4").unlink()
+    fill(queue, b"new")
+    found = []
+    while queue.count:
+        item = queue.remove(now=NOW)
+        if item and not kestrel.is_lost(item):
+            found.append(item.data)
+        assert len(found) < 100
+    assert found == items[3:24] + items[25:40] + items[50:] + [b"new"]
+    queue.close()
+    assert contents_of(tmp_path) == []
+
+
 def test_items_larger_than_a_piece_are_read_behind(tmp_path):
     queue = load(tmp_path, max_memory_size=5000)
     data = [bytes([number]) * (number * 3000) for number in range(10)]
