@@ -335,6 +335,8 @@ QUEUE_SETTINGS = {
     "fanout_only": (FLAG, "false"),
     "max_queue_age": (TIMEOUT, "never"),
     "open_transaction_timeout": (TIMEOUT, "never"),
+    "max_deliveries": (COUNT_LIMIT, "unlimited"),
+    "dead_letter_queue": (NAME, ""),
     "keep_flags": (FLAG, "true"),
     "enable_trace": (FLAG, "false"),
     "put_users": (WORDS, ""),
@@ -503,7 +505,7 @@ class Config:
         self.given = server.keys()       # the [server] settings that are not just defaults
         self.server = Values(**{**_defaults(SERVER_SETTINGS), **server})
         self._check_server()
-        self._check_expiry()
+        self._check_moves()
         self.tls = self._read_tls()
         self.users = self._read_auth_file()
         self._check_users(queues)
@@ -595,13 +597,19 @@ class Config:
             if path and not os.path.isdir(directory):
                 raise self._error("%s: there is no directory %s" % (key, directory), "server", key)
 
-    def _check_expiry(self):
-        """Raise ConfigError for a queue whose expired items would go to itself."""
+    def _check_moves(self):
+        """Raise ConfigError for a queue whose items would be moved to itself, or nowhere."""
         for name, values in self._queues.items():
-            target = values.get("expire_to_queue")
-            if target and name and name in self.aliases.get(target, (target,)):
-                raise self._error("expire_to_queue: items of %s would go to itself" % name,
-                                  "queue " + name, "expire_to_queue")
+            header = ("queue " + name).strip()
+            for key in ("expire_to_queue", "dead_letter_queue"):
+                target = values.get(key)
+                if target and name and name in self.aliases.get(target, (target,)):
+                    raise self._error("%s: items of %s would go to itself" % (key, name), header,
+                                      key)
+            if values.get("max_deliveries", UNLIMITED) != UNLIMITED and not (
+                    self.queue(name).dead_letter_queue):
+                raise self._error("max_deliveries: it needs a dead_letter_queue", header,
+                                  "max_deliveries")
 
     def _read_tls(self):
         """Return the ssl.SSLContext of the ports, None without a tls_cert."""
@@ -822,8 +830,8 @@ class Item:
     """One item of a queue.
 
     data: bytes; None while it is only on disk, at `place`. flags: the memcache client's 32 bits.
-    add_time and expiry: milliseconds of the epoch, expiry 0 for none. deliveries: kept as
-    journalled. xid: the number of the latest open read of it. cas: what `gets` told of it, None
+    add_time and expiry: milliseconds of the epoch, expiry 0 for none. deliveries: how often it was
+    handed out and came back. xid: the number of the latest open read of it. cas: what `gets` told of it, None
     until asked. place: the Place of its data, if it was read from there.
     """
 
@@ -846,40 +854,61 @@ class Item:
         return stub
 
 
+# What of a queue is paused: puts (1), gets (2), or both, in words.
+PAUSED_IN, PAUSED_OUT = 1, 2
+PAUSES = ("no", "in", "out", "in and out")
+
 # What an item takes of the memory besides its data, in bytes: about that is what CPython 3.8
 # to 3.13 were seen to need.
 ITEM_COST = 200
 
 # The opcodes. What this server writes is ADDX, REMOVE, SAVE_XID, OPEN, CONFIRM, UNREMOVE,
-# and ADDF where flags or deliveries need it; the others it only reads.
+# and ADDF where flags or deliveries need it; of Kestrel's others it only reads. Those from 12 on
+# are not Kestrel's, and only for what it has not: CONTINUEF moves an item that is open or delayed
+# to the tail, DELAY makes an open read a delayed item, ADD_DELAYED adds one, PAUSE pauses a queue.
 ADD, REMOVE, ADDX, OPEN_NEXT, SAVE_XID = 0, 1, 2, 3, 4
 UNREMOVE, CONFIRM, ADD_XID, CONTINUE, OPEN, ADDF = 5, 6, 7, 8, 9, 10
+CONTINUEF, DELAY, ADD_DELAYED, PAUSE = 12, 13, 14, 15
 
-# An operation that stands for as many REMOVEs as there are waiting items; not an opcode.
-FLUSH = -1
+# Operations that are no opcodes of their own. FLUSH: as many REMOVEs as there are waiting items.
+# TO_TAIL, DUE_TAIL: CONTINUEF of an open read, or of a delayed item whose time has come. DUE_HEAD:
+# UNREMOVE of such an item. DROP: CONFIRM of all delayed items.
+FLUSH, TO_TAIL, DUE_TAIL, DUE_HEAD, DROP = -1, -2, -3, -4, -5
 
 OPCODE_NAMES = {
     ADD: "ADD", REMOVE: "REMOVE", ADDX: "ADDX", OPEN_NEXT: "REMOVE_TENTATIVE",
     SAVE_XID: "SAVE_XID", UNREMOVE: "UNREMOVE", CONFIRM: "CONFIRM_REMOVE", ADD_XID: "ADD_XID",
-    CONTINUE: "CONTINUE", OPEN: "REMOVE_TENTATIVE_XID", ADDF: "ADDF",
+    CONTINUE: "CONTINUE", OPEN: "REMOVE_TENTATIVE_XID", ADDF: "ADDF", CONTINUEF: "CONTINUEF",
+    DELAY: "DELAY", ADD_DELAYED: "ADD_DELAYED", PAUSE: "PAUSE", FLUSH: "FLUSH",
+    TO_TAIL: "CONTINUEF", DUE_TAIL: "CONTINUEF", DUE_HEAD: "UNREMOVE", DROP: "FLUSH",
 }
 
-# What follows the opcode and stands before the data: xid, size, add time, expiry, flags
-# and deliveries, as far as the opcode has them. `size` counts all that comes after it.
+# What follows the opcode and stands before the data: xid, time when it is due, size, add time,
+# expiry, flags and deliveries, as far as the opcode has them. `size` counts all after it.
 _HEADS = {
     ADD: struct.Struct("<ii"),
     ADDX: struct.Struct("<iqq"),
     ADD_XID: struct.Struct("<iiqq"),
     CONTINUE: struct.Struct("<iiqq"),
     ADDF: struct.Struct("<iqqII"),
+    CONTINUEF: struct.Struct("<iiqqII"),
+    ADD_DELAYED: struct.Struct("<iqiqqII"),
 }
 _LONGEST_HEAD = 1 + max(head.size for head in _HEADS.values())
 _XID = struct.Struct("<i")
+_XID_DUE = struct.Struct("<iq")
+
+# An item that is not available before `due`, milliseconds of the epoch; xid: the number that it is
+# known by. Then it goes to the head, from which it came, or to the tail.
+Delayed = collections.namedtuple("Delayed", "due xid item to_head")
 
 _ADDX = struct.Struct("<Biqq")         # the head that most items have, with its opcode
 _pack_addx = _ADDX.pack
 _pack_addf = struct.Struct("<BiqqII").pack
 _pack_xid = struct.Struct("<Bi").pack
+_pack_delay = struct.Struct("<Biq").pack
+_pack_continuef = struct.Struct("<BiiqqII").pack
+_pack_delayed = struct.Struct("<BiqiqqII").pack
 
 # A larger count of deliveries means a corrupt record.
 _MOST_DELIVERIES = 1000000
@@ -913,7 +942,8 @@ def read_records(file, piece=_READ_SIZE, take_run=None):
     """Yield (opcode, xid, item, end offset) for each record of the open binary `file`, which
     is read in pieces of `piece` bytes, enough for a head.
 
-    The item is None and the xid 0 where the record has none. Raises Damage at the first
+    The item is None and the xid 0 where the record has none; for DELAY and ADD_DELAYED the xid is
+    a tuple (xid, due), for PAUSE what is paused. Raises Damage at the first
     byte from which no whole record can be read. take_run: called with (data, pos, the offset
     of data in the file) where there is an ADDX record at data[pos]. It may take that and those
     that follow itself, see read_run(), and returns where what it has not taken begins.
@@ -944,9 +974,12 @@ def read_records(file, piece=_READ_SIZE, take_run=None):
                 if item.deliveries >= _MOST_DELIVERIES:      # an ADDX with a flipped bit
                     raise Damage(base + pos, "impossible count of deliveries", torn=False)
             else:
-                if opcode in (OPEN, CONFIRM, UNREMOVE, SAVE_XID):
+                if opcode in (OPEN, CONFIRM, UNREMOVE, SAVE_XID, PAUSE):
                     xid, = _XID.unpack_from(data, pos + 1)
                     pos += 4
+                elif opcode == DELAY:
+                    xid = _XID_DUE.unpack_from(data, pos + 1)
+                    pos += 12
                 elif opcode not in (REMOVE, OPEN_NEXT):
                     raise Damage(base + pos, "unknown opcode %d" % opcode, torn=False)
                 pos += 1
@@ -1018,9 +1051,12 @@ def _parse_head(data, pos=0):
     head = _HEADS[data[pos]]
     fields = head.unpack_from(data, pos + 1)
     xid = uncounted = 0                  # uncounted: the size does not include it
-    if data[pos] in (ADD_XID, CONTINUE):
+    if data[pos] in (ADD_XID, CONTINUE, CONTINUEF):
         xid, *fields = fields
         uncounted = 4
+    elif data[pos] == ADD_DELAYED:
+        xid, fields = fields[:2], fields[2:]
+        uncounted = 12
     size, *fields = fields
     if data[pos] == ADD:
         fields = 0, fields[0] * 1000
@@ -1030,12 +1066,18 @@ def _parse_head(data, pos=0):
     return item, xid, pos + 1 + head.size, size - (head.size - 4 - uncounted)
 
 
-def _head(item, size):
+def _head(item, size, deliveries=0):
     """Return the head of the record that adds an item with `size` bytes of data."""
-    if item.flags or item.deliveries:
-        return _pack_addf(ADDF, size + 24, item.add_time, item.expiry, item.flags,
-                          item.deliveries)
+    if item.flags or deliveries:
+        return _pack_addf(ADDF, size + 24, item.add_time, item.expiry, item.flags, deliveries)
     return _pack_addx(ADDX, size + 16, item.add_time, item.expiry)
+
+
+def _delayed_head(delayed, size):
+    """Return the head of the record that adds a delayed item."""
+    item = delayed.item
+    return _pack_delayed(ADD_DELAYED, delayed.xid, delayed.due, size + 24, item.add_time,
+                         item.expiry, item.flags, item.deliveries)
 
 
 def _encode(ops):
@@ -1047,11 +1089,31 @@ def _encode(ops):
             chunks.append(item.data)
         elif opcode == REMOVE:
             chunks.append(b"\1")
-        elif opcode != FLUSH:
+        elif 0 < opcode <= OPEN:
             chunks.append(_pack_xid(opcode, xid))
         else:
-            chunks.append(b"\1" * xid)
+            chunks += _encode_rare(opcode, item, xid)
     return chunks
+
+
+def _encode_rare(opcode, item, xid):
+    """Return the records of an operation that Kestrel has not, or of a flush."""
+    if opcode == FLUSH:
+        return [b"\1" * xid]
+    if opcode == PAUSE:
+        return [_pack_xid(PAUSE, xid)]
+    if opcode == DROP:
+        return [_pack_xid(CONFIRM, number) for number in item]
+    if opcode == DELAY:
+        return [_pack_delay(DELAY, xid, item.due)]
+    if opcode == DUE_HEAD:
+        return [_pack_xid(UNREMOVE, xid)]
+    if opcode == ADD_DELAYED:
+        return [_delayed_head(item, len(item.item.data)), item.item.data]
+    if opcode == DUE_TAIL:
+        item = item.item
+    return [_pack_continuef(CONTINUEF, xid, len(item.data) + 24, item.add_time, item.expiry,
+                            item.flags, item.deliveries), item.data]
 
 
 def dump_records(path):
@@ -1062,12 +1124,16 @@ def dump_records(path):
         try:
             for opcode, xid, item, end in read_records(file):
                 record = {"offset": offset, "operation": OPCODE_NAMES[opcode]}
-                if opcode in (OPEN, CONFIRM, UNREMOVE, SAVE_XID, ADD_XID, CONTINUE):
+                if opcode in (DELAY, ADD_DELAYED):
+                    record["xid"], record["due"] = xid
+                elif opcode == PAUSE:
+                    record["paused"] = PAUSES[xid & 3]
+                elif opcode not in (REMOVE, OPEN_NEXT, ADD, ADDX, ADDF):
                     record["xid"] = xid
                 if item is not None:
                     record.update(add_time=item.add_time, expiry=item.expiry,
                                   size=len(item.data), data=item.data)
-                    if opcode == ADDF:
+                    if opcode in (ADDF, CONTINUEF, ADD_DELAYED):
                         record.update(flags=item.flags, deliveries=item.deliveries)
                 yield record
                 offset = end
@@ -1087,7 +1153,8 @@ def dump_records(path):
 _PLAUSIBLE_TIMES = range(1104537600000, 4102444800000)
 
 # Where a record that adds an item may begin: opcode, (xid,) size, a plausible time.
-_LIKELY_START = re.compile(rb"(?=[\x02\x0a].{9}[\1-\3]\0\0|[\x07\x08].{13}[\1-\3]\0\0)", re.S)
+_LIKELY_START = re.compile(rb"(?=[\x02\x0a].{9}[\1-\3]\0\0|[\x07\x08\x0c].{13}[\1-\3]\0\0"
+                           rb"|\x0e.{21}[\1-\3]\0\0)", re.S)
 
 # Where reading failed. begin: the offset. torn: the file just ends there. last, last_end: the
 # last record before it that adds an item, or the first of several doubtful ones in a row, and
@@ -1098,8 +1165,10 @@ _Failure = collections.namedtuple("_Failure", "begin torn last last_end plausibl
 
 def _is_plausible(opcode, xid, item):
     if item is None:
-        return opcode in (REMOVE, OPEN_NEXT) or xid > 0
-    return opcode in (ADDX, ADDF, ADD_XID, CONTINUE) and (is_lost(item) or (
+        if opcode == DELAY:
+            return xid[0] > 0 and xid[1] in _PLAUSIBLE_TIMES
+        return opcode in (REMOVE, OPEN_NEXT) or xid > 0 or opcode == PAUSE and xid == 0
+    return opcode != ADD and (is_lost(item) or (
         item.add_time in _PLAUSIBLE_TIMES
         and (item.expiry == 0 or item.expiry in _PLAUSIBLE_TIMES)))
 
@@ -1496,20 +1565,27 @@ class JournalFile:
 
 # A batch of operations on its way to the files. shares: (file, records, their size) of each
 # file that gets some. size: of all. waiting: {file: its count of waiting items then}. passed:
-# how many files are passed then. opens: the reads that are open when the last of them is passed.
-Plan = collections.namedtuple("Plan", "shares size waiting passed opens")
+# how many files are passed then. held: the open reads and the Delayed when the last of them is
+# passed.
+Plan = collections.namedtuple("Plan", "shares size waiting passed held")
 
 # What commit() has done. before: (file, size, count of waiting items) of each file changed.
 Write = collections.namedtuple("Write", "position before passed")
 
-# Files have been passed with the operation at `position`. Of those up to `number` these open
-# reads and items it keeps.
-Passing = collections.namedtuple("Passing", "position number opens items")
+# Files have been passed with the operation at `position`. Of those up to `number` it keeps `held`,
+# {xid: open read or Delayed}, and `items`.
+Passing = collections.namedtuple("Passing", "position number held items")
 
 # An fsync under way, of all that has been written up to `position`.
 Sync = collections.namedtuple("Sync", "position files directory")
 
-_WAITING_AFTER = {REMOVE: -1, OPEN: -1, UNREMOVE: 1, CONFIRM: 0}
+# How many more items wait after an operation, FLUSH apart; those that go to the current file. The
+# others belong to the head.
+_WAITING_AFTER = {
+    ADDX: 1, REMOVE: -1, OPEN: -1, UNREMOVE: 1, CONFIRM: 0, TO_TAIL: 1, DUE_TAIL: 1, DUE_HEAD: 1,
+    DELAY: 0, ADD_DELAYED: 0, DROP: 0, PAUSE: 0}
+_APPENDED = frozenset((ADDX, TO_TAIL, DUE_TAIL))
+_IN_CURRENT = _APPENDED | {ADD_DELAYED, DROP, PAUSE}
 
 
 class Journal:
@@ -1639,9 +1715,10 @@ class Journal:
 
     # -- writing
 
-    def plan(self, ops, count, opens):
+    def plan(self, ops, count, held):
         """Return the Plan for a batch of operations. count: how many items wait after it.
-        opens: the reads open after it."""
+        held: a function that returns what is kept under a number after it, the open reads and
+        the Delayed."""
         files = self.files
         if len(files) == 1:
             chunks = _encode(ops)
@@ -1662,10 +1739,10 @@ class Journal:
                         shares.setdefault(number, []).append((FLUSH, None, left))
                     waiting[number] = 0
                 continue
-            number = len(files) - 1 if opcode == ADDX else head
+            number = len(files) - 1 if opcode in _IN_CURRENT else head
             shares.setdefault(number, []).append(op)
-            waiting[number] = waiting.get(number, files[number].waiting) + (
-                1 if opcode == ADDX else _WAITING_AFTER[opcode])
+            waiting[number] = (
+                waiting.get(number, files[number].waiting) + _WAITING_AFTER[opcode])
         while not waiting.get(head, files[head].waiting) and head < len(files) - 1:
             head += 1
             after = len(ops)
@@ -1673,7 +1750,7 @@ class Journal:
         shares = [(file, chunks, sum(map(len, chunks))) for file, chunks in shares]
         return Plan(shares, sum(size for _, _, size in shares),
                     {files[number]: left for number, left in waiting.items()},
-                    head, _opens_before(opens, ops[after:]) if head else None)
+                    head, _held_before(held(), ops[after:]) if head else None)
 
     def write(self, plan):
         """Write what is planned, one write a file. Raises OSError; cut() is then due."""
@@ -1717,22 +1794,22 @@ class Journal:
         for file, count in plan.waiting.items():
             file.waiting = count
         if plan.passed:
-            self._pass(plan.passed, position, plan.opens)
+            self._pass(plan.passed, position, plan.held)
 
-    def _pass(self, count, position, opens, items=()):
+    def _pass(self, count, position, held, items=()):
         self.passed += self.files[:count]
         del self.files[:count]
-        self.passings.append(Passing(position, self.passed[-1].number, opens, items))
+        self.passings.append(Passing(position, self.passed[-1].number, held, items))
 
-    def pass_all(self, position, safe, opens, items):
-        """Have everything written anew: pack() will put these open reads, and the items, which
-        are all that wait, into one file in place of all but the current one, which is empty."""
+    def pass_all(self, position, safe, held, items):
+        """Have everything written anew: pack() will put what is held, and the items, which are
+        all that wait, into one file in place of all but the current one, which is empty."""
         if not safe:
             self.writes.append(Write(position, [(self.current, 0, 0)], len(self.files) - 1))
         if not self.passed and len(self.files) == 1:           # there is nothing yet
             self.passed.append(JournalFile(None, self._next_number()))
         self.current.waiting = len(items)
-        self._pass(len(self.files) - 1, position, opens, items)
+        self._pass(len(self.files) - 1, position, held, items)
 
     def forget(self, safe):
         """Drop what go_back() would need for the operations up to `safe`."""
@@ -1892,16 +1969,17 @@ class Journal:
             passings.popleft()
         return passings[0] if passings and passings[0].position <= safe else None
 
-    def pack(self, passing, last_xid):
-        """A task: put one file in place of those that have been passed. Raises OSError; then
-        it can be done again."""
+    def pack(self, passing, state):
+        """A task: put one file in place of those that have been passed. state: of the queue, its
+        (last xid, what is paused, whether deliveries are counted on the disk). Raises OSError;
+        then it can be done again."""
         old = [file for file in self.passed if file.number <= passing.number]
-        if passing.opens or passing.items:
+        if passing.held or passing.items or state[1]:
             path = "%s.%d" % (self.path, passing.number)
             pack = next((file for file in old if file.path == path + ".pack"),   # tried before
                         JournalFile(path + ".pack", passing.number))
             places = []
-            yield from self._write_file(pack, self._pieces(passing, last_xid, places))
+            yield from self._write_file(pack, self._pieces(passing, state, places))
             rest = self.passed[len(old):]
             old = [file for file in old if file is not pack]
             self.passed = old + [pack] + rest
@@ -1924,23 +2002,34 @@ class Journal:
         if self.passings and self.passings[0] is passing:
             self.passings.popleft()
 
-    def _pieces(self, passing, last_xid, places):
+    def _pieces(self, passing, state, places):
         """Yield the records of a pack in pieces. places: filled with (Place, new offset) for
         each item that has one."""
+        last_xid, paused, counts_deliveries = state
         chunks = [_pack_xid(SAVE_XID, last_xid)]
-        size = offset = len(chunks[0])
-        records = itertools.chain(((item, _pack_xid(OPEN, xid)) for xid, item in
-                                   passing.opens.items()), ((item, b"") for item in passing.items))
-        for item, end in records:
+        if paused:
+            chunks.append(_pack_xid(PAUSE, paused))
+        size = offset = sum(map(len, chunks))
+        for xid, item in itertools.chain(passing.held.items(), ((0, one) for one in passing.items)):
+            delayed = None
+            if type(item) is Delayed:
+                delayed, item = item, item.item
             data = item.data
             if data is None:
                 loaded = item.stub()
                 self.load_call(loaded)()
                 data = loaded.data
-            head = _head(item, len(data))
+            if delayed and not delayed.to_head:
+                head = _delayed_head(delayed, len(data))
+            else:
+                head = _head(item, len(data), item.deliveries if counts_deliveries else 0)
             if item.place:
                 places.append((item.place, offset + len(head)))
-            record = [head, data, end]
+            record = [head, data]
+            if xid and (not delayed or delayed.to_head):
+                record.append(_pack_xid(OPEN, xid))
+            if delayed and delayed.to_head:
+                record.append(_pack_delay(DELAY, xid, delayed.due))
             chunks += record
             length = sum(map(len, record))
             offset += length
@@ -2086,19 +2175,22 @@ def _pieces_of(source, file):
         yield [piece]
 
 
-def _opens_before(opens, ops):
-    """Return the reads that were open before operations, of those that are open after them.
+def _held_before(held, ops):
+    """Return the open reads and the Delayed before operations, from those after them.
 
     Files are passed in the middle of a batch, and until it is written all of it may be undone;
-    so what was open then is found by going backwards from the end.
+    so what was there then is found by going backwards from the end.
     """
-    opens = dict(opens)
     for opcode, item, xid in reversed(ops):
-        if opcode == OPEN:
-            del opens[xid]
-        elif opcode in (CONFIRM, UNREMOVE):
-            opens[xid] = item
-    return dict(sorted(opens.items()))
+        if opcode in (OPEN, ADD_DELAYED):
+            del held[xid]
+        elif opcode in (CONFIRM, UNREMOVE, TO_TAIL, DUE_TAIL, DUE_HEAD):
+            held[xid] = item
+        elif opcode == DELAY:
+            held[xid] = item.item
+        elif opcode == DROP:
+            held.update(item)
+    return dict(sorted(held.items()))
 
 
 class ReadBehind:
@@ -2142,10 +2234,12 @@ class ReadBehind:
         """Take the items of a piece. Return whether there was a whole record in it."""
         done, skip, end = 0, self.skip, self.offset
         try:
-            for _, _, item, done in read_records(io.BytesIO(data)):
-                if item is not None and skip:
+            for opcode, _, item, done in read_records(io.BytesIO(data)):
+                if item is None or opcode == ADD_DELAYED:
+                    continue
+                if skip:
                     skip -= 1
-                elif item is not None:
+                else:
                     size = len(item.data)
                     item.place = Place(self.file, end + done - size, size)
                     items.append(item)
@@ -2168,7 +2262,9 @@ class ReadBehind:
             start, size = 0, left + 1
         if size < 0 or start + size > left:
             raise Damage(self.offset, "record cut short", torn=True)
-        if self.skip:
+        if data[0] == ADD_DELAYED:
+            pass
+        elif self.skip:
             self.skip -= 1
         else:
             item.place = Place(self.file, self.offset + start, size)
@@ -2208,21 +2304,38 @@ _NO_DESCRIPTOR_MS = 50
 # How long after a failure the next try is made without a client asking for it.
 RETRY_MS = 1000
 
+# How long an alarm for a delayed item is set at most, in milliseconds.
+_LONGEST_NAP_MS = 10000
+
 # How often the log says how far the loading of a queue has got.
 _PROGRESS_SECONDS = 3
 
 
 class Waiter:
-    """A read that waits for an item. `deliver` is called once, with the item or None. queue: the
-    one that it waits at, for whoever needs it."""
+    """A read that waits for an item of one of `queues`. deliver: called once, with the queue and
+    the item, or with None and None when no queue is left."""
 
-    __slots__ = ("deliver", "open", "peek", "queue")
+    __slots__ = ("deliver", "open", "peek", "queues")
 
-    def __init__(self, deliver, open=False, peek=False, queue=None):
+    def __init__(self, deliver, open=False, peek=False):
         self.deliver = deliver
         self.open = open
         self.peek = peek
-        self.queue = queue
+        self.queues = []
+
+    def take(self, queue, item):
+        """Take the item of a queue, or None if nothing will come of it."""
+        if item is None and len(self.queues) > 1:
+            self.queues.remove(queue)
+        else:
+            self.cancel()
+            self.deliver(queue if item is not None else None, item)
+
+    def cancel(self):
+        """Wait no longer."""
+        for queue in self.queues:
+            queue.waiters.pop(self, None)
+        self.queues = []
 
 
 class Alone:
@@ -2238,7 +2351,9 @@ class Alone:
     start(task)             run a task
     work(call, done)        make a blocking call, then call done with its OSError or None
     later(ms, call)         make a call in that time; return what cancels it
-    bury(queue, item, now)  an expired item is open: move it to another queue
+    bury(queue, item, now, setting)
+                            an item is open that has expired, or was handed out too often: move
+                            it to the queue that this setting names
     sweep_limit             how many expired items a read drops at once
     locks_files             whether to keep other processes out
     budget                  see Budget
@@ -2276,7 +2391,8 @@ class History:
         self.safe = self.written = self.durable = 0
         self.ops = []                        # (opcode, item, xid) of what is not being written yet,
         self.unsafe = []                     # and of what is, but is not safe
-        self._pending = collections.deque()  # (position, call) of when_safe()
+        self._pending = collections.deque()  # (position, call) of when_safe(),
+        self._syncing = collections.deque()  # and of when_durable()
 
     @property
     def logged(self):
@@ -2292,6 +2408,18 @@ class History:
         else:
             self._pending.append((logged, call))
 
+    def when_durable(self, call):
+        """Make a call, with None, when all operations so far are durable, whatever sync_journal
+        says; or, with an OSError, when they have been undone."""
+        if self.logged <= self.durable:
+            call(None)
+        else:
+            self._syncing.append((self.logged, call))
+
+    def wants_sync(self):
+        """Return whether somebody waits for an fsync."""
+        return bool(self._syncing)
+
     def advance(self, position):
         """Note that all operations up to a position are safe."""
         if position > self.safe:
@@ -2299,15 +2427,19 @@ class History:
             self.safe = position
 
     def settle(self):
-        """Make the calls that waited for what is safe now."""
+        """Make the calls that waited for what is safe, or durable, now."""
         while self._pending and self._pending[0][0] <= self.safe:
             self._pending.popleft()[1](None)
+        while self._syncing and self._syncing[0][0] <= self.durable:
+            self._syncing.popleft()[1](None)
 
     def go_back(self):
         """Give up the operations that are not safe, and return them. Their positions are
         skipped."""
         ops = self.unsafe + self.ops
         logged = self.logged
+        while self._syncing and self._syncing[-1][0] > self.safe:
+            self._pending.append(self._syncing.pop())
         if self.durable == self.safe:
             self.durable = logged
         self.safe = self.written = logged
@@ -2323,7 +2455,51 @@ class History:
     def forget(self):
         """Take the operations so far for safe: they are, and will be, on no disk."""
         self.go_back()
+        self.durable = self.safe
         self.settle()
+
+
+class Delays:
+    """The items of a queue that are not available yet, by their numbers, and in the order in which
+    they are due.
+
+    `due` is a heap of (due, xid), which may have entries of items that are gone. bytes, memory:
+    the size of their data, and what they take of the memory.
+    """
+
+    def __init__(self):
+        self.items = {}                      # xid -> Delayed
+        self.due = []
+        self.bytes = self.memory = 0
+
+    def add(self, delayed):
+        """Add a Delayed."""
+        self.items[delayed.xid] = delayed
+        heapq.heappush(self.due, delayed[:2])
+        self.bytes += _size(delayed.item)
+        self.memory += _cost(delayed.item)
+
+    def pop(self, xid):
+        """Take the one of that number; None if there is none."""
+        delayed = self.items.pop(xid, None)
+        if delayed:
+            self.bytes -= _size(delayed.item)
+            self.memory -= _cost(delayed.item)
+        return delayed
+
+    def next_due(self):
+        """Return when the next is due, None if there is none."""
+        due = self.due
+        while due and (due[0][1] not in self.items or self.items[due[0][1]].due != due[0][0]):
+            heapq.heappop(due)
+        return due[0][0] if due else None
+
+    def clear(self):
+        """Take all; return them as {xid: Delayed}."""
+        items, self.items = self.items, {}
+        self.due.clear()
+        self.bytes = self.memory = 0
+        return items
 
 
 class Queue:
@@ -2355,13 +2531,15 @@ class Queue:
         self.count = 0                       # how many items wait; open reads do not count
         self.bytes = 0                       # data of the waiting items
         self.memory = 0                      # what `items` take, see ITEM_COST
-        self.open_memory = 0                 # what `opens` take
+        self.open_memory = 0                 # what `opens` and `delays` take
+        self.delays = Delays()
+        self.paused = 0                      # PAUSED_IN, PAUSED_OUT or both
         self.xid = 0                         # the last one used
         self.closed = False
         self.counters = Values(
             create_time=_now(now), age=0, total_items=0, expired_items=0, discarded=0,
             total_flushes=0, transactions=0, canceled_transactions=0, put_bytes=0, get_bytes=0,
-            get_hits=0, get_misses=0, put_rate=0.0, get_rate=0.0, fsync_usec=0,
+            get_hits=0, get_misses=0, put_rate=0.0, get_rate=0.0, fsync_usec=0, dead_letters=0,
             journal_rewrites=0, journal_rotations=0)
         self.history = History()
         self._writing = None                 # the Plan that the worker writes
@@ -2373,9 +2551,12 @@ class Queue:
         self._loading = None                 # the head item that a worker reads, or (it, OSError)
         self._alarms = {}                    # xid -> (what cancels its timeout, the timeout)
         self._overdue = []                   # xids whose time is over
+        self._due = self.delays.due
+        self._due_alarm = None               # (when the next is due, what cancels the alarm)
         self.journal = None
         self.upkeep = Upkeep(self)
         self.config = config or QueueConfig()
+        self._set_limits()
         self.count_memory()
         if path is not None and self.config.keep_journal:
             self.journal = self._new_journal(older)
@@ -2393,6 +2574,7 @@ class Queue:
         """Go on with other settings."""
         keep_journal = self.config.keep_journal
         self.config = config
+        self._set_limits()
         self.count_memory()
         if self.path is None or config.keep_journal == keep_journal:
             return
@@ -2413,7 +2595,7 @@ class Queue:
             log.warning("keep_journal of %s stays: the queue is larger than its memory; "
                         "reload when it has shrunk", self.name)
             return
-        for item in itertools.chain(self.opens.values(), self.items):
+        for item in self._in_memory():
             if item.data is None:
                 self._load_data(item)
         task = self.journal.delete()
@@ -2444,14 +2626,9 @@ class Queue:
         cost = size + ITEM_COST
         if self._behind is None and self.memory + self.open_memory + cost > self._allowance:
             self._fall_behind(cost)
-        if self.count >= config.max_items or self.bytes >= config.max_size:
-            self.discard_expired(now, min(config.max_expire_sweep, self.host.sweep_limit))
-            while self.count >= config.max_items or self.bytes >= config.max_size:
-                if not config.discard_old_when_full or not self.count:
-                    return False
-                if self.items or self._refill():
-                    self.counters.discarded += 1
-                    self._log(REMOVE, self._pop(False))
+        if (self.count >= self._most_items or self.bytes >= self._most_size) and (
+                not self._make_room(now)):
+            return False
         item = Item(data, now, expiry, flags if config.keep_flags else 0)
         if self._behind:
             self._fresh.append(item)
@@ -2468,16 +2645,65 @@ class Queue:
             self._serve(now)
         return True
 
-    def remove(self, open=False, now=None):
+    def add_later(self, data, delay, flags=0, expiry=0, now=None):
+        """Append an item that is available after `delay` milliseconds only; as add(). It is in
+        memory until then, and refused with an OSError if there is no memory for it."""
+        now = _now(now)
+        data = _as_bytes(data)
+        if not (0 <= delay < 1 << 62 and abs(expiry) < 1 << 63 and 0 <= flags < 1 << 32):
+            raise ValueError("delay %d, expiry %d or flags %d cannot be kept" % (
+                delay, expiry, flags))
+        size = len(data)
+        if size > self.config.max_item_size or not self._make_room(now):
+            return False
+        self.count_memory()
+        if self.open_memory + size + ITEM_COST > self._allowance:
+            raise OSError(errno.ENOMEM, "out of memory for delayed items", self.name)
+        self.xid = xid = self._next_xid()
+        delayed = Delayed(now + delay, xid, Item(
+            data, now, expiry, flags if self.config.keep_flags else 0), False)
+        self.counters.total_items += 1
+        self.counters.put_bytes += size
+        self._hold(delayed, now)
+        self._log(ADD_DELAYED, delayed, xid)
+        return True
+
+    def _make_room(self, now):
+        """Drop what has expired, and what is to be dropped for newer items, if the queue is full.
+        Return whether there is room for one more item then."""
+        config = self.config
+        if self.paused & PAUSED_IN:
+            return False
+        if self.count >= self._most_items or self.bytes >= self._most_size:
+            self.discard_expired(now, min(config.max_expire_sweep, self.host.sweep_limit))
+        while self.count >= self._most_items or self.bytes >= self._most_size:
+            if not config.discard_old_when_full or not self.count:
+                return False
+            if self.items or self._refill():
+                self.counters.discarded += 1
+                self._log(REMOVE, self._pop(False))
+        return True
+
+    def _set_limits(self):
+        """Derive how many items may wait, and how large they may be: delayed items count too."""
+        self._most_items = 0 if self.paused & PAUSED_IN else (
+            self.config.max_items - len(self.delays.items))
+        self._most_size = self.config.max_size - self.delays.bytes
+
+    def remove(self, open=False, now=None, even_paused=False):
         """Take the head item, or return None. `open`: only for a while; item.xid is then
         the number to confirm or abort it by.
 
-        With a server, None though there are items (`count`) means that many at the head have
-        expired, or that the worker reads a large one: call it again. Raises OSError
-        when it cannot be read.
+        With a server, None though there are items, see has_more(), means that many at the head
+        have expired, or that the worker reads a large one: call it again. Raises OSError
+        when it cannot be read. even_paused: whatever pause() said.
         """
         if now is None:
             now = _now()
+        if self._due and self._due[0][0] <= now:
+            self._release(now)
+        if self.paused and self.paused & PAUSED_OUT and not even_paused:
+            return None
         if not self.items and not (self.count and self._refill()):
             return None
         head = self.items[0]
@@ -2502,6 +2728,8 @@ class Queue:
     def peek(self, now=None):
         """Return the head item, which stays where it is, or None, as remove()."""
         now = _now(now)
+        if self._due and self._due[0][0] <= now:
+            self._release(now)
         if not self.count or not (self.items or self._refill()):
             return None
         if self._is_expired(self.items[0], now) and not self._sweep(now):
@@ -2509,6 +2737,23 @@ class Queue:
         if self.items[0].data is None:
             self._load_data(self.items[0])
         return self.items[0]
+
+    def peek_many(self, most, now=None):
+        """Return the first items, at most so many, as far as they are in memory; all stay."""
+        head = self.peek(now)
+        if head is None or most < 1:
+            return []
+        items = [head]
+        for item in itertools.islice(self.items, 1, most):
+            if not self._is_expired(item, _now(now)):
+                if item.data is None:
+                    self._load_data(item)
+                items.append(item)
+        return items
+
+    def has_more(self, peek=False):
+        """Return whether there are items, so that remove(), or peek(), is worth another call."""
+        return self.count > 0 and (peek or not self.paused & PAUSED_OUT)
 
     def is_head(self, item):
         """Return whether an item is the one at the head."""
@@ -2530,32 +2775,165 @@ class Queue:
             self._silence_alarm(xid)
         return True
 
-    def abort(self, *xids, now=None, orphaned=False):
+    def abort(self, *xids, now=None, orphaned=False, delay=0, tail=False, counted=True):
         """Put open reads back at the head, the first one given in front of the others;
-        return how many there were. `orphaned`: nobody waits to hear of it, so that it has
-        to be done all the same after a failure."""
+        return how many there were.
+
+        orphaned: nobody waits to hear of it, so that it has to be done all the same after a
+        failure. delay: they go back after so many milliseconds. tail: they go to the tail, at
+        once. counted: they had been handed out; what comes back too often goes to the
+        dead_letter_queue.
+        """
         known = [xid for xid in dict.fromkeys(xids) if xid in self.opens]
-        for xid in reversed(known):
-            item = self._end_read(xid)
-            self._push(item)
+        now = _now(now)
+        for xid in known if tail or delay else reversed(known):
+            item = self.opens[xid]
+            item.deliveries += counted
+            if counted and item.deliveries >= self.config.max_deliveries and (
+                    self.host.bury and self.config.dead_letter_queue not in (None, self.name)):
+                self._stop_alarm(xid)        # it stays open until it is safe there
+                self.host.start(self._bury(xid, item))
+                continue
+            if tail and item.data is None:
+                self._load_data(item)
+            self._end_read(xid)
             self.counters.canceled_transactions += 1
-            self._log(UNREMOVE, item, xid)
+            if delay:
+                delayed = Delayed(now + delay, xid, item, True)
+                self._hold(delayed, now)
+                self._log(DELAY, delayed, xid)
+            elif tail:
+                self._append_again(item)
+                self._log(TO_TAIL, item, xid)
+            else:
+                self._push(item)
+                self._log(UNREMOVE, item, xid)
             if xid in self._alarms:
                 self._silence_alarm(xid)
         if known:
             if orphaned:
-                self.history.when_safe(functools.partial(self._abort_again, known))
+                self.history.when_safe(functools.partial(self._abort_again, known, counted))
             if self.waiters:
-                self._serve(_now(now))
+                self._serve(now)
         return len(known)
 
-    def _abort_again(self, xids, error):
+    def _abort_again(self, xids, counted, error):
         if error and self.host.later:
-            self.host.later(RETRY_MS, functools.partial(self.abort, *xids, orphaned=True))
+            self.host.later(RETRY_MS, functools.partial(
+                self.abort, *xids, orphaned=True, counted=counted))
+
+    def _bury(self, xid, item):
+        """A task: have an open read moved to the dead_letter_queue, unless it has ended."""
+        yield
+        if self.opens.get(xid) is item and not self.closed:
+            log.warning("queue %s: an item of %d bytes came back %d times, and goes to %s",
+                        self.name, _size(item), item.deliveries, self.config.dead_letter_queue)
+            self.counters.dead_letters += 1
+            item.xid = xid
+            self.host.bury(self, item, _now(), "dead_letter_queue")
+
+    # -- delays and pauses
+
+    def pause(self, what=PAUSED_IN | PAUSED_OUT):
+        """Refuse puts (PAUSED_IN), or let gets find nothing (PAUSED_OUT), or both; 0 for neither.
+        It stays so over restarts."""
+        if what != self.paused:
+            before, self.paused = self.paused, what
+            self._set_limits()
+            self._log(PAUSE, before, what)
+            if self.waiters:
+                self._serve(_now())
+
+    def touch(self, xid):
+        """Let the timeout of an open read start anew; False if there is none of that number."""
+        _, timeout = self._alarms.get(xid, (None, None))
+        if timeout:
+            self.limit(xid, timeout)
+        return xid in self.opens
+
+    def held(self):
+        """Return the open reads and the delayed items as {xid: Item or Delayed}."""
+        return {**self.opens, **self.delays.items}
+
+    def _in_memory(self):
+        """Yield the items that are in memory and not on their way to the journal."""
+        return itertools.chain(self.opens.values(), self.items, (
+            delayed.item for delayed in self.delays.items.values()))
+
+    def _hold(self, delayed, now):
+        """Keep an item until it is due."""
+        self.delays.add(delayed)
+        self.open_memory += _cost(delayed.item)
+        self._set_limits()
+        self._watch_delays(now)
+
+    def _let_go_of(self, delayed):
+        """Keep an item no longer."""
+        self.delays.pop(delayed.xid)
+        self.open_memory -= _cost(delayed.item)
+        self._set_limits()
+
+    def _watch_delays(self, now):
+        """See to it that the next delayed item is released in time."""
+        due = self.delays.next_due()
+        if due is None or not self.host.later or (
+                self._due_alarm and self._due_alarm[0] <= due):
+            return
+        if self._due_alarm:
+            self._due_alarm[1]()
+        # Not much later: the clock may be set.
+        self._due_alarm = due, self.host.later(min(max(0, due - now), _LONGEST_NAP_MS),
+                                               self._release_now)
+
+    def _release_now(self, now=None):
+        self._due_alarm = None
+        if not self.closed:
+            self._release(_now(now))
+
+    def _release(self, now):
+        """Put the delayed items that are due where they belong, some at a time."""
+        found = []
+        due = self.delays.next_due()
+        while due is not None and due <= now and len(found) < self.host.sweep_limit:
+            delayed = self.delays.items[self.delays.due[0][1]]
+            if not delayed.to_head and delayed.item.data is None:
+                self._load_data(delayed.item)
+            self._let_go_of(delayed)
+            found.append(delayed)
+            due = self.delays.next_due()
+        for delayed in found:
+            if not delayed.to_head:
+                self._append_again(delayed.item)
+                self._log(DUE_TAIL, delayed, delayed.xid)
+        for delayed in reversed(found):
+            if delayed.to_head:
+                self._push(delayed.item)
+                self._log(DUE_HEAD, delayed, delayed.xid)
+        self._watch_delays(now)
+        if found and self.waiters:
+            self._serve(now)
+
+    def _append_again(self, item):
+        """Append an item that was open or delayed; its record is written anew."""
+        item.place = None
+        if self._behind is None and self.journal and (
+                self.memory + self.open_memory + _cost(item) > self._allowance):
+            self._fall_behind(_cost(item))
+        if self._behind:
+            self._fresh.append(item)
+        else:
+            self.items.append(item)
+            self.memory += _cost(item)
+        self.count += 1
+        self.bytes += len(item.data)
 
     def flush(self):
-        """Drop all waiting items. Open reads stay open."""
+        """Drop all waiting and delayed items. Open reads stay open."""
         self.counters.total_flushes += 1
+        if self.delays.items:
+            self.open_memory -= self.delays.memory
+            self._log(DROP, self.delays.clear())
+            self._set_limits()
         if self.count:
             held = self.items, self._fresh, self._behind, self.count, self.bytes, self.memory
             self._drop_items()
@@ -2589,7 +2967,7 @@ class Queue:
                 # Open until it is safe elsewhere, so that a crash cannot lose it.
                 self._open(item)
                 self._stop_alarm(item.xid)
-                self.host.bury(self, item, now)
+                self.host.bury(self, item, now, "expire_to_queue")
             else:
                 self._log(REMOVE, item)
         self.counters.expired_items += count
@@ -2600,18 +2978,15 @@ class Queue:
     def wait(self, waiter):
         """Let `waiter` have the next item that comes, after those who wait already."""
         self.waiters[waiter] = None
-
-    def cancel(self, waiter):
-        """Forget a waiter; it is not called."""
-        self.waiters.pop(waiter, None)
+        waiter.queues.append(self)
 
     def dismiss_waiters(self):
         """Tell every waiter that nothing will come."""
         while self.waiters:
-            self.waiters.popitem(last=False)[0].deliver(None)
+            self.waiters.popitem(last=False)[0].take(self, None)
 
     def _serve(self, now):
-        while self.waiters:
+        while self.waiters and not self.paused & PAUSED_OUT:
             waiter = next(iter(self.waiters))
             try:
                 item = self.peek(now) if waiter.peek else self.remove(waiter.open, now)
@@ -2621,8 +2996,7 @@ class Queue:
                     self.host.later(RETRY_MS, self.recover)
                 return
             if item is not None:
-                del self.waiters[waiter]
-                waiter.deliver(item)
+                waiter.take(self, item)
             elif self.count and self.host.later and not self._loading:
                 self.host.later(0, self.recover)       # after a run of expired ones
                 return
@@ -2660,7 +3034,7 @@ class Queue:
             if not ops:
                 upkeep.check()
                 return
-            plan = journal.plan(ops, self.count, self.opens)
+            plan = journal.plan(ops, self.count, self.held)
             if plan.size >= _LARGE and self.host.work:
                 call = journal.write_call(plan)
             else:
@@ -2795,8 +3169,12 @@ class Queue:
         run_task(self.upkeep.rewrite())
         passing = self.journal.next_passing(self.history.safe)
         if passing:
-            run_task(self.journal.pack(passing, self.xid))
+            run_task(self.journal.pack(passing, self.state()))
         self.journal.adopt_pack()
+
+    def state(self):
+        """Return what a pack has to keep besides items, see Journal.pack()."""
+        return self.xid, self.paused, self.config.max_deliveries != UNLIMITED
 
     def recover(self, now=None):
         """After a failure: do what is still to be done and give waiters their items."""
@@ -2836,6 +3214,8 @@ class Queue:
         self._drop_items()
         for xid in list(self.opens):
             self._end_read(xid)
+        self.delays.clear()
+        self.open_memory = 0
         for xid in list(self._alarms):
             self._stop_alarm(xid)
         self.count_memory()
@@ -2893,11 +3273,12 @@ class Queue:
                 self.journal.repair(file)
                 self._drop_items()
                 self.opens.clear()
-                self.xid = 0
+                self.delays.clear()
+                self.xid = self.paused = 0
 
     def _replay(self):
         """Do what the journal says; yield each file before it is read. Raises Damage."""
-        opens = self.opens
+        opens, delays = self.opens, self.delays
         journal = self.journal
         ignored = 0
         added = []                      # how many items each file adds
@@ -2912,7 +3293,17 @@ class Queue:
             end = self._append_run(data, pos)
             added[-1] += self.count - before
             offset = base + end
+            if done + offset > look:
+                tell()
             return end
+
+        def tell():
+            nonlocal look, told
+            look = done + offset + _STEP_SIZE // 4
+            if time.monotonic() > told + _PROGRESS_SECONDS:
+                told = time.monotonic()
+                log.info("loading %s: %d %%, %d items", self.name,
+                         100 * (done + offset) // journal.size, self.count)
 
         for number, file in enumerate(journal.files):
             yield file
@@ -2920,16 +3311,22 @@ class Queue:
             offset = 0
             for opcode, xid, item, end in journal.read(file, take_run):
                 if done + offset > look:
-                    look = done + offset + _STEP_SIZE // 4
-                    if time.monotonic() > told + _PROGRESS_SECONDS:
-                        told = time.monotonic()
-                        log.info("loading %s: %d %%, %d items", self.name,
-                                 100 * (done + offset) // journal.size, self.count)
+                    tell()
+                if opcode == ADD_DELAYED:
+                    offset = end
+                    self.xid, due = xid
+                    delays.add(Delayed(due, self.xid, item, False))
+                    continue
+                if opcode == PAUSE:
+                    offset = end
+                    self.paused = xid
+                    continue
                 if item is not None:
                     added[-1] += 1
-                    if opcode == CONTINUE:
-                        last_head = number
-                        ignored += opens.pop(xid, None) is None
+                    if opcode in (CONTINUE, CONTINUEF) and (
+                            opens.pop(xid, None) or delays.pop(xid)) is None:
+                        ignored += 1
+                        last_head = number   # so that no later OPEN of that xid comes before
                     self._append(item, file, offset)
                     offset = end
                     continue
@@ -2947,8 +3344,18 @@ class Queue:
                     self.xid = xid
                 elif opcode == CONFIRM and xid in opens:
                     del opens[xid]
+                elif opcode == CONFIRM and delays.pop(xid):
+                    pass
                 elif opcode == UNREMOVE and xid in opens:
-                    self._push(opens.pop(xid))
+                    item = opens.pop(xid)
+                    item.deliveries += 1
+                    self._push(item)
+                elif opcode == UNREMOVE and xid in delays.items:
+                    self._push(delays.pop(xid).item)
+                elif opcode == DELAY and xid[0] in opens:
+                    item = opens.pop(xid[0])
+                    item.deliveries += 1
+                    delays.add(Delayed(xid[1], xid[0], item, True))
                 elif opcode == SAVE_XID:
                     self.xid = xid
                 else:
@@ -2960,7 +3367,9 @@ class Queue:
         journal.account(added, last_head, self.count)
         if self._behind:
             self._behind.older = journal.passed[:]
-        self.open_memory = sum(map(_cost, opens.values()))
+        self.open_memory = sum(map(_cost, opens.values())) + delays.memory
+        self._set_limits()
+        self._watch_delays(_now())
         self.abort(*opens, orphaned=True)
         self.counters.canceled_transactions = 0
 
@@ -3029,10 +3438,10 @@ class Queue:
                 self.items or self._allowance < self.config.max_memory_size):
             journal = self.journal
             history = self.history
-            pending = sum(op[0] == ADDX for op in history.ops)     # written behind what is there
+            ops = history.ops                # written behind what is there
             if self._writing:
-                pending += sum(
-                    op[0] == ADDX for op in history.unsafe[history.written - history.safe:])
+                ops = history.unsafe[history.written - history.safe:] + ops
+            pending = sum(op[0] in _APPENDED for op in ops)
             self._behind = ReadBehind(journal, journal.current, journal.current.size, pending)
 
     def _refill(self):
@@ -3101,7 +3510,7 @@ class Queue:
             raise OSError(errno.EAGAIN, "damaged, and repaired in a moment", file.path)
         self.journal.cut()                   # what was refused must not be found again
         start = behind.offset if file is behind.file else 0
-        for item in itertools.chain(self.opens.values(), self.items):
+        for item in self._in_memory():
             if item.place and item.place.file is file and item.place.offset >= start:
                 if item.data is None:        # its offset will change
                     self._load_data(item)
@@ -3114,8 +3523,8 @@ class Queue:
             with open(file.path, "rb") as source, contextlib.suppress(Damage):
                 source.seek(start)
                 there = 0
-                for _, _, item, _ in read_records(source):
-                    there += item is not None
+                for opcode, _, item, _ in read_records(source):
+                    there += item is not None and opcode != ADD_DELAYED
             lost = (self._unread_of(file) + behind.skip if file is behind.file
                     else file.waiting) - there
             self._lose(file, lost)
@@ -3195,11 +3604,20 @@ class Queue:
                 self.memory += len(head.data)
             self.host.later(0, self.recover)
 
+    def data_of(self, item):
+        """Return the data of an item that is open, read again if need be. Raises OSError."""
+        if item.data is None:
+            self._load_data(item)
+        return item.data
+
     def _load_data(self, item):
         """Read the data of a stub among `items` or `opens` again. Raises OSError."""
         self.journal.load_call(item)()
         if self.opens.get(item.xid) is item:
             self.open_memory += len(item.data)
+        elif item.xid in self.delays.items and self.delays.items[item.xid].item is item:
+            self.open_memory += len(item.data)
+            self.delays.memory += len(item.data)
         else:
             self.memory += len(item.data)
 
@@ -3228,7 +3646,7 @@ class Queue:
     def _push(self, item):
         self.items.appendleft(item)
         self.count += 1
-        self.bytes += item.place.size if item.data is None else len(item.data)
+        self.bytes += _size(item)
         self.memory += _cost(item)
 
     def _is_expired(self, item, now):
@@ -3241,7 +3659,7 @@ class Queue:
         xid = self.xid
         while True:
             xid = xid + 1 if xid < 0x7fffffff else 1
-            if xid not in self.opens:
+            if xid not in self.opens and xid not in self.delays.items:
                 return xid
 
     def _open(self, item):
@@ -3302,19 +3720,15 @@ class Queue:
 
     def _trace(self, ops):
         for opcode, item, xid in ops:
-            trace.info("queue %s: %s%s", self.name, OPCODE_NAMES.get(opcode, "FLUSH"),
-                       " %d items" % xid if opcode == FLUSH
+            trace.info("queue %s: %s%s", self.name, OPCODE_NAMES[opcode],
+                       " %d items" % (xid or len(item)) if opcode in (FLUSH, DROP)
+                       else " " + PAUSES[xid] if opcode == PAUSE
                        else " xid=%d" % xid if xid else " %d bytes" % len(item.data or b""))
 
     def _undo(self, ops):
         for opcode, item, xid in reversed(ops):
             if opcode == ADDX:
-                if self._fresh:
-                    self._fresh.pop()
-                elif self.count == len(self.items):
-                    self.memory -= _cost(self.items.pop())
-                self.count -= 1
-                self.bytes -= len(item.data)
+                self._undo_append(item)
                 self.counters.total_items -= 1
                 self.counters.put_bytes -= len(item.data)
             elif opcode == REMOVE:
@@ -3322,16 +3736,49 @@ class Queue:
             elif opcode == OPEN:
                 self._push(self._end_read(xid))
                 self._stop_alarm(xid)
-            elif opcode in (UNREMOVE, CONFIRM):
-                self.opens[xid] = self._take() if opcode == UNREMOVE else item
-                self.open_memory += _cost(self.opens[xid])
+            elif opcode in (UNREMOVE, CONFIRM, TO_TAIL, DELAY):
+                if opcode == UNREMOVE:
+                    item = self._take()
+                elif opcode == TO_TAIL:
+                    self._undo_append(item)
+                elif opcode == DELAY:
+                    self._let_go_of(item)
+                    item = item.item
+                if opcode != CONFIRM:
+                    item.deliveries = max(0, item.deliveries - 1)
+                self.opens[xid] = item
+                self.open_memory += _cost(item)
                 self._start_alarm(xid, self._alarms.get(xid, (None, 0))[1])
+            elif opcode in (DUE_HEAD, DUE_TAIL):
+                if opcode == DUE_HEAD:
+                    self._take()
+                else:
+                    self._undo_append(item.item)
+                self._hold(item, _now())
+            elif opcode == ADD_DELAYED:
+                self._let_go_of(item)
+                self.counters.total_items -= 1
+                self.counters.put_bytes -= _size(item.item)
+            elif opcode == DROP:
+                for delayed in item.values():
+                    self._hold(delayed, _now())
+            elif opcode == PAUSE:
+                self.paused = item
             else:
                 (self.items, self._fresh, self._behind, self.count, self.bytes,
                  self.memory) = item
         if self._behind and self.count == len(self.items) + len(self._fresh):
             self._catch_up()
         self.opens = dict(sorted(self.opens.items()))      # the oldest first, as before
+        self._set_limits()
+
+    def _undo_append(self, item):
+        if self._fresh:
+            self._fresh.pop()
+        elif self.count == len(self.items):
+            self.memory -= _cost(self.items.pop())
+        self.count -= 1
+        self.bytes -= len(item.data)
 
 
 def _as_bytes(data):
@@ -3351,6 +3798,11 @@ def _free(items):
         yield None
 
 
+def _size(item):
+    """Return the size of an item's data in bytes."""
+    return item.place.size if item.data is None else len(item.data)
+
+
 def _cost(item):
     """Return what an item takes of the memory."""
     return ITEM_COST + (0 if item.data is None else len(item.data))
@@ -3360,8 +3812,8 @@ class Upkeep:
     """Keeps the journal of a queue small, and writes it anew after a failed fsync: one task
     at a time.
 
-    error: what ended the last task; it is tried again in a while. renewing: None, or the (open
-    reads, items) of a journal that has to be written anew before anything else is written to
+    error: what ended the last task; it is tried again in a while. renewing: None, or (what is
+    held, the items) of a journal that has to be written anew before anything else is written to
     it; () if the queue is behind, so that its files have to be copied.
     """
 
@@ -3407,14 +3859,15 @@ class Upkeep:
         if journal.passings:
             passing = journal.next_passing(queue.history.safe)
             if passing:
-                return journal.pack(passing, queue.xid)
-        if queue.count or queue.opens:
+                return journal.pack(passing, queue.state())
+        if queue.count or queue.opens or queue.delays.items:
             if journal.current.size > config.max_memory_size:
                 return self._rotate()
             if journal.size > config.max_journal_size and not queue._behind and (
                     journal.size > self._rewrite_above and not journal.passings):
                 return self._compact()
-        elif journal.size and journal.size >= config.default_journal_size and not journal.passings:
+        elif (journal.current.size and journal.size >= config.default_journal_size
+              and not journal.passings):
             return self.rewrite()
         return None
 
@@ -3468,7 +3921,7 @@ class Upkeep:
         history = queue.history
         if queue._behind is None:
             queue.journal.pass_all(history.written, history.safe >= history.written,
-                                   dict(queue.opens), list(queue.items))
+                                   queue.held(), list(queue.items))
 
     def _compact(self):
         """A task: rewrite a journal that has grown too large, at most once in
@@ -3490,7 +3943,7 @@ class Upkeep:
         may not be on the disk, or not be what is in memory. No operation may be unwritten."""
         self.stop()
         queue = self.queue
-        self.renewing = () if queue._behind else (dict(queue.opens), list(queue.items))
+        self.renewing = () if queue._behind else (queue.held(), list(queue.items))
         queue.counters.journal_rewrites += 1
         self.check()
 
@@ -3502,12 +3955,13 @@ class Upkeep:
                 yield from self._open_fresh()
             journal.passings.clear()         # of an earlier try
             journal.pass_all(queue.history.written, True, *self.renewing)
-            yield from journal.pack(journal.passings[-1], queue.xid)
+            yield from journal.pack(journal.passings[-1], queue.state())
             journal.torn.clear()
             journal.unsynced.clear()
         else:
             yield from journal.copy()
         queue.history.durable = queue.history.written
+        queue.history.settle()
         self.renewing = None
         if queue.history.ops:
             queue.host.changed(queue)
@@ -3635,12 +4089,16 @@ get_misses | counter | get_items_miss | get_misses_total | counters. | Gets that
 put_rate | | | | put_rate | Items put a second.
 get_rate | | | | get_rate | Items taken a second.
 fsync_usec | gauge | = | fsync_seconds | counters. | How long the last fsync took.
+delayed | gauge | = | delayed_items | delayed | Items that are not available yet.
+paused | gauge | = | paused | paused | 1 while puts are paused, 2 while gets are, 3 while both are.
+dead_letters | counter | = | dead_letters_total | counters. | Moved to the dead_letter_queue.
 """, logsize=lambda q, now: q.journal.size if q.journal else 0,
     mem_items=lambda q, now: len(q.items),
     mem_bytes=lambda q, now: q.memory - ITEM_COST * len(q.items),
     age=lambda q, now: q.counters.age if q.count else 0,
     waiting=lambda q, now: len(q.waiters),
     open=lambda q, now: len(q.opens),
+    delayed=lambda q, now: len(q.delays.items),
     head_wait=lambda q, now: max(0, now - q.items[0].add_time) if q.items else 0,
     put_rate=lambda q, now: round(q.counters.put_rate, 1),
     get_rate=lambda q, now: round(q.counters.get_rate, 1))
@@ -4061,7 +4519,8 @@ class Broker:
             except OSError as error:
                 log.error("queue %s: expired items not dropped: %s", queue.name, error)
             max_age = queue.config.max_queue_age
-            if max_age and not (queue.count or queue.opens or queue.waiters or queue.closed) and (
+            if max_age and not (queue.count or queue.opens or queue.delays.items or queue.waiters
+                                or queue.closed) and (
                     self.uptime() - self._accounts[queue].born >= max_age / 1000):
                 try:
                     self.delete(queue, "max_queue_age")
@@ -4150,9 +4609,9 @@ class Broker:
             self.low_space = "there is no space for more: less than %s free (min_free_space)" % (
                 SIZE.show(least))
 
-    def bury(self, queue, item, now):
-        """Move an item that has expired, and is open now, to another queue."""
-        self._advance(self._move(queue, item, now))
+    def bury(self, queue, item, now, setting):
+        """Move an item that is open to the queue that a setting names."""
+        self._advance(self._move(queue, item, now, setting))
 
     def _advance(self, move, error=None):
         """Go on with a move, up to where it has to wait again."""
@@ -4165,7 +4624,7 @@ class Broker:
             elif self.later:
                 self.later(RETRY_MS, functools.partial(self._advance, move))
 
-    def _move(self, source, item, now):
+    def _move(self, source, item, now, setting):
         """Move an open item, in steps. Yield the queue that has to be safe before it goes on,
         and then be sent the error, if any; or None to go on in a while.
 
@@ -4177,12 +4636,16 @@ class Broker:
         if error:
             return                           # it is at the head again
         try:
-            key = os.fsencode(source.config.expire_to_queue or "")
+            key = os.fsencode(getattr(source.config, setting) or "")
             targets = (self.routes.get(key) or self.route(key, now)).queues
+            data = source.data_of(item)
             arrived = 0
             for queue in targets:
                 while not queue.closed:
-                    if not queue.add(item.data, item.flags, 0, now):
+                    if not queue.add(data, item.flags, 0, now):
+                        if not arrived and (
+                                setting == "dead_letter_queue" or queue.paused & PAUSED_IN):
+                            raise OSError(errno.EDQUOT, "it does not take it", queue.name)
                         log.warning("queue %s is full: an expired item of %s is dropped",
                                     queue.name, source.name)
                     error = yield queue
@@ -4193,9 +4656,9 @@ class Broker:
                     yield None
                 arrived += 1
         except (OSError, ValueError) as error:       # or there is no such setting since a reload
-            log.error("queue %s: items that expired cannot be moved: %s", source.name, error)
+            log.error("queue %s: items cannot be moved (%s): %s", source.name, setting, error)
             yield None                       # so that a failing disk does not make the loop spin
-            source.abort(xid, orphaned=True)
+            source.abort(xid, orphaned=True, counted=setting == "dead_letter_queue")
             return
         yield from self._confirm_moved(source, [xid])
 
@@ -4222,7 +4685,7 @@ class Broker:
             batch = []
             try:
                 while len(batch) < min(_MOVE_STEP, most - moved):
-                    item = source.remove(True, now)
+                    item = source.remove(True, now, even_paused=True)
                     if item is None:
                         break
                     source.limit(item.xid, None)
@@ -4249,11 +4712,11 @@ class Broker:
                             queue.add(item.data, item.flags, item.expiry, now)
             except OSError as failure:       # there is no memory left
                 error = failure
-            source.abort(*[item.xid for item in batch[len(stored):]], orphaned=True)
+            source.abort(*[item.xid for item in batch[len(stored):]], orphaned=True, counted=False)
             failure = yield dest
             if failure:
                 error = failure
-                source.abort(*stored, orphaned=True)
+                source.abort(*stored, orphaned=True, counted=False)
                 break
             yield from self._confirm_moved(source, stored)
             moved += len(stored)
@@ -4351,8 +4814,14 @@ READY, RECEIVING, WAITING, WORKING, HELD, FULL, ENDING, CLOSED = (
 # The latest expiry; later ones are reduced to it. (The journal has 64 bits.)
 _LATEST = 1 << 62
 
+# The longest delay of an item, in milliseconds: a hundred years.
+_LONGEST_DELAY = 36525 * 86400000
+
 # What a command adds to the load of its session besides its answer.
 _COMMAND_COST = 1 << 10
+
+# The delivery of an item that the log tells of, since the others have failed.
+_OFTEN = 5
 
 # When more queues than this have something to write, each session does one more command only.
 _MOST_DIRTY = 50
@@ -4586,29 +5055,29 @@ class Session:
         command, asks = self.command, self.asks
         self.command = self.asks = self._given = self.timeout = None
         if type(asks) is Waiter:
-            asks.queue.cancel(asks)
+            asks.cancel()
         if command is not None and not command.gi_running:
             command.close()
 
-    def _wait(self, queue, opening, peek=False):
-        """Return a Waiter for the next item of a queue, to be yielded."""
-        waiter = Waiter(self._deliver, opening, peek, queue)
-        queue.wait(waiter)
+    def _wait(self, queues, opening, peek=False):
+        """Return a Waiter for the next item of any of these queues, to be yielded."""
+        waiter = Waiter(self._deliver, opening, peek)
+        for queue in queues:
+            queue.wait(waiter)
         return waiter
 
-    def _deliver(self, item):
-        queue = self.asks.queue
+    def _deliver(self, queue, item):
         if item is not None:
             self._rest_on(queue)             # in this turn, though the answer may be of the next
             if self.asks.open:
                 self.open_reads.setdefault(queue, []).append(item.xid)
-        self._wake(self.command, item)
+        self._wake(self.command, (queue, item))
 
     def time_out(self):
         """End the current wait without an item."""
         if type(self.asks) is Waiter:
-            self.asks.queue.cancel(self.asks)
-            self._wake(self.command, None)
+            self.asks.cancel()
+            self._wake(self.command, (None, None))
 
     # -- output
 
@@ -4762,22 +5231,29 @@ class Session:
     def _next(self, queue, opening=False, peek=False, wait=False):
         """Return the next item of a queue; None if there is none, or none comes in time. A
         generator, since it may have to wait."""
-        while not queue.closed:
-            item = queue.peek(self.now) if peek else queue.remove(opening, self.now)
-            if item is not None:
-                if opening:
-                    self.open_reads.setdefault(queue, []).append(item.xid)
-                return item
-            if queue.count:                  # a run of expired items, or a large one is being read
-                yield
-            elif wait:
-                return (yield self._wait(queue, opening, peek))
-            else:
-                break
-        return None
+        _, item = yield from self._next_of([queue], opening, peek, wait)
+        return item
 
-    def _end_reads(self, queue, count, confirm, whole=True):
-        """Close or abort the oldest open reads of a queue here; return how many were open."""
+    def _next_of(self, queues, opening=False, peek=False, wait=False):
+        """Return the first of these queues that has an item, and the item; or (None, None)."""
+        while True:
+            queues = [queue for queue in queues if not queue.closed]
+            for queue in queues:
+                item = queue.peek(self.now) if peek else queue.remove(opening, self.now)
+                if item is not None:
+                    if opening:
+                        self.open_reads.setdefault(queue, []).append(item.xid)
+                    return queue, item
+            if any([queue.has_more(peek) for queue in queues]):
+                yield                        # a run of expired items, or a large one is being read
+            elif wait and queues:
+                return (yield self._wait(queues, opening, peek))
+            else:
+                return None, None
+
+    def _end_reads(self, queue, count, confirm, whole=True, **how):
+        """Close or abort the oldest open reads of a queue here; return how many were open. how:
+        see Queue.abort()."""
         reads = self.open_reads.get(queue, [])
         xids = reads[:count]
         del reads[:count]
@@ -4789,7 +5265,7 @@ class Session:
             self._ended.append((queue, xid))
             if confirm:
                 confirmed += queue.confirm(xid)
-        return confirmed if confirm else queue.abort(*xids, now=self.now)
+        return confirmed if confirm else queue.abort(*xids, now=self.now, **how)
 
     def _confirm(self, queue, count):
         """Close the oldest open reads of a queue; none, and return False, if there are fewer."""
@@ -4809,6 +5285,9 @@ class Session:
         elif item is not None:
             stats.get_hits += 1
             self.broker.latency.add(queue.counters.age)
+            if item.deliveries == _OFTEN - 1:
+                log.warning("%s is given an item of %s that has come back %d times", self.who,
+                            queue.name, item.deliveries)
         else:
             stats.get_misses += 1
             if queue:
@@ -4834,9 +5313,10 @@ class Session:
                 yield
         return broker.routes.get(key) or broker.route(key, self.now, self.who)
 
-    def _put(self, route, items, flags=0, expiry=0):
+    def _put(self, route, items, flags=0, expiry=0, delay=0):
         """Put items into every queue of a route, in steps; return how many were taken by all
-        targets. Raises OSError if the memory is used up; then the item is in none."""
+        targets. delay: see Queue.add_later(). Raises OSError if the memory is used up; then the
+        item is in none."""
         broker = self.broker
         if broker.low_space and any(queue.journal for queue in route.queues):
             raise Refused("SERVER_ERROR", broker.low_space, reason="ENOSPC")
@@ -4851,7 +5331,8 @@ class Session:
                     cost = 0
                     yield
                 if not queue.closed:
-                    taken = queue.add(item, flags, expiry, self.now)
+                    taken = (queue.add_later(item, delay, flags, expiry, self.now) if delay
+                             else queue.add(item, flags, expiry, self.now))
                     stored &= taken or number >= len(route.targets)
                     self._rest_on(queue)
                     cost += len(item) + _COMMAND_COST
@@ -4875,7 +5356,8 @@ class Session:
             yield {"id": number, "address": address, "user": session.user, "protocol": protocol,
                    "state": session.state, "seconds": int(self.broker.uptime() - came),
                    "open_reads": sum(map(len, session.open_reads.values())),
-                   "waits_for": session.asks.queue.name if session.state is WAITING else None}
+                   "waits_for": ",".join(queue.name for queue in session.asks.queues)
+                   if session.state is WAITING else None}
 
     def _flush(self, name):
         """Flush a queue; return it, or None if there is none."""
@@ -4979,29 +5461,56 @@ class LineSession(Session):
 
 
 # A key of a get. text: as it was sent. queue and name: of the queue, as bytes and as text. wait:
-# milliseconds.
-ReadKey = collections.namedtuple("ReadKey", "text queue name wait open close abort peek")
+# milliseconds. more: what Kestrel has not, a More, or None.
+ReadKey = collections.namedtuple("ReadKey", "text queue name wait open close abort peek more")
+
+# How many items; the names of further queues; milliseconds after which the read goes back, or until
+# it is available again; whether it goes to the tail; whether its timeout starts anew.
+More = collections.namedtuple("More", "count others timeout delay tail touch",
+                              defaults=(1, (), None, 0, False, False))
+_NO_MORE = More()
 
 # A get. key: None if there are several. with_cas: it is a gets.
 Get = collections.namedtuple("Get", "key keys with_cas")
 
-# The line of a set whose data block is to come. expiry: as it was sent. words: of the line.
-Block = collections.namedtuple("Block", "key flags expiry size words")
+# The line of a set whose data block is to come. expiry: as it was sent. words: of the line. delay:
+# milliseconds until it is available. sync: whether it has to be durable.
+Block = collections.namedtuple("Block", "key flags expiry size words delay sync")
 
 
 def parse_key(text):
     """Return the ReadKey of `q/t=500/open` and the like. Raises Refused."""
-    queue, *options = text.split(b"/")
-    options = [option.lower() for option in options]
-    wait = 0
-    for option in options:
-        if option.startswith(b"t="):
-            wait = _number(option[2:], "timeout")
-    opening, closing, abort, peek = (
-        word in options for word in (b"open", b"close", b"abort", b"peek"))
-    if peek + abort + (opening or closing) > 1:
+    queue, *given = text.split(b"/")
+    words, options, others = set(), {}, []
+    for word in given:
+        name, is_option, value = word.partition(b"=")
+        name = name.lower()
+        if not is_option:
+            words.add(name)
+        elif name == b"or":
+            others.append(_name(value))
+        else:
+            options[name] = value
+    opening, closing, abort, peek, touch, tail = (
+        word in words for word in (b"open", b"close", b"abort", b"peek", b"touch", b"tail"))
+    if peek + abort + touch + (opening or closing) > 1:
         raise Refused("CLIENT_ERROR", "open, close, abort and peek cannot be combined like this")
-    return ReadKey(text, queue, _name(queue), wait, opening, closing, abort, peek)
+    wait = _number(options.get(b"t", b"0"), "timeout")
+    return ReadKey(text, queue, _name(queue), wait, opening, closing, abort, peek,
+                   _more(options, others, opening, abort, tail, touch))
+
+
+def _more(options, others, opening, abort, tail, touch):
+    """Return the More of a key, None if it says no more than Kestrel knows. Raises Refused."""
+    count = _number(options.get(b"n", b"1"), "number of items (n=)")
+    timeout = _number(options[b"timeout"], "timeout") if b"timeout" in options else None
+    delay = _number(options.get(b"delay", b"0"), "delay")
+    if count < 1 or timeout is not None and timeout < 1 or not 0 <= delay <= _LONGEST_DELAY:
+        raise Refused("CLIENT_ERROR", "n= and timeout= need a number from 1, delay= one from 0")
+    if timeout and not opening or (delay or tail) and not abort or delay and tail:
+        raise Refused("CLIENT_ERROR", "timeout= needs open; delay= or tail needs abort")
+    more = More(count, tuple(others), timeout, delay, tail, touch)
+    return None if more == _NO_MORE else more
 
 
 def _parse_get(words):
@@ -5031,7 +5540,18 @@ def _parse_block(words):
         flags = _number(words[2], "flags")
         if not 0 <= flags <= 0xffffffff:
             raise Refused("CLIENT_ERROR", "bad flags")
-        return Block(words[1], flags, _number(words[3], "expiry"), size, words)
+        key, *options = words[1].split(b"/")
+        delay, sync = 0, False
+        for option in options:
+            if option.lower() == b"sync":
+                sync = True
+            elif option.lower().startswith(b"delay="):
+                delay = _number(option[6:], "delay")
+            else:
+                raise Refused("CLIENT_ERROR", "set knows the options delay= and sync")
+        if not 0 <= delay <= _LONGEST_DELAY:
+            raise Refused("CLIENT_ERROR", "bad delay")
+        return Block(key, flags, _number(words[3], "expiry"), size, words, delay, sync)
     except Refused as error:
         error.skip = size + 2
         raise
@@ -5069,10 +5589,14 @@ def _parse_line(line):
         raise Refused("ERROR", "")
     name = words[0].lower()
     if name in (b"get", b"gets"):
-        return MemcacheSession.do_get, _parse_get(words), None
+        get = _parse_get(words)
+        if any(key.more for key in get.keys):
+            return MemcacheSession.get_beyond, get, None
+        return MemcacheSession.do_get, get, None
     if name in _BLOCKS:
         block = _parse_block(words)
-        return MemcacheSession.store, block, block.size
+        return (MemcacheSession.store_beyond if block.delay or block.sync
+                else MemcacheSession.store), block, block.size
     method = getattr(MemcacheSession, "do_" + name.decode("latin-1"), None)
     if method:
         return method, words, None
@@ -5102,8 +5626,9 @@ class MemcacheSession(LineSession):
         self.is_stranger = self.broker.config.users is not None
         self._most_item = MAX_LOGIN if self.is_stranger else settings.max_item_size
         self._value_key = 1 if settings.value_key == "queue" else 0      # of a ReadKey
+        self._order = []                # (queue, xid) of reads opened with or=, the oldest first
         self._skip = 0                  # bytes of a refused data block still to come
-        self._block = None              # the Block whose data is still to come
+        self._block = None              # (method, Block) of which the data is still to come
         self._words = ()                # of the command in hand, if it waits
 
     def _parse(self, data):
@@ -5141,7 +5666,7 @@ class MemcacheSession(LineSession):
                         raise Refused("SERVER_ERROR", "object too large for cache", skip=size + 2)
                     stop = pos + size
                     if stop + 2 > end:
-                        self._block = asked
+                        self._block = command, asked
                         self._needed = size + 2
                         break
                     if data[stop:stop + 2] != b"\r\n":
@@ -5168,7 +5693,7 @@ class MemcacheSession(LineSession):
 
     def _finish_block(self):
         """Store a data block whose rest has come, without another copy."""
-        block, self._block = self._block, None
+        (method, block), self._block = self._block, None
         self._kept.seek(block.size)
         rest = self._kept.read()
         self._kept.truncate(block.size)
@@ -5180,7 +5705,7 @@ class MemcacheSession(LineSession):
         try:
             if rest[:2] != b"\r\n":
                 raise Refused("CLIENT_ERROR", "bad data chunk", close=True)
-            waits = self.store(block, item)
+            waits = method(self, block, item)
             if waits:
                 self._begin(waits)
         except (Refused, OSError) as error:
@@ -5195,7 +5720,7 @@ class MemcacheSession(LineSession):
 
     def out_of_memory(self):
         if self.command is None:
-            self._words = self._block.words if self._block else ()
+            self._words = self._block[1].words if self._block else ()
         super().out_of_memory()
 
     def _check_stranger(self, line):
@@ -5223,24 +5748,19 @@ class MemcacheSession(LineSession):
 
     def store(self, block, data):
         """set <queue> <flags> <expiry> <bytes>: done at once if that is possible."""
-        key, flags, expiry, _, words = block
+        key, flags, expiry, _, words, _, _ = block
         broker = self.broker
         if broker.config.users is not None:
             if self.is_stranger:
                 return self._do_log_in(words, data)
-            name = _name(key)
-            self._check_user("put_users", *broker.config.aliases.get(name, (name,)))
+            self._check_put(key)
         if broker.refuses_writes:
             self._check_writes()
         if expiry:
-            # Relative or absolute seconds; the limits are Kestrel's and the journal's.
-            expiry *= 1000
-            if expiry < 1000000 * 1000:
-                expiry += self.now
-            expiry = min(max(expiry, 1), _LATEST)
+            expiry = self._expiry(expiry)
         route = broker.routes.get(key)
         if route is None or route.only is None or broker.low_space:
-            return self._store_in_steps(key, data, flags, expiry, words)
+            return self._store_in_steps(block, data, expiry)
         broker.stats.cmd_set += 1
         queue = route.only
         stored = queue.add(data, flags, expiry, self.now)
@@ -5253,10 +5773,35 @@ class MemcacheSession(LineSession):
         self.load += _COMMAND_COST
         return None
 
-    def _store_in_steps(self, key, data, flags, expiry, words):
-        route = yield from self._route(key)
-        stored = yield from self._put(route, [data], flags, expiry)
-        self._reply(words, b"STORED\r\n" if stored else b"NOT_STORED\r\n")
+    def _check_put(self, key):
+        name = _name(key)
+        self._check_user("put_users", *self.broker.config.aliases.get(name, (name,)))
+
+    def _expiry(self, expiry):
+        """Return an expiry in milliseconds of the epoch, from relative or absolute seconds; the
+        limits are Kestrel's and the journal's."""
+        expiry *= 1000
+        if expiry < 1000000 * 1000:
+            expiry += self.now
+        return min(max(expiry, 1), _LATEST)
+
+    def _store_in_steps(self, block, data, expiry):
+        route = yield from self._route(block.key)
+        stored = yield from self._put(route, [data], block.flags, expiry, block.delay)
+        if block.sync:
+            for queue in route.queues:
+                error = yield queue.history.when_durable
+                if error:
+                    raise error
+        self._reply(block.words, b"STORED\r\n" if stored else b"NOT_STORED\r\n")
+
+    def store_beyond(self, block, data):
+        """set <queue>/delay=<milliseconds>/sync ...: what Kestrel has not."""
+        if self.is_stranger:
+            return self._do_log_in(block.words, data)
+        self._check_put(block.key)
+        self._check_writes()
+        return self._store_in_steps(block, data, block.expiry and self._expiry(block.expiry))
 
     def _do_log_in(self, words, data):
         name, _, password = data.partition(b" ")
@@ -5276,14 +5821,14 @@ class MemcacheSession(LineSession):
         queue = key and broker.find(key.name)
         if queue is None:
             return self._get_in_steps(get)
-        _, _, _, wait, opening, closing, abort, peek = key
+        _, _, _, wait, opening, closing, abort, peek, _ = key
         if (closing or abort or broker.refuses_reads or self.open_reads
                 or broker.config.users is not None) and not self._begin_read(key, queue):
             self._say(b"END\r\n")
             return None
         item = queue.peek(self.now) if peek else queue.remove(opening, self.now)
         if item is None:
-            if wait > 0 or queue.count:
+            if wait > 0 or queue.has_more(peek):
                 return self._get_in_steps(get, begun=True)
         elif opening:
             self.open_reads.setdefault(queue, []).append(item.xid)
@@ -5333,6 +5878,89 @@ class MemcacheSession(LineSession):
         if not get.key:
             self._say(b"END\r\n")
 
+    def get_beyond(self, get):
+        """get <key> [<key> ...]: with keys that say what Kestrel has not."""
+        rests_on = []
+        many = get._replace(key=None)        # how items are given
+        for key in get.keys:
+            more = key.more or _NO_MORE
+            names = (key.name, *more.others)
+            queues = list(filter(None, map(self.broker.find, names)))
+            if key.close or key.abort or more.touch:
+                rests_on += self._end_beyond(queues, key, more)
+            if more.touch or (key.close or key.abort) and not key.open:
+                continue
+            self._check_reads()
+            self._check_user("get_users", *names)
+            if key.peek:
+                item = None
+                for queue in queues:
+                    for item in queue.peek_many(more.count, self.now):
+                        self._give(many, key, queue, item)
+                    if item is not None:
+                        break
+                self._count_read(None, item, peek=True)
+                continue
+            queues = []
+            for name in names:
+                queue = yield from self._queue(name)
+                queues += [queue] if queue and queue not in queues else []
+            yield from self._read_beyond(many, key, more, queues)
+            rests_on += queues
+        self._say(b"END\r\n", *(dict.fromkeys(rests_on) if get.key else ()))
+
+    def _read_beyond(self, get, key, more, queues):
+        """Give up to more.count items of the first of these queues that have any."""
+        count = more.count
+        for queue in queues:
+            if key.open or queue in self.open_reads:
+                self._check_opens(queue, plain=not key.open)
+        given = 0
+        while given < count:
+            queues = [queue for queue in queues if not key.open or len(self._reads_of(queue))
+                      < self.broker.settings.max_open_transactions]
+            wait = not given and key.wait > 0
+            if wait:
+                self.timeout = key.wait
+            queue, item = yield from self._next_of(queues, key.open, False, wait)
+            if item is None:
+                break
+            given += 1
+            self._count_read(queue, item)
+            if key.open:
+                if more.others:
+                    self._order.append((queue, item.xid))
+                limit = queue.config.open_transaction_timeout
+                if more.timeout:
+                    queue.limit(item.xid, min(more.timeout, limit or more.timeout))
+            self._give(get, key._replace(queue=os.fsencode(queue.name)), queue, item)
+            if self.load > self.most_load:
+                yield
+        if not given:
+            self._count_read(queues[0] if queues else None, None)
+
+    def _end_beyond(self, queues, key, more):
+        """Close, abort or touch the oldest open reads of these queues; return the queues."""
+        reads = [(queue, xid) for queue, xid in self._order
+                 if queue in queues and xid in self.open_reads.get(queue, ())]
+        reads += [(queue, xid) for queue in queues for xid in self.open_reads.get(queue, ())
+                  if (queue, xid) not in reads]
+        reads = reads[:more.count]
+        ended = {}
+        for queue, xid in reads:
+            ended.setdefault(queue, []).append(xid)
+        for queue, xids in ended.items():
+            if more.touch:
+                for xid in xids:
+                    queue.touch(xid)
+                continue
+            mine = self.open_reads[queue]
+            mine[:] = xids + [xid for xid in mine if xid not in xids]      # they are the oldest
+            self._end_reads(queue, len(xids), key.close, False, delay=more.delay, tail=more.tail)
+        if not more.touch:
+            self._order = [read for read in self._order if read not in reads]
+        return list(ended)
+
     def _give(self, get, key, queue, item):
         """Answer one key with an item, or None."""
         whole = get.key is not None
@@ -5360,7 +5988,7 @@ class MemcacheSession(LineSession):
         count = _number(words[3], "number of items") if len(words) == 4 else UNLIMITED
         self._check_reads()
         self._check_user("get_users", name)
-        key = ReadKey(words[1], words[1], name, 0, True, False, False, False)
+        key = ReadKey(words[1], words[1], name, 0, True, False, False, False, None)
         self.timeout = max(0, seconds * 1000)
         return self._monitor(Get(key, [key], False), seconds > 0, count)
 
@@ -5465,6 +6093,33 @@ class MemcacheSession(LineSession):
             raise Refused("SERVER_ERROR", "%s; %d were moved" % (_why(error), moved),
                           reason=_reason(error))
         self._say(b"%d\r\n" % moved)
+
+    def do_pause(self, words):
+        """pause <queue> [in | out]"""
+        what = {(): PAUSED_IN | PAUSED_OUT, (b"in",): PAUSED_IN, (b"out",): PAUSED_OUT}.get(
+            tuple(word.lower() for word in words[2:]))
+        if what is None:
+            raise Refused("CLIENT_ERROR", "pause takes one queue, and in or out")
+        self._pause(words, what)
+
+    def do_resume(self, words):
+        """resume <queue>"""
+        if len(words) != 2:
+            raise Refused("CLIENT_ERROR", "resume takes one queue")
+        self._pause(words, 0)
+
+    def _pause(self, words, what):
+        self._check_admin(words[0].decode().lower())
+        self._check_writes()
+        name = _name(words[1]) if len(words) > 1 else check_name("")
+        self._check_user("get_users", name)
+        self._check_user("put_users", name)
+        queue = self.broker.find(name)
+        if queue is None:
+            raise Refused("CLIENT_ERROR", "there is no queue %s" % name)
+        queue.pause(what and what | queue.paused)
+        log.info("queue %s: paused: %s, by %s", name, PAUSES[queue.paused], self.who)
+        self._say(b"END\r\n", queue)
 
     def do_clients(self, words):
         """clients"""
@@ -7025,9 +7680,10 @@ class Syncs:
         return not (self.wanted or self._running)
 
     def written(self, queue):
-        """Schedule the fsync of a journal that has been written, as sync_journal says."""
+        """Schedule the fsync of a journal that has been written, as sync_journal says, or at once
+        if somebody waits for it."""
         delay = queue.config.sync_journal
-        if delay == 0:
+        if delay == 0 or queue.history.wants_sync():
             self.wanted[queue] = None
         elif delay is not None and queue not in self._planned:
             self._planned.add(queue)

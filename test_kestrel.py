@@ -2115,18 +2115,18 @@ def test_flags_are_dropped_without_keep_flags():
 def test_waiters_first_come_first_served():
     queue = memory_queue()
     served = []
-    waiters = {name: kestrel.Waiter(lambda item, name=name: served.append(
+    waiters = {name: kestrel.Waiter(lambda queue, item, name=name: served.append(
         (name, item and item.data)), peek=name == "c") for name in "abcde"}
     for name in "abcde":
         queue.wait(waiters[name])
-    queue.cancel(waiters["b"])
+    waiters["b"].cancel()
     fill(queue, b"1")
     assert served == [("a", b"1")]
     fill(queue, b"2")                       # c only looks
     assert served[1:] == [("c", b"2"), ("d", b"2")]
     queue.dismiss_waiters()
     assert served[3:] == [("e", None)]
-    queue.cancel(waiters["a"])
+    waiters["a"].cancel()
     assert not queue.waiters
 
 
@@ -2136,7 +2136,7 @@ def test_an_aborted_item_goes_to_the_next_waiter():
     fill(queue, b"a", b"b")
     xids = [item.xid for item in take(queue, 2, open=True)]
     served = []
-    queue.wait(kestrel.Waiter(lambda item: served.append(item.data)))
+    queue.wait(kestrel.Waiter(lambda queue, item: served.append(item.data)))
     queue.abort(*xids)
     assert served == [b"a"]
     assert data_of(take(queue, 2)) == [b"b", None]
@@ -3393,7 +3393,7 @@ max_expire_sweep = 2
     put(broker, "a", b"1", b"2", b"3", expiry=NOW + 10)
     put(broker, "b", b"1", b"2", b"3", expiry=NOW + 10)
     broker.queue("idle", NOW)
-    broker.queue("waited", NOW).wait(kestrel.Waiter(lambda item: None))
+    broker.queue("waited", NOW).wait(kestrel.Waiter(lambda queue, item: None))
     sweep(broker, NOW + 10)
     assert (broker.queues["a"].count, broker.queues["b"].count) == (1, 0)
     assert len(broker.queues) == 4
@@ -3707,7 +3707,7 @@ ANSWERS = [
     ("set q x 0 2 noreply\r\nab\r\nversion\r\n", "VERSION 1.0.0\r\n"),
     ("set q 0 0 134217729\r\n" + "x" * 99, "SERVER_ERROR object too large for cache\r\n"),
     ("set a/b 0 0 7\r\nversion\r\nversion\r\n",
-     "CLIENT_ERROR '/' in the name of a queue\r\nVERSION 1.0.0\r\n"),
+     "CLIENT_ERROR set knows the options delay= and sync\r\nVERSION 1.0.0\r\n"),
     ("set a.b 0 0 1\r\nx\r\n", "CLIENT_ERROR '.' in the name of a queue\r\n"),
     ("set a~b 0 0 1\r\nx\r\n", "CLIENT_ERROR '~' in the name of a queue\r\n"),
     ("set a\x01b 0 0 1\r\nx\r\n", "CLIENT_ERROR '\\x01' in the name of a queue\r\n"),
@@ -4233,7 +4233,7 @@ def test_reload_with_a_mistake(talk, tmp_path):
 QUEUE_STATS = """items bytes total_items logsize expired_items mem_items mem_bytes age discarded
 waiters open_transactions transactions canceled_transactions total_flushes journal_rewrites
 journal_rotations create_time head_wait bytes_put bytes_taken get_hits get_misses put_rate get_rate
-fsync_usec""".split()
+fsync_usec delayed paused dead_letters""".split()
 SERVER_STATS = """uptime time version curr_items total_items bytes reserved_memory_ratio
 curr_connections total_connections cmd_get cmd_set cmd_peek get_hits get_misses bytes_read
 bytes_written queue_creates queue_deletes queue_expires put_rate get_rate max_turn_usec
@@ -6650,7 +6650,7 @@ def test_the_log_says_whose_read_has_timed_out(serve, caplog):
 
 def test_refusals_are_counted_by_reason(talk):
     talk(set_("q", "1"))
-    talk.broker.queues["q"].config.max_items = 1
+    talk.broker.queues["q"].configure(kestrel.QueueConfig(max_items=1))
     talk(set_("q", "2") + "get a b/open/abort\r\n")
     talk.broker.set_status("readonly")
     talk(set_("q", "3"), "another")
@@ -7254,7 +7254,7 @@ def test_a_waiter_that_cannot_be_served_is_served_later(tmp_path, disk):
         queue.add(b"%d" % number * 100, expiry=NOW + 5, now=NOW)
     queue.write()
     got = []
-    queue.wait(kestrel.Waiter(got.append))
+    queue.wait(kestrel.Waiter(lambda queue, item: got.append(item)))
     disk.failing = {"open": errno.EMFILE}
     queue.add(b"good", now=NOW + 10)         # behind what has expired and cannot be read
     assert got == [] and queue.waiters
