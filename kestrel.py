@@ -2473,7 +2473,8 @@ class Delays:
         self.bytes = self.memory = 0
 
     def add(self, delayed):
-        """Add a Delayed."""
+        """Add a Delayed, in the place of one of the same number."""
+        self.pop(delayed.xid)
         self.items[delayed.xid] = delayed
         heapq.heappush(self.due, delayed[:2])
         self.bytes += _size(delayed.item)
@@ -2788,14 +2789,14 @@ class Queue:
         now = _now(now)
         for xid in known if tail or delay else reversed(known):
             item = self.opens[xid]
+            if tail and item.data is None:
+                self._load_data(item)
             item.deliveries += counted
             if counted and item.deliveries >= self.config.max_deliveries and (
                     self.host.bury and self.config.dead_letter_queue not in (None, self.name)):
                 self._stop_alarm(xid)        # it stays open until it is safe there
-                self.host.start(self._bury(xid, item))
+                self.host.start(self._bury(xid, item, now))
                 continue
-            if tail and item.data is None:
-                self._load_data(item)
             self._end_read(xid)
             self.counters.canceled_transactions += 1
             if delay:
@@ -2822,7 +2823,7 @@ class Queue:
             self.host.later(RETRY_MS, functools.partial(
                 self.abort, *xids, orphaned=True, counted=counted))
 
-    def _bury(self, xid, item):
+    def _bury(self, xid, item, now):
         """A task: have an open read moved to the dead_letter_queue, unless it has ended."""
         yield
         if self.opens.get(xid) is item and not self.closed:
@@ -2830,7 +2831,7 @@ class Queue:
                         self.name, _size(item), item.deliveries, self.config.dead_letter_queue)
             self.counters.dead_letters += 1
             item.xid = xid
-            self.host.bury(self, item, _now(), "dead_letter_queue")
+            self.host.bury(self, item, now, "dead_letter_queue")
 
     # -- delays and pauses
 
@@ -3283,6 +3284,7 @@ class Queue:
         ignored = 0
         added = []                      # how many items each file adds
         last_head = 0                   # the last file that does something to the head
+        highest = 0                     # xid of what goes to the tail, or is delayed
         told = time.monotonic()
         done = 0                        # bytes of the files before this one
         look = offset = 0               # where the clock is looked at, where the next record is
@@ -3314,8 +3316,8 @@ class Queue:
                     tell()
                 if opcode == ADD_DELAYED:
                     offset = end
-                    self.xid, due = xid
-                    delays.add(Delayed(due, self.xid, item, False))
+                    highest = max(highest, xid[0])
+                    delays.add(Delayed(xid[1], xid[0], item, False))
                     continue
                 if opcode == PAUSE:
                     offset = end
@@ -3323,10 +3325,10 @@ class Queue:
                     continue
                 if item is not None:
                     added[-1] += 1
-                    if opcode in (CONTINUE, CONTINUEF) and (
-                            opens.pop(xid, None) or delays.pop(xid)) is None:
-                        ignored += 1
-                        last_head = number   # so that no later OPEN of that xid comes before
+                    if opcode in (CONTINUE, CONTINUEF):
+                        highest = max(highest, xid)
+                        if (opens.pop(xid, None) or delays.pop(xid)) is None:
+                            ignored += 1
                     self._append(item, file, offset)
                     offset = end
                     continue
@@ -3367,6 +3369,8 @@ class Queue:
         journal.account(added, last_head, self.count)
         if self._behind:
             self._behind.older = journal.passed[:]
+        # An OPEN may be written in front of what is done to the tail: never with the same xid.
+        self.xid = max(self.xid, highest)
         self.open_memory = sum(map(_cost, opens.values())) + delays.memory
         self._set_limits()
         self._watch_delays(_now())
@@ -4656,7 +4660,8 @@ class Broker:
                     yield None
                 arrived += 1
         except (OSError, ValueError) as error:       # or there is no such setting since a reload
-            log.error("queue %s: items cannot be moved (%s): %s", source.name, setting, error)
+            log.error("queue %s: items cannot be moved (%s): %s", source.name, setting,
+                      _why(error) if isinstance(error, OSError) else error)
             yield None                       # so that a failing disk does not make the loop spin
             source.abort(xid, orphaned=True, counted=setting == "dead_letter_queue")
             return
@@ -6109,16 +6114,19 @@ class MemcacheSession(LineSession):
         self._pause(words, 0)
 
     def _pause(self, words, what):
-        self._check_admin(words[0].decode().lower())
+        if len(words) < 2:
+            raise Refused("CLIENT_ERROR", "%s needs the name of a queue" % words[0].decode())
+        self._check_admin(words[0].decode())
         self._check_writes()
-        name = _name(words[1]) if len(words) > 1 else check_name("")
+        name = _name(words[1])
         self._check_user("get_users", name)
         self._check_user("put_users", name)
         queue = self.broker.find(name)
         if queue is None:
             raise Refused("CLIENT_ERROR", "there is no queue %s" % name)
         queue.pause(what and what | queue.paused)
-        log.info("queue %s: paused: %s, by %s", name, PAUSES[queue.paused], self.who)
+        log.info("queue %s %s by %s", name, "paused (%s)" % PAUSES[queue.paused]
+                 if queue.paused else "resumed", self.who)
         self._say(b"END\r\n", queue)
 
     def do_clients(self, words):
