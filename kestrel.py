@@ -2392,7 +2392,7 @@ class History:
         self.ops = []                        # (opcode, item, xid) of what is not being written yet,
         self.unsafe = []                     # and of what is, but is not safe
         self._pending = collections.deque()  # (position, call) of when_safe(),
-        self._syncing = collections.deque()  # and of when_durable()
+        self.syncing = collections.deque()   # and of when_durable()
 
     @property
     def logged(self):
@@ -2414,11 +2414,7 @@ class History:
         if self.logged <= self.durable:
             call(None)
         else:
-            self._syncing.append((self.logged, call))
-
-    def wants_sync(self):
-        """Return whether somebody waits for an fsync."""
-        return bool(self._syncing)
+            self.syncing.append((self.logged, call))
 
     def advance(self, position):
         """Note that all operations up to a position are safe."""
@@ -2430,16 +2426,16 @@ class History:
         """Make the calls that waited for what is safe, or durable, now."""
         while self._pending and self._pending[0][0] <= self.safe:
             self._pending.popleft()[1](None)
-        while self._syncing and self._syncing[0][0] <= self.durable:
-            self._syncing.popleft()[1](None)
+        while self.syncing and self.syncing[0][0] <= self.durable:
+            self.syncing.popleft()[1](None)
 
     def go_back(self):
         """Give up the operations that are not safe, and return them. Their positions are
         skipped."""
         ops = self.unsafe + self.ops
         logged = self.logged
-        while self._syncing and self._syncing[-1][0] > self.safe:
-            self._pending.append(self._syncing.pop())
+        while self.syncing and self.syncing[-1][0] > self.safe:
+            self._pending.append(self.syncing.pop())
         if self.durable == self.safe:
             self.durable = logged
         self.safe = self.written = logged
@@ -2463,13 +2459,15 @@ class Delays:
     """The items of a queue that are not available yet, by their numbers, and in the order in which
     they are due.
 
-    `due` is a heap of (due, xid), which may have entries of items that are gone. bytes, memory:
-    the size of their data, and what they take of the memory.
+    `due` is a heap of (due, xid), which may have entries of items that are gone. alarm: None, or
+    (when the next is due, what cancels the alarm for it). bytes, memory: the size of their data,
+    and what they take of the memory.
     """
 
     def __init__(self):
         self.items = {}                      # xid -> Delayed
         self.due = []
+        self.alarm = None
         self.bytes = self.memory = 0
 
     def add(self, delayed):
@@ -2544,7 +2542,6 @@ class Queue:
             journal_rewrites=0, journal_rotations=0)
         self.history = History()
         self._writing = None                 # the Plan that the worker writes
-        self._failure = None                 # a failed fsync, to be seen to after that
         self._counted = 0                    # how much memory the server counts for this queue,
         self._allowance = 0                  # and how much it may use
         self._behind = None                  # the ReadBehind of what is not in memory
@@ -2552,8 +2549,6 @@ class Queue:
         self._loading = None                 # the head item that a worker reads, or (it, OSError)
         self._alarms = {}                    # xid -> (what cancels its timeout, the timeout)
         self._overdue = []                   # xids whose time is over
-        self._due = self.delays.due
-        self._due_alarm = None               # (when the next is due, what cancels the alarm)
         self.journal = None
         self.upkeep = Upkeep(self)
         self.config = config or QueueConfig()
@@ -2604,7 +2599,7 @@ class Queue:
         self.history.forget()
         if task:
             self.host.start(self._clear(task, self.journal.path))
-        self.journal = self._writing = self._failure = None
+        self.journal = self._writing = self.upkeep.failure = None
 
     # -- adding and taking
 
@@ -2686,7 +2681,9 @@ class Queue:
         return True
 
     def _set_limits(self):
-        """Derive how many items may wait, and how large they may be: delayed items count too."""
+        """Derive how many items may wait, and how large they may be: delayed items count too; and
+        whether remove() and peek() have anything but the head to look at."""
+        self._is_plain = not (self.delays.items or self.paused)
         self._most_items = 0 if self.paused & PAUSED_IN else (
             self.config.max_items - len(self.delays.items))
         self._most_size = self.config.max_size - self.delays.bytes
@@ -2701,10 +2698,10 @@ class Queue:
         """
         if now is None:
             now = _now()
-        if self._due and self._due[0][0] <= now:
+        if not self._is_plain:
             self._release(now)
-        if self.paused and self.paused & PAUSED_OUT and not even_paused:
-            return None
+            if self.paused & PAUSED_OUT and not even_paused:
+                return None
         if not self.items and not (self.count and self._refill()):
             return None
         head = self.items[0]
@@ -2729,7 +2726,7 @@ class Queue:
     def peek(self, now=None):
         """Return the head item, which stays where it is, or None, as remove()."""
         now = _now(now)
-        if self._due and self._due[0][0] <= now:
+        if not self._is_plain:
             self._release(now)
         if not self.count or not (self.items or self._refill()):
             return None
@@ -2876,18 +2873,17 @@ class Queue:
 
     def _watch_delays(self, now):
         """See to it that the next delayed item is released in time."""
-        due = self.delays.next_due()
-        if due is None or not self.host.later or (
-                self._due_alarm and self._due_alarm[0] <= due):
+        due, alarm = self.delays.next_due(), self.delays.alarm
+        if due is None or not self.host.later or alarm and alarm[0] <= due:
             return
-        if self._due_alarm:
-            self._due_alarm[1]()
+        if alarm:
+            alarm[1]()
         # Not much later: the clock may be set.
-        self._due_alarm = due, self.host.later(min(max(0, due - now), _LONGEST_NAP_MS),
+        self.delays.alarm = due, self.host.later(min(max(0, due - now), _LONGEST_NAP_MS),
                                                self._release_now)
 
     def _release_now(self, now=None):
-        self._due_alarm = None
+        self.delays.alarm = None
         if not self.closed:
             self._release(_now(now))
 
@@ -3084,7 +3080,7 @@ class Queue:
         if self.closed or self.journal is not journal:
             return                           # a reload has taken it away
         self._writing = None
-        failure, self._failure = self._failure, None
+        failure, self.upkeep.failure = self.upkeep.failure, None
         if error:
             self.journal.tear(plan)
             self._go_back(error, True)
@@ -3133,7 +3129,7 @@ class Queue:
         if sync:
             self.journal.sync_failed(sync)
         if self._writing:                    # the worker would write behind what is cut
-            self._failure = sync, error
+            self.upkeep.failure = sync, error
             return
         is_doubtful = history.durable < history.safe
         self._go_back(error)
@@ -3818,7 +3814,8 @@ class Upkeep:
 
     error: what ended the last task; it is tried again in a while. renewing: None, or (what is
     held, the items) of a journal that has to be written anew before anything else is written to
-    it; () if the queue is behind, so that its files have to be copied.
+    it; () if the queue is behind, so that its files have to be copied. failure: a failed fsync, to
+    be seen to after the write that is under way.
     """
 
     def __init__(self, queue):
@@ -3826,6 +3823,7 @@ class Upkeep:
         self.task = None
         self.error = None
         self.renewing = None
+        self.failure = None
         self._rewrite_above = 0              # smaller journals are not rewritten for now
 
     @property
@@ -5075,7 +5073,7 @@ class Session:
         if item is not None:
             self._rest_on(queue)             # in this turn, though the answer may be of the next
             if self.asks.open:
-                self.open_reads.setdefault(queue, []).append(item.xid)
+                self._note_open(queue, item)
         self._wake(self.command, (queue, item))
 
     def time_out(self):
@@ -5247,7 +5245,7 @@ class Session:
                 item = queue.peek(self.now) if peek else queue.remove(opening, self.now)
                 if item is not None:
                     if opening:
-                        self.open_reads.setdefault(queue, []).append(item.xid)
+                        self._note_open(queue, item)
                     return queue, item
             if any([queue.has_more(peek) for queue in queues]):
                 yield                        # a run of expired items, or a large one is being read
@@ -5255,6 +5253,13 @@ class Session:
                 return (yield self._wait(queues, opening, peek))
             else:
                 return None, None
+
+    def _note_open(self, queue, item):
+        """Note that the client has opened a read."""
+        self.open_reads.setdefault(queue, []).append(item.xid)
+        if item.deliveries == _OFTEN - 1:
+            log.warning("%s is given an item of %s that has come back %d times", self.who,
+                        queue.name, item.deliveries)
 
     def _end_reads(self, queue, count, confirm, whole=True, **how):
         """Close or abort the oldest open reads of a queue here; return how many were open. how:
@@ -5290,9 +5295,6 @@ class Session:
         elif item is not None:
             stats.get_hits += 1
             self.broker.latency.add(queue.counters.age)
-            if item.deliveries == _OFTEN - 1:
-                log.warning("%s is given an item of %s that has come back %d times", self.who,
-                            queue.name, item.deliveries)
         else:
             stats.get_misses += 1
             if queue:
@@ -5836,7 +5838,7 @@ class MemcacheSession(LineSession):
             if wait > 0 or queue.has_more(peek):
                 return self._get_in_steps(get, begun=True)
         elif opening:
-            self.open_reads.setdefault(queue, []).append(item.xid)
+            self._note_open(queue, item)
         self._count_read(queue, item, peek)
         self._give(get, key, queue, item)
         return None
@@ -7691,7 +7693,7 @@ class Syncs:
         """Schedule the fsync of a journal that has been written, as sync_journal says, or at once
         if somebody waits for it."""
         delay = queue.config.sync_journal
-        if delay == 0 or queue.history.wants_sync():
+        if delay == 0 or queue.history.syncing:
             self.wanted[queue] = None
         elif delay is not None and queue not in self._planned:
             self._planned.add(queue)
