@@ -2209,6 +2209,12 @@ class ReadBehind:
         self.skip = skip
         self.older = ()
 
+    def copy(self):
+        """Return another one at the same place."""
+        other = ReadBehind(self._journal, self.file, self.offset, self.skip)
+        other.older = self.older
+        return other
+
     def read(self, most, size):
         """Return the next items, at most `most` of them, from a piece of about `size` bytes of
         the journal; none at its end. Raises OSError, and Damage where `file` is damaged."""
@@ -2736,18 +2742,34 @@ class Queue:
             self._load_data(self.items[0])
         return self.items[0]
 
-    def peek_many(self, most, now=None):
-        """Return the first items, at most so many, as far as they are in memory; all stay."""
-        head = self.peek(now)
-        if head is None or most < 1:
-            return []
-        items = [head]
-        for item in itertools.islice(self.items, 1, most):
-            if not self._is_expired(item, _now(now)):
-                if item.data is None:
-                    self._load_data(item)
-                items.append(item)
-        return items
+    def browse(self, most=UNLIMITED, now=None):
+        """Yield the first items, at most so many, in lists; all stay. What is changed meanwhile may
+        be seen or not. Raises OSError."""
+        now = _now(now)
+        if not self._is_plain:
+            self._release(now)
+        unread = self.count - len(self.items) - len(self._fresh)
+        reader = self._behind and self._behind.copy()
+        fresh = list(itertools.islice(self._fresh, most))
+        items = list(itertools.islice(self.items, most))
+        while items:
+            yield [self._shown(item) for item in items if not self._is_expired(item, now)]
+            most -= len(items)
+            items = []
+            if unread > 0 and most > 0:
+                try:
+                    items = reader.read(min(unread, most), _READ_SIZE)
+                except Damage as damage:
+                    raise OSError(errno.EIO, damage.why, reader.file.path) from None
+                unread -= len(items)
+        yield [item for item in fresh[:most] if not self._is_expired(item, now)]
+
+    def _shown(self, item):
+        """Return an item with its data, which may be read for that. Raises OSError."""
+        if item.data is None:
+            item = item.stub()
+            self.journal.load_call(item)()
+        return item
 
     def has_more(self, peek=False):
         """Return whether there are items, so that remove(), or peek(), is worth another call."""
@@ -4129,6 +4151,7 @@ put_rate | | | | put_rate | Items put a second.
 get_rate | | | | get_rate | Items taken a second.
 max_turn_usec | | | | turn | The longest turn since the last stats.
 max_fsync_usec | | | | fsync | The longest fsync since the last stats.
+trouble | | | | trouble | Why puts or gets are refused, or none.
 """, uptime=lambda b, now: int(b.uptime()),
     time=lambda b, now: now // 1000,
     version=lambda b, now: __version__,
@@ -4141,7 +4164,8 @@ max_fsync_usec | | | | fsync | The longest fsync since the last stats.
     put_rate=lambda b, now: round(b.put_rate, 1),
     get_rate=lambda b, now: round(b.get_rate, 1),
     turn=lambda b, now: b.metrics["turn_usec"].take_recent(),
-    fsync=lambda b, now: b.metrics["fsync_usec"].take_recent())
+    fsync=lambda b, now: b.metrics["fsync_usec"].take_recent(),
+    trouble=lambda b, now: b.why_not_readable() or b.why_not_writable() or "none")
 
 # The broker's metrics: name -> the name in /metrics, and what it is.
 METRICS = {
@@ -4596,6 +4620,14 @@ class Broker:
             return "the journal of %s cannot be %s: %s" % (
                 queue.name, failure.what, _why(failure.error))
         return ""
+
+    def why_not_readable(self):
+        """Return why clients had better read elsewhere, "" if all is well."""
+        return self.refuses_reads or self.trouble()
+
+    def why_not_writable(self):
+        """Return why clients had better put elsewhere, "" if all is well."""
+        return self.refuses_writes or self.trouble() or self.low_space
 
     def take_free_space(self, size):
         """Note how many bytes are free for the spool."""
@@ -5472,9 +5504,10 @@ class LineSession(Session):
 ReadKey = collections.namedtuple("ReadKey", "text queue name wait open close abort peek more")
 
 # How many items; the names of further queues; milliseconds after which the read goes back, or until
-# it is available again; whether it goes to the tail; whether its timeout starts anew.
-More = collections.namedtuple("More", "count others timeout delay tail touch",
-                              defaults=(1, (), None, 0, False, False))
+# it is available again; whether it goes to the tail; whether its timeout starts anew; whether the
+# answer tells the time, expiry and deliveries of each item.
+More = collections.namedtuple("More", "count others timeout delay tail touch info",
+                              defaults=(1, (), None, 0, False, False, False))
 _NO_MORE = More()
 
 # A get. key: None if there are several. with_cas: it is a gets.
@@ -5498,25 +5531,27 @@ def parse_key(text):
             others.append(_name(value))
         else:
             options[name] = value
-    opening, closing, abort, peek, touch, tail = (
-        word in words for word in (b"open", b"close", b"abort", b"peek", b"touch", b"tail"))
+    opening, closing, abort, peek, touch = (
+        word in words for word in (b"open", b"close", b"abort", b"peek", b"touch"))
     if peek + abort + touch + (opening or closing) > 1:
         raise Refused("CLIENT_ERROR", "open, close, abort and peek cannot be combined like this")
     wait = _number(options.get(b"t", b"0"), "timeout")
     return ReadKey(text, queue, _name(queue), wait, opening, closing, abort, peek,
-                   _more(options, others, opening, abort, tail, touch))
+                   _more(words, options, others))
 
 
-def _more(options, others, opening, abort, tail, touch):
+def _more(words, options, others):
     """Return the More of a key, None if it says no more than Kestrel knows. Raises Refused."""
     count = _number(options.get(b"n", b"1"), "number of items (n=)")
     timeout = _number(options[b"timeout"], "timeout") if b"timeout" in options else None
     delay = _number(options.get(b"delay", b"0"), "delay")
     if count < 1 or timeout is not None and timeout < 1 or not 0 <= delay <= _LONGEST_DELAY:
         raise Refused("CLIENT_ERROR", "n= and timeout= need a number from 1, delay= one from 0")
-    if timeout and not opening or (delay or tail) and not abort or delay and tail:
+    tail = b"tail" in words
+    if timeout and b"open" not in words or (delay or tail) and b"abort" not in words or (
+            delay and tail):
         raise Refused("CLIENT_ERROR", "timeout= needs open; delay= or tail needs abort")
-    more = More(count, tuple(others), timeout, delay, tail, touch)
+    more = More(count, tuple(others), timeout, delay, tail, b"touch" in words, b"info" in words)
     return None if more == _NO_MORE else more
 
 
@@ -5900,13 +5935,7 @@ class MemcacheSession(LineSession):
             self._check_reads()
             self._check_user("get_users", *names)
             if key.peek:
-                item = None
-                for queue in queues:
-                    for item in queue.peek_many(more.count, self.now):
-                        self._give(many, key, queue, item)
-                    if item is not None:
-                        break
-                self._count_read(None, item, peek=True)
+                yield from self._browse(many, key, more, queues)
                 continue
             queues = []
             for name in names:
@@ -5915,6 +5944,20 @@ class MemcacheSession(LineSession):
             yield from self._read_beyond(many, key, more, queues)
             rests_on += queues
         self._say(b"END\r\n", *(dict.fromkeys(rests_on) if get.key else ()))
+
+    def _browse(self, get, key, more, queues):
+        """Show the first items of the first of these queues that has any."""
+        item = None
+        for queue in queues:
+            for items in queue.browse(more.count, self.now):
+                for item in items:
+                    self._give(get, key._replace(queue=os.fsencode(queue.name)), queue, item)
+                    if self.load > self.most_load:
+                        yield
+                yield
+            if item is not None:
+                break
+        self._count_read(None, item, peek=True)
 
     def _read_beyond(self, get, key, more, queues):
         """Give up to more.count items of the first of these queues that have any."""
@@ -5982,6 +6025,8 @@ class MemcacheSession(LineSession):
         head = b"VALUE %b %d %d\r\n" % (key[self._value_key], item.flags, size)
         if get.with_cas:
             head = b"%b %d\r\n" % (head[:-2], self.broker.cas(item))
+        elif key.more and key.more.info:
+            head = b"%b %d %d %d\r\n" % (head[:-2], item.add_time, item.expiry, item.deliveries)
         self.touched.append((queue, len(out), 3, item if key.peek and whole else whole))
         out += head, item.data, b"\r\nEND\r\n" if whole else b"\r\n"
         self.load += size + _COMMAND_COST
@@ -7141,10 +7186,8 @@ _ADMIN_PATHS = {
     "/": ("GET", AdminSession._page),
     "/ping": ("GET", lambda session: "pong"),
     "/status": ("GET", lambda session: session.broker.status),
-    "/readable": ("GET", lambda session: session._probe(
-        session.broker.refuses_reads or session.broker.trouble())),
-    "/writable": ("GET", lambda session: session._probe(
-        session.broker.refuses_writes or session.broker.trouble() or session.broker.low_space)),
+    "/readable": ("GET", lambda session: session._probe(session.broker.why_not_readable())),
+    "/writable": ("GET", lambda session: session._probe(session.broker.why_not_writable())),
     "/stats.json": ("GET", lambda session: session._stream(_JSON, session._json_pieces())),
     "/stats.txt": ("GET", lambda session: session._stream(_TEXT, session._text_pieces())),
     "/metrics": ("GET", lambda session: session._stream(_PROMETHEUS, session._metric_lines())),

@@ -4375,7 +4375,7 @@ fsync_usec delayed paused dead_letters""".split()
 SERVER_STATS = """uptime time version curr_items total_items bytes reserved_memory_ratio
 curr_connections total_connections cmd_get cmd_set cmd_peek get_hits get_misses bytes_read
 bytes_written queue_creates queue_deletes queue_expires put_rate get_rate max_turn_usec
-max_fsync_usec""".split()
+max_fsync_usec trouble""".split()
 
 
 def test_stats(talk):
