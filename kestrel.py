@@ -104,6 +104,11 @@ import urllib.parse
 import weakref
 from http import HTTPStatus
 
+TYPE_CHECKING = False                    # of the module typing, whose import takes long
+if TYPE_CHECKING:
+    import ssl
+    from typing import Iterable, Iterator
+
 __version__ = "1.0.0"
 __all__ = ["Client", "Config", "ConfigError", "Queue", "QueueConfig", "Server", "ServerError",
            "dump_records", "serve"]
@@ -8813,6 +8818,11 @@ class ServerError(Exception):
     """An error that a server has answered with."""
 
 
+def _many(count):
+    """Return the option of a key for so many items; Kestrel knows no such option."""
+    return "" if count == 1 else "/n=%d" % count
+
+
 class Client:
     """A blocking connection to a server, over the memcache protocol. Times are seconds.
 
@@ -8822,36 +8832,56 @@ class Client:
                 ...                              # finished, or put back if this raises
 
     host: or `unix:PATH`. timeout: how long an answer may take. user, password: for a server with
-    an auth_file. tls: an ssl.SSLContext for a server with TLS. Raises ServerError, and OSError
-    when the connection fails; the client is of no more use then.
+    an auth_file. tls: an ssl.SSLContext for a server with TLS. Where items are read, `queue` may be
+    a list of queues: the first that has an item is read.
+
+    Raises ServerError, and OSError when the connection fails. The next call connects anew, unless
+    an item is open: that has gone back. What has been sent is never sent again, since nobody knows
+    whether it was done: an item may be stored though put() has failed.
     """
 
-    def __init__(self, host="127.0.0.1", port=22133, timeout=30, user=None, password="", tls=None):
+    def __init__(self, host: str = "127.0.0.1", port: int = 22133, timeout: float = 30,
+                 user: "str | None" = None, password: str = "",
+                 tls: "ssl.SSLContext | None" = None) -> None:
+        self._address = host, port
         self._timeout = timeout
-        self._opened = set()             # queues of which an item is open
-        with contextlib.ExitStack() as stack:
+        self._login = None if user is None else os.fsencode("%s %s" % (user, password))
+        self._tls = tls
+        self._opened = {}                # key of the queues of which items are open -> how many
+        self._sock = self._file = None
+        self._is_closed = False
+        self._connect()
+
+    def _connect(self):
+        host, port = self._address
+        try:
             if host.startswith("unix:"):
-                self._sock = stack.enter_context(socket.socket(socket.AF_UNIX))
-                self._sock.settimeout(timeout)
+                self._sock = socket.socket(socket.AF_UNIX)
+                self._sock.settimeout(self._timeout)
                 self._sock.connect(host[5:])
             else:
-                self._sock = stack.enter_context(socket.create_connection((host, port), timeout))
+                self._sock = socket.create_connection((host, port), self._timeout)
                 self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if tls:
-                self._sock = stack.enter_context(
-                    tls.wrap_socket(self._sock, server_hostname=host))
-            self._file = stack.enter_context(self._sock.makefile("rb"))
-            if user is not None:
-                login = os.fsencode("%s %s" % (user, password))
-                self._ask(b"set login 0 0 %d\r\n%b\r\n" % (len(login), login))
-            stack.pop_all()
+            if self._tls:
+                self._sock = self._tls.wrap_socket(self._sock, server_hostname=host)
+            self._file = self._sock.makefile("rb")
+            if self._login is not None:
+                self._ask(b"set login 0 0 %d\r\n%b\r\n" % (len(self._login), self._login))
+        except BaseException:
+            self._hang_up()
+            raise
 
-    def put(self, queue, data, expiry=0, flags=0):
-        """Put an item (bytes); False if the queue does not take it. expiry: in seconds from now,
-        or at that time of the epoch, 0 for never."""
-        return self._ask(self._set(queue, data, expiry, flags)) == b"STORED"
+    # -- putting
 
-    def put_many(self, queue, items, expiry=0, flags=0):
+    def put(self, queue: str, data: bytes, expiry: int = 0, flags: int = 0, delay: float = 0,
+            sync: bool = False) -> bool:
+        """Put an item; return False if the queue does not take it. expiry: in seconds from now,
+        or at that time of the epoch, 0 for never. delay: the item is available after so many
+        seconds. sync: return when it has been fsynced."""
+        return self._ask(self._set(queue, data, expiry, flags, delay, sync)) == b"STORED"
+
+    def put_many(self, queue: str, items: "Iterable[bytes]", expiry: int = 0,
+                 flags: int = 0) -> int:
         """Put items without waiting for the answer to each; return how many the queue has taken.
         Raises ServerError for the first that was refused, when all have been answered."""
         items = iter(items)
@@ -8873,116 +8903,223 @@ class Client:
             raise refused
         return taken
 
-    def _set(self, queue, data, expiry, flags):
+    def _set(self, queue, data, expiry, flags, delay=0, sync=False):
         data = _as_bytes(data)
-        return b"set %b %d %d %d\r\n%b\r\n" % (
-            self._name(queue), flags, expiry, len(data), data)
+        options = b"/delay=%d" % (delay * 1000) if delay else b""
+        return b"set %b%b%b %d %d %d\r\n%b\r\n" % (
+            self._name(queue), options, b"/sync" if sync else b"", flags, expiry, len(data), data)
 
-    def get(self, queue, timeout=0, options=""):
+    # -- taking
+
+    def get(self, queue: "str | list[str]", timeout: float = 0, options: str = "") -> "bytes | None":
         """Take the next item, waiting for it if need be; None if there is none. options: such
         as "/open" or "/close/open"."""
-        if queue in self._opened:
-            raise ValueError("an item of %s is open here; use another client" % queue)
-        return self._get(queue, timeout, options)
+        self._check_closed(queue)
+        return next(iter(self._get(queue, timeout, options)), None)
 
-    def _get(self, queue, timeout, options):
+    def get_many(self, queue: "str | list[str]", count: int, timeout: float = 0) -> "list[bytes]":
+        """Take up to so many items; wait for the first one if need be."""
+        self._check_closed(queue)
+        return self._get(queue, timeout, _many(count))
+
+    def peek(self, queue: "str | list[str]") -> "bytes | None":
+        """Return the item at the head, which stays there; None if there is none."""
+        return next(iter(self._get(queue, 0, "/peek")), None)
+
+    def peek_many(self, queue: "str | list[str]", count: int) -> "list[bytes]":
+        """Return up to so many items from the head on; all stay."""
+        return self._get(queue, 0, "/peek" + _many(count))
+
+    def export(self, queue: str, count: "int | None" = None,
+               take: bool = False) -> "Iterator[dict]":
+        """Yield items, all or so many, as dicts: data, flags, add_time and expiry (milliseconds of
+        the epoch, 0 for never), and how often each has come back. They stay; take: they are taken,
+        each when the one after it is asked for."""
+        left = UNLIMITED if count is None else count
+        while left > 0:
+            most = min(left, _PUT_AT_ONCE) if take else left
+            self._check_closed(queue)
+            key = self._keys(queue)
+            self._send(b"get %b/n=%d/info/%b\r\n" % (key, most, b"open" if take else b"peek"))
+            blocks = []
+            try:
+                for words, data in self._blocks(self._line()):
+                    flags, _, add_time, expiry, deliveries = map(int, words[2:7])
+                    row = {"data": data, "flags": flags, "add_time": add_time, "expiry": expiry,
+                           "deliveries": deliveries}
+                    if take:
+                        blocks.append(row)
+                    else:
+                        yield row
+                self._opened[key] = len(blocks)
+                for row in blocks:
+                    yield row
+                self._end(queue, "/close")
+            except ServerError:
+                raise
+            except BaseException:            # the rest of the answer, or what is open, is given up
+                self._hang_up()
+                raise
+            finally:
+                self._opened.pop(key, None)
+            left -= len(blocks)
+            if not blocks:
+                break
+
+    def _check_closed(self, queue):
+        if self._keys(queue) in self._opened:
+            raise ValueError("an item of %s is open here; use another client" % queue)
+
+    def _get(self, queue, timeout, options, read=None):
         return self._ask(b"get %b/t=%d%b\r\n" % (
-            self._name(queue), timeout * 1000, options.encode()), self._item, timeout)
+            self._keys(queue), timeout * 1000, options.encode()), read or self._items, timeout)
 
     @contextlib.contextmanager
-    def open(self, queue, timeout=0):
+    def open(self, queue: "str | list[str]", timeout: float = 0,
+             limit: "float | None" = None) -> "Iterator[bytes | None]":
         """Open the next item, or None, for the time of a `with` block: it is closed when the block
-        is, and goes back to the head of its queue if the block raises an exception."""
-        data = self.get(queue, timeout, "/open")
-        self._opened.add(queue)
+        is, and goes back to the head of its queue if the block raises an exception. limit: it goes
+        back after so many seconds, see touch()."""
+        with self.open_many(queue, 1, timeout, limit) as items:
+            yield items[0] if items else None
+
+    @contextlib.contextmanager
+    def open_many(self, queue: "str | list[str]", count: int, timeout: float = 0,
+                  limit: "float | None" = None) -> "Iterator[list[bytes]]":
+        """Open up to so many items for the time of a `with` block, as open() does."""
+        self._check_closed(queue)
+        options = "" if limit is None else "/timeout=%d" % (limit * 1000)
+        items = self._get(queue, timeout, "/open" + _many(count) + options)
+        key = self._keys(queue)
+        self._opened[key] = len(items)
         try:
-            yield data
+            yield items
         except BaseException:
-            with contextlib.suppress(OSError, ServerError):          # then it goes back anyway
-                self._get(queue, 0, "/abort")
+            with contextlib.suppress(OSError, ServerError):          # then they go back anyway
+                self._end(queue, "/abort")
             raise
         else:
-            if data is not None:
-                self._get(queue, 0, "/close")
+            self._end(queue, "/close")
         finally:
-            self._opened.discard(queue)
+            self._opened.pop(key, None)
 
-    def work(self, queue, timeout=0):
+    def work(self, queue: "str | list[str]", timeout: float = 0) -> "Iterator[bytes]":
         """Yield items, until none comes for `timeout`. Each is closed when the next
         one is asked for; the last one goes back if the loop is left before (a generator that is
         kept in a variable has to be closed for that)."""
-        data = self.get(queue, timeout, "/open")
-        self._opened.add(queue)
+        self._check_closed(queue)
+        key = self._keys(queue)
+        items = self._get(queue, timeout, "/open")
         try:
-            while data is not None:
-                yield data
-                data = self._get(queue, timeout, "/close/open")
+            while items:
+                self._opened[key] = 1
+                yield items[0]
+                items = self._get(queue, timeout, "/close/open" if self._opened[key] else "/open")
         except BaseException:
             with contextlib.suppress(OSError, ServerError):
-                self._get(queue, 0, "/abort")
+                self._end(queue, "/abort")
             raise
         finally:
-            self._opened.discard(queue)
+            self._opened.pop(key, None)
 
-    def peek(self, queue):
-        """Return the item at the head, which stays there; None if there is none."""
-        return self._ask(b"get %b/peek\r\n" % self._name(queue), self._item)
+    def abort(self, queue: "str | list[str]", delay: float = 0, tail: bool = False) -> None:
+        """Give back what is open of a queue, before the `with` block or the step of work() ends:
+        to the head, after so many seconds, or to the tail."""
+        self._end(queue, "/abort" + ("/delay=%d" % (delay * 1000) if delay else "")
+                  + ("/tail" if tail else ""))
 
-    def stats(self):
-        """Return the answer to the command `stats` as a dict of str."""
+    def touch(self, queue: "str | list[str]") -> None:
+        """Let the time limit of what is open of a queue start anew."""
+        count = self._opened.get(self._keys(queue))
+        if count:
+            self._get(queue, 0, "/touch" + _many(count))
+
+    def _end(self, queue, how):
+        """Close or abort what is open of a queue."""
+        key = self._keys(queue)
+        count = self._opened.get(key)
+        if count:
+            self._get(queue, 0, how + _many(count))
+            self._opened[key] = 0
+
+    # -- administration
+
+    def stats(self) -> "dict[str, str]":
+        """Return the answer to the command `stats`."""
         return dict(line.split(" ", 1) for line in self._table("stats", "STAT "))
 
-    def queues(self, prefix=""):
+    def queues(self, prefix: str = "") -> "list[tuple]":
         """Return [(name, items, bytes, open reads, waiters)] of the queues whose names begin like
         that."""
         rows = [line.rsplit(" ", 4) for line in self._table(("list " + prefix).strip(), "QUEUE ")]
         return [(name, *map(int, numbers)) for name, *numbers in rows]
 
-    def clients(self):
-        """Return who is connected, a list of lists of str: number, address, user, protocol, state,
-        seconds, open reads, and the queue that is waited for."""
+    def clients(self) -> "list[list[str]]":
+        """Return who is connected: number, address, user, protocol, state, seconds, open reads,
+        and the queue that is waited for."""
         return [line.split(" ") for line in self._table("clients", "CLIENT ")]
 
-    def kick(self, number):
+    def kick(self, number: int) -> bool:
         """Hang up on a client; False if there is none of that number."""
         return self._ask(b"kick %d\r\n" % int(number)) == b"OK"
 
-    def move(self, queue, dest, count=None):
+    def move(self, queue: str, dest: str, count: "int | None" = None) -> int:
         """Move waiting items, all or so many, to another queue; return how many were moved."""
         return int(self._ask(b"move %b %b%b\r\n" % (
             self._name(queue), self._name(dest), b"" if count is None else b" %d" % count)))
 
-    def status(self, word=None):
+    def pause(self, queue: str, what: str = "") -> None:
+        """Pause a queue: refuse puts ("in"), let gets find nothing ("out"), or both."""
+        self._ask(b"pause %b %b\r\n" % (self._name(queue), what.encode()))
+
+    def resume(self, queue: str) -> None:
+        """End a pause."""
+        self._ask(b"resume %b\r\n" % self._name(queue))
+
+    def status(self, word: "str | None" = None) -> str:
         """Return the status of the server, or set it to that word."""
         if word is None:
             return os.fsdecode(self._ask(b"status\r\n"))
-        return self._ask(b"status %b\r\n" % word.encode()) and word.upper()
+        self._ask(b"status %b\r\n" % word.encode())
+        return word.upper()
 
-    def version(self):
+    def version(self) -> str:
         """Return the version of the server."""
         return os.fsdecode(self._ask(b"version\r\n")).partition(" ")[2]
 
-    def flush(self, queue):
+    def flush(self, queue: str) -> None:
         """Drop all that waits in a queue."""
         self._ask(b"flush %b\r\n" % self._name(queue))
 
-    def delete(self, queue):
+    def delete(self, queue: str) -> None:
         """Delete a queue and its journal."""
         self._ask(b"delete %b\r\n" % self._name(queue))
 
-    def close(self):
+    def close(self) -> None:
         """Hang up; what is open goes back."""
-        self._file.close()
-        self._sock.close()
+        self._is_closed = True
+        self._hang_up()
 
-    def __enter__(self):
+    def __enter__(self) -> "Client":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.close()
+
+    # -- the connection
+
+    def _hang_up(self):
+        for one in filter(None, (self._file, self._sock)):
+            one.close()
+        self._sock = self._file = None
 
     def _name(self, queue):
         return os.fsencode(check_name(os.fsdecode(queue)))
+
+    def _keys(self, queue):
+        """Return the key of a get: of one queue, or of several."""
+        names = queue if isinstance(queue, (list, tuple)) else [queue]
+        return b"/or=".join(map(self._name, names))
 
     def _ask(self, command, read=lambda line: line, timeout=0):
         """Send a command; return read(the first line of the answer)."""
@@ -8990,19 +9127,40 @@ class Client:
         return self._try(lambda: read(self._line()))
 
     def _send(self, command, timeout=0):
-        if self._file.closed:
+        if self._is_closed:
             raise ConnectionError("this client is closed")
+        if self._has_hung_up():
+            self._hang_up()
+            if any(self._opened.values()):
+                raise ConnectionError("the connection was lost; what was open goes back")
+            self._connect()
         self._sock.settimeout(self._timeout + timeout)
         self._try(lambda: self._sock.sendall(command))
 
+    def _has_hung_up(self):
+        """Return whether the server has closed the connection, or it has failed before."""
+        waits = BlockingIOError
+        if self._tls:
+            import ssl
+            waits = ssl.SSLWantReadError
+        try:
+            if self._sock:
+                self._sock.settimeout(0)
+                self._sock.recv(1)           # no answer is due
+        except waits:
+            return False
+        except OSError:
+            pass
+        return True
+
     def _try(self, call):
-        """Make a call, and close the client if it fails."""
+        """Make a call, and hang up if it fails."""
         try:
             return call()
         except ServerError:
             raise
         except BaseException:                # it would give the rest of the answer to the next
-            self.close()
+            self._hang_up()
             raise
 
     def _line(self):
@@ -9013,12 +9171,15 @@ class Client:
             raise ServerError(os.fsdecode(line).strip())
         return line[:-2]
 
-    def _item(self, line):
-        if line == b"END":
-            return None
-        data = self._file.read(int(line.split(b" ")[3]) + 2)[:-2]
-        self._line()
-        return data
+    def _items(self, line):
+        return [data for _, data in self._blocks(line)]
+
+    def _blocks(self, line):
+        """Yield (the words of its VALUE line, data) for each item of an answer."""
+        while line != b"END":
+            words = line.split(b" ")
+            yield words, self._file.read(int(words[3]) + 2)[:-2]
+            line = self._line()
 
     def _table(self, command, begin):
         """Return the lines of an answer up to END, without what all begin with."""
@@ -9033,7 +9194,8 @@ class Client:
 
 
 @contextlib.contextmanager
-def serve(port=0, spool=None, config=None, settings=None):
+def serve(port: int = 0, spool: "str | None" = None, config: "str | None" = None,
+          settings: "dict[str, dict] | None" = None) -> "Iterator[Server]":
     """Run a server on 127.0.0.1 in a thread for the time of a `with` block, which is given the
     Server; its `port` is a free one if `port` is 0.
 
@@ -9253,26 +9415,91 @@ def _command_put(client, options):
     else:
         items = (line.rstrip(b"\n") for line in sys.stdin.buffer)
     for item in items:
-        if not client.put(options.queue, item, options.expiry):
+        if not client.put(options.queue, item, options.expiry, 0, options.delay, options.sync):
             print("kestrel.py: %s is full" % options.queue, file=sys.stderr)
             return 1
     return 0
 
 
 def _command_get(client, options):
-    for count in range(options.n):
-        item = client.get(options.queue, options.wait)
-        if item is None:
-            return int(count == 0)
-        _print_item(item)
-    return 0
+    done = 0
+    while done < options.n:                  # open until printed
+        with client.open_many(options.queue, min(options.n - done, _PUT_AT_ONCE),
+                              options.wait) as items:
+            for item in items:
+                _print_item(item)
+        done += len(items)
+        if not items:
+            break
+    return int(not done)
 
 
 def _command_peek(client, options):
-    item = client.peek(options.queue)
-    if item is not None:
+    items = client.peek_many(options.queue, options.n)
+    for item in items:
         _print_item(item)
-    return int(item is None)
+    return int(not items)
+
+
+def _command_export(client, options):
+    """Print items as JSON objects, a line each; take them if that is wanted."""
+    show, done = _progress(_count_of(client, options)), 0
+    for done, row in enumerate(client.export(options.queue, options.count, options.take), 1):
+        print(json.dumps({**_in_json(row.pop("data")), **row}), flush=options.take)
+        show(done)
+    show(done, True)
+
+
+def _command_import(client, options):
+    """Put what export has printed."""
+    done = 0
+
+    def rows():
+        for number, line in enumerate(sys.stdin, 1):
+            try:
+                row = json.loads(line)
+                data = (row["data"].encode() if "data" in row
+                        else base64.b64decode(row["base64"], validate=True))
+                yield data, int(row.get("flags", 0)), -(-int(row.get("expiry", 0)) // 1000)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError("line %d is not what export prints" % number) from None
+
+    show = _progress(None)
+    for (flags, expiry), same in itertools.groupby(rows(), operator.itemgetter(1, 2)):
+        datas = (row[0] for row in same)
+        for batch in iter(lambda: list(itertools.islice(datas, _PUT_AT_ONCE)), []):
+            taken = client.put_many(options.queue, batch, expiry, flags)
+            done += taken
+            if taken < len(batch):
+                raise ValueError("%s is full; %d items were put" % (options.queue, done))
+            show(done)
+    show(done, True)
+
+
+def _count_of(client, options):
+    """Return how many items a command is about."""
+    waiting = [row[1] for row in client.queues(options.queue) if row[0] == options.queue]
+    return min(sum(waiting), UNLIMITED if options.count is None else options.count)
+
+
+def _progress(total):
+    """Return a function that is told how many items are done, and shows it on a terminal if that
+    takes more than a second. total: of how many, None if nobody knows."""
+    began = time.monotonic()
+    shown = began + 0.8
+
+    def show(done, is_end=False):
+        nonlocal shown
+        now = time.monotonic()
+        if now > shown + (0 if is_end and shown > began + 0.8 else 0.2) and sys.stderr.isatty():
+            shown = now
+            share = done / total if total else 0
+            bar = "[%-30s] %3d %% " % ("#" * int(30 * share), 100 * share) if total else ""
+            sys.stderr.write("\r%s%d items, %d a second%s" % (
+                bar, done, done / (now - began), "\n" if is_end else ""))
+            sys.stderr.flush()
+
+    return show
 
 
 def _print_item(item):
@@ -9310,12 +9537,14 @@ def _command_top(client, options):
             rows, mono = client.queues(), time.monotonic()
             head = "%s  %s  %s items  up %s s" % (
                 options.server, client.status(), stats["curr_items"], stats["uptime"])
+            if stats.get("trouble", "none") != "none":
+                head += "\n" + _red(stats["trouble"])
             taken = {row[0]: int(stats.get("queue_%s_get_hits" % row[0], 0)) for row in rows}
             rows = [(*row, round((taken[row[0]] - before[row[0]]) / (mono - then), 1)
                      if row[0] in before else "") for row in rows]
             before, then = taken, mono
         except (OSError, ServerError) as error:
-            client, head = None, "%s  %s" % (options.server, error)
+            client, head = None, _red("%s  %s" % (options.server, error))
             rows = []
         rows.sort(key=lambda row: row[-1 if options.by == "rate" else 1] or 0, reverse=True)
         lines = os.get_terminal_size().lines - 4 if sys.stdout.isatty() else 20
@@ -9325,8 +9554,29 @@ def _command_top(client, options):
         time.sleep(1)
 
 
+def _red(text):
+    return "\33[31m%s\33[0m" % text if sys.stdout.isatty() else text
+
+
 def _command_move(client, options):
-    print(client.move(options.queue, options.dest, options.count))
+    total, moved = _count_of(client, options), 0
+    show = _progress(total)
+    while moved < total:
+        batch = client.move(options.queue, options.dest, min(total - moved, _MOVED_AT_ONCE))
+        moved += batch
+        show(moved)
+        if not batch:
+            break
+    show(moved, True)
+    print(moved)
+
+
+def _command_pause(client, options):
+    client.pause(options.queue, options.what or "")
+
+
+def _command_resume(client, options):
+    client.resume(options.queue)
 
 
 def _command_flush(client, options):
@@ -9367,6 +9617,9 @@ def _command_kick(client, options):
     return int(not client.kick(options.id))
 
 
+# How many items are moved before the progress is shown.
+_MOVED_AT_ONCE = 10000
+
 # The options of commands.
 _N = ("-n", {"type": int, "default": 1, "metavar": "N", "help": "at most so many items (1)"})
 _COUNT = ("-n", {"type": int, "dest": "count", "metavar": "N", "help": "so many items (all)"})
@@ -9380,16 +9633,26 @@ _QUEUE = ("queue", {})
 _COMMANDS = {
     "put": (_command_put, (_QUEUE, ("item", {"nargs": "*"}), ("--whole", {
         "action": "store_true", "help": "all of standard input is one item"}), ("--expiry", {
-            "type": int, "default": 0, "metavar": "SECONDS", "help": "the time it has"})),
+            "type": int, "default": 0, "metavar": "SECONDS", "help": "the time it has"}),
+        ("--delay", {"type": float, "default": 0, "metavar": "SECONDS",
+                     "help": "when it becomes available"}),
+        ("--sync", {"action": "store_true", "help": "wait until it is on the disk"})),
             "put items, or each line of standard input"),
     "get": (_command_get, (_QUEUE, _N, _WAIT), "take items, and print each with a newline"),
-    "peek": (_command_peek, (_QUEUE,), "print the item at the head, which stays there"),
+    "peek": (_command_peek, (_QUEUE, _N), "print the first items, which stay"),
     "list": (_command_list, (("prefix", {"nargs": "?"}),), "the queues, or those that begin so"),
     "stats": (_command_stats, (("queue", {"nargs": "?"}),), "figures of the server, or of a queue"),
     "top": (_command_top, (("--by", {"choices": ["depth", "rate"], "default": "depth",
                                      "help": "sort by items (depth), or by gets a second"}),),
             "the queues, anew each second"),
     "move": (_command_move, (_QUEUE, ("dest", {}), _COUNT), "move items to another queue"),
+    "pause": (_command_pause, (_QUEUE, ("what", {"nargs": "?", "choices": ["in", "out"]})),
+              "stop puts (in), gets (out), or both"),
+    "resume": (_command_resume, (_QUEUE,), "end a pause"),
+    "export": (_command_export, (_QUEUE, _COUNT, ("--take", {
+        "action": "store_true", "help": "take the items, each once it is printed"})),
+               "print items as JSON, a line each"),
+    "import": (_command_import, (_QUEUE,), "put what export has printed, from standard input"),
     "flush": (_command_flush, (_QUEUE, _YES), "drop all items of a queue"),
     "delete": (_command_delete, (_QUEUE, _YES), "delete a queue"),
     "status": (_command_status, (("word", {"nargs": "?"}),), "what the server lets in; set it"),

@@ -8799,17 +8799,22 @@ def test_an_item_is_open_once_for_each_client():
         assert client.get("q") == b"2"
 
 
-def test_a_client_that_was_interrupted_is_closed():
+def test_a_client_that_was_interrupted_connects_anew():
     """What is left of the answer is not for the next command."""
     with kestrel.serve() as server:
         client = kestrel.Client(port=server.port)
+        client.put("q", b"1")
 
         def interrupt(line):
             raise KeyboardInterrupt
 
-        client._item = interrupt
+        client._items = interrupt
         with pytest.raises(KeyboardInterrupt):
-            client.get("q")
+            client.peek("q")
+        del client._items
+        assert client.get("q") == b"1"
+        assert server.broker.stats.total_connections == 2
+        client.close()
         with pytest.raises(ConnectionError, match="this client is closed"):
             client.get("q")
 
