@@ -2288,7 +2288,7 @@ class ReadBehind:
         last = self.file.number
         for file in itertools.chain(self.older, self._journal.files):
             if last is not None and (file.number is None or file.number > last):
-                self.file, self.offset = file, 0
+                self.file, self.offset, self.skip = file, 0, 0
                 return True
         return False
 
@@ -2361,10 +2361,12 @@ class Alone:
     timed_out(queue, xids)  open reads go back, since their time is over
     start(task)             run a task
     work(call, done)        make a blocking call, then call done with its OSError or None
-    later(ms, call)         make a call in that time; return what cancels it
+    later(ms, call)         make a call in that time; return what cancels it; None if
+                            there is none, and so no other turn
     bury(queue, item, now, setting)
                             an item is open that has expired, or was handed out too often: move
                             it to the queue that this setting names
+    is_burying_much()       whether no more should be moved for now
     sweep_limit             how many expired items a read drops at once
     locks_files             whether to keep other processes out
     budget                  see Budget
@@ -2635,6 +2637,7 @@ class Queue:
             self._fall_behind(cost)
         if (self.count >= self._most_items or self.bytes >= self._most_size) and (
                 not self._make_room(now)):
+            self._look_behind()
             return False
         item = Item(data, now, expiry, flags if config.keep_flags else 0)
         if self._behind:
@@ -2979,14 +2982,17 @@ class Queue:
         """Take expired items from the head, at most `limit` (default: max_expire_sweep),
         and return how many there were."""
         now = _now(now)
-        count = 0
+        count = size = 0
         if limit is None:
             limit = self.config.max_expire_sweep
         moves = self.host.bury and self.config.expire_to_queue not in (None, self.name)
         while count < limit and self.count and (self.items or self._refill()) and (
                 self._is_expired(self.items[0], now)):
+            if self.host.later and (size > 4 * _STEP_SIZE or moves and self.host.is_burying_much()):
+                break                        # it comes back in another turn
             count += 1
             item = self._pop(moves)
+            size += _size(item)
             if moves and not is_lost(item):
                 # Open until it is safe elsewhere, so that a crash cannot lose it.
                 self._open(item)
@@ -3392,6 +3398,7 @@ class Queue:
         journal.account(added, last_head, self.count)
         if self._behind:
             self._behind.older = journal.passed[:]
+            self._look_behind()
         # An OPEN may be written in front of what is done to the tail: never with the same xid.
         self.xid = max(self.xid, highest)
         self.open_memory = sum(map(_cost, opens.values())) + delays.memory
@@ -3489,8 +3496,7 @@ class Queue:
                 if found:
                     break
             unread = self.count - len(self.items) - len(self._fresh)
-        if self._behind and self.count == len(self.items) + len(self._fresh):
-            self._catch_up()
+        self._look_behind()
         return bool(self.items)
 
     def _read_more(self, unread):
@@ -3509,8 +3515,10 @@ class Queue:
         self.memory += sum(map(_cost, items))
         return len(items)
 
-    def _catch_up(self):
-        """Note that all waiting items are in memory again."""
+    def _look_behind(self):
+        """Be behind no longer if all waiting items are in memory."""
+        if not self._behind or self.count != len(self.items) + len(self._fresh):
+            return
         # If items were lost to damage on the way, nobody could tell how large they had been.
         self.bytes = sum(len(item.data) if item.data is not None else item.place.size
                          for item in itertools.chain(self.items, self._fresh))
@@ -3794,8 +3802,7 @@ class Queue:
             else:
                 (self.items, self._fresh, self._behind, self.count, self.bytes,
                  self.memory) = item
-        if self._behind and self.count == len(self.items) + len(self._fresh):
-            self._catch_up()
+        self._look_behind()
         self.opens = dict(sorted(self.opens.items()))      # the oldest first, as before
         self._set_limits()
 
@@ -3953,19 +3960,21 @@ class Upkeep:
                                    queue.held(), list(queue.items))
 
     def _compact(self):
-        """A task: rewrite a journal that has grown too large, at most once in
-        min_journal_compact_delay, or, without a server, once for each doubling."""
+        """A task: rewrite a journal that has grown too large, once for each doubling, and at most
+        once in min_journal_compact_delay."""
         queue = self.queue
         yield from self.rewrite()
         queue.counters.journal_rewrites += 1
+        held = sum(map(_size, queue.opens.values())) + queue.delays.bytes
+        doubled = 2 * (queue.bytes + held + ITEM_COST * (queue.count + len(queue.opens)))
+        self._rewrite_above = doubled
         if queue.host.later:
             self._rewrite_above = UNLIMITED
-            queue.host.later(queue.config.min_journal_compact_delay, self._allow_rewrites)
-        else:
-            self._rewrite_above = 2 * (queue.memory + queue.open_memory)
+            queue.host.later(queue.config.min_journal_compact_delay,
+                             functools.partial(self._allow_rewrites, doubled))
 
-    def _allow_rewrites(self):
-        self._rewrite_above = 0
+    def _allow_rewrites(self, above):
+        self._rewrite_above = above
 
     def renew(self):
         """Have everything written anew before anything else is written: what is in the files
@@ -4022,8 +4031,11 @@ class Upkeep:
 # there are no other queues.
 Route = collections.namedtuple("Route", "targets copies queues only")
 
-# How many items are moved from one queue to another at a time.
+# How many items are moved from one queue to another at a time, and how many bytes; how long a move
+# waits for a large item that is being read, in milliseconds.
 _MOVE_STEP = 200
+_MOVE_SIZE = 4 << 20
+_LOADING_MS = 5
 
 # How many expired items or queues one step of a task looks at.
 SWEEP_STEP = 1000
@@ -4254,6 +4266,7 @@ class Broker:
         self._refused = (False, False)    # whether the status refuses reads, writes by now
         self._strangers = set()           # (host, what it did) that the log has told of
         self._grace = None                # cancels the end of its grace period
+        self._buried = 0                  # bytes of items on their way to another queue
         self._read_status()
         self.spool = os.path.abspath(self.settings.queue_path)
         self._unloaded = find_journals(self.spool)
@@ -4650,26 +4663,37 @@ class Broker:
 
     def bury(self, queue, item, now, setting):
         """Move an item that is open to the queue that a setting names."""
-        self._advance(self._move(queue, item, now, setting))
+        self._buried += _size(item)
+        self._advance(self._move(queue, item, now, setting, _size(item)))
+
+    def is_burying_much(self):
+        """Return whether the items on their way to another queue take much memory."""
+        return self._buried > _MOVE_SIZE
 
     def _advance(self, move, error=None):
         """Go on with a move, up to where it has to wait again."""
         with contextlib.suppress(StopIteration):
-            queue = move.send(error)
-            while queue and queue.history.logged <= queue.history.safe:
-                queue = move.send(None)
-            if queue:
-                queue.history.when_safe(functools.partial(self._advance, move))
+            asks = move.send(error)
+            while isinstance(asks, Queue) and asks.history.logged <= asks.history.safe:
+                asks = move.send(None)
+            if isinstance(asks, Queue):
+                asks.history.when_safe(functools.partial(self._advance, move))
             elif self.later:
-                self.later(RETRY_MS, functools.partial(self._advance, move))
+                self.later(asks, functools.partial(self._advance, move))
 
-    def _move(self, source, item, now, setting):
+    def _move(self, source, item, now, setting, size):
         """Move an open item, in steps. Yield the queue that has to be safe before it goes on,
-        and then be sent the error, if any; or None to go on in a while.
+        and then be sent the error, if any; or the milliseconds after which to go on.
 
         It stays open until it is safe in all the queues it goes to: what fails on the way is
         undone, or tried again, and a crash finds it here, or there, or in both places.
         """
+        try:
+            yield from self._move_open(source, item, now, setting)
+        finally:
+            self._buried -= size
+
+    def _move_open(self, source, item, now, setting):
         xid = item.xid
         error = yield source
         if error:
@@ -4692,12 +4716,12 @@ class Broker:
                         break
                     if not arrived:
                         raise error
-                    yield None
+                    yield RETRY_MS
                 arrived += 1
         except (OSError, ValueError) as error:       # or there is no such setting since a reload
             log.error("queue %s: items cannot be moved (%s): %s", source.name, setting,
                       _why(error) if isinstance(error, OSError) else error)
-            yield None                       # so that a failing disk does not make the loop spin
+            yield RETRY_MS                       # so that a failing disk does not make the loop spin
             source.abort(xid, orphaned=True, counted=setting == "dead_letter_queue")
             return
         yield from self._confirm_moved(source, [xid])
@@ -4709,7 +4733,7 @@ class Broker:
             error = yield source
             if not error:
                 break
-            yield None
+            yield RETRY_MS
 
     def move(self, source, dest, most, now, done):
         """Move waiting items of one queue to another, at most `most`, the oldest first; then call
@@ -4722,19 +4746,20 @@ class Broker:
         copies = [self.queues[name] for name in self.children.get(dest.name, ())]
         while moved < most and source.count and not (
                 error or is_full or source.closed or dest.closed or self.stopping):
-            batch = []
+            batch, size = [], 0
             try:
-                while len(batch) < min(_MOVE_STEP, most - moved):
+                while len(batch) < min(_MOVE_STEP, most - moved) and size < _MOVE_SIZE:
                     item = source.remove(True, now, even_paused=True)
                     if item is None:
                         break
                     source.limit(item.xid, None)
                     batch.append(item)
+                    size += len(item.data)
             except OSError as failure:
                 error = failure
             if not batch:
                 if not error and source.count:
-                    yield None               # a run of expired items, or a large one is being read
+                    yield _LOADING_MS        # a run of expired items, or a large one is being read
                 continue
             failure = yield source
             if failure:                      # they are at the head again
@@ -4758,8 +4783,15 @@ class Broker:
                 error = failure
                 source.abort(*stored, orphaned=True, counted=False)
                 break
-            yield from self._confirm_moved(source, stored)
+            for queue in copies:
+                error = (yield queue) or error
+            for xid in stored:
+                source.confirm(xid)
             moved += len(stored)
+            failure = yield source
+            if failure:                      # they are open again, and safe elsewhere
+                error = failure
+                self._advance(self._confirm_moved(source, stored))
         done((moved, error))
 
     # -- statistics
@@ -4988,7 +5020,9 @@ class Session:
         """Derive the state when nothing is being run. After a hang-up, end the session if there is
         nothing left to do."""
         self._update()
-        if self.at_end and self.state in (READY, RECEIVING, WAITING):
+        if self.at_end and self.state is WAITING and self._kept is not None:
+            self.time_out()                  # what has been said behind the wait is still done
+        elif self.at_end and self.state in (READY, RECEIVING, WAITING):
             self.end()
 
     def end(self):
@@ -8818,6 +8852,13 @@ class ServerError(Exception):
     """An error that a server has answered with."""
 
 
+def _word(text):
+    """Return a text that is part of a command. Raises ValueError if it would be more."""
+    if re.search(r"\s", text):
+        raise ValueError("%r is not one word" % text)
+    return text
+
+
 def _many(count):
     """Return the option of a key for so many items; Kestrel knows no such option."""
     return "" if count == 1 else "/n=%d" % count
@@ -8972,7 +9013,7 @@ class Client:
 
     def _get(self, queue, timeout, options, read=None):
         return self._ask(b"get %b/t=%d%b\r\n" % (
-            self._keys(queue), timeout * 1000, options.encode()), read or self._items, timeout)
+            self._keys(queue), timeout * 1000, _word(options).encode()), read or self._items, timeout)
 
     @contextlib.contextmanager
     def open(self, queue: "str | list[str]", timeout: float = 0,
@@ -9051,7 +9092,8 @@ class Client:
     def queues(self, prefix: str = "") -> "list[tuple]":
         """Return [(name, items, bytes, open reads, waiters)] of the queues whose names begin like
         that."""
-        rows = [line.rsplit(" ", 4) for line in self._table(("list " + prefix).strip(), "QUEUE ")]
+        rows = [line.rsplit(" ", 4) for line in self._table(
+            ("list " + _word(prefix)).strip(), "QUEUE ")]
         return [(name, *map(int, numbers)) for name, *numbers in rows]
 
     def clients(self) -> "list[list[str]]":
@@ -9070,7 +9112,7 @@ class Client:
 
     def pause(self, queue: str, what: str = "") -> None:
         """Pause a queue: refuse puts ("in"), let gets find nothing ("out"), or both."""
-        self._ask(b"pause %b %b\r\n" % (self._name(queue), what.encode()))
+        self._ask(b"pause %b %b\r\n" % (self._name(queue), _word(what).encode()))
 
     def resume(self, queue: str) -> None:
         """End a pause."""
@@ -9080,7 +9122,7 @@ class Client:
         """Return the status of the server, or set it to that word."""
         if word is None:
             return os.fsdecode(self._ask(b"status\r\n"))
-        self._ask(b"status %b\r\n" % word.encode())
+        self._ask(b"status %b\r\n" % _word(word).encode())
         return word.upper()
 
     def version(self) -> str:
@@ -9485,13 +9527,13 @@ def _count_of(client, options):
 def _progress(total):
     """Return a function that is told how many items are done, and shows it on a terminal if that
     takes more than a second. total: of how many, None if nobody knows."""
-    began = time.monotonic()
-    shown = began + 0.8
+    began, shown = time.monotonic(), None
 
     def show(done, is_end=False):
         nonlocal shown
         now = time.monotonic()
-        if now > shown + (0 if is_end and shown > began + 0.8 else 0.2) and sys.stderr.isatty():
+        if sys.stderr.isatty() and (
+                now > began + 1 if shown is None else is_end or now > shown + 0.2):
             shown = now
             share = done / total if total else 0
             bar = "[%-30s] %3d %% " % ("#" * int(30 * share), 100 * share) if total else ""
@@ -9518,8 +9560,9 @@ def _command_stats(client, options):
     stats = client.stats()
     if options.queue:
         begin = "queue_%s_" % options.queue
+        names = {one.name for one in QUEUE_STATS} | {"children"}      # and not of queue_q_other
         stats = {name[len(begin):]: value for name, value in stats.items()
-                 if name.startswith(begin)}
+                 if name.startswith(begin) and name[len(begin):] in names}
     if options.json:
         print(json.dumps(stats))
     else:
@@ -9617,13 +9660,21 @@ def _command_kick(client, options):
     return int(not client.kick(options.id))
 
 
+def _seconds(text):
+    """Return a number of seconds that makes sense as a time to wait."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1e9:
+            return float(text)
+    raise argparse.ArgumentTypeError("%r is no number of seconds" % text)
+
+
 # How many items are moved before the progress is shown.
 _MOVED_AT_ONCE = 10000
 
 # The options of commands.
 _N = ("-n", {"type": int, "default": 1, "metavar": "N", "help": "at most so many items (1)"})
 _COUNT = ("-n", {"type": int, "dest": "count", "metavar": "N", "help": "so many items (all)"})
-_WAIT = ("--wait", {"type": float, "default": 0, "metavar": "SECONDS",
+_WAIT = ("--wait", {"type": _seconds, "default": 0, "metavar": "SECONDS",
                     "help": "wait so long for an item"})
 _YES = ("--yes", {"action": "store_true", "help": "do not ask"})
 _QUEUE = ("queue", {})
@@ -9634,7 +9685,7 @@ _COMMANDS = {
     "put": (_command_put, (_QUEUE, ("item", {"nargs": "*"}), ("--whole", {
         "action": "store_true", "help": "all of standard input is one item"}), ("--expiry", {
             "type": int, "default": 0, "metavar": "SECONDS", "help": "the time it has"}),
-        ("--delay", {"type": float, "default": 0, "metavar": "SECONDS",
+        ("--delay", {"type": _seconds, "default": 0, "metavar": "SECONDS",
                      "help": "when it becomes available"}),
         ("--sync", {"action": "store_true", "help": "wait until it is on the disk"})),
             "put items, or each line of standard input"),
@@ -9676,7 +9727,7 @@ def _run_command(name, *arguments):
     parser.add_argument("--tls", action="store_true", help="speak TLS")
     parser.add_argument("--cafile", metavar="FILE", help="whose certificates to trust, with TLS")
     parser.add_argument("--json", action="store_true", help="tables as JSON objects")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         with contextlib.ExitStack() as stack:
             return function(stack.enter_context(_connect(options)), options) or 0

@@ -2489,6 +2489,57 @@ def test_read_behind_reads_in_large_pieces(tmp_path, monkeypatch):
     queue.close()
 
 
+@promise(1)
+@pytest.mark.parametrize("limit", ["max_items", "max_size"])
+def test_a_refused_item_does_not_leave_the_queue_behind(tmp_path, limit):
+    """The next item that was stored was taken for the refused one, and was gone; an empty queue
+    was rewritten without end."""
+    queue = turn_queue(tmp_path, max_memory_size=2000, default_journal_size=1000, **{limit: 1})
+    assert queue.add(b"a" * 3000, now=NOW) and not queue.add(b"b" * 3000, now=NOW)
+    queue.write()
+    for data in (b"c", b"d"):
+        take(queue, 1)
+        queue.write()
+        for _ in range(30):
+            queue.host.step()
+        assert not queue.host.tasks
+        assert queue.add(data, now=NOW) and not queue.add(b"b" * 3000, now=NOW)
+        queue.write()
+        assert queue.items[0].data == data
+    queue.close()
+    assert len(os.listdir(str(tmp_path))) < 3 and contents_of(tmp_path) == [b"d"]
+
+
+def test_a_queue_of_which_nothing_is_on_disk_only_is_loaded_as_such(tmp_path):
+    queue = load(tmp_path, max_memory_size=3000)
+    fill(queue, *[b"x" * 1000] * 6)
+    take(queue, 1, open=True)
+    take(queue, 5)
+    queue.journal.close()
+    queue = load(tmp_path, max_memory_size=3000)
+    assert queue.count == 1 and not queue._behind
+    queue.close()
+
+
+@pytest.mark.parametrize("host", [None, Bench])
+def test_a_journal_is_rewritten_for_each_doubling_only(tmp_path, host):
+    """It was rewritten again and again when what it holds is larger than max_journal_size."""
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(
+        max_memory_size=20000, max_journal_size=20000, min_journal_compact_delay=0,
+        sync_journal=None), host=host and host(), now=NOW)
+    fill(queue, *[b"x" * 50000] * 8)
+    xids = [item.xid for item in take(queue, 8, open=True)]
+    for _ in range(50):
+        queue.write()
+        if host:
+            while queue.host.calls:
+                queue.host.calls.pop()()
+            queue.host.step()
+    assert queue.counters.journal_rewrites <= 4
+    assert queue.abort(*xids) == 8 and len(data_of(take(queue, 8))) == 8
+    queue.close()
+
+
 @promise(6)
 def test_expired_items_in_front_of_one_whose_data_is_on_disk_only(tmp_path):
     """The item came without its data, which was an exception, and was gone."""
@@ -4161,7 +4212,10 @@ def test_no_new_statistic_looks_like_one_of_another_queue():
     (kestrel.MemcacheSession, "set c 0 0 1\r\nx\r\nget no/peek\r\nget a b\r\nreload\r\nversion\r\n",
      "STORED\r\nEND\r\nEND\r\nReloaded config.\r\nVERSION 1.0.0\r\n✂"),
     (kestrel.MemcacheSession, "reload\r\nset c 0 0 1\r\nx\r\nget w/t=5000\r\nversion\r\n",
-     "Reloaded config.\r\nSTORED\r\n✂"),
+     "Reloaded config.\r\nSTORED\r\nEND\r\nVERSION 1.0.0\r\n✂"),
+    (kestrel.MemcacheSession, "get w/t=1\r\nmonitor w 5\r\nget v/or=w/t=9\r\nset c 0 0 1\r\nx\r\n",
+     "END\r\nEND\r\nEND\r\nSTORED\r\n✂"),
+    (kestrel.MemcacheSession, "set c 0 0 1\r\nx\r\nget w/t=5000\r\n", "STORED\r\n✂"),
     (kestrel.TextSession, "get nn\nput k:\na\n\nput k:\nb\n\nput c:\nx\n\nversion\n",
      "*\n+1\n+1\n+1\n:1.0.0\n✂"),
     (kestrel.ThriftSession, (call(b"flush_all_queues") + thrift_put(b"c", b"x")
@@ -7118,6 +7172,69 @@ def test_a_move_over_a_failing_disk_loses_nothing(talk, disk, good):
     assert said in ("", "2\r\n") or "No space left" in said and found == [b"1", b"2"]
 
 
+@promise(1)
+def test_a_move_is_answered_when_the_children_have_their_copies(talk):
+    put_some(talk, "q", b"1", b"2")
+    talk.broker.queue("r+child", NOW)
+    queues, told = talk.broker.queues, []
+    queues["q"].config.sync_journal = queues["r+child"].config.sync_journal = 0
+    talk.broker.queue("r", NOW)
+    talk.broker.move(queues["q"], queues["r"], 9, NOW, told.append)
+    for _ in range(4):
+        talk.broker.write()
+        assert not told and len(queues["q"].opens) == 2
+        sync(queues["q"])                    # but not the child
+    sync(queues["r+child"])
+    talk.broker.write()
+    assert not queues["q"].opens and not told
+    sync(queues["q"])
+    assert told == [(2, None)]
+    assert items_of(talk.broker, "r+child") == items_of(talk.broker, "r") == [b"1", b"2"]
+
+
+@promise(2)
+def test_a_move_is_answered_though_it_cannot_be_finished(tmp_path, disk):
+    """What has arrived is confirmed when the disk is well again; the client does not wait."""
+    talk = timed_talk(tmp_path)
+    put_some(talk, "q", b"1", b"2")
+    queues, told = talk.broker.queues, []
+    talk.broker.queue("r", NOW)
+    talk.broker.write()
+    talk.broker.move(queues["q"], queues["r"], 9, NOW, told.append)
+    disk.failing, disk.good = {"pwrite": errno.ENOSPC}, 2      # open in q, and put to r
+    talk.broker.write()
+    assert [(moved, bool(error)) for moved, error in told] == [(2, True)]
+    disk.failing = {}
+    for second in range(1, 9):
+        talk.clock.reach(second * 1000)
+        talk.broker.write()
+    assert not queues["q"].opens and not queues["q"].count
+    assert items_of(talk.broker, "r") == [b"1", b"2"]
+
+
+@pytest.mark.parametrize("to", ["", "late"])
+def test_large_items_that_expire_are_dropped_a_few_at_a_time(tmp_path, monkeypatch, to):
+    """However many a get meets: they are in memory until that is written."""
+    monkeypatch.setattr(kestrel, "_STEP_SIZE", 10000)
+    monkeypatch.setattr(kestrel, "_MOVE_SIZE", 10000)
+    talk = timed_talk(tmp_path, "[queue q]\nmax_age = 1s\nexpire_to_queue = %s\n" % to
+                      + "max_memory_size = 30000\n[queue late]\nmax_memory_size = 30000\n")
+    put_some(talk, "q", *[b"x" * 5000] * 100)
+    talk.now += 2000
+    session, queue = talk.session(), talk.broker.queues["q"]
+    session.feed(b"get q\r\n", talk.now)
+    seen = [queue.count]
+    while session.state == "working":
+        assert sum(kestrel._size(op[1]) for op in queue.history.ops if op[0] == 1) < 100000
+        assert sum(map(kestrel._size, queue.opens.values())) < 60000
+        talk.broker.write()
+        session.resume(talk.now)
+        seen.append(queue.count)
+    assert len(seen) > 8 and seen[-1] == 0
+    assert talk.heard() == "END\r\n"
+    assert not to or talk.broker.queues["late"].count == 100
+
+
 def test_a_move_to_a_queue_without_memory_is_answered(tmp_path):
     talk = Talk(tmp_path, "[queue r]\nkeep_journal = false\n")
     talk.broker.budget.most_memory = 1 << 20
@@ -8984,6 +9101,83 @@ def test_data_is_bytes(tmp_path, data):
         assert [client.get("q"), client.get("q"), client.get("q")] == [b"1", b"2", None]
 
 
+def test_a_client_says_no_more_than_one_command():
+    """What comes from elsewhere may be two lines."""
+    with kestrel.serve() as server, kestrel.Client(port=server.port) as client:
+        client.put("q", b"x")
+        for call in (lambda: client.queues("q\r\nflush_all"), lambda: client.status("up\r\nflush_all"),
+                     lambda: client.pause("q", "in\nflush_all"), lambda: client.get("q", 0, " q2"),
+                     lambda: client.move("q", "q2\r\nflush_all"), lambda: client.get(["q", "a b"])):
+            with pytest.raises(ValueError):
+                call()
+        assert client.get("q") == b"x"
+
+
+def test_a_client_knows_what_the_server_does():
+    with kestrel.serve() as server, kestrel.Client(port=server.port) as client:
+        for number in range(5):
+            client.put("q", b"%d" % number, sync=number == 0)
+        assert client.peek_many("q", 3) == [b"0", b"1", b"2"] and client.get_many("q", 1) == [b"0"]
+        with pytest.raises(KeyError), client.open_many(["none", "q"], 2) as items:
+            assert items == [b"1", b"2"]
+            raise KeyError
+        with client.open_many("q", 2) as items:
+            client.touch("q")
+        assert items == [b"1", b"2"]
+        with client.open("q", limit=30) as item:
+            client.abort("q", tail=True)
+        with client.open("q") as item:
+            assert item == b"4"
+            client.abort("q", delay=0.01)
+        assert client.get("q") == b"3" and client.get("q", timeout=5) == b"4"
+        client.put("q", b"late", delay=0.01)
+        assert client.get_many(["q", "r"], 9, timeout=5) == [b"late"]
+        client.put("q", b"1")
+        client.put("q", b"2")
+        for item in client.work("q"):
+            if item == b"1":
+                client.abort("q")
+                break
+        assert list(client.work("q")) == [b"1", b"2"]
+        client.pause("q", "in")
+        assert not client.put("q", b"x") and client.resume("q") is None and client.put("q", b"x")
+
+
+def test_a_client_exports_what_it_can_import_again(tmp_path):
+    settings = {"queue": {"max_memory_size": "3kb"}}
+    with kestrel.serve(settings=settings) as server, kestrel.Client(port=server.port) as client:
+        items = [b"%d" % number * 100 for number in range(100)]
+        client.put_many("q", items, flags=3)
+        assert [row["data"] for row in client.export("q")] == items        # most are on disk
+        assert [row["data"] for row in client.export("q", 3)] == items[:3]
+        rows = client.export("q", 70, take=True)
+        assert next(rows)["flags"] == 3
+        rows.close()                         # it goes back, with those behind it
+        assert len(list(client.export("q", 70, take=True))) == 70
+        assert client.get_many("q", 100) == items[70:]
+        assert list(client.export("q", take=True)) == []
+
+
+@promise(1)
+def test_a_client_connects_anew_where_nothing_can_be_lost(serve):
+    server = serve()
+    client = kestrel.Client(port=server.port)
+    client.put("q", b"1")
+    number = max(server.server.broker.clients)
+    kick = server.client()
+    kick.ask("kick %d\r\n" % number)
+    until(lambda: number not in server.server.broker.clients)
+    assert client.get("q") == b"1"           # it was idle: nothing has been lost
+    client.put("q", b"2")
+    with pytest.raises(ConnectionError, match="what was open goes back"), client.open("q"):
+        number = max(server.server.broker.clients)
+        kick.ask("kick %d\r\n" % number)
+        until(lambda: number not in server.server.broker.clients)
+        client.put("r", b"x")
+    assert client.get("q") == b"2" and client.queues("r") == []
+    client.close()
+
+
 @pytest.fixture
 def ask_server(serve, capfd, monkeypatch):
     """Run a command against a server; return its exit status and what it printed."""
@@ -9009,8 +9203,71 @@ def test_commands_put_and_get(ask_server):
     assert ask_server("get", "q", "-n", 3) == (0, "two\nthree\nfour\n")
     assert ask_server("get", "q", "-n", 3) == (0, "five\nsix\n\n")
     assert ask_server("get", "q", "--wait", "0.01") == ask_server("peek", "q") == (1, "")
-    assert ask_server("put", "q", "x", "--expiry", 100)[0] == 0
+    assert ask_server("put", "q", "--expiry", 100, "--sync", "x")[0] == 0
     assert ask_server.server.server.broker.queues["q"].items[0].expiry
+    assert ask_server("put", "r", "--delay", "0.05", "y")[0] == 0
+    assert ask_server("get", "r") == (1, "") and ask_server("get", "r", "--wait", 5) == (0, "y\n")
+    for wait in ("inf", "-1", "nan", "1e12", "soon"):
+        with pytest.raises(SystemExit):
+            ask_server("get", "q", "--wait", wait)
+
+
+@promise(1)
+def test_what_cannot_be_printed_goes_back(ask_server, monkeypatch):
+    """It was taken first, and lost."""
+    ask_server("put", "q", "1", "2", "3")
+    monkeypatch.setattr(kestrel, "_print_item", lambda item: next(prints))
+    for error in (OSError(errno.ENOSPC, "full"), KeyboardInterrupt()):
+        def fail():
+            yield
+            raise error
+        prints = fail()
+        assert ask_server("get", "q", "-n", 3)[0]
+    monkeypatch.undo()
+    queues = ask_server.server.server.broker.queues
+    until(lambda: data_of(queues["q"].items) == [b"1", b"2", b"3"])
+
+
+def test_commands_export_and_import(ask_server, monkeypatch):
+    ask_server("put", "q", "text", "--expiry", 1000)
+    ask_server("put", "q", "--whole", stdin=b"\xff\n")
+    status, told = ask_server("export", "q")
+    rows = [json.loads(line) for line in told.splitlines()]
+    assert status == 0 and rows[0]["data"] == "text" and rows[0]["expiry"] > rows[0]["add_time"]
+    assert rows[1]["base64"] == "/wo=" and rows[1]["expiry"] == rows[1]["deliveries"] == 0
+    assert ask_server("import", "r", stdin=told.encode()) == (0, "")
+    assert json.loads(ask_server("export", "r")[1].splitlines()[0])["expiry"] - 1000 <= (
+        rows[0]["expiry"])
+    assert ask_server("export", "q", "--take")[1] == told and ask_server("export", "q") == (0, "")
+    for line in ("no", "{}", "[]", '{"data": 5}', '{"base64": "!"}', '{"data": "x", "flags": "a"}'):
+        assert ask_server("import", "s", stdin=line.encode())[0] == 1
+    assert ask_server("import", "full", stdin=told.encode())[0] == 1
+
+
+def test_commands_pause_and_peek(ask_server):
+    ask_server("put", "q", "1", "2", "3")
+    assert ask_server("pause", "q", "out") == (0, "") and ask_server("get", "q") == (1, "")
+    assert ask_server("peek", "q", "-n", 2) == (0, "1\n2\n")
+    assert ask_server("resume", "q") == (0, "") and ask_server("get", "q") == (0, "1\n")
+    assert ask_server("pause", "none")[0] == 1
+    ask_server("put", "q_r", "x")
+    assert ask_server("delete", "q", "--yes")[0] == 0 and ask_server("stats", "q") == (1, (
+        "name  value\n"))
+
+
+def test_progress_is_shown_at_a_terminal_when_it_takes_long(monkeypatch):
+    out, now = io.StringIO(), [0.0]
+    out.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setattr(kestrel.time, "monotonic", lambda: now[0])
+    show = kestrel._progress(200)
+    for now[0], done in ((0.5, 10), (1.5, 50), (1.6, 60), (2, 100)):
+        show(done)
+    show(200, True)
+    assert out.getvalue().count("\r") == 3 and out.getvalue().startswith(
+        "\r[#######                       ]  25 % 50 items, 33 a second")
+    assert out.getvalue().endswith("100 % 200 items, 100 a second\n")
+    monkeypatch.undo()
 
 
 def test_commands_show_and_move(ask_server):
