@@ -836,8 +836,8 @@ class Item:
 
     data: bytes; None while it is only on disk, at `place`. flags: the memcache client's 32 bits.
     add_time and expiry: milliseconds of the epoch, expiry 0 for none. deliveries: how often it was
-    handed out and came back. xid: the number of the latest open read of it. cas: what `gets` told of it, None
-    until asked. place: the Place of its data, if it was read from there.
+    handed out and came back. xid: the number of the latest open read of it. cas: what `gets` told
+    of it, None until asked. place: the Place of its data, if it was read from there.
     """
 
     __slots__ = ("data", "add_time", "expiry", "flags", "deliveries", "xid", "cas", "place")
@@ -4721,7 +4721,7 @@ class Broker:
         except (OSError, ValueError) as error:       # or there is no such setting since a reload
             log.error("queue %s: items cannot be moved (%s): %s", source.name, setting,
                       _why(error) if isinstance(error, OSError) else error)
-            yield RETRY_MS                       # so that a failing disk does not make the loop spin
+            yield RETRY_MS                   # so that a failing disk does not make the loop spin
             source.abort(xid, orphaned=True, counted=setting == "dead_letter_queue")
             return
         yield from self._confirm_moved(source, [xid])
@@ -4973,7 +4973,7 @@ class Session:
         self.most_load = broker.settings.max_output_buffer
         self.touched = []               # (queue, index in out, count, whole), see _rest_on()
         self.holds = 0                  # how many queues have to be safe before answers are sent
-        self.open_reads = {}            # queue -> its xids open here, the oldest first
+        self.open_reads = {}            # queue -> {xid: when it was opened here}, the oldest first
         self.command = None             # the generator of the command in hand,
         self.asks = None                # what it has yielded,
         self._given = None              # and what it is given next
@@ -5242,7 +5242,7 @@ class Session:
             mine += self.open_reads.pop(queue, ())
             mine = [xid for xid in mine if xid in queue.opens]
             if mine:
-                self.open_reads[queue] = mine
+                self.open_reads[queue] = dict.fromkeys(mine, self.now)
         self._update()
 
     def out_of_memory(self):
@@ -5327,7 +5327,7 @@ class Session:
 
     def _note_open(self, queue, item):
         """Note that the client has opened a read."""
-        self.open_reads.setdefault(queue, []).append(item.xid)
+        self.open_reads.setdefault(queue, {})[item.xid] = self.now
         if item.deliveries == _OFTEN - 1:
             log.warning("%s is given an item of %s that has come back %d times", self.who,
                         queue.name, item.deliveries)
@@ -5335,9 +5335,10 @@ class Session:
     def _end_reads(self, queue, count, confirm, whole=True, **how):
         """Close or abort the oldest open reads of a queue here; return how many were open. how:
         see Queue.abort()."""
-        reads = self.open_reads.get(queue, [])
-        xids = reads[:count]
-        del reads[:count]
+        reads = self.open_reads.get(queue, {})
+        xids = list(itertools.islice(reads, count))
+        for xid in xids:
+            del reads[xid]
         if not reads:
             self.open_reads.pop(queue, None)
         self._rest_on(queue, whole)
@@ -5354,7 +5355,7 @@ class Session:
         if len(reads) < count:
             return False
         if count > 0:
-            self.open_reads[queue] = reads
+            self.open_reads[queue] = dict.fromkeys(reads, self.now)
             self._end_reads(queue, count, True)
         return True
 
@@ -5434,6 +5435,9 @@ class Session:
             yield {"id": number, "address": address, "user": session.user, "protocol": protocol,
                    "state": session.state, "seconds": int(self.broker.uptime() - came),
                    "open_reads": sum(map(len, session.open_reads.values())),
+                   "oldest_open_seconds": max(
+                       [(self.now - next(iter(reads.values()))) // 1000
+                        for reads in session.open_reads.values() if reads], default=None),
                    "waits_for": ",".join(queue.name for queue in session.asks.queues)
                    if session.state is WAITING else None}
 
@@ -5478,6 +5482,50 @@ class Session:
                 return None
             self.broker.delete(queue, self.who)
         return queue
+
+    def _move(self, name, dest, most=UNLIMITED):
+        """Move waiting items of one queue to another; return how many. Raises Refused."""
+        name, dest = _name(os.fsencode(name)), _name(os.fsencode(dest))
+        self._check_reads()
+        self._check_writes()
+        self._check_user("get_users", name)
+        self._check_user("put_users", dest)
+        source = self.broker.find(name)
+        target = yield from self._queue(dest)
+        if target is None or target is source or most < 0:
+            raise Refused("CLIENT_ERROR", "items cannot be moved like this")
+        if source is None:
+            raise Refused("CLIENT_ERROR", "there is no queue %s" % name)
+        moved, error = yield functools.partial(
+            self.broker.move, source, target, min(most, source.count), self.now)
+        if error:
+            raise Refused("SERVER_ERROR", "%s; %d were moved" % (_why(error), moved),
+                          reason=_reason(error))
+        return moved
+
+    def _pause(self, name, what):
+        """Pause what is given of a queue, and nothing else of it; return the queue. Raises
+        Refused."""
+        self._check_admin("pause")
+        self._check_writes()
+        self._check_user("get_users", name)
+        self._check_user("put_users", name)
+        queue = self.broker.find(name)
+        if queue is None:
+            raise Refused("CLIENT_ERROR", "there is no queue %s" % name)
+        queue.pause(what)
+        log.info("queue %s %s by %s", name, "paused (%s)" % PAUSES[what] if what else "resumed",
+                 self.who)
+        return queue
+
+    def _kick(self, number):
+        """Hang up on a client; return whether there is one of that number."""
+        session, _ = self.broker.clients.get(number, (None, 0))
+        if session:
+            log.info("%s: kicked by %s", session.who, self.who)
+            session.end()
+            self.broker.woken.append(session)
+        return session is not None
 
     def _set_status(self, word, command="status"):
         self._check_admin(command)
@@ -6043,8 +6091,8 @@ class MemcacheSession(LineSession):
                 for xid in xids:
                     queue.touch(xid)
                 continue
-            mine = self.open_reads[queue]
-            mine[:] = xids + [xid for xid in mine if xid not in xids]      # they are the oldest
+            mine = self.open_reads[queue]    # those with a lower place were not asked for
+            self.open_reads[queue] = {**{xid: mine[xid] for xid in xids}, **mine}
             self._end_reads(queue, len(xids), key.close, False, delay=more.delay, tail=more.tail)
         if not more.touch:
             self._order = [read for read in self._order if read not in reads]
@@ -6166,23 +6214,8 @@ class MemcacheSession(LineSession):
         """move <queue> <queue> [<items>]"""
         if not 3 <= len(words) <= 4:
             raise Refused("CLIENT_ERROR", "move needs two queues")
-        name, dest = _name(words[1]), _name(words[2])
         most = _number(words[3], "number of items") if len(words) == 4 else UNLIMITED
-        self._check_reads()
-        self._check_writes()
-        self._check_user("get_users", name)
-        self._check_user("put_users", dest)
-        source = self.broker.find(name)
-        target = yield from self._queue(dest)
-        if target is None or target is source or most < 0:
-            raise Refused("CLIENT_ERROR", "items cannot be moved like this")
-        if source is None:
-            raise Refused("CLIENT_ERROR", "there is no queue %s" % name)
-        moved, error = yield functools.partial(
-            self.broker.move, source, target, min(most, source.count), self.now)
-        if error:
-            raise Refused("SERVER_ERROR", "%s; %d were moved" % (_why(error), moved),
-                          reason=_reason(error))
+        moved = yield from self._move(os.fsdecode(words[1]), os.fsdecode(words[2]), most)
         self._say(b"%d\r\n" % moved)
 
     def do_pause(self, words):
@@ -6191,35 +6224,28 @@ class MemcacheSession(LineSession):
             tuple(word.lower() for word in words[2:]))
         if what is None:
             raise Refused("CLIENT_ERROR", "pause takes one queue, and in or out")
-        self._pause(words, what)
+        name, queue = self._to_pause(words)
+        self._say(b"END\r\n", self._pause(name, what | (queue.paused if queue else 0)))
 
     def do_resume(self, words):
         """resume <queue>"""
         if len(words) != 2:
             raise Refused("CLIENT_ERROR", "resume takes one queue")
-        self._pause(words, 0)
+        name, _ = self._to_pause(words)
+        self._say(b"END\r\n", self._pause(name, 0))
 
-    def _pause(self, words, what):
+    def _to_pause(self, words):
         if len(words) < 2:
             raise Refused("CLIENT_ERROR", "%s needs the name of a queue" % words[0].decode())
-        self._check_admin(words[0].decode())
-        self._check_writes()
         name = _name(words[1])
-        self._check_user("get_users", name)
-        self._check_user("put_users", name)
-        queue = self.broker.find(name)
-        if queue is None:
-            raise Refused("CLIENT_ERROR", "there is no queue %s" % name)
-        queue.pause(what and what | queue.paused)
-        log.info("queue %s %s by %s", name, "paused (%s)" % PAUSES[queue.paused]
-                 if queue.paused else "resumed", self.who)
-        self._say(b"END\r\n", queue)
+        return name, self.broker.find(name)
 
     def do_clients(self, words):
         """clients"""
         self._check_admin("clients")
         yield
         for count, row in enumerate(self._clients(), 1):
+            del row["oldest_open_seconds"]
             self._say(os.fsencode("CLIENT %s\r\n" % " ".join(
                 "-" if value is None else str(value).replace(" ", "%20")
                 for value in row.values())))
@@ -6231,12 +6257,7 @@ class MemcacheSession(LineSession):
         """kick <client>"""
         self._check_admin("kick")
         number = _number(words[1], "number of a client") if len(words) == 2 else 0
-        session, _ = self.broker.clients.get(number, (None, 0))
-        if session:
-            log.info("%s: kicked by %s", session.who, self.who)
-            session.end()
-            self.broker.woken.append(session)
-        self._reply(words, b"OK\r\n" if session else b"NOT_FOUND\r\n")
+        self._reply(words, b"OK\r\n" if self._kick(number) else b"NOT_FOUND\r\n")
 
     def do_stats(self, words):
         yield
@@ -6608,7 +6629,7 @@ class ThriftSession(Session):
         for queue in failed:
             xids = [xid for other, xid in ended if other is queue and xid in queue.opens]
             for xid in xids:
-                self.open_reads[queue].remove(xid)
+                del self.open_reads[queue][xid]
             queue.abort(*xids, orphaned=True)
 
     # -- the methods of the service
@@ -6812,6 +6833,10 @@ _THRIFT_METHODS = {
 MAX_HEAD = 16384
 MAX_BODY = 65536
 
+# How many bytes of an item the page shows, and how many items of a queue.
+_SHOWN = 2000
+_SHOWN_ITEMS = 20
+
 _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
 _HTML = "text/html; charset=utf-8"
@@ -6857,6 +6882,7 @@ class AdminSession(Session):
         self._keep_alive = False         # after the answer to it
         self._chunked = False            # the client knows HTTP/1.1
         self._query = {}
+        self._body = b""
 
     def _parse(self, data):
         pos = 0
@@ -6881,6 +6907,7 @@ class AdminSession(Session):
                 if len(data) < end + 4 + size:
                     self._needed = end + 4 + size - pos
                     break
+                self._body = data[end + 4:end + 4 + size]
                 pos = end + 4 + size
                 path = self._parse_target(target)
             except ValueError as error:
@@ -6934,7 +6961,7 @@ class AdminSession(Session):
         elif self._method not in (("POST",) if method == "POST" else ("GET", "HEAD")):
             self._respond(HTTPStatus.METHOD_NOT_ALLOWED,
                           header="Allow: " + ("POST" if method == "POST" else "GET, HEAD"))
-        elif (method == "POST" or path == "/peek") and not self._is_from_here(headers):
+        elif (method == "POST" or path in _READING) and not self._is_from_here(headers):
             self._respond(HTTPStatus.FORBIDDEN, "this is taken from pages of this server only, "
                           "under a name of it (admin_hosts)")
         elif self.broker.config.users is not None and path not in _PROBES and not (
@@ -7138,7 +7165,8 @@ class AdminSession(Session):
             "version": __version__, "uptime": int(broker.uptime()),
             "put_rate": round(broker.put_rate, 1), "get_rate": round(broker.get_rate, 1),
             "status": broker.status, "connections": len(broker.clients),
-            "items": totals.items, "trouble": broker.trouble() or broker.low_space,
+            "items": totals.items, "host": os.uname().nodename,
+            "trouble": broker.why_not_readable() or broker.why_not_writable(),
             "queues": 0})[:-2] + "["
         shown = [one for one in QUEUE_STATS if one.name in (
             "items", "bytes", "logsize", "waiters", "open_transactions", "head_wait", "put_rate",
@@ -7146,7 +7174,9 @@ class AdminSession(Session):
         comma = ""
         for queue in self._queues():
             row = {one.name: one.get(queue, now) for one in shown}
-            row.update(name=_shown_name(queue.name), key=_key_of(queue.name))
+            row.update(name=_shown_name(queue.name), key=_key_of(queue.name),
+                       paused=PAUSES[queue.paused], failing=queue in broker.failing,
+                       children=len(broker.children.get(queue.name, ())))
             yield comma + json.dumps(row)
             comma = ","
         yield "]}\n"
@@ -7167,16 +7197,68 @@ class AdminSession(Session):
         self._respond(HTTPStatus.OK, json.dumps(
             {_key_of(queue.name): self.broker.history(queue) for queue in queues}), _JSON)
 
-    def _peek(self):
+    def _first_items(self, most):
+        """Return the queue that the request names, and its first items; or None and nothing."""
         self._check_reads()
         queue = self._asked_queue()
+        items = []
         if queue:
             self._check_user("get_users", queue.name)
-            item = yield from self._next(queue, peek=True)
-            self._respond(HTTPStatus.OK, json.dumps({"item": item and {
-                "bytes": len(item.data), "flags": item.flags,
+            while queue.discard_expired(self.now, SWEEP_STEP):
+                yield
+            for some in queue.browse(most, self.now):
+                items += some
+                yield
+        return queue, items
+
+    def _peek(self):
+        queue, items = yield from self._first_items(1)
+        if queue:
+            self._respond(HTTPStatus.OK, json.dumps({"item": items and self._item_row(
+                items[0]) or None}), _JSON)
+
+    def _item_row(self, item):
+        """Return what the page shows of an item."""
+        begin = item.data[:_SHOWN]
+        return {"bytes": len(item.data), "flags": item.flags, "deliveries": item.deliveries,
                 "age_msec": max(0, self.now - item.add_time),
-                "text": item.data[:2000].decode("utf-8", "backslashreplace")}}), _JSON)
+                "expires_msec": max(0, item.expiry - self.now) if item.expiry else None,
+                "text": begin.decode("utf-8", "backslashreplace"),
+                "base64": base64.b64encode(begin).decode()}
+
+    def _queue_json(self):
+        """Answer with all that the page shows of one queue."""
+        queue, items = yield from self._first_items(_SHOWN_ITEMS)
+        if queue:
+            readers = []
+            for row, (session, _) in zip(self._clients(), list(self.broker.clients.values())):
+                reads = session.open_reads.get(queue)
+                if reads:
+                    readers.append({**row, "open_reads": len(reads), "oldest_open_seconds":
+                                    (self.now - next(iter(reads.values()))) // 1000})
+            self._respond(HTTPStatus.OK, json.dumps({
+                "name": _shown_name(queue.name), "key": _key_of(queue.name),
+                "paused": PAUSES[queue.paused], "settings": queue.config.lines(),
+                "stats": dict(self.broker.queue_stats(queue, self.now)),
+                "children": [_shown_name(name)
+                             for name in self.broker.children.get(queue.name, ())],
+                "items": [self._item_row(item) for item in items], "readers": readers,
+                "history": self.broker.history(queue)}), _JSON)
+
+    def _item(self):
+        """Answer with the data of one of the first items."""
+        number = self._query.get("n", ["0"])[0]
+        number = int(number) if re.fullmatch("[0-9]{1,4}", number) else _SHOWN_ITEMS
+        queue, items = yield from self._first_items(min(number + 1, _SHOWN_ITEMS))
+        if queue and number < len(items):
+            data = items[number].data if self._method != "HEAD" else b""
+            self._say(self._head(HTTPStatus.OK, "application/octet-stream",
+                                 "Content-Length: %d" % len(items[number].data),
+                                 "Content-Disposition: attachment; filename=item") + data)
+            if not self._keep_alive:
+                self.end()
+        elif queue:
+            self._respond(HTTPStatus.NOT_FOUND, "there is no such item")
 
     # -- what changes something
 
@@ -7200,6 +7282,46 @@ class AdminSession(Session):
             yield from self._delete(queue.name)
             self._rest_on(queue)
         return queue and "deleted"
+
+    def _post_put(self):
+        """Put the body as an item into the queue that the request names, made if it is new."""
+        self._check_writes()
+        name = self._query.get("queue", [""])[0]
+        key = os.fsencode(_name(os.fsencode(name)) and name)
+        self._check_user("put_users", *self.broker.config.aliases.get(name, (name,)))
+        route = yield from self._route(key)
+        if not (yield from self._put(route, [self._body])):
+            raise Refused("CLIENT_ERROR", "the queue does not take it", reason="full")
+        return "stored"
+
+    def _post_move(self):
+        queue = self._asked_queue()
+        if queue:
+            moved = yield from self._move(queue.name, self._query.get("dest", [""])[0])
+            return "%d moved" % moved
+        return None
+
+    def _post_pause(self):
+        queue = self._asked_queue()
+        what = self._query.get("what", ["in and out"])[0]
+        if queue and what not in PAUSES:
+            raise Refused("CLIENT_ERROR", "what is one of: " + ", ".join(PAUSES))
+        if queue:
+            self._pause(queue.name, PAUSES.index(what))
+            self._rest_on(queue)
+        return queue and "paused: %s" % PAUSES[queue.paused]
+
+    def _post_kick(self):
+        self._check_admin("kick")
+        number = self._query.get("id", [""])[0]
+        if not self._kick(int(number) if number.isdigit() else 0):
+            self._respond(HTTPStatus.NOT_FOUND, "there is no such client")
+            return None
+        return "closed"
+
+    def _post_status(self):
+        self._set_status(self._query.get("to", [""])[0])
+        return self.broker.status.lower()
 
     def _post_reload(self):
         yield from self._reload()
@@ -7234,12 +7356,22 @@ _ADMIN_PATHS = {
     "/history.json": ("GET", AdminSession._history_json),
     "/connections.json": ("GET", AdminSession._connections),
     "/peek": ("GET", AdminSession._peek),
+    "/queue.json": ("GET", AdminSession._queue_json),
+    "/item": ("GET", AdminSession._item),
+    "/put": ("POST", AdminSession._post_put),
+    "/move": ("POST", AdminSession._post_move),
+    "/pause": ("POST", AdminSession._post_pause),
+    "/kick": ("POST", AdminSession._post_kick),
+    "/set_status": ("POST", AdminSession._post_status),
     "/flush": ("POST", AdminSession._post_flush),
     "/delete": ("POST", AdminSession._post_delete),
     "/reload": ("POST", AdminSession._post_reload),
     "/quiesce": ("POST", AdminSession._post_quiesce),
     "/shutdown": ("POST", AdminSession._post_shutdown),
 }
+
+# What tells of items: not for the pages of others.
+_READING = ("/peek", "/queue.json", "/item")
 
 # What load balancers ask for, who have no password.
 _PROBES = ("/ping", "/readable", "/writable")
@@ -7254,66 +7386,83 @@ _PAGE = """\
 <title>Kestrel</title>
 <link rel="icon" href="data:,">
 <style>
-:root { --ink: #1d2733; --soft: #66727f; --line: #e2e6ea; --back: #fff; --tint: #f5f7f9;
-  --in: #1769aa; --out: #b4540a; --bad: #b3261e }
-@media (prefers-color-scheme: dark) { :root { --ink: #dfe5ea; --soft: #93a0ac; --line: #2c353e;
-  --back: #14191e; --tint: #1b2127; --in: #6cb6ff; --out: #f0a35e; --bad: #ff8a80 } }
+:root { --ink: #1d2733; --soft: #5b6672; --line: #e2e6ea; --edge: #7d8791; --back: #fff;
+  --tint: #f5f7f9; --in: #1769aa; --out: #b4540a; --bad: #b3261e; --good: #1d6b35 }
+@media (prefers-color-scheme: dark) { :root { --ink: #dfe5ea; --soft: #9aa7b3; --line: #2c353e;
+  --edge: #6f7c88; --back: #14191e; --tint: #1b2127; --in: #6cb6ff; --out: #f0a35e;
+  --bad: #ff8a80; --good: #7fd197 } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 80rem; padding: 1rem; color: var(--ink);
   background: var(--back); font: 15px/1.45 system-ui, sans-serif }
-h1 { font-size: 1.25rem; margin: 0 }
-header, .facts { display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; align-items: baseline }
+h1 { font-size: 1.25rem; margin: 0 } h2 { font-size: 1.15rem; margin: 0; overflow-wrap: anywhere }
+h3 { font-size: 1rem; margin: 1rem 0 .25rem }
+header, .facts, .bar { display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; align-items: baseline }
+.bar { gap: .5rem; margin: .5rem 0 }
 .facts { margin: 1rem 0; padding: 0 }
 .facts div { min-width: 6rem }
-dt, th, .soft, caption { color: var(--soft); font-size: .85rem; font-weight: normal }
+dt, th, .soft { color: var(--soft); font-size: .85rem; font-weight: normal }
 dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums }
-#problem { color: var(--bad); font-weight: 600 }
-input, button { font: inherit; color: inherit; background: var(--back);
-  border: 1px solid var(--line); border-radius: .3rem; padding: .25rem .6rem }
+.bad { color: var(--bad); font-weight: 600 } .good { color: var(--good) }
+.some { color: var(--out); font-weight: 600 }
+input, button, select, textarea { font: inherit; color: inherit; background: var(--back);
+  border: 1px solid var(--edge); border-radius: .3rem; padding: .25rem .6rem }
+textarea { width: 100%; min-height: 6rem }
 button { cursor: pointer }
 button:hover { background: var(--tint) }
+button.danger { color: var(--bad); border-color: var(--bad) }
 :focus-visible { outline: 2px solid var(--in); outline-offset: 1px }
 .wide { overflow-x: auto; margin-top: .75rem }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child { text-align: left; white-space: normal;
-  overflow-wrap: anywhere; min-width: 9rem; width: 30%; position: sticky; left: 0;
-  background: var(--back) }
-th button { border: 0; padding: 0; background: none; color: var(--soft) }
+  overflow-wrap: anywhere; min-width: 9rem; width: 30% }
+#table td:first-child, #table th:first-child { position: sticky; left: 0; background: var(--back) }
+th button, td:first-child button { border: 0; padding: 0; background: none; color: inherit;
+  text-align: inherit }
+td:first-child button { text-decoration: underline; text-decoration-color: var(--edge) }
 th[aria-sort=ascending] button::after { content: " \\2191" }
 th[aria-sort=descending] button::after { content: " \\2193" }
 tbody tr:hover { background: var(--tint) }
-svg { display: block; width: 130px; height: 30px; overflow: visible }
+td svg { display: block; width: 130px; height: 30px; overflow: visible }
 path { fill: none; stroke-width: 1.3; vector-effect: non-scaling-stroke }
 .depth { stroke: var(--soft) } .in { stroke: var(--in) } .out { stroke: var(--out) }
 .key { display: inline-block; width: .9em; height: .2em; vertical-align: middle }
+.narrow { display: none }
 @media (max-width: 40rem) {
-  table, thead, tbody { display: block }
-  thead tr { display: flex; flex-wrap: wrap; gap: .2rem .9rem }
-  th, td { border: 0; padding: .1rem 0; width: auto }
-  th:empty { display: none }
-  tbody tr { display: grid; grid-template-columns: repeat(4, 1fr); padding: .6rem 0;
+  button, input, select { min-height: 44px; min-width: 44px }
+  .narrow { display: inline-block }
+  #table, #table tbody { display: block }
+  #table thead { display: none }
+  #table th, #table td { border: 0; padding: .1rem 0; width: auto }
+  #table tr { display: grid; grid-template-columns: repeat(4, 1fr); padding: .6rem 0;
     border-bottom: 1px solid var(--line) }
-  td, td:first-child { text-align: left; position: static }
-  td:first-child, td:last-child, td:nth-last-child(2) { grid-column: 1 / -1 }
+  #table td { text-align: left; position: static }
+  #table td:first-child, #table td:last-child { grid-column: 1 / -1 }
   td[data-title]:not(:first-child)::before { content: attr(data-title); display: block;
     color: var(--soft); font-size: .8rem } }
-dialog { color: inherit; background: var(--back); border: 1px solid var(--line);
-  border-radius: .5rem; max-width: min(40rem, 92vw) }
-dialog pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 50vh; overflow: auto;
-  background: var(--tint); padding: .5rem }
-dialog p:last-child { text-align: right; margin-bottom: 0 }
+dialog { color: inherit; background: var(--back); border: 1px solid var(--edge);
+  border-radius: .5rem; width: min(60rem, 96vw); max-height: 94vh }
+#dialog { width: min(34rem, 92vw) }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 40vh; overflow: auto;
+  background: var(--tint); padding: .5rem; margin: .25rem 0 }
+#chart { width: 100%; height: 11rem; display: block }
+#chart text { fill: var(--soft); font-size: 11px } #chart line { stroke: var(--line) }
 </style>
 <header>
-  <h1>Kestrel <span id="version" class="soft"></span></h1>
+  <h1>Kestrel <span id="host"></span> <span id="version" class="soft"></span></h1>
   <strong id="status">&hellip;</strong>
-  <span id="problem" role="alert"></span>
+  <span class="soft" id="answer"></span>
+  <span id="problem" class="bad" role="alert"></span>
 </header>
 <dl class="facts" id="facts"></dl>
-<label>Filter <input id="filter" type="search" autocomplete="off"></label>
-<span class="soft" id="shown" role="status"></span>
-<div class="wide"><table>
+<div class="bar">
+  <label>Filter <input id="filter" type="search" autocomplete="off"></label>
+  <label class="narrow">Sort by <select id="sort"></select></label>
+  <button id="up">Status up</button> <button id="quiesce" class="danger">Quiesce</button>
+  <span class="soft" id="shown" role="status"></span>
+</div>
+<div class="wide"><table id="table">
   <thead><tr id="heads"></tr></thead>
   <tbody id="queues"></tbody>
 </table></div>
@@ -7322,11 +7471,24 @@ dialog p:last-child { text-align: right; margin-bottom: 0 }
   <span class="key" style="background: var(--in)"></span> put a second,
   <span class="key" style="background: var(--out)"></span> got a second; each to its own scale
   but for the two rates, which share one.</p>
-<dialog id="dialog"><p id="question"></p><pre id="item" hidden></pre>
-  <p><button id="no">Close</button> <button id="yes"></button></p></dialog>
+<details id="clients"><summary>Clients</summary><div class="wide"><table>
+  <thead><tr id="client-heads"></tr></thead><tbody id="client-rows"></tbody></table></div></details>
+<dialog id="view" aria-labelledby="name">
+  <div class="bar"><h2 id="name"></h2> <span id="queue-state"></span>
+    <button id="close" style="margin-left: auto">Close</button></div>
+  <p class="soft" id="facts-of"></p>
+  <svg id="chart" role="img" aria-label="items and rates, the last ten minutes"></svg>
+  <p class="soft" id="hover" aria-live="off">&nbsp;</p>
+  <div class="bar" id="actions"></div>
+  <h3>First items</h3><div id="items"></div>
+  <h3>Open reads</h3><div id="readers"></div>
+  <details><summary>Settings in force</summary><pre id="settings"></pre></details>
+</dialog>
+<dialog id="dialog"><p id="question"></p><textarea id="text" hidden></textarea>
+  <p class="bar"><button id="no">Cancel</button> <button id="yes"></button></p></dialog>
 <script>
 "use strict"
-const MOST_ROWS = 200, EVERY = 2000
+const MOST_ROWS = 200, EVERY = 2000, SVG = "http://www.w3.org/2000/svg"
 const at = id => document.getElementById(id)
 const number = new Intl.NumberFormat("en", {maximumFractionDigits: 1})
 const bytes = n => { let unit = 0; while (n >= 1000 && unit < 4) { n /= 1024; unit++ }
@@ -7339,128 +7501,340 @@ const columns = [["Queue", "name", x => x], ["Items", "items", number.format],
   ["Put/s", "put_rate", number.format], ["Got/s", "get_rate", number.format],
   ["Open", "open_transactions", number.format], ["Waiters", "waiters", number.format],
   ["Journal", "logsize", bytes]]
-let data = null, sort = "name", down = false, charts = {}, turn = 0, answered = 0
+// What is looked at stands in the address, so that it can be passed on.
+const wish = new URLSearchParams(location.search)
+let data = null, charts = {}, answered = 0, stopped = false, turn = 0, pressed = false
+const known = new Map()                  // key of a queue -> its row
+function remember(name, value) {
+  if (value) wish.set(name, value)
+  else wish.delete(name)
+  history.replaceState(null, "", "?" + wish)
+}
+const sort = () => columns.some(column => column[1] === wish.get("sort")) ? wish.get("sort")
+  : "name"
+const down = () => wish.get("down") === "1"
 function make(tag, text, parent) {
   const one = document.createElement(tag)
   one.textContent = text
   if (parent) parent.append(one)
   return one
 }
-for (const [title, key] of columns) {
-  const button = make("button", title, make("th", "", at("heads")))
-  button.parentNode.dataset.key = key
-  button.onclick = () => { down = sort === key ? !down : key !== "name"; sort = key; show() }
+function set(one, text) { if (one.textContent !== text) one.textContent = text }
+function button(title, act, parent, danger) {
+  const one = make("button", title, parent)
+  one.onclick = act
+  if (danger) one.className = "danger"
+  return one
 }
-make("th", "Ten minutes", at("heads")); make("th", "", at("heads"))
-function line(values, most, kind) {
-  const path = document.createElementNS("http://www.w3.org/2000/svg", "path")
+for (const [title, key] of columns) {
+  const head = make("th", "", at("heads"))
+  head.dataset.key = key
+  button(title, () => order(key, sort() === key ? !down() : key !== "name"), head)
+  make("option", title, at("sort")).value = key
+}
+make("th", "Ten minutes", at("heads"))
+function order(key, isDown) {
+  remember("sort", key)
+  remember("down", isDown ? "1" : "")
+  show()
+}
+at("sort").onchange = () => order(at("sort").value, at("sort").value !== "name")
+function line(values, most, kind, width, height) {
+  const path = document.createElementNS(SVG, "path")
   path.setAttribute("class", kind)
   path.setAttribute("d", values.map((value, n) => (n ? "L" : "M")
-    + (130 - 130 * (values.length - 1 - n) / 119).toFixed(1) + " "
-    + (29 - 28 * value / most).toFixed(1)).join(""))
+    + (width - width * (values.length - 1 - n) / 119).toFixed(1) + " "
+    + (height - 1 - (height - 2) * value / most).toFixed(1)).join(""))
   return path
 }
-function chart(queue) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg")
-  const samples = charts[queue.key] || []
+function draw(svg, samples, width, height) {
   const [items, put, got] = [0, 1, 2].map(n => samples.map(sample => sample[n]))
-  svg.setAttribute("role", "img")
-  svg.setAttribute("aria-label", "items and rates of " + queue.name)
-  if (samples.length > 1) {
-    const rate = Math.max(1, ...put, ...got)
-    svg.append(line(items, Math.max(1, ...items), "depth"), line(put, rate, "in"),
-      line(got, rate, "out"))
-  }
-  return svg
+  const most = Math.max(1, ...items), rate = Math.max(1, ...put, ...got)
+  svg.replaceChildren(...(samples.length > 1 ? [line(items, most, "depth", width, height),
+    line(put, rate, "in", width, height), line(got, rate, "out", width, height)] : []))
+  return [most, rate]
 }
 function rows() {
-  const wanted = at("filter").value.toLowerCase()
+  const wanted = at("filter").value.toLowerCase(), by = sort()
   const found = data.queues.filter(queue => queue.name.toLowerCase().includes(wanted))
-  found.sort((a, b) => (a[sort] > b[sort]) - (a[sort] < b[sort]) || (a.key > b.key) - 0.5)
-  if (down) found.reverse()
+  found.sort((a, b) => (a[by] > b[by]) - (a[by] < b[by]) || (a.key > b.key) - 0.5)
+  if (down()) found.reverse()
   return found
 }
+function state(queue) {
+  return queue.failing ? " (failing)" : queue.paused !== "no" ? ` (paused: ${queue.paused})` : ""
+}
+function row(queue) {
+  let one = known.get(queue.key)
+  if (!one) {
+    one = document.createElement("tr")
+    for (const [title] of columns) make("td", "", one).dataset.title = title
+    button("", () => look(queue.key), one.firstChild)
+    make("span", "", one.firstChild)
+    make("td", "", one).append(document.createElementNS(SVG, "svg"))
+    known.set(queue.key, one)
+  }
+  columns.forEach(([title, key, text], n) =>
+    set(n ? one.children[n] : one.firstChild.firstChild, text(queue[key])))
+  const words = one.firstChild.lastChild
+  set(words, state(queue))
+  words.className = queue.failing ? "bad" : "some"
+  const svg = one.lastChild.firstChild
+  svg.setAttribute("role", "img")
+  svg.setAttribute("aria-label", "items and rates of " + queue.name)
+  draw(svg, charts[queue.key] || [], 130, 30)
+  return one
+}
 function show() {
-  at("version").textContent = data.version
-  at("status").textContent = data.status.toLowerCase()
+  if (!data) return
+  set(at("version"), data.version)
+  set(at("host"), data.host)
+  document.title = `${data.host}: Kestrel, ${data.status.toLowerCase()}`
+  set(at("status"), data.status.toLowerCase())
+  at("status").className = {UP: "good", QUIESCENT: "bad"}[data.status] || "some"
   const facts = [["Up", time(data.uptime)], ["Connections", number.format(data.connections)],
     ["Queues", number.format(data.queues.length)], ["Items", number.format(data.items)],
     ["Put/s", number.format(data.put_rate)], ["Got/s", number.format(data.get_rate)]]
-  at("facts").replaceChildren(...facts.map(([name, value]) => {
-    const both = document.createElement("div")
-    make("dt", name, both); make("dd", value, both)
-    return both }))
+  facts.forEach(([name, value], n) => {
+    let both = at("facts").children[n]
+    if (!both) {
+      both = make("div", "", at("facts"))
+      make("dt", name, both)
+      make("dd", "", both)
+    }
+    set(both.lastChild, value)
+  })
   for (const head of at("heads").children)
-    head.setAttribute("aria-sort", head.dataset.key !== sort ? "none"
-      : down ? "descending" : "ascending")
-  const found = rows(), focused = document.activeElement && document.activeElement.dataset.focus
-  at("shown").textContent = !data.queues.length
+    head.setAttribute("aria-sort", head.dataset.key !== sort() ? "none"
+      : down() ? "descending" : "ascending")
+  at("sort").value = sort()
+  const found = rows()
+  set(at("shown"), !data.queues.length
     ? "No queues yet: the first put or get of a name makes one."
     : !found.length ? "No queue of that name."
-    : found.length > MOST_ROWS ? MOST_ROWS + " of " + found.length + " shown." : ""
-  at("queues").replaceChildren(...found.slice(0, MOST_ROWS).map(queue => {
-    const row = document.createElement("tr")
-    for (const [title, key, text] of columns)
-      make("td", text(queue[key]), row).dataset.title = title
-    make("td", "", row).append(chart(queue))
-    const cell = make("td", "", row)
-    for (const [title, act] of [["Peek", peek], ["Flush", change], ["Delete", change]]) {
-      const button = make("button", title, cell)
-      button.dataset.focus = title + queue.key
-      button.setAttribute("aria-label", title + " " + queue.name)
-      button.onclick = () => act(queue, title)
-      cell.append(" ")
-    }
-    return row }))
-  if (focused) for (const one of document.querySelectorAll("[data-focus]"))
-    if (one.dataset.focus === focused) one.focus()
+    : found.length > MOST_ROWS ? MOST_ROWS + " of " + found.length + " shown." : "")
+  const wanted = found.slice(0, MOST_ROWS).map(row), body = at("queues")
+  // A row that is pressed, or has text selected, stays where it is.
+  if (pressed || !getSelection().isCollapsed && body.contains(getSelection().anchorNode)) return
+  const focused = document.activeElement
+  const keep = new Set(wanted)
+  for (const one of [...body.children]) if (!keep.has(one)) one.remove()
+  wanted.forEach((one, n) => {
+    if (body.children[n] !== one) body.insertBefore(one, body.children[n] || null)
+  })
+  if (focused && focused !== document.activeElement && body.contains(focused)) focused.focus()
+  for (const [key, one] of known) if (!keep.has(one)) known.delete(key)
 }
-function ask(question, yes, act, item) {
+addEventListener("pointerdown", () => { pressed = true })
+for (const end of ["pointerup", "pointercancel", "blur"])
+  addEventListener(end, () => setTimeout(() => { pressed = false }))
+async function fetched(path, options) {
+  const answer = await fetch(path, {signal: AbortSignal.timeout(5000), ...options})
+  if (!answer.ok) throw Object.assign(new Error((await answer.text()).trim()),
+    {status: answer.status})
+  return answer
+}
+function why(error) {
+  return error.status === 401 ? "Your login is not valid any more: reload the page to log in."
+    : error.status === 403 ? "You may not do this: " + error.message
+    : error.status ? `The server says ${error.status}: ${error.message}`
+    : "The server does not answer."
+}
+function ask(question, yes, act, {danger, text} = {}) {
   at("question").textContent = question
-  at("item").hidden = item === undefined
-  at("item").textContent = item === undefined ? "" : item
+  at("text").hidden = text === undefined
+  at("text").value = text || ""
+  at("no").textContent = yes ? "Cancel" : "Close"
   at("yes").hidden = !yes
   at("yes").textContent = yes
-  at("yes").onclick = () => { at("dialog").close(); act() }
+  at("yes").className = danger ? "danger" : ""
+  at("yes").onclick = () => { at("dialog").close(); act(at("text").value) }
   at("dialog").showModal()
 }
 at("no").onclick = () => at("dialog").close()
-async function fetched(path, options) {
-  const answer = await fetch(path, {signal: AbortSignal.timeout(5000), ...options})
-  if (!answer.ok) throw Object.assign(new Error(await answer.text()), {status: answer.status})
-  return answer
+async function post(path, body) {
+  try { await fetched(path, {method: "POST", body}) }
+  catch (error) { ask(why(error), "", null) }
+  await refresh()
 }
-async function peek(queue) {
-  const {item} = await (await fetched("peek?queue=" + queue.key)).json()
-  ask(item ? `Head of ${queue.name}: ${bytes(item.bytes)}, waiting for `
-    + time(item.age_msec / 1000) : `${queue.name} is empty.`, "", null, item ? item.text : undefined)
+at("up").onclick = () => post("set_status?to=up")
+at("quiesce").onclick = () => ask("Refuse all puts and gets of all clients? Status up ends it.",
+  "Quiesce", () => post("quiesce"), {danger: true})
+
+// -- one queue
+
+let viewed = null, opened = new Set()
+function look(key) {
+  viewed = key
+  opened = new Set()
+  remember("queue", key)
+  at("items").replaceChildren()
+  set(at("name"), (data.queues.find(queue => queue.key === key) || {name: key}).name)
+  if (!at("view").open) at("view").showModal()
+  view()
 }
-function change(queue, title) {
-  ask(`${title} ${queue.name}, with ${number.format(queue.items)} items? They are gone then.`,
-    title, async () => {
-      try { await fetched(`${title.toLowerCase()}?queue=${queue.key}`, {method: "POST"}) }
-      catch (error) { ask(error.message, "", null) }
-      refresh() })
+at("view").onclose = () => { viewed = null; remember("queue", "") }
+at("close").onclick = () => at("view").close()
+function text(item) {
+  const data = Uint8Array.from(atob(item.base64), one => one.charCodeAt(0))
+  try {
+    const words = new TextDecoder("utf-8", {fatal: true}).decode(data,
+      {stream: data.length < item.bytes})
+    try { return JSON.stringify(JSON.parse(words), null, 2) } catch (error) { return words }
+  } catch (error) {
+    const lines = []
+    for (let n = 0; n < data.length; n += 16) {
+      const part = [...data.slice(n, n + 16)]
+      lines.push(n.toString(16).padStart(6, "0") + "  "
+        + part.map(one => one.toString(16).padStart(2, "0")).join(" ").padEnd(49)
+        + part.map(one => one > 31 && one < 127 ? String.fromCharCode(one) : ".").join(""))
+    }
+    return lines.join("\\n")
+  }
 }
+function item(one, n, key) {
+  const box = document.createElement("details")
+  make("summary", `${n + 1}. ${bytes(one.bytes)}, waits for ${time(one.age_msec / 1000)}`
+    + (one.deliveries ? `, came back ${one.deliveries} times` : "")
+    + (one.flags ? `, flags ${one.flags}` : "")
+    + (one.expires_msec === null ? "" : `, expires in ${time(one.expires_msec / 1000)}`), box)
+  make("pre", text(one), box)
+  const shown = atob(one.base64).length
+  const note = make("p", shown < one.bytes
+    ? `The first ${number.format(shown)} of ${number.format(one.bytes)} bytes. ` : "", box)
+  const link = make("a", "Download", note)
+  link.href = `item?queue=${key}&n=${n}`
+  link.download = "item"
+  box.open = opened.has(n)
+  box.ontoggle = () => box.open ? opened.add(n) : opened.delete(n)
+  return box
+}
+function axis(chart, samples) {
+  const width = chart.clientWidth || 600, height = chart.clientHeight || 170
+  const [most, rate] = draw(chart, samples, width, height - 16)
+  const words = [["start", 2, 11, number.format(most) + " items"],
+    ["end", width - 2, 11, number.format(rate) + " a second"],
+    ["start", 2, height - 2, "10 min ago"], ["end", width - 2, height - 2, "now"]]
+  for (const [anchor, x, y, text] of words) {
+    const one = document.createElementNS(SVG, "text")
+    one.setAttribute("x", x)
+    one.setAttribute("y", y)
+    one.setAttribute("text-anchor", anchor)
+    one.textContent = text
+    chart.append(one)
+  }
+  chart.onpointermove = event => {
+    const box = chart.getBoundingClientRect()
+    const back = Math.round((1 - (event.clientX - box.left) / box.width) * 119)
+    const sample = samples[samples.length - 1 - back]
+    set(at("hover"), sample ? `${time(back * 5)} ago: ${number.format(sample[0])} items, `
+      + `${number.format(sample[1])} put and ${number.format(sample[2])} got a second` : "\\u00a0")
+  }
+}
+async function view() {
+  const key = viewed
+  let queue
+  try { queue = await (await fetched("queue.json?queue=" + key)).json() }
+  catch (error) {
+    if (viewed === key) set(at("queue-state"), why(error))
+    at("queue-state").className = "bad"
+    return
+  }
+  if (viewed !== key) return
+  const stats = queue.stats, paused = queue.paused !== "no"
+  set(at("name"), queue.name)
+  set(at("queue-state"), paused ? "paused: " + queue.paused : "running")
+  at("queue-state").className = paused ? "some" : "good"
+  set(at("facts-of"), `${number.format(stats.items)} items, ${bytes(stats.bytes)}; `
+    + `${number.format(stats.delayed)} delayed, ${number.format(stats.open_transactions)} open, `
+    + `${number.format(stats.waiters)} waiters; journal ${bytes(stats.logsize)}`
+    + (queue.children.length ? "; children: " + queue.children.join(", ") : ""))
+  axis(at("chart"), queue.history)
+  set(at("settings"), queue.settings.join("\\n"))
+  if (getSelection().isCollapsed && !pressed)
+    at("items").replaceChildren(...queue.items.length
+      ? queue.items.map((one, n) => item(one, n, key)) : [make("p", "None waits.")])
+  at("readers").replaceChildren(...queue.readers.length ? queue.readers.map(one => make("p",
+    `${one.user || one.address} (${one.protocol}, client ${one.id}): ${one.open_reads} open, `
+    + `the oldest for ${time(one.oldest_open_seconds)}`)) : [make("p", "None.")])
+  const also = queue.children.length ? " Its children " + queue.children.join(", ")
+    + " keep theirs." : ""
+  const count = `${number.format(stats.items)} items`
+  const actions = [["Publish", () => ask(`An item for ${queue.name}, and its children:`, "Put",
+      text => post("put?queue=" + key, text), {text: ""})],
+    ["Move", () => ask(`Move the ${count} of ${queue.name} to which queue?`, "Move",
+      dest => post(`move?queue=${key}&dest=${encodeURIComponent(dest.trim())}`), {text: ""})],
+    [paused ? "Resume" : "Pause", () => paused ? post(`pause?queue=${key}&what=no`)
+      : ask(`Pause ${queue.name}: refuse puts, and let gets find nothing?`, "Pause",
+        () => post("pause?queue=" + key))],
+    ["Flush", () => ask(`Drop the ${count} of ${queue.name}? They are gone then.` + also, "Flush",
+      () => post("flush?queue=" + key), {danger: true}), true],
+    ["Delete", () => ask(`Delete ${queue.name} with its ${count}? They are gone then.` + also,
+      "Delete", async () => { await post("delete?queue=" + key); at("view").close() },
+      {danger: true}), true]]
+  actions.forEach(([title, act, danger], n) => {
+    const one = at("actions").children[n] || button("", null, at("actions"), danger)
+    set(one, title)
+    one.onclick = act
+  })
+}
+
+// -- the clients
+
+const client_columns = ["id", "address", "user", "protocol", "state", "seconds", "open_reads",
+  "oldest_open_seconds", "waits_for"]
+for (const name of client_columns) make("th", name.replaceAll("_", " "), at("client-heads"))
+async function clients() {
+  let list
+  try { list = await (await fetched("connections.json")).json() }
+  catch (error) { list = []; set(at("problem"), why(error)) }
+  if (pressed) return
+  at("client-rows").replaceChildren(...list.slice(0, MOST_ROWS).map(client => {
+    const one = document.createElement("tr")
+    for (const name of client_columns) make("td", client[name] === null ? "–" : client[name], one)
+    button("Close", () => ask(`Hang up on client ${client.id}, ${client.address}? `
+      + "What it has open goes back.", "Hang up", () => post("kick?id=" + client.id),
+      {danger: true}), make("td", "", one), true)
+    return one }))
+}
+at("clients").ontoggle = () => at("clients").open && clients()
+
+// -- again and again
+
 async function refresh() {
   try {
     data = await (await fetched("queues.json")).json()
     answered = Date.now()
-    const wanted = rows().slice(0, 50).map(queue => "queue=" + queue.key).join("&")
-    if (turn++ % 2 === 0 && wanted) charts = await (await fetched("history.json?" + wanted)).json()
+    if (turn++ % 2 === 0) {
+      const wanted = rows().slice(0, MOST_ROWS)
+      for (let n = 0; n < wanted.length; n += 50)
+        Object.assign(charts, await (await fetched("history.json?"
+          + wanted.slice(n, n + 50).map(queue => "queue=" + queue.key).join("&"))).json())
+    }
   } catch (error) {
-    at("problem").textContent = ({401: "Log in again.", 403: "You may not see this."})[error.status]
-      || (error.status ? `The server says ${error.status}` : "The server does not answer")
-        + (data ? `; last answer ${time((Date.now() - answered) / 1000)} ago.` : ".")
-    at("status").textContent = "unreachable"
+    set(at("problem"), why(error))
+    set(at("status"), "unreachable")
+    at("status").className = "bad"
+    document.title = "Kestrel, unreachable"
+    stopped = error.status === 401
     return
   }
-  at("problem").textContent = data.trouble
+  set(at("problem"), data.trouble)
   show()
+  if (viewed) await view()
+  if (at("clients").open) await clients()
 }
-at("filter").oninput = () => data && show()
-async function always() { if (!document.hidden) await refresh(); setTimeout(always, EVERY) }
-always()
+function tell_age() {
+  set(at("answer"), answered ? `last answer ${time((Date.now() - answered) / 1000)} ago` : "")
+}
+setInterval(tell_age, 1000)
+at("filter").value = wish.get("filter") || ""
+at("filter").oninput = () => { remember("filter", at("filter").value); show() }
+async function always() {
+  if (!document.hidden) { await refresh(); tell_age() }
+  if (!stopped) setTimeout(always, EVERY)
+}
+always().then(() => data && wish.get("queue") && look(wish.get("queue")))
 </script>
 </html>
 """
@@ -8952,7 +9326,8 @@ class Client:
 
     # -- taking
 
-    def get(self, queue: "str | list[str]", timeout: float = 0, options: str = "") -> "bytes | None":
+    def get(self, queue: "str | list[str]", timeout: float = 0,
+            options: str = "") -> "bytes | None":
         """Take the next item, waiting for it if need be; None if there is none. options: such
         as "/open" or "/close/open"."""
         self._check_closed(queue)
@@ -9013,7 +9388,8 @@ class Client:
 
     def _get(self, queue, timeout, options, read=None):
         return self._ask(b"get %b/t=%d%b\r\n" % (
-            self._keys(queue), timeout * 1000, _word(options).encode()), read or self._items, timeout)
+            self._keys(queue), timeout * 1000, _word(options).encode()),
+            read or self._items, timeout)
 
     @contextlib.contextmanager
     def open(self, queue: "str | list[str]", timeout: float = 0,

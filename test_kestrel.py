@@ -5955,7 +5955,8 @@ def test_what_the_page_asks_for(admin):
     history = json.loads(ask(admin, "GET /history.json?queue=q&queue=none&queue=" + key)[2])
     assert history == {"q": [[1, 0.4, 0.2]], key: [[1, 0.2, 0]]}
     peeked = json.loads(ask(admin, "GET /peek?queue=" + key)[2])["item"]
-    assert peeked == {"bytes": 9, "flags": 0, "age_msec": 0, "text": "<script>\\xff"}
+    assert peeked == {"bytes": 9, "flags": 0, "age_msec": 0, "text": "<script>\\xff",
+                      "deliveries": 0, "expires_msec": None, "base64": "PHNjcmlwdD7/"}
     assert json.loads(ask(admin, "GET /peek?queue=q")[2])["item"]["text"] == "2"
     assert admin.broker.queues["q"].count == 1
 
@@ -5988,7 +5989,7 @@ def test_connections_json(admin):
     status, headers, told = ask(admin, "GET /connections.json")
     assert json.loads(told) == [{
         "id": 1, "address": "a b", "user": None, "protocol": "memcache", "state": "waiting",
-        "seconds": 0, "open_reads": 0, "waits_for": "q"}]
+        "seconds": 0, "open_reads": 0, "oldest_open_seconds": None, "waits_for": "q"}]
     admin.broker.settings.admin_commands = "none"
     assert ask(admin, "GET /connections.json")[0] == 403
 

@@ -94,7 +94,7 @@ def main(browser):
             threading.Thread(target=dead.serve_forever, daemon=True).start()
             page, _ = seen(browser, "http://127.0.0.1:%d/" % dead.server_port, profile)
             rows, parts = text_of(page)
-            assert parts["status"] == "unreachable" and parts["problem"] == "The server says 503.", (
+            assert parts["status"] == "unreachable" and parts["problem"] == "The server says 503: gone", (
                 parts)
             dead.shutdown()
     print("the page shows what it is to show")
