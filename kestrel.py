@@ -7424,7 +7424,7 @@ td:first-child button { text-decoration: underline; text-decoration-color: var(-
 th[aria-sort=ascending] button::after { content: " \\2191" }
 th[aria-sort=descending] button::after { content: " \\2193" }
 tbody tr:hover { background: var(--tint) }
-td svg { display: block; width: 130px; height: 30px; overflow: visible }
+td svg { display: block; width: 130px; height: 30px; overflow: visible; margin-left: auto }
 path { fill: none; stroke-width: 1.3; vector-effect: non-scaling-stroke }
 .depth { stroke: var(--soft) } .in { stroke: var(--in) } .out { stroke: var(--out) }
 .key { display: inline-block; width: .9em; height: .2em; vertical-align: middle }
@@ -7437,6 +7437,7 @@ path { fill: none; stroke-width: 1.3; vector-effect: non-scaling-stroke }
   #table th, #table td { border: 0; padding: .1rem 0; width: auto }
   #table tr { display: grid; grid-template-columns: repeat(4, 1fr); padding: .6rem 0;
     border-bottom: 1px solid var(--line) }
+  td svg { margin-left: 0 }
   #table td { text-align: left; position: static }
   #table td:first-child, #table td:last-child { grid-column: 1 / -1 }
   td[data-title]:not(:first-child)::before { content: attr(data-title); display: block;
@@ -7694,7 +7695,7 @@ function text(item) {
 }
 function item(one, n, key) {
   const box = document.createElement("details")
-  make("summary", `${n + 1}. ${bytes(one.bytes)}, waits for ${time(one.age_msec / 1000)}`
+  make("summary", `${n + 1}. ${bytes(one.bytes)}, has waited ${time(one.age_msec / 1000)}`
     + (one.deliveries ? `, came back ${one.deliveries} times` : "")
     + (one.flags ? `, flags ${one.flags}` : "")
     + (one.expires_msec === null ? "" : `, expires in ${time(one.expires_msec / 1000)}`), box)

@@ -20,12 +20,12 @@ def free_port():
         return server.server_port
 
 
-def seen(browser, url, profile):
+def seen(browser, url, profile, budget=5000):
     """The page as it is after some seconds, and what the browser's console says."""
     done = subprocess.run(
         [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
          "--enable-logging=stderr", "--v=0", "--user-data-dir=" + profile,
-         "--virtual-time-budget=5000", "--dump-dom", url],
+         "--virtual-time-budget=%d" % budget, "--dump-dom", url],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=120)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return done.stdout, console
@@ -40,6 +40,53 @@ def text_of(page):
     parts = {name: html.unescape(re.search(r'id="%s"[^>]*>(.*?)<' % name, page)[1])
              for name in ("status", "problem", "shown")}
     return rows, parts
+
+
+# What a user does while the page is refreshed: a button is pressed for longer than that takes, has
+# the focus, and its row must still be the same one; then one queue is looked at.
+USER = """
+const told = document.createElement("p")
+told.id = "told"
+document.body.append(told)
+function tell(what) { told.textContent += what + ";" }
+setTimeout(() => {
+  const row = [...document.getElementById("queues").children].find(
+    row => row.firstChild.textContent === "a"), button = row.querySelector("button")
+  button.focus()
+  setTimeout(() => {
+    tell(row.isConnected ? "row stays" : "row gone")
+    tell(document.activeElement === button ? "focus stays" : "focus lost")
+    tell(/last answer/.test(document.getElementById("answer").textContent) ? "age shown" : "no age")
+    button.click()
+    setTimeout(() => {
+      tell(document.getElementById("view").open ? "view open" : "no view")
+      tell(document.getElementById("items").textContent)
+      tell(location.search)
+      for (const one of document.querySelectorAll("#actions button"))
+        if (one.textContent === "Flush") one.click()
+      tell(document.getElementById("question").textContent)
+      tell(document.getElementById("no").textContent)
+      tell(document.title)
+    }, 1500)
+  }, 5000)
+}, 1500)
+"""
+
+
+class Proxy(http.server.BaseHTTPRequestHandler):
+    """The page with a script that does what a user does; all else comes from the server."""
+
+    def do_GET(self):
+        body = urllib.request.urlopen(self.server.url + self.path[1:]).read()
+        if self.path == "/":
+            body = body.replace(b"</html>", b"<script>%b</script></html>" % USER.encode())
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
 
 
 class Dead(http.server.BaseHTTPRequestHandler):
@@ -83,6 +130,19 @@ def main(browser):
             assert "<img" not in page and parts == {
                 "status": "up", "problem": "", "shown": ""}, parts
             assert not console, console
+            with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+                proxy.url = url
+                threading.Thread(target=proxy.serve_forever, daemon=True).start()
+                client.put("a", b'{"large": "' + b"x" * 3000)
+                page, console = seen(browser, "http://127.0.0.1:%d/" % proxy.server_port, profile,
+                                     12000)
+                told = html.unescape(re.search('id="told">(.*?)</p>', page, re.S)[1])
+                for what in ("row stays", "focus stays", "age shown", "view open",
+                             "The first 2,000 of 3,011 bytes", "queue=a", "Drop the 1 items of a?",
+                             "Cancel", os.uname().nodename + ": Kestrel, up"):
+                    assert what in told, (what, told, console)
+                proxy.shutdown()
+            client.delete("a")
             for number in range(1000):
                 client.put("queue%04d" % number, b"x")
             page, console = seen(browser, url, profile)
