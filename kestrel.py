@@ -1078,11 +1078,11 @@ def _head(item, size, deliveries=0):
     return _pack_addx(ADDX, size + 16, item.add_time, item.expiry)
 
 
-def _delayed_head(delayed, size):
+def _delayed_head(delayed, size, deliveries=0):
     """Return the head of the record that adds a delayed item."""
     item = delayed.item
     return _pack_delayed(ADD_DELAYED, delayed.xid, delayed.due, size + 24, item.add_time,
-                         item.expiry, item.flags, item.deliveries)
+                         item.expiry, item.flags, deliveries)
 
 
 def _encode(ops):
@@ -1570,16 +1570,16 @@ class JournalFile:
 
 # A batch of operations on its way to the files. shares: (file, records, their size) of each
 # file that gets some. size: of all. waiting: {file: its count of waiting items then}. passed:
-# how many files are passed then. held: the open reads and the Delayed when the last of them is
-# passed.
+# how many files are passed then. held: (the open reads and the Delayed when the last of them is
+# passed, their counts of deliveries).
 Plan = collections.namedtuple("Plan", "shares size waiting passed held")
 
 # What commit() has done. before: (file, size, count of waiting items) of each file changed.
 Write = collections.namedtuple("Write", "position before passed")
 
 # Files have been passed with the operation at `position`. Of those up to `number` it keeps `held`,
-# {xid: open read or Delayed}, and `items`.
-Passing = collections.namedtuple("Passing", "position number held items")
+# {xid: open read or Delayed}, and `items`. counts: see _counts().
+Passing = collections.namedtuple("Passing", "position number held counts items")
 
 # An fsync under way, of all that has been written up to `position`.
 Sync = collections.namedtuple("Sync", "position files directory")
@@ -1799,12 +1799,12 @@ class Journal:
         for file, count in plan.waiting.items():
             file.waiting = count
         if plan.passed:
-            self._pass(plan.passed, position, plan.held)
+            self._pass(plan.passed, position, *plan.held)
 
-    def _pass(self, count, position, held, items=()):
+    def _pass(self, count, position, held, counts, items=()):
         self.passed += self.files[:count]
         del self.files[:count]
-        self.passings.append(Passing(position, self.passed[-1].number, held, items))
+        self.passings.append(Passing(position, self.passed[-1].number, held, counts, items))
 
     def pass_all(self, position, safe, held, items):
         """Have everything written anew: pack() will put what is held, and the items, which are
@@ -1814,7 +1814,7 @@ class Journal:
         if not self.passed and len(self.files) == 1:           # there is nothing yet
             self.passed.append(JournalFile(None, self._next_number()))
         self.current.waiting = len(items)
-        self._pass(len(self.files) - 1, position, held, items)
+        self._pass(len(self.files) - 1, position, held, _counts(held, items), items)
 
     def forget(self, safe):
         """Drop what go_back() would need for the operations up to `safe`."""
@@ -2024,10 +2024,11 @@ class Journal:
                 loaded = item.stub()
                 self.load_call(loaded)()
                 data = loaded.data
+            count = passing.counts.get(id(item), 0) if counts_deliveries else 0
             if delayed and not delayed.to_head:
-                head = _delayed_head(delayed, len(data))
+                head = _delayed_head(delayed, len(data), count)
             else:
-                head = _head(item, len(data), item.deliveries if counts_deliveries else 0)
+                head = _head(item, len(data), count)
             if item.place:
                 places.append((item.place, offset + len(head)))
             record = [head, data]
@@ -2180,22 +2181,39 @@ def _pieces_of(source, file):
         yield [piece]
 
 
+def _counts(held, items=(), less=()):
+    """Return {id of an item: its count of deliveries} of the items that have one. What follows in
+    the files counts anew: less: {id of an item: how often that was}."""
+    counts = {id(item): item.deliveries for item in items if item.deliveries}
+    for one in held.values():
+        item = one.item if type(one) is Delayed else one
+        count = item.deliveries - (item is not one and one.to_head)
+        if less:
+            count -= less[id(item)]
+        if count > 0:
+            counts[id(item)] = count
+    return counts
+
+
 def _held_before(held, ops):
-    """Return the open reads and the Delayed before operations, from those after them.
+    """Return the open reads and the Delayed before operations, from those after them; and their
+    counts of deliveries then.
 
     Files are passed in the middle of a batch, and until it is written all of it may be undone;
     so what was there then is found by going backwards from the end.
     """
+    less = collections.Counter()
     for opcode, item, xid in reversed(ops):
         if opcode in (OPEN, ADD_DELAYED):
             del held[xid]
         elif opcode in (CONFIRM, UNREMOVE, TO_TAIL, DUE_TAIL, DUE_HEAD):
             held[xid] = item
         elif opcode == DELAY:
-            held[xid] = item.item
+            held[xid] = item = item.item
         elif opcode == DROP:
             held.update(item)
-    return dict(sorted(held.items()))
+        less[id(item)] += opcode in (UNREMOVE, TO_TAIL, DELAY)
+    return dict(sorted(held.items())), _counts(held, (), less)
 
 
 class ReadBehind:
@@ -2300,6 +2318,9 @@ class ReadBehind:
 # is handed to its host, which is also told when there is something to write.
 
 
+# How many items or queues one step of a task looks at.
+SWEEP_STEP = 1000
+
 # How much memory each queue may use though the server has reached max_memory, in bytes.
 MEMORY_FLOOR = 1 << 18
 
@@ -2314,6 +2335,9 @@ _NO_DESCRIPTOR_MS = 50
 
 # How long after a failure the next try is made without a client asking for it.
 RETRY_MS = 1000
+
+# When a run of expired items is gone on with, in milliseconds.
+_SWEEP_MS = 1
 
 # How long an alarm for a delayed item is set at most, in milliseconds.
 _LONGEST_NAP_MS = 10000
@@ -2666,9 +2690,7 @@ class Queue:
         size = len(data)
         if size > self.config.max_item_size or not self._make_room(now):
             return False
-        self.count_memory()
-        if self.open_memory + size + ITEM_COST > self._allowance:
-            raise OSError(errno.ENOMEM, "out of memory for delayed items", self.name)
+        self.check_delays(size)
         self.xid = xid = self._next_xid()
         delayed = Delayed(now + delay, xid, Item(
             data, now, expiry, flags if self.config.keep_flags else 0), False)
@@ -2677,6 +2699,12 @@ class Queue:
         self._hold(delayed, now)
         self._log(ADD_DELAYED, delayed, xid)
         return True
+
+    def check_delays(self, size):
+        """Raise OSError if there is no memory for a delayed item of `size` bytes."""
+        self.count_memory()
+        if self.open_memory + size + ITEM_COST > self._allowance:
+            raise OSError(errno.ENOMEM, "out of memory for delayed items", self.name)
 
     def _make_room(self, now):
         """Drop what has expired, and what is to be dropped for newer items, if the queue is full.
@@ -2760,17 +2788,21 @@ class Queue:
         reader = self._behind and self._behind.copy()
         fresh = list(itertools.islice(self._fresh, most))
         items = list(itertools.islice(self.items, most))
-        while items:
-            yield [self._shown(item) for item in items if not self._is_expired(item, now)]
+        while True:
+            for at in range(0, len(items), SWEEP_STEP):
+                yield [self._shown(item) for item in items[at:at + SWEEP_STEP]
+                       if not self._is_expired(item, now)]
             most -= len(items)
-            items = []
-            if unread > 0 and most > 0:
-                try:
-                    items = reader.read(min(unread, most), _READ_SIZE)
-                except Damage as damage:
-                    raise OSError(errno.EIO, damage.why, reader.file.path) from None
-                unread -= len(items)
-        yield [item for item in fresh[:most] if not self._is_expired(item, now)]
+            if unread <= 0 or most <= 0:
+                break
+            try:
+                items = reader.read(min(unread, most), _READ_SIZE)
+            except Damage as damage:
+                raise OSError(errno.EIO, damage.why, reader.file.path) from None
+            if not items:
+                break
+            unread -= len(items)
+        yield [item for item in fresh[:max(0, most)] if not self._is_expired(item, now)]
 
     def _shown(self, item):
         """Return an item with its data, which may be read for that. Raises OSError."""
@@ -2814,15 +2846,17 @@ class Queue:
         """
         known = [xid for xid in dict.fromkeys(xids) if xid in self.opens]
         now = _now(now)
+        dead = {}
+        if tail:
+            for xid in known:
+                self.data_of(self.opens[xid])
         for xid in known if tail or delay else reversed(known):
             item = self.opens[xid]
-            if tail and item.data is None:
-                self._load_data(item)
             item.deliveries += counted
             if counted and item.deliveries >= self.config.max_deliveries and (
                     self.host.bury and self.config.dead_letter_queue not in (None, self.name)):
                 self._stop_alarm(xid)        # it stays open until it is safe there
-                self.host.start(self._bury(xid, item, now))
+                dead[xid] = item
                 continue
             self._end_read(xid)
             self.counters.canceled_transactions += 1
@@ -2838,6 +2872,9 @@ class Queue:
                 self._log(UNREMOVE, item, xid)
             if xid in self._alarms:
                 self._silence_alarm(xid)
+        for xid in known:
+            if xid in dead:
+                self.host.start(self._bury(xid, dead[xid], now))
         if known:
             if orphaned:
                 self.history.when_safe(functools.partial(self._abort_again, known, counted))
@@ -2875,6 +2912,8 @@ class Queue:
     def touch(self, xid):
         """Let the timeout of an open read start anew; False if there is none of that number."""
         _, timeout = self._alarms.get(xid, (None, None))
+        if xid in self._overdue:
+            self._overdue.remove(xid)
         if timeout:
             self.limit(xid, timeout)
         return xid in self.opens
@@ -2919,24 +2958,30 @@ class Queue:
 
     def _release(self, now):
         """Put the delayed items that are due where they belong, some at a time."""
-        found = []
-        due = self.delays.next_due()
+        delays = self.delays
+        found = {}                           # what was undone may be in the heap twice
+        due = delays.next_due()
         while due is not None and due <= now and len(found) < self.host.sweep_limit:
-            delayed = self.delays.items[self.delays.due[0][1]]
-            if not delayed.to_head and delayed.item.data is None:
-                self._load_data(delayed.item)
-            self._let_go_of(delayed)
-            found.append(delayed)
-            due = self.delays.next_due()
-        for delayed in found:
-            if not delayed.to_head:
+            xid = heapq.heappop(delays.due)[1]
+            found[xid] = delays.items[xid]
+            due = delays.next_due()
+        tails = [delayed for delayed in found.values() if not delayed.to_head]
+        heads = [delayed for delayed in found.values() if delayed.to_head]
+        try:
+            # One after the other: without a server each is written at once.
+            for delayed in tails:
+                self._let_go_of(delayed)
                 self._append_again(delayed.item)
                 self._log(DUE_TAIL, delayed, delayed.xid)
-        for delayed in reversed(found):
-            if delayed.to_head:
+            for delayed in reversed(heads):
+                self._let_go_of(delayed)
                 self._push(delayed.item)
                 self._log(DUE_HEAD, delayed, delayed.xid)
-        self._watch_delays(now)
+        finally:
+            for xid, delayed in found.items():
+                if delays.items.get(xid) is delayed:
+                    heapq.heappush(delays.due, delayed[:2])
+            self._watch_delays(now)
         if found and self.waiters:
             self._serve(now)
 
@@ -3028,7 +3073,7 @@ class Queue:
             if item is not None:
                 waiter.take(self, item)
             elif self.count and self.host.later and not self._loading:
-                self.host.later(0, self.recover)       # after a run of expired ones
+                self.host.later(_SWEEP_MS, self.recover)         # after a run of expired ones
                 return
             elif not self.count or self._loading:
                 return
@@ -3781,6 +3826,7 @@ class Queue:
                     item = item.item
                 if opcode != CONFIRM:
                     item.deliveries = max(0, item.deliveries - 1)
+                item.xid = xid               # it may have been opened again since
                 self.opens[xid] = item
                 self.open_memory += _cost(item)
                 self._start_alarm(xid, self._alarms.get(xid, (None, 0))[1])
@@ -4036,9 +4082,6 @@ Route = collections.namedtuple("Route", "targets copies queues only")
 _MOVE_STEP = 200
 _MOVE_SIZE = 4 << 20
 _LOADING_MS = 5
-
-# How many expired items or queues one step of a task looks at.
-SWEEP_STEP = 1000
 
 # How many queues are reported on, or configured anew, in one step of a task: about a millisecond.
 QUEUES_STEP = 25
@@ -4695,36 +4738,45 @@ class Broker:
 
     def _move_open(self, source, item, now, setting):
         xid = item.xid
+        is_told = False
         error = yield source
-        if error:
-            return                           # it is at the head again
-        try:
-            key = os.fsencode(getattr(source.config, setting) or "")
-            targets = (self.routes.get(key) or self.route(key, now)).queues
-            data = source.data_of(item)
-            arrived = 0
-            for queue in targets:
-                while not queue.closed:
-                    if not queue.add(data, item.flags, 0, now):
-                        if not arrived and (
-                                setting == "dead_letter_queue" or queue.paused & PAUSED_IN):
-                            raise OSError(errno.EDQUOT, "it does not take it", queue.name)
-                        log.warning("queue %s is full: an expired item of %s is dropped",
-                                    queue.name, source.name)
-                    error = yield queue
-                    if not error:
-                        break
-                    if not arrived:
-                        raise error
-                    yield RETRY_MS
-                arrived += 1
-        except (OSError, ValueError) as error:       # or there is no such setting since a reload
-            log.error("queue %s: items cannot be moved (%s): %s", source.name, setting,
-                      _why(error) if isinstance(error, OSError) else error)
+        while source.opens.get(xid) is item:           # else the OPEN of it was undone
+            try:
+                yield from self._put_moved(source, item, now, setting)
+                yield from self._confirm_moved(source, [xid])
+                return
+            except (OSError, ValueError) as failure:   # or there is no such setting since a reload
+                error = failure
+            if not is_told:
+                log.error("queue %s: items cannot be moved (%s): %s", source.name, setting,
+                          _why(error) if isinstance(error, OSError) else error)
+            is_told = True
             yield RETRY_MS                   # so that a failing disk does not make the loop spin
-            source.abort(xid, orphaned=True, counted=setting == "dead_letter_queue")
-            return
-        yield from self._confirm_moved(source, [xid])
+            if setting == "expire_to_queue" or not getattr(source.config, setting):
+                source.abort(xid, orphaned=True, counted=False)
+                return
+
+    def _put_moved(self, source, item, now, setting):
+        """Put an item where a setting says. Raises what keeps it from the first queue."""
+        key = os.fsencode(getattr(source.config, setting) or "")
+        targets = (self.routes.get(key) or self.route(key, now)).queues
+        data = source.data_of(item)
+        arrived = 0
+        for queue in targets:
+            while not queue.closed:
+                if not queue.add(data, item.flags, 0, now):
+                    if not arrived and (
+                            setting == "dead_letter_queue" or queue.paused & PAUSED_IN):
+                        raise OSError(errno.EDQUOT, "it does not take it", queue.name)
+                    log.warning("queue %s is full: an expired item of %s is dropped",
+                                queue.name, source.name)
+                error = yield queue
+                if not error:
+                    break
+                if not arrived:
+                    raise error
+                yield RETRY_MS
+            arrived += 1
 
     @staticmethod
     def _confirm_moved(source, xids):
@@ -4792,6 +4844,8 @@ class Broker:
             if failure:                      # they are open again, and safe elsewhere
                 error = failure
                 self._advance(self._confirm_moved(source, stored))
+            elif self.later:
+                yield 0                      # others come in between
         done((moved, error))
 
     # -- statistics
@@ -5319,11 +5373,15 @@ class Session:
                         self._note_open(queue, item)
                     return queue, item
             if any([queue.has_more(peek) for queue in queues]):
-                yield                        # a run of expired items, or a large one is being read
+                # A run of expired items, or a large one is being read.
+                yield self._nap if self.broker.is_burying_much() and self.broker.later else None
             elif wait and queues:
                 return (yield self._wait(queues, opening, peek))
             else:
                 return None, None
+
+    def _nap(self, wake):
+        self.broker.later(_LOADING_MS, functools.partial(wake, None))
 
     def _note_open(self, queue, item):
         """Note that the client has opened a read."""
@@ -5337,17 +5395,15 @@ class Session:
         see Queue.abort()."""
         reads = self.open_reads.get(queue, {})
         xids = list(itertools.islice(reads, count))
+        self._rest_on(queue, whole)
+        ended = (sum([queue.confirm(xid) for xid in xids]) if confirm
+                 else queue.abort(*xids, now=self.now, **how))
         for xid in xids:
+            self._ended.append((queue, xid))
             del reads[xid]
         if not reads:
             self.open_reads.pop(queue, None)
-        self._rest_on(queue, whole)
-        confirmed = 0
-        for xid in xids:
-            self._ended.append((queue, xid))
-            if confirm:
-                confirmed += queue.confirm(xid)
-        return confirmed if confirm else queue.abort(*xids, now=self.now, **how)
+        return ended
 
     def _confirm(self, queue, count):
         """Close the oldest open reads of a queue; none, and return False, if there are fewer."""
@@ -5403,6 +5459,11 @@ class Session:
         for item in items:
             broker.stats.cmd_set += 1
             broker.check_memory(route, len(item))
+            for queue in route.queues if delay else ():
+                queue.check_delays(len(item))
+            if any([queue.paused & PAUSED_IN for queue in route.targets]):
+                broker.refused["paused"] += 1
+                continue
             stored = True
             for number, queue in enumerate(route.queues):
                 # Never before the first: tasks of a thousand others may come in between.
@@ -5692,6 +5753,24 @@ _MEMCACHED = (b"incr decr touch gat gats mg md mn ma me slabs lru lru_crawler wa
               b" misbehave debug extstore refresh_certs").split()
 
 
+def _when_all_durable(queues, call):
+    """Make a call when all that was done to these queues is durable; with an OSError if any of it
+    was undone."""
+    left, failure = len(queues), None
+
+    def settled(error):
+        nonlocal left, failure
+        left -= 1
+        failure = failure or error
+        if not left:
+            call(failure)
+
+    for queue in queues:
+        queue.history.when_durable(settled)
+    if not queues:
+        call(None)
+
+
 def _is_silent(words):
     """Return whether the words of a command line ask for no answer."""
     if not words or words[-1] != b"noreply":
@@ -5918,10 +5997,9 @@ class MemcacheSession(LineSession):
         route = yield from self._route(block.key)
         stored = yield from self._put(route, [data], block.flags, expiry, block.delay)
         if block.sync:
-            for queue in route.queues:
-                error = yield queue.history.when_durable
-                if error:
-                    raise error
+            error = yield functools.partial(_when_all_durable, route.queues)
+            if error:
+                raise error
         self._reply(block.words, b"STORED\r\n" if stored else b"NOT_STORED\r\n")
 
     def store_beyond(self, block, data):
@@ -6044,6 +6122,11 @@ class MemcacheSession(LineSession):
                 yield
             if item is not None:
                 break
+        if item is None and key.wait > 0:
+            self.timeout = key.wait
+            queue, item = yield from self._next_of(queues, peek=True, wait=True)
+            if item is not None:
+                self._give(get, key._replace(queue=os.fsencode(queue.name)), queue, item)
         self._count_read(None, item, peek=True)
 
     def _read_beyond(self, get, key, more, queues):
@@ -6059,7 +6142,13 @@ class MemcacheSession(LineSession):
             wait = not given and key.wait > 0
             if wait:
                 self.timeout = key.wait
-            queue, item = yield from self._next_of(queues, key.open, False, wait)
+            try:
+                queue, item = yield from self._next_of(queues, key.open, False, wait)
+            except OSError as error:
+                if not given:
+                    raise
+                log.error("get of many items: %s", _why(error))          # they are not lost
+                break
             if item is None:
                 break
             given += 1
@@ -6067,6 +6156,8 @@ class MemcacheSession(LineSession):
             if key.open:
                 if more.others:
                     self._order.append((queue, item.xid))
+                    if len(self._order) > 2 * sum(map(len, self.open_reads.values())) + 100:
+                        self._order = self._live_order()
                 limit = queue.config.open_transaction_timeout
                 if more.timeout:
                     queue.limit(item.xid, min(more.timeout, limit or more.timeout))
@@ -6078,11 +6169,12 @@ class MemcacheSession(LineSession):
 
     def _end_beyond(self, queues, key, more):
         """Close, abort or touch the oldest open reads of these queues; return the queues."""
-        reads = [(queue, xid) for queue, xid in self._order
-                 if queue in queues and xid in self.open_reads.get(queue, ())]
-        reads += [(queue, xid) for queue in queues for xid in self.open_reads.get(queue, ())
-                  if (queue, xid) not in reads]
-        reads = reads[:more.count]
+        reads = dict.fromkeys(one for one in self._live_order() if one[0] in queues)
+        reads.update(dict.fromkeys((queue, xid) for queue in queues
+                                   for xid in self.open_reads.get(queue, ())))
+        if more.touch:                       # one that has timed out cannot be
+            reads = [(queue, xid) for queue, xid in reads if xid in queue.opens]
+        reads = list(itertools.islice(reads, more.count))
         ended = {}
         for queue, xid in reads:
             ended.setdefault(queue, []).append(xid)
@@ -6094,9 +6186,13 @@ class MemcacheSession(LineSession):
             mine = self.open_reads[queue]    # those with a lower place were not asked for
             self.open_reads[queue] = {**{xid: mine[xid] for xid in xids}, **mine}
             self._end_reads(queue, len(xids), key.close, False, delay=more.delay, tail=more.tail)
-        if not more.touch:
-            self._order = [read for read in self._order if read not in reads]
+        self._order = self._live_order()
         return list(ended)
+
+    def _live_order(self):
+        """Return `_order` without the reads that have ended."""
+        return [(queue, xid) for queue, xid in self._order
+                if xid in self.open_reads.get(queue, ())]
 
     def _give(self, get, key, queue, item):
         """Answer one key with an item, or None."""
@@ -7980,8 +8076,9 @@ class Timers:
         return min(max(0, self._heap[0][0] - mono), 3600) if self._heap else None
 
     def run(self, mono):
-        """Make the calls that are due."""
-        while self._heap and self._heap[0][0] <= mono:
+        """Make the calls that are due; those that these schedule come in another turn."""
+        first_new = next(self._serial)
+        while self._heap and self._heap[0][0] <= mono and self._heap[0][1] < first_new:
             entry = heapq.heappop(self._heap)
             call, entry[2] = entry[2], None
             if call:
@@ -9227,6 +9324,14 @@ class ServerError(Exception):
     """An error that a server has answered with."""
 
 
+def _exported(block):
+    """Return what export() tells of an item; block: see Client._blocks()."""
+    words, data = block
+    flags, _, add_time, expiry, deliveries = map(int, words[2:7])
+    return {"data": data, "flags": flags, "add_time": add_time, "expiry": expiry,
+            "deliveries": deliveries}
+
+
 def _word(text):
     """Return a text that is part of a command. Raises ValueError if it would be more."""
     if re.search(r"\s", text):
@@ -9351,37 +9456,27 @@ class Client:
                take: bool = False) -> "Iterator[dict]":
         """Yield items, all or so many, as dicts: data, flags, add_time and expiry (milliseconds of
         the epoch, 0 for never), and how often each has come back. They stay; take: they are taken,
-        each when the one after it is asked for."""
+        fifty at a time, once the next fifty are asked for. This has a connection of its own."""
         left = UNLIMITED if count is None else count
-        while left > 0:
-            most = min(left, _PUT_AT_ONCE) if take else left
-            self._check_closed(queue)
-            key = self._keys(queue)
-            self._send(b"get %b/n=%d/info/%b\r\n" % (key, most, b"open" if take else b"peek"))
-            blocks = []
-            try:
-                for words, data in self._blocks(self._line()):
-                    flags, _, add_time, expiry, deliveries = map(int, words[2:7])
-                    row = {"data": data, "flags": flags, "add_time": add_time, "expiry": expiry,
-                           "deliveries": deliveries}
-                    if take:
-                        blocks.append(row)
-                    else:
-                        yield row
-                self._opened[key] = len(blocks)
-                for row in blocks:
-                    yield row
-                self._end(queue, "/close")
-            except ServerError:
-                raise
-            except BaseException:            # the rest of the answer, or what is open, is given up
-                self._hang_up()
-                raise
-            finally:
-                self._opened.pop(key, None)
-            left -= len(blocks)
-            if not blocks:
-                break
+        with self._another() as other:
+            while left > 0:
+                most = min(left, _PUT_AT_ONCE) if take else left
+                other._send(b"get %b/n=%d/info/%b\r\n" % (
+                    other._keys(queue), most, b"open" if take else b"peek"))
+                rows = map(_exported, other._blocks(other._line()))
+                rows = list(rows) if take else rows
+                yield from rows
+                if not take or not rows:
+                    break
+                left -= len(rows)
+                other._get(queue, 0, "/close" + _many(len(rows)))
+
+    def _another(self):
+        """Return a new client of the same server."""
+        other = Client.__new__(Client)
+        vars(other).update(vars(self), _opened={}, _sock=None, _file=None, _is_closed=False)
+        other._connect()
+        return other
 
     def _check_closed(self, queue):
         if self._keys(queue) in self._opened:
