@@ -80,6 +80,7 @@ import errno
 import fcntl
 import functools
 import gc
+import glob
 import heapq
 import io
 import ipaddress
@@ -8018,6 +8019,9 @@ _ANNOUNCE_SECONDS = 30
 _CALM_SECONDS = 3
 _REMIND_SECONDS = 60
 
+# After how long a disk that does not answer is one that fails.
+_HANG_SECONDS = 10
+
 # How many queues are being fsynced at once, each of which takes descriptors; and after how many
 # milliseconds it is tried again if there were none.
 _SYNCS = 64
@@ -8236,7 +8240,8 @@ class Syncs:
         self._server = server
         self._planned = set()            # queues whose fsync has a time set
         self.wanted = {}                # queues to be fsynced, in order; an ordered set
-        self._running = set()            # queues that are being fsynced
+        self._running = {}               # queues that are being fsynced -> since when
+        self._looks = None               # since when somebody looks for look()
         self._told = 0                   # when the log told of failing journals last
 
     def is_idle(self):
@@ -8272,7 +8277,7 @@ class Syncs:
                     continue
                 # It counts as one that has been done and has failed.
                 call, sync = functools.partial(_bare, error), None
-            self._running.add(queue)
+            self._running[queue] = self._server.mono
             self._server.worker.submit(call, functools.partial(self._synced, queue, sync))
 
     def _due(self, queue):
@@ -8280,7 +8285,7 @@ class Syncs:
         self.wanted[queue] = None
 
     def _synced(self, queue, sync, error, seconds):
-        self._running.discard(queue)
+        self._running.pop(queue, None)
         queue.counters.fsync_usec = int(seconds * 1e6)
         self._server.broker.metrics["fsync_usec"].add(queue.counters.fsync_usec)
         if not error:
@@ -8294,22 +8299,35 @@ class Syncs:
     def look(self):
         """Look each second how much space is free and, while journals fail, whether they still do.
         Nobody else may try: load balancers have sent the clients to another server."""
-        broker = self._server.broker
+        broker, mono = self._server.broker, self._server.mono
+        self._server.later(RETRY_MS, self.look)
         for queue in list(broker.failing):
             queue.recover(self._server.now)
-        found = []
-        self._server.worker.submit(
-            functools.partial(_look_at, broker.spool, bool(broker.failing), found),
-            functools.partial(self._looked, found))
+        for queue, since in self._running.items():
+            if mono > since + _HANG_SECONDS:
+                broker.note_failure(queue, OSError(
+                    errno.ETIMEDOUT, "the disk hangs: an fsync takes more than %d s"
+                    % _HANG_SECONDS, queue.journal and queue.journal.path), "fsynced")
+        if self._looks is None:
+            self._looks, found = mono, []
+            self._server.worker.submit(
+                functools.partial(_look_at, broker.spool, bool(broker.failing), found),
+                functools.partial(self._looked, found))
+        self._remind()
 
     def _looked(self, found, error, seconds):
-        broker, mono = self._server.broker, self._server.mono
+        broker = self._server.broker
+        self._looks = None
         if found:
             broker.take_free_space(*found)
         if error:
             for queue, failure in broker.failing.items():
                 broker.failing[queue] = failure._replace(when=broker.uptime())
         broker.forget_failures(_CALM_SECONDS)
+
+    def _remind(self):
+        """Tell the log once a minute of journals that fail."""
+        broker, mono = self._server.broker, self._server.mono
         if not broker.failing:
             self._told = mono
         elif mono > self._told + _REMIND_SECONDS:
@@ -8318,7 +8336,6 @@ class Syncs:
                       "nothing acknowledged is lost, service resumes by itself", broker.trouble(),
                       SIZE.show((broker.free_space or 0) >> 20 << 20), broker.spool,
                       len(broker.failing))
-        self._server.later(RETRY_MS, self.look)
 
 
 def _look_at(spool, is_failing, found):
@@ -8871,6 +8888,9 @@ class Server:
             log.info("listening on %s for %s clients; %d queues, %d items", listener.name,
                      listener.protocol, len(self.broker.queues), self.broker.totals().items)
         settings = self.config.server
+        if any(STATUSES[self.broker.status]):
+            log.warning("the status is %s, by status_file or default_status: `status up` ends that",
+                        self.broker.status)
         open_to_all = [one.name for one in self.listeners if not one.is_local()]
         if open_to_all and not (settings.allow or settings.auth_file or settings.tls_client_ca):
             log.warning("anybody who can reach %s can read and write all queues: see the "
@@ -9206,7 +9226,50 @@ def _name_of(address):
 
 
 def _cannot_listen(error, name):
-    return OSError(error.errno, "cannot listen on %s: %s" % (name, error.strerror or error))
+    holder = ""
+    if error.errno == errno.EADDRINUSE and not name.startswith("unix:"):
+        holder = _holder(_listening_inodes(int(name.rpartition(":")[2])))
+    return OSError(error.errno, "cannot listen on %s: %s%s" % (
+        name, error.strerror or error, holder))
+
+
+def _holder(inodes):
+    """Return " (process 123, its name)" for the process that has one of these sockets open, "" if
+    that cannot be known."""
+    wanted = {"socket:[%s]" % inode for inode in inodes}
+    for path in glob.glob("/proc/[0-9]*/fd/*") if wanted else ():
+        with contextlib.suppress(OSError):
+            if os.readlink(path) in wanted:
+                return _process(path.split("/")[2])
+    return ""
+
+
+def _listening_inodes(port):
+    """Return the inodes of the TCP sockets that listen on a port, see proc(5)."""
+    found = []
+    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(path) as file:
+            rows = [line.split() for line in file]
+            found += [row[9] for row in rows[1:]
+                      if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port]
+    return found
+
+
+def _lock_holder(fd):
+    """As _holder(), for the process that has locked the directory of a descriptor."""
+    with contextlib.suppress(OSError), open("/proc/locks") as file:
+        inode = str(os.fstat(fd).st_ino)
+        for row in map(str.split, file):
+            if row[1] == "FLOCK" and row[5].rpartition(":")[2] == inode:
+                return _process(row[4])
+    return ""
+
+
+def _process(pid):
+    name = ""
+    with contextlib.suppress(OSError), open("/proc/%s/comm" % pid) as file:
+        name = ", " + file.read().strip()
+    return " (process %s%s)" % (pid, name)
 
 
 def _bind_each(settings, with_unix, port):
@@ -9305,8 +9368,10 @@ def _lock_spool(path):
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        holder = _lock_holder(fd)
         os.close(fd)
-        raise OSError(error.errno, "the spool %s is held by another server" % path) from None
+        raise OSError(error.errno, "the spool %s is held by another server%s: stop it, or give "
+                      "this one another --spool" % (path, holder)) from None
     return fd
 
 
@@ -9779,6 +9844,8 @@ def main(arguments=None):
             return _pack(options.pack)
         if options.hash_password:
             return _hash_password()
+        if options.convert:
+            return _convert(options.convert)
         config = Config(options.config, overrides)
         if options.check:
             print("\n".join(config.lines()))
@@ -9834,6 +9901,8 @@ def _argument_parser():
     parser.add_argument("--hash-password", action="store_true",
                         help="ask for a password (or read a line), print what an auth_file has "
                              "in its place, and exit")
+    parser.add_argument("--convert", metavar="production.scala",
+                        help="print a config file for the one of a Kestrel, and exit")
     parser.add_argument("--check", action="store_true",
                         help="check the config file, print the effective settings, and exit")
     parser.add_argument("--version", action="version", version="kestrel.py " + __version__)
@@ -10217,6 +10286,71 @@ def _run_command(name, *arguments):
 
 
 # -- without a server
+
+# What is looked for in a Scala file: a comment, a string, the begin and the end of an object, a
+# setting and its value.
+_SCALA = re.compile(r"""//[^\n]*|/\*.*?\*/|new\s+(?P<object>\w+)[^{\n]*\{|(?P<end>\})
+    |(?P<key>[\w.]+)\s*=\s*(?!new\b)(?P<value>(?:Some|List|Set)\([^)]*\)|"[^"]*"|[^\s;}]+)""",
+                    re.S | re.X)
+
+# Kestrel's names that are others here, but for their capitals.
+_SCALA_NAMES = {
+    "listenAddress": "listen", "memcacheListenPort": "memcache_port",
+    "textListenPort": "text_port", "thriftListenPort": "thrift_port",
+    "admin.httpPort": "admin_port", "http_port": "admin_port"}
+_SCALA_UNITS = {
+    "millisecond": "ms", "milli": "ms", "second": "s", "minute": "m", "hour": "h", "day": "d",
+    "byte": "", "kilobyte": "kb", "megabyte": "mb", "gigabyte": "gb"}
+
+
+def _convert(path):
+    """Print a kestrel.conf for the production.scala of a Kestrel; what is not understood is a
+    comment in it."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    sections = {"server": [], "queue": []}
+    objects = [("", [])]                     # (class, its settings) of those that are open
+    for match in _SCALA.finditer(text):
+        if match["object"]:
+            objects.append((match["object"], []))
+        elif match["key"]:
+            objects[-1][1].append((match["key"], match["value"]))
+        elif match["end"] and len(objects) > 1:
+            kind, settings = objects.pop()
+            header = "server"
+            if kind in ("QueueBuilder", "AliasBuilder"):
+                name = dict(settings).get("name", "").strip('"')
+                header = kind[:5].lower() + " " + name
+            for key, value in settings:
+                if key == "name" and header != "server":
+                    continue
+                at = header
+                if key.startswith("default."):
+                    key, at = key[8:], "queue"
+                sections.setdefault(at, []).append(_converted(kind, at, key, value))
+    for header, lines in sections.items():
+        print("\n".join(["[%s]" % header, *lines, ""]))
+    return 0
+
+
+def _converted(kind, header, key, value):
+    """Return the line of a config file for a setting of a Scala file."""
+    known = {"s": SERVER_SETTINGS, "q": QUEUE_SETTINGS, "a": ALIAS_SETTINGS}[header[0]]
+    name = _SCALA_NAMES.get(key, re.sub("([A-Z])", r"_\1", key).lower())
+    inner = re.fullmatch(r"(?:Some|List|Set)\((.*)\)", value, re.S)
+    text = (inner[1] if inner else value).replace('"', "").strip()
+    number = re.fullmatch(r"([0-9_]+)\.([A-Za-z]+?)s?", text)
+    if number:
+        text = number[1] + _SCALA_UNITS.get(number[2], "?")
+    if name in known and kind in ("KestrelConfig", "QueueBuilder", "AliasBuilder"):
+        words = ("unlimited", "never", "") if text in ("None", "Int.MaxValue", "Long.MaxValue",
+                                                       "Duration.MaxValue") else (text,)
+        for word in words:
+            with contextlib.suppress(ValueError):
+                known[name][0].parse(word)
+                return "%s = %s" % (name, word)
+    return "# not taken over: %s %s = %s" % (kind, key, value)
+
 
 def _hash_password():
     """Print what stands in an auth_file for a password."""

@@ -6206,7 +6206,9 @@ def test_an_admin_port_that_is_taken(tmp_path, monkeypatch, caplog):
         taken.bind(("127.0.0.1", 0))
         taken.listen(1)
         port = taken.getsockname()[1]
-        with pytest.raises(OSError, match="cannot listen on 127.0.0.1:%d" % port):
+        with pytest.raises(OSError, match=r"cannot listen on 127.0.0.1:%d: Address already in use"
+                           % port + (r" \(process %d, " % os.getpid()
+                                     if os.path.exists("/proc/net/tcp") else "")):
             kestrel.Server(config_of(tmp_path, "[server]\nadmin_port = %d\n" % port,
                                      memcache_port="0"))
         monkeypatch.setitem(kestrel.SERVER_SETTINGS, "admin_port", (kestrel.ADMIN_PORT, str(port)))
@@ -7517,6 +7519,32 @@ def test_refusals_are_counted_by_reason(talk):
 
 
 @promise(2)
+def test_a_disk_that_hangs_is_one_that_fails(serve, monkeypatch, caplog):
+    """Load balancers are told; when it goes on, all is well again."""
+    for name, value in (("_HANG_SECONDS", 0.05), ("RETRY_MS", 10), ("_CALM_SECONDS", 0.05)):
+        monkeypatch.setattr(kestrel, name, value)
+    server = serve("[queue]\nsync_journal = 0\n")
+    goes_on = threading.Event()
+    real = os.fsync
+    monkeypatch.setattr(kestrel.os, "fsync", lambda fd: goes_on.wait(20) and real(fd))
+    client = server.client()
+    client.send(set_("q", "x"))
+    broker = server.server.broker
+    until(lambda: "the disk hangs" in broker.why_not_writable())
+    goes_on.set()
+    assert client.line() == "STORED\r\n"
+    until(lambda: not broker.why_not_writable())
+
+
+def test_a_start_that_refuses_says_how_to_end_that(tmp_path, caplog):
+    server = kestrel.Server(config_of(
+        tmp_path, "[server]\nmemcache_port = 0\ndefault_status = quiescent\n"))
+    server.broker.stopping = True
+    server.run()
+    assert "the status is QUIESCENT" in caplog.text and "`status up` ends that" in caplog.text
+
+
+@promise(2)
 @pytest.mark.parametrize("sync", ["never", "0", "20ms"])
 def test_a_disk_that_fails_in_every_way(serve, disk, tmp_path, monkeypatch, caplog, sync):
     """Calls fail at random while queues rotate, are packed, rewritten and read behind: each
@@ -8532,7 +8560,8 @@ def test_a_second_server_does_not_take_the_socket_of_one_that_is_loading(tmp_pat
     path = short_path / "k.sock"
     config = config_of(tmp_path, "[server]\nlisten = unix:%s\n" % path)
     held = kestrel._lock_spool(config.server.queue_path)
-    with pytest.raises(OSError, match="held by another server"):
+    with pytest.raises(OSError, match="held by another server" + (
+            r" \(process %d, " % os.getpid() if os.path.exists("/proc/locks") else "")):
         kestrel.Server(config)
     os.close(held)
     assert not path.exists()
@@ -9998,6 +10027,61 @@ def test_spool_and_files_are_for_their_owner_only(daemon, tmp_path):
         os.umask(previous)
     assert os.stat(str(tmp_path / "spool")).st_mode & 0o777 == 0o700
     assert os.stat(str(tmp_path / "spool" / "q")).st_mode & 0o777 == 0o600
+
+
+SCALA = '''
+new KestrelConfig {
+  listenAddress = "0.0.0.0"
+  memcacheListenPort = 22133
+  textListenPort = None
+  thriftListenPort = Some(2229)
+  queuePath = "/var/spool/kestrel"  // where = they are
+  clientTimeout = 30.seconds
+  /* maxOpenTransactions = 5 */
+  default.maxJournalSize = 1.gigabyte
+  default.syncJournal = Duration.MaxValue
+  admin.httpPort = 2223
+  admin.statsNodes = new StatsConfig {
+    reporters = new TimeSeriesCollectorConfig
+  }
+  queues = new QueueBuilder {
+    name = "weather"
+    maxAge = 1800.seconds
+    maxItems = 1500000
+  } :: new QueueBuilder {
+    name = "transient"
+    keepJournal = false
+    maxSize = Long.MaxValue
+    disableAggressiveRewrites = true
+  }
+  aliases = new AliasBuilder {
+    name = "all"
+    destinationQueues = List("a", "b+c")
+  }
+  loggers = new LoggerConfig { level = Level.INFO }
+}
+'''
+
+
+def test_convert(tmp_path, capsys):
+    """What is printed for the configuration of a Kestrel is one of ours."""
+    (tmp_path / "production.scala").write_text(SCALA)
+    assert kestrel.main(["--convert", str(tmp_path / "production.scala")]) == 0
+    told = capsys.readouterr().out
+    assert [line for line in told.splitlines() if line.startswith("#")] == [
+        "# not taken over: LoggerConfig level = Level.INFO",
+        "# not taken over: KestrelConfig textListenPort = None",
+        "# not taken over: QueueBuilder disableAggressiveRewrites = true"]
+    (tmp_path / "kestrel.conf").write_text(told)
+    config = kestrel.Config(str(tmp_path / "kestrel.conf"))
+    assert config.server.listen == ("0.0.0.0",) and config.server.thrift_port == 2229
+    assert config.server.client_timeout == 30000 and config.server.queue_path.endswith("kestrel")
+    assert config.queue("x").sync_journal is None and config.queue("x").max_journal_size == 1 << 30
+    assert config.queue("weather").max_age == 1800000
+    assert config.queue("weather").max_items == 1500000
+    assert not config.queue("transient").keep_journal
+    assert config.aliases == {"all": ("a", "b+c")}
+    assert kestrel.main(["--convert", str(tmp_path / "none")]) == 1
 
 
 # == Crashes ==============================================================================
