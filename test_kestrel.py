@@ -6606,7 +6606,7 @@ def test_a_turn_sees_to_some_connections_and_the_next_to_the_others(tmp_path, mo
         server.turn()
     for client in clients:
         client.send("set q 0 0 1\r\nx\r\n")
-    until(lambda: len(server.poller.poll(0)) == 10)
+    until(lambda: server.poller.ready(True) or len(server.poller.poll(0)) == 10)
     server.broker.route(b"q")
     for done in 3, 6, 9, 10:
         server.turn()
@@ -9377,7 +9377,8 @@ def test_a_client_exports_what_it_can_import_again(tmp_path):
 
 
 @promise(1)
-def test_a_client_connects_anew_where_nothing_can_be_lost(serve):
+def test_a_client_connects_anew_where_nothing_can_be_lost(serve, monkeypatch):
+    monkeypatch.setattr(kestrel, "_LINGER_SECONDS", 0.02)
     server = serve()
     client = kestrel.Client(port=server.port)
     client.put("q", b"1")
