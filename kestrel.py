@@ -42,6 +42,8 @@ The words used here:
                     the last position in memory, handed to the kernel, fsynced
     safe            may be acknowledged: durable if sync_journal = 0, else written
     behind          of a queue: some waiting items are only on disk
+    delayed item    one that is not available before a certain time
+    dead letter     an item that came back too often, and is moved to another queue
     passed file     a journal file with no waiting items left
     task            a generator that does long work in bounded steps
     turn            one iteration of the event loop
@@ -473,7 +475,8 @@ class Config:
     settings, given as text, that go before the file's. Raises ConfigError.
     """
 
-    def __init__(self, path=None, overrides=None):
+    def __init__(self, path: "str | None" = None,
+                 overrides: "dict[str, str] | None" = None) -> None:
         self.path = path
         self.overrides = overrides or {}
         self.aliases = {}
@@ -1122,7 +1125,7 @@ def _encode_rare(opcode, item, xid):
                             item.flags, item.deliveries), item.data]
 
 
-def dump_records(path):
+def dump_records(path: str) -> "Iterator[dict]":
     """Yield each record of a journal file as a dict, and what is damaged in it as one with
     the key `damage`. The file is only read. Raises OSError."""
     with open(path, "rb") as file:
@@ -2558,7 +2561,9 @@ class Queue:
         items (in memory) | on disk only | _fresh (on their way there)
     """
 
-    def __init__(self, name, path=None, config=None, older=(), host=None, now=None):
+    def __init__(self, name: str, path: "str | None" = None,
+                 config: "QueueConfig | None" = None, older: "Iterable[int]" = (), host=None,
+                 now: "int | None" = None) -> None:
         self.name = check_name(name)
         self.path = path
         self.host = host or Alone()
@@ -2641,7 +2646,8 @@ class Queue:
 
     # -- adding and taking
 
-    def add(self, data, flags=0, expiry=0, now=None):
+    def add(self, data: bytes, flags: int = 0, expiry: int = 0,
+            now: "int | None" = None) -> bool:
         """Append an item; False when the queue is full or the item too large for it.
 
         flags: 32 bits given back with the item. expiry: milliseconds of the epoch from
@@ -2680,7 +2686,8 @@ class Queue:
             self._serve(now)
         return True
 
-    def add_later(self, data, delay, flags=0, expiry=0, now=None):
+    def add_later(self, data: bytes, delay: int, flags: int = 0, expiry: int = 0,
+                  now: "int | None" = None) -> bool:
         """Append an item that is available after `delay` milliseconds only; as add(). It is in
         memory until then, and refused with an OSError if there is no memory for it."""
         now = _now(now)
@@ -2731,7 +2738,8 @@ class Queue:
             self.config.max_items - len(self.delays.items))
         self._most_size = self.config.max_size - self.delays.bytes
 
-    def remove(self, open=False, now=None, even_paused=False):
+    def remove(self, open: bool = False, now: "int | None" = None,
+               even_paused: bool = False) -> "Item | None":
         """Take the head item, or return None. `open`: only for a while; item.xid is then
         the number to confirm or abort it by.
 
@@ -2766,7 +2774,7 @@ class Queue:
             self._log(REMOVE, item)
         return item
 
-    def peek(self, now=None):
+    def peek(self, now: "int | None" = None) -> "Item | None":
         """Return the head item, which stays where it is, or None, as remove()."""
         now = _now(now)
         if not self._is_plain:
@@ -2779,7 +2787,8 @@ class Queue:
             self._load_data(self.items[0])
         return self.items[0]
 
-    def browse(self, most=UNLIMITED, now=None):
+    def browse(self, most: int = UNLIMITED,
+               now: "int | None" = None) -> "Iterator[list[Item]]":
         """Yield the first items, at most so many, in lists; all stay. What is changed meanwhile may
         be seen or not. Raises OSError."""
         now = _now(now)
@@ -2826,7 +2835,7 @@ class Queue:
         return (self.count and (self.items or self._refill())
                 and not self._is_expired(self.items[0], now))
 
-    def confirm(self, xid):
+    def confirm(self, xid: int) -> bool:
         """Finish an open read; False when there is none of that number."""
         item = self._end_read(xid)
         if item is None:
@@ -2836,7 +2845,8 @@ class Queue:
             self._silence_alarm(xid)
         return True
 
-    def abort(self, *xids, now=None, orphaned=False, delay=0, tail=False, counted=True):
+    def abort(self, *xids: int, now: "int | None" = None, orphaned: bool = False, delay: int = 0,
+              tail: bool = False, counted: bool = True) -> int:
         """Put open reads back at the head, the first one given in front of the others;
         return how many there were.
 
@@ -2900,7 +2910,7 @@ class Queue:
 
     # -- delays and pauses
 
-    def pause(self, what=PAUSED_IN | PAUSED_OUT):
+    def pause(self, what: int = PAUSED_IN | PAUSED_OUT) -> None:
         """Refuse puts (PAUSED_IN), or let gets find nothing (PAUSED_OUT), or both; 0 for neither.
         It stays so over restarts."""
         if what != self.paused:
@@ -2910,7 +2920,7 @@ class Queue:
             if self.waiters:
                 self._serve(_now())
 
-    def touch(self, xid):
+    def touch(self, xid: int) -> bool:
         """Let the timeout of an open read start anew; False if there is none of that number."""
         _, timeout = self._alarms.get(xid, (None, None))
         if xid in self._overdue:
@@ -3000,7 +3010,7 @@ class Queue:
         self.count += 1
         self.bytes += len(item.data)
 
-    def flush(self):
+    def flush(self) -> None:
         """Drop all waiting and delayed items. Open reads stay open."""
         self.counters.total_flushes += 1
         if self.delays.items:
@@ -3024,7 +3034,7 @@ class Queue:
         self.items, self._fresh, self._behind = collections.deque(), collections.deque(), None
         self.count = self.bytes = self.memory = 0
 
-    def discard_expired(self, now=None, limit=None):
+    def discard_expired(self, now: "int | None" = None, limit: "int | None" = None) -> int:
         """Take expired items from the head, at most `limit` (default: max_expire_sweep),
         and return how many there were."""
         now = _now(now)
@@ -3237,7 +3247,7 @@ class Queue:
         self.history.tell(error)
         return error
 
-    def pack(self):
+    def pack(self) -> None:
         """Write what the queue holds as one minimal file in place of all its files, at once.
         For a queue that is used alone. Raises OSError."""
         if self._behind:
