@@ -2502,7 +2502,8 @@ class Delays:
 
     `due` is a heap of (due, xid), which may have entries of items that are gone. alarm: None, or
     (when the next is due, what cancels the alarm for it). bytes, memory: the size of their data,
-    and what they take of the memory.
+    and what they take of the memory. dying: xids of open reads on their way to the
+    dead_letter_queue.
     """
 
     def __init__(self):
@@ -2510,6 +2511,7 @@ class Delays:
         self.due = []
         self.alarm = None
         self.bytes = self.memory = 0
+        self.dying = set()
 
     def add(self, delayed):
         """Add a Delayed, in the place of one of the same number."""
@@ -2855,7 +2857,8 @@ class Queue:
         once. counted: they had been handed out; what comes back too often goes to the
         dead_letter_queue.
         """
-        known = [xid for xid in dict.fromkeys(xids) if xid in self.opens]
+        known = [xid for xid in dict.fromkeys(xids) if xid in self.opens
+                 and not (counted and xid in self.delays.dying)]
         now = _now(now)
         dead = {}
         if tail:
@@ -2867,6 +2870,7 @@ class Queue:
             if counted and item.deliveries >= self.config.max_deliveries and (
                     self.host.bury and self.config.dead_letter_queue not in (None, self.name)):
                 self._stop_alarm(xid)        # it stays open until it is safe there
+                self.delays.dying.add(xid)
                 dead[xid] = item
                 continue
             self._end_read(xid)
@@ -3769,6 +3773,8 @@ class Queue:
         item = self.opens.pop(xid, None)
         if item is not None:
             self.open_memory -= _cost(item)
+            if self.delays.dying:
+                self.delays.dying.discard(xid)
         return item
 
     def limit(self, xid, timeout):

@@ -5238,6 +5238,19 @@ def test_dead_letters_that_are_not_taken_stay_open(tmp_path, caplog):
     assert contents_of(tmp_path / "spool", "work") == []
 
 
+@promise(1)
+def test_a_dead_letter_is_moved_once_whatever_aborts_it_again(tmp_path):
+    talk = timed_talk(tmp_path, DEADLY.replace("3", "1"))
+    put_all(talk, "work", "a", "b")
+    queue = talk.broker.queues["work"]
+    xids = [item.xid for item in take(queue, 2, open=True)]
+    assert queue.abort(*xids, now=NOW) == 2 and queue.abort(*xids, now=NOW) == 0
+    queue.abort(*queue.opens)                # as a server does that stops
+    talk.heard()
+    assert items_of(talk.broker, "dead") == [b"a", b"b"] and not queue.opens
+    assert not queue.delays.dying
+
+
 def test_each_copy_counts_for_itself(tmp_path):
     talk = Talk(tmp_path, "[queue]\nmax_deliveries = 1\ndead_letter_queue = dead\n"
                           "[alias dead]\ndestination_queues = d1, d2\n")
