@@ -10521,7 +10521,8 @@ def _raise_file_limit():
 
 def _stop_loading(number, frame):
     log.info("%s: stopped while loading", signal.Signals(number).name)
-    sys.exit(0)
+    # An exception might be raised in a finalizer, where it is ignored.
+    os._exit(0)
 
 
 def _ignore(number, frame):

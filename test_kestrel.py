@@ -2641,6 +2641,43 @@ def test_delayed_items_survive_all_that_happens_to_their_files(tmp_path):
     assert contents_of(tmp_path, now=FAR) == []
 
 
+def delayed_record(xid, due, data):
+    return struct.pack("<BiqiqqII", 14, xid, due, len(data) + 24, NOW, 0, 0, 0) + data
+
+
+def test_a_delayed_item_that_is_in_two_files_is_there_once(tmp_path):
+    """A pack keeps all that is delayed, also what has been added to the current file."""
+    spool_of(tmp_path, q__1=delayed_record(5, NOW + 5, b"late"),
+             q=delayed_record(5, NOW + 5, b"late") + addx(b"x"))
+    queue = load(tmp_path)
+    assert queue.delays.bytes == 4 and queue.open_memory == 4 + kestrel.ITEM_COST
+    assert data_of(take(queue, 3, NOW + 5)) == [b"x", b"late", None]
+    queue.close()
+
+
+def test_no_read_is_opened_under_a_number_that_a_later_file_ends(tmp_path):
+    """It would end that one, and the item would be lost."""
+    spool_of(tmp_path, q__1=b"".join(addx(b"%d" % number) for number in range(3)),
+             q=delayed_record(1, NOW, b"late")
+             + struct.pack("<BiiqqII", 12, 1, 28, NOW, 0, 0, 0) + b"late")
+    queue = load(tmp_path)
+    assert take(queue, 1, open=True)[0].xid > 1
+    queue.journal.close()
+    assert contents_of(tmp_path) == [b"0", b"1", b"2", b"late"]
+
+
+def test_who_waits_for_an_fsync_hears_that_it_was_undone(tmp_path, disk):
+    queue = turn_queue(tmp_path)
+    fill(queue, b"a")
+    told = []
+    queue.history.when_durable(told.append)
+    disk.failing = {"pwrite": errno.ENOSPC}
+    with pytest.raises(OSError):
+        queue.write()
+    assert [error.errno for error in told] == [errno.ENOSPC] and not queue.history.syncing
+    queue.close()
+
+
 def test_delayed_items_are_dumped_and_packed(tmp_path):
     queue = load(tmp_path)
     queue.add_later(b"late", 50, flags=3, now=NOW)
@@ -7529,6 +7566,13 @@ def test_refusals_are_counted_by_reason(talk):
     talk.broker.set_status("readonly")
     talk(set_("q", "3"), "another")
     assert talk.broker.refused == {"full": 1, "client": 1, "status": 1}
+
+
+def test_an_item_is_fsynced_that_asks_for_it(serve):
+    server = serve("[queue]\nsync_journal = never\n")
+    client = server.client()
+    assert client.ask("set q/sync 0 0 1\r\nx\r\n") == "STORED\r\n"
+    assert server.server.broker.queues["q"].history.durable == 1
 
 
 @promise(2)
