@@ -3001,8 +3001,10 @@ class Queue:
             self._serve(now)
 
     def _append_again(self, item):
-        """Append an item that was open or delayed; its record is written anew."""
-        item.place = None
+        """Append an item that was open or delayed. Its record is written anew, later, with the
+        count of deliveries that it has now: so this is a copy."""
+        data, item = item.data, item.stub()
+        item.data, item.place = data, None
         if self._behind is None and self.journal and (
                 self.memory + self.open_memory + _cost(item) > self._allowance):
             self._fall_behind(_cost(item))
@@ -3017,17 +3019,21 @@ class Queue:
     def flush(self) -> None:
         """Drop all waiting and delayed items. Open reads stay open."""
         self.counters.total_flushes += 1
+        history, new = self.history, []      # in one write: all of it is done, or nothing
         if self.delays.items:
             self.open_memory -= self.delays.memory
-            self._log(DROP, self.delays.clear())
+            new.append((DROP, self.delays.clear(), 0))
             self._set_limits()
+        held = self.items, self._fresh, self._behind, self.count, self.bytes, self.memory
         if self.count:
-            held = self.items, self._fresh, self._behind, self.count, self.bytes, self.memory
             self._drop_items()
-            self._log(FLUSH, held, held[3])
-            self.history.when_safe(functools.partial(self._let_go, held[0], held[5]))
-        elif self.journal and self.journal.torn:
+            new.append((FLUSH, held, held[3]))
+        is_first = not history.ops
+        history.ops += new
+        if new and is_first or self.journal and self.journal.torn:
             self.host.changed(self)          # what was undone may come back: write() says so
+        if held[3]:
+            history.when_safe(functools.partial(self._let_go, held[0], held[5]))
 
     def _let_go(self, items, memory, error=None):
         """Free the memory of items that are not needed any more: of many it takes long."""

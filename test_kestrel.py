@@ -5477,6 +5477,37 @@ def test_deliveries_are_counted_once_over_packs_and_restarts(tmp_path):
     queue.close()
 
 
+def test_deliveries_are_counted_once_though_a_write_is_late(tmp_path):
+    settings = dict(max_deliveries=9, dead_letter_queue="dead")
+    queue = turn_queue(tmp_path, **settings)
+    fill(queue, b"a")
+    for _ in range(2):                       # to the tail, and back to the head, in one write
+        queue.abort(queue.remove(open=True, now=NOW).xid, tail=True, now=NOW)
+        queue.abort(queue.remove(open=True, now=NOW).xid, now=NOW)
+    queue.write()
+    queue.close()
+    queue = load(tmp_path, **settings)
+    assert queue.peek(NOW).deliveries == 4
+    queue.close()
+
+
+@promise(2)
+def test_a_flush_drops_all_or_nothing(tmp_path, disk):
+    """Also without a server, where each change is written at once."""
+    queue = load(tmp_path)
+    fill(queue, b"a", b"b")
+    queue.add_later(b"late", 5, now=NOW)
+    disk.failing = {"pwrite": errno.ENOSPC}
+    with pytest.raises(OSError):
+        queue.flush()
+    assert queue.count == 2 and len(queue.delays.items) == 1
+    disk.good = 1                            # one write does all of it
+    queue.flush()
+    disk.failing = {}
+    queue.close()
+    assert contents_of(tmp_path, now=FAR) == []
+
+
 def test_deliveries_are_counted_once_though_a_pack_is_late(tmp_path):
     settings = dict(max_deliveries=9, dead_letter_queue="dead", max_memory_size=300)
     queue = turn_queue(tmp_path, **settings)
