@@ -874,10 +874,11 @@ ITEM_COST = 200
 # The opcodes. What this server writes is ADDX, REMOVE, SAVE_XID, OPEN, CONFIRM, UNREMOVE,
 # and ADDF where flags or deliveries need it; of Kestrel's others it only reads. Those from 12 on
 # are not Kestrel's, and only for what it has not: CONTINUEF moves an item that is open or delayed
-# to the tail, DELAY makes an open read a delayed item, ADD_DELAYED adds one, PAUSE pauses a queue.
+# to the tail, DELAY makes an open read a delayed item, ADD_DELAYED adds one, PAUSE pauses a queue;
+# PUT_BACK is an UNREMOVE that is not counted, of a queue that counts deliveries.
 ADD, REMOVE, ADDX, OPEN_NEXT, SAVE_XID = 0, 1, 2, 3, 4
 UNREMOVE, CONFIRM, ADD_XID, CONTINUE, OPEN, ADDF = 5, 6, 7, 8, 9, 10
-CONTINUEF, DELAY, ADD_DELAYED, PAUSE = 12, 13, 14, 15
+CONTINUEF, DELAY, ADD_DELAYED, PAUSE, PUT_BACK = 12, 13, 14, 15, 16
 
 # Operations that are no opcodes of their own. FLUSH: as many REMOVEs as there are waiting items.
 # TO_TAIL, DUE_TAIL: CONTINUEF of an open read, or of a delayed item whose time has come. DUE_HEAD:
@@ -888,7 +889,8 @@ OPCODE_NAMES = {
     ADD: "ADD", REMOVE: "REMOVE", ADDX: "ADDX", OPEN_NEXT: "REMOVE_TENTATIVE",
     SAVE_XID: "SAVE_XID", UNREMOVE: "UNREMOVE", CONFIRM: "CONFIRM_REMOVE", ADD_XID: "ADD_XID",
     CONTINUE: "CONTINUE", OPEN: "REMOVE_TENTATIVE_XID", ADDF: "ADDF", CONTINUEF: "CONTINUEF",
-    DELAY: "DELAY", ADD_DELAYED: "ADD_DELAYED", PAUSE: "PAUSE", FLUSH: "FLUSH",
+    DELAY: "DELAY", ADD_DELAYED: "ADD_DELAYED", PAUSE: "PAUSE", PUT_BACK: "PUT_BACK",
+    FLUSH: "FLUSH",
     TO_TAIL: "CONTINUEF", DUE_TAIL: "CONTINUEF", DUE_HEAD: "UNREMOVE", DROP: "FLUSH",
 }
 
@@ -983,7 +985,7 @@ def read_records(file, piece=_READ_SIZE, take_run=None):
                 if item.deliveries >= _MOST_DELIVERIES:      # an ADDX with a flipped bit
                     raise Damage(base + pos, "impossible count of deliveries", torn=False)
             else:
-                if opcode in (OPEN, CONFIRM, UNREMOVE, SAVE_XID, PAUSE):
+                if opcode in (OPEN, CONFIRM, UNREMOVE, SAVE_XID, PAUSE, PUT_BACK):
                     xid, = _XID.unpack_from(data, pos + 1)
                     pos += 4
                 elif opcode == DELAY:
@@ -1115,8 +1117,8 @@ def _encode_rare(opcode, item, xid):
         return [_pack_xid(CONFIRM, number) for number in item]
     if opcode == DELAY:
         return [_pack_delay(DELAY, xid, item.due)]
-    if opcode == DUE_HEAD:
-        return [_pack_xid(UNREMOVE, xid)]
+    if opcode in (DUE_HEAD, PUT_BACK):
+        return [_pack_xid(UNREMOVE if opcode == DUE_HEAD else PUT_BACK, xid)]
     if opcode == ADD_DELAYED:
         return [_delayed_head(item, len(item.item.data)), item.item.data]
     if opcode == DUE_TAIL:
@@ -1592,7 +1594,7 @@ Sync = collections.namedtuple("Sync", "position files directory")
 # others belong to the head.
 _WAITING_AFTER = {
     ADDX: 1, REMOVE: -1, OPEN: -1, UNREMOVE: 1, CONFIRM: 0, TO_TAIL: 1, DUE_TAIL: 1, DUE_HEAD: 1,
-    DELAY: 0, ADD_DELAYED: 0, DROP: 0, PAUSE: 0}
+    PUT_BACK: 1, DELAY: 0, ADD_DELAYED: 0, DROP: 0, PAUSE: 0}
 _APPENDED = frozenset((ADDX, TO_TAIL, DUE_TAIL))
 _IN_CURRENT = _APPENDED | {ADD_DELAYED, DROP, PAUSE}
 
@@ -2210,7 +2212,7 @@ def _held_before(held, ops):
     for opcode, item, xid in reversed(ops):
         if opcode in (OPEN, ADD_DELAYED):
             del held[xid]
-        elif opcode in (CONFIRM, UNREMOVE, TO_TAIL, DUE_TAIL, DUE_HEAD):
+        elif opcode in (CONFIRM, UNREMOVE, PUT_BACK, TO_TAIL, DUE_TAIL, DUE_HEAD):
             held[xid] = item
         elif opcode == DELAY:
             held[xid] = item = item.item
@@ -2884,7 +2886,8 @@ class Queue:
                 self._log(TO_TAIL, item, xid)
             else:
                 self._push(item)
-                self._log(UNREMOVE, item, xid)
+                self._log(UNREMOVE if counted or self.config.max_deliveries == UNLIMITED
+                          else PUT_BACK, item, xid)
             if xid in self._alarms:
                 self._silence_alarm(xid)
         for xid in known:
@@ -3443,9 +3446,9 @@ class Queue:
                     del opens[xid]
                 elif opcode == CONFIRM and delays.pop(xid):
                     pass
-                elif opcode == UNREMOVE and xid in opens:
+                elif opcode in (UNREMOVE, PUT_BACK) and xid in opens:
                     item = opens.pop(xid)
-                    item.deliveries += 1
+                    item.deliveries += opcode == UNREMOVE
                     self._push(item)
                 elif opcode == UNREMOVE and xid in delays.items:
                     self._push(delays.pop(xid).item)
@@ -3839,15 +3842,15 @@ class Queue:
             elif opcode == OPEN:
                 self._push(self._end_read(xid))
                 self._stop_alarm(xid)
-            elif opcode in (UNREMOVE, CONFIRM, TO_TAIL, DELAY):
-                if opcode == UNREMOVE:
+            elif opcode in (UNREMOVE, PUT_BACK, CONFIRM, TO_TAIL, DELAY):
+                if opcode in (UNREMOVE, PUT_BACK):
                     item = self._take()
                 elif opcode == TO_TAIL:
                     self._undo_append(item)
                 elif opcode == DELAY:
                     self._let_go_of(item)
                     item = item.item
-                if opcode != CONFIRM:
+                if opcode not in (CONFIRM, PUT_BACK):
                     item.deliveries = max(0, item.deliveries - 1)
                 item.xid = xid               # it may have been opened again since
                 self.opens[xid] = item
@@ -10021,7 +10024,8 @@ def _command_put(client, options):
         items = (line.rstrip(b"\n") for line in sys.stdin.buffer)
     for item in items:
         if not client.put(options.queue, item, options.expiry, 0, options.delay, options.sync):
-            print("kestrel.py: %s is full" % options.queue, file=sys.stderr)
+            print("kestrel.py: %s does not take it: it is full or paused" % options.queue,
+                  file=sys.stderr)
             return 1
     return 0
 
@@ -10302,6 +10306,9 @@ def _run_command(name, *arguments):
     except (ServerError, ValueError) as error:
         print("kestrel.py: %s" % error, file=sys.stderr)
         return 1
+    except EOFError:                     # of the password
+        print("kestrel.py: there is no terminal to ask at: set $KESTREL_PASSWORD", file=sys.stderr)
+        return 2
     except OSError as error:
         print("kestrel.py: %s: %s" % (options.server, error.strerror or error), file=sys.stderr)
         return 1 if name == "ping" else 3

@@ -2739,6 +2739,9 @@ def turn_queue(path, **settings):
     lambda q, xids: q.flush(),
     lambda q, xids: q.discard_expired(NOW + 1000000),
     lambda q, xids: q.abort(xids[0], tail=True),
+    lambda q, xids: (q.configure(kestrel.QueueConfig(
+        sync_journal=None, max_deliveries=9, dead_letter_queue="dead")),
+                     q.abort(xids[0], counted=False)),
     lambda q, xids: q.abort(xids[1], delay=5, now=NOW),
     lambda q, xids: q.add_later(b"late", 5, now=NOW),
     lambda q, xids: (q.abort(xids[1], delay=5, now=NOW), q.add_later(b"late", 4, now=NOW),
@@ -5474,6 +5477,19 @@ def test_deliveries_are_counted_once_over_packs_and_restarts(tmp_path):
         queue.close()
         queue = load(tmp_path, **settings)
         assert [one.item.deliveries for one in queue.delays.items.values()] == [1]
+    queue.close()
+
+
+def test_what_was_handed_to_nobody_is_not_counted(tmp_path):
+    """A move to a full queue puts items back: they were dead letters after a restart."""
+    settings = dict(max_deliveries=9, dead_letter_queue="dead")
+    queue = load(tmp_path, **settings)
+    fill(queue, b"a")
+    for _ in range(3):
+        queue.abort(queue.remove(open=True, now=NOW).xid, counted=False)
+    queue.close()
+    queue = load(tmp_path, **settings)
+    assert queue.peek(NOW).deliveries == 0 and contents_of(tmp_path) == [b"a"]
     queue.close()
 
 
@@ -9614,7 +9630,7 @@ def test_commands_for_operators(ask_server):
 
 def test_commands_tell_what_is_wrong(ask_server, monkeypatch, capfd):
     ask_server("put", "full", "1")
-    assert ask_server.errors(["put", "full", "2"]) == (1, "kestrel.py: full is full\n")
+    assert ask_server.errors(["put", "full", "2"]) == (1, "kestrel.py: full does not take it: it is full or paused\n")
     assert ask_server.errors(["put", "a/b", "2"]) == (1, "kestrel.py: '/' in the name of a queue\n")
     for words in (["get"], ["get", "q", "-n", "x"], ["move", "q"], ["lst"], ["--dump"], ["kick", "x"]):
         with pytest.raises(SystemExit) as stopped:
