@@ -91,9 +91,12 @@ def seeded():
 
 
 def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A port that nothing has; nor will a client be given it meanwhile, as one from 32768 on."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def request(line, *headers, body=""):
