@@ -57,7 +57,8 @@ Time is read once a turn and handed down as `now`.
 The path of a set, from recv to send: Server.turn(), Connection.ready(), Session.feed(),
 MemcacheSession._parse() and store(), Queue.add(); Queue.write() with Journal.plan() and write();
 Connection.flush(). A get has do_get(), Queue.remove() and _give() in the place of store() and
-add(). What these do is done for each command: measure what you add.
+add(). What these do is done for each command: measure what you add. What Kestrel has not goes by
+store_beyond() and get_beyond() instead.
 
 What fails is undone, in memory and in the files, back to the last safe position, before anybody
 is told: a refused command has not happened, and what was acknowledged before stays.
@@ -1111,14 +1112,14 @@ def _encode_rare(opcode, item, xid):
     """Return the records of an operation that Kestrel has not, or of a flush."""
     if opcode == FLUSH:
         return [b"\1" * xid]
-    if opcode == PAUSE:
-        return [_pack_xid(PAUSE, xid)]
+    if opcode in (PAUSE, PUT_BACK):
+        return [_pack_xid(opcode, xid)]
     if opcode == DROP:
         return [_pack_xid(CONFIRM, number) for number in item]
     if opcode == DELAY:
         return [_pack_delay(DELAY, xid, item.due)]
-    if opcode in (DUE_HEAD, PUT_BACK):
-        return [_pack_xid(UNREMOVE if opcode == DUE_HEAD else PUT_BACK, xid)]
+    if opcode == DUE_HEAD:
+        return [_pack_xid(UNREMOVE, xid)]
     if opcode == ADD_DELAYED:
         return [_delayed_head(item, len(item.item.data)), item.item.data]
     if opcode == DUE_TAIL:
@@ -1713,6 +1714,12 @@ class Journal:
         fd = os.open(place.file.path, os.O_RDONLY | os.O_CLOEXEC)
         return functools.partial(_load, item, fd, place.offset, place.size)
 
+    def loaded(self, stub):
+        """Return a copy of a stub with its data; the stub stays one. Raises OSError."""
+        item = stub.stub()
+        self.load_call(item)()
+        return item
+
     def account(self, added, last_head, count):
         """After a replay: what waits in which file. added: how many items each file adds.
         last_head: the index of the last file that does something to the head of the queue.
@@ -2025,11 +2032,7 @@ class Journal:
             delayed = None
             if type(item) is Delayed:
                 delayed, item = item, item.item
-            data = item.data
-            if data is None:
-                loaded = item.stub()
-                self.load_call(loaded)()
-                data = loaded.data
+            data = item.data if item.data is not None else self.loaded(item).data
             count = passing.counts.get(id(item), 0) if counts_deliveries else 0
             if delayed and not delayed.to_head:
                 head = _delayed_head(delayed, len(data), count)
@@ -2038,10 +2041,10 @@ class Journal:
             if item.place:
                 places.append((item.place, offset + len(head)))
             record = [head, data]
-            if xid and (not delayed or delayed.to_head):
+            if xid and head[0] != ADD_DELAYED:
                 record.append(_pack_xid(OPEN, xid))
-            if delayed and delayed.to_head:
-                record.append(_pack_delay(DELAY, xid, delayed.due))
+                if delayed:
+                    record.append(_pack_delay(DELAY, xid, delayed.due))
             chunks += record
             length = sum(map(len, record))
             offset += length
@@ -2639,8 +2642,7 @@ class Queue:
                         "reload when it has shrunk", self.name)
             return
         for item in self._in_memory():
-            if item.data is None:
-                self._load_data(item)
+            self.data_of(item)
         task = self.journal.delete()
         self.upkeep.stop()
         self.history.forget()
@@ -2662,8 +2664,8 @@ class Queue:
             now = _now()
         if type(data) is not bytes:
             data = _as_bytes(data)
-        if (expiry or flags) and not (abs(expiry) < 1 << 63 and 0 <= flags < 1 << 32):
-            raise ValueError("expiry %d or flags %d cannot be kept" % (expiry, flags))
+        if expiry or flags:
+            _check_numbers(expiry, flags)
         size = len(data)
         if size > config.max_item_size:
             return False
@@ -2672,7 +2674,7 @@ class Queue:
             self._fall_behind(cost)
         if (self.count >= self._most_items or self.bytes >= self._most_size) and (
                 not self._make_room(now)):
-            self._look_behind()
+            self._catch_up()
             return False
         item = Item(data, now, expiry, flags if config.keep_flags else 0)
         if self._behind:
@@ -2696,9 +2698,7 @@ class Queue:
         memory until then, and refused with an OSError if there is no memory for it."""
         now = _now(now)
         data = _as_bytes(data)
-        if not (0 <= delay < 1 << 62 and abs(expiry) < 1 << 63 and 0 <= flags < 1 << 32):
-            raise ValueError("delay %d, expiry %d or flags %d cannot be kept" % (
-                delay, expiry, flags))
+        _check_numbers(expiry, flags, delay)
         size = len(data)
         if size > self.config.max_item_size or not self._make_room(now):
             return False
@@ -2787,8 +2787,7 @@ class Queue:
             return None
         if self._is_expired(self.items[0], now) and not self._sweep(now):
             return None
-        if self.items[0].data is None:
-            self._load_data(self.items[0])
+        self.data_of(self.items[0])
         return self.items[0]
 
     def browse(self, most: int = UNLIMITED,
@@ -2804,8 +2803,8 @@ class Queue:
         items = list(itertools.islice(self.items, most))
         while True:
             for at in range(0, len(items), SWEEP_STEP):
-                yield [self._shown(item) for item in items[at:at + SWEEP_STEP]
-                       if not self._is_expired(item, now)]
+                yield [item if item.data is not None else self.journal.loaded(item)
+                       for item in items[at:at + SWEEP_STEP] if not self._is_expired(item, now)]
             most -= len(items)
             if unread <= 0 or most <= 0:
                 break
@@ -2817,13 +2816,6 @@ class Queue:
                 break
             unread -= len(items)
         yield [item for item in fresh[:max(0, most)] if not self._is_expired(item, now)]
-
-    def _shown(self, item):
-        """Return an item with its data, which may be read for that. Raises OSError."""
-        if item.data is None:
-            item = item.stub()
-            self.journal.load_call(item)()
-        return item
 
     def has_more(self, peek=False):
         """Return whether there are items, so that remove(), or peek(), is worth another call."""
@@ -2952,7 +2944,7 @@ class Queue:
         self._set_limits()
         self._watch_delays(now)
 
-    def _let_go_of(self, delayed):
+    def _unhold(self, delayed):
         """Keep an item no longer."""
         self.delays.pop(delayed.xid)
         self.open_memory -= _cost(delayed.item)
@@ -2972,13 +2964,17 @@ class Queue:
     def _release_now(self, now=None):
         self.delays.alarm = None
         if not self.closed:
-            self._release(_now(now))
+            now = _now(now)
+            self._release(now)
+            self._watch_delays(now)
 
     def _release(self, now):
         """Put the delayed items that are due where they belong, some at a time."""
         delays = self.delays
-        found = {}                           # what was undone may be in the heap twice
         due = delays.next_due()
+        if due is None or due > now:
+            return
+        found = {}                           # what was undone may be in the heap twice
         while due is not None and due <= now and len(found) < self.host.sweep_limit:
             xid = heapq.heappop(delays.due)[1]
             found[xid] = delays.items[xid]
@@ -2988,11 +2984,11 @@ class Queue:
         try:
             # One after the other: without a server each is written at once.
             for delayed in tails:
-                self._let_go_of(delayed)
+                self._unhold(delayed)
                 self._append_again(delayed.item)
                 self._log(DUE_TAIL, delayed, delayed.xid)
             for delayed in reversed(heads):
-                self._let_go_of(delayed)
+                self._unhold(delayed)
                 self._push(delayed.item)
                 self._log(DUE_HEAD, delayed, delayed.xid)
         finally:
@@ -3000,7 +2996,7 @@ class Queue:
                 if delays.items.get(xid) is delayed:
                     heapq.heappush(delays.due, delayed[:2])
             self._watch_delays(now)
-        if found and self.waiters:
+        if self.waiters:
             self._serve(now)
 
     def _append_again(self, item):
@@ -3412,54 +3408,24 @@ class Queue:
             for opcode, xid, item, end in journal.read(file, take_run):
                 if done + offset > look:
                     tell()
+                begin, offset = offset, end
                 if opcode == ADD_DELAYED:
-                    offset = end
                     highest = max(highest, xid[0])
                     delays.add(Delayed(xid[1], xid[0], item, False))
-                    continue
-                if opcode == PAUSE:
-                    offset = end
+                elif opcode == PAUSE:
                     self.paused = xid
-                    continue
-                if item is not None:
+                elif item is not None:
                     added[-1] += 1
                     if opcode in (CONTINUE, CONTINUEF):
                         highest = max(highest, xid)
-                        if (opens.pop(xid, None) or delays.pop(xid)) is None:
-                            ignored += 1
-                    self._append(item, file, offset)
-                    offset = end
-                    continue
-                offset = end
-                last_head = number
-                if opcode == REMOVE and self.count:
-                    self._replay_pop()
-                elif opcode == OPEN and self.count:
-                    opens[xid] = self._replay_pop()
-                    self.xid = xid
-                elif opcode == OPEN_NEXT and self.count:
-                    item = self._replay_pop()
-                    xid = item.xid or self._next_xid()
-                    opens[xid] = item
-                    self.xid = xid
-                elif opcode == CONFIRM and xid in opens:
-                    del opens[xid]
-                elif opcode == CONFIRM and delays.pop(xid):
-                    pass
-                elif opcode in (UNREMOVE, PUT_BACK) and xid in opens:
-                    item = opens.pop(xid)
-                    item.deliveries += opcode == UNREMOVE
-                    self._push(item)
-                elif opcode == UNREMOVE and xid in delays.items:
-                    self._push(delays.pop(xid).item)
-                elif opcode == DELAY and xid[0] in opens:
-                    item = opens.pop(xid[0])
-                    item.deliveries += 1
-                    delays.add(Delayed(xid[1], xid[0], item, True))
-                elif opcode == SAVE_XID:
-                    self.xid = xid
+                        ignored += (opens.pop(xid, None) or delays.pop(xid)) is None
+                    self._append(item, file, begin)
                 else:
-                    ignored += 1
+                    last_head = number
+                    if opcode == REMOVE and self.count:          # as a rule
+                        self._replay_pop()
+                    else:
+                        ignored += not self._redo(opcode, xid)
             done += file.size
         if ignored:
             log.warning("%s: %d operations on items that are not there, ignored",
@@ -3467,7 +3433,7 @@ class Queue:
         journal.account(added, last_head, self.count)
         if self._behind:
             self._behind.older = journal.passed[:]
-            self._look_behind()
+            self._catch_up()
         # An OPEN may be written in front of what is done to the tail: never with the same xid.
         self.xid = max(self.xid, highest)
         self.open_memory = sum(map(_cost, opens.values())) + delays.memory
@@ -3475,6 +3441,34 @@ class Queue:
         self._watch_delays(_now())
         self.abort(*opens, orphaned=True)
         self.counters.canceled_transactions = 0
+
+    def _redo(self, opcode, xid):
+        """Do what a record says that is about the head or an open read; return False if there is
+        no such item."""
+        opens, delays = self.opens, self.delays
+        if opcode == SAVE_XID:
+            self.xid = xid
+        elif opcode in (OPEN, OPEN_NEXT) and self.count:
+            item = self._replay_pop()
+            if opcode == OPEN_NEXT:
+                xid = item.xid or self._next_xid()
+            opens[xid] = item
+            self.xid = xid
+        elif opcode == CONFIRM:
+            return (opens.pop(xid, None) or delays.pop(xid)) is not None
+        elif opcode in (UNREMOVE, PUT_BACK) and xid in opens:
+            item = opens.pop(xid)
+            item.deliveries += opcode == UNREMOVE
+            self._push(item)
+        elif opcode == UNREMOVE and xid in delays.items:
+            self._push(delays.pop(xid).item)
+        elif opcode == DELAY and xid[0] in opens:
+            item = opens.pop(xid[0])
+            item.deliveries += 1
+            delays.add(Delayed(xid[1], xid[0], item, True))
+        else:
+            return False
+        return True
 
     def _replay_pop(self):
         """Take the head item, whose data may have to be read again."""
@@ -3565,7 +3559,7 @@ class Queue:
                 if found:
                     break
             unread = self.count - len(self.items) - len(self._fresh)
-        self._look_behind()
+        self._catch_up()
         return bool(self.items)
 
     def _read_more(self, unread):
@@ -3584,7 +3578,7 @@ class Queue:
         self.memory += sum(map(_cost, items))
         return len(items)
 
-    def _look_behind(self):
+    def _catch_up(self):
         """Be behind no longer if all waiting items are in memory."""
         if not self._behind or self.count != len(self.items) + len(self._fresh):
             return
@@ -3616,8 +3610,7 @@ class Queue:
         start = behind.offset if file is behind.file else 0
         for item in self._in_memory():
             if item.place and item.place.file is file and item.place.offset >= start:
-                if item.data is None:        # its offset will change
-                    self._load_data(item)
+                self.data_of(item)           # its offset will change
                 item.place = None
         size = file.size
         self.journal.repair(file, start)
@@ -3709,7 +3702,7 @@ class Queue:
             self.host.later(0, self.recover)
 
     def data_of(self, item):
-        """Return the data of an item that is open, read again if need be. Raises OSError."""
+        """Return the data of an item in memory, read again if need be. Raises OSError."""
         if item.data is None:
             self._load_data(item)
         return item.data
@@ -3848,7 +3841,7 @@ class Queue:
                 elif opcode == TO_TAIL:
                     self._undo_append(item)
                 elif opcode == DELAY:
-                    self._let_go_of(item)
+                    self._unhold(item)
                     item = item.item
                 if opcode not in (CONFIRM, PUT_BACK):
                     item.deliveries = max(0, item.deliveries - 1)
@@ -3863,7 +3856,7 @@ class Queue:
                     self._undo_append(item.item)
                 self._hold(item, _now())
             elif opcode == ADD_DELAYED:
-                self._let_go_of(item)
+                self._unhold(item)
                 self.counters.total_items -= 1
                 self.counters.put_bytes -= _size(item.item)
             elif opcode == DROP:
@@ -3874,7 +3867,7 @@ class Queue:
             else:
                 (self.items, self._fresh, self._behind, self.count, self.bytes,
                  self.memory) = item
-        self._look_behind()
+        self._catch_up()
         self.opens = dict(sorted(self.opens.items()))      # the oldest first, as before
         self._set_limits()
 
@@ -3893,6 +3886,12 @@ def _as_bytes(data):
         return bytes(memoryview(data))
     except TypeError:
         raise TypeError("data must be bytes, not %s" % type(data).__name__) from None
+
+
+def _check_numbers(expiry, flags, delay=0):
+    """Raise ValueError if a record has no room for one of these."""
+    if not (abs(expiry) < 1 << 63 and 0 <= flags < 1 << 32 and 0 <= delay < 1 << 62):
+        raise ValueError("expiry %d, flags %d or delay %d cannot be kept" % (expiry, flags, delay))
 
 
 def _free(items):
@@ -4763,6 +4762,7 @@ class Broker:
             self._buried -= size
 
     def _move_open(self, source, item, now, setting):
+        """Move it, and try again if need be."""
         xid = item.xid
         is_told = False
         error = yield source
@@ -5518,15 +5518,19 @@ class Session:
     def _clients(self):
         """Yield a dict for each client that is connected."""
         for number, (session, came) in list(self.broker.clients.items()):
-            protocol, _, address = session.peer.name.partition(" client ")
-            yield {"id": number, "address": address, "user": session.user, "protocol": protocol,
-                   "state": session.state, "seconds": int(self.broker.uptime() - came),
-                   "open_reads": sum(map(len, session.open_reads.values())),
-                   "oldest_open_seconds": max(
-                       [(self.now - next(iter(reads.values()))) // 1000
-                        for reads in session.open_reads.values() if reads], default=None),
-                   "waits_for": ",".join(queue.name for queue in session.asks.queues)
-                   if session.state is WAITING else None}
+            yield self._client_row(number, session, came, list(session.open_reads.values()))
+
+    def _client_row(self, number, session, came, reads):
+        """Return what is told of a client. reads: the open reads that are told of, see
+        `open_reads`."""
+        protocol, _, address = session.peer.name.partition(" client ")
+        return {"id": number, "address": address, "user": session.user, "protocol": protocol,
+                "state": session.state, "seconds": int(self.broker.uptime() - came),
+                "open_reads": sum(map(len, reads)),
+                "oldest_open_seconds": max([(self.now - next(iter(one.values()))) // 1000
+                                            for one in reads if one], default=None),
+                "waits_for": ",".join(queue.name for queue in session.asks.queues)
+                if session.state is WAITING else None}
 
     def _flush(self, name):
         """Flush a queue; return it, or None if there is none."""
@@ -7352,12 +7356,9 @@ class AdminSession(Session):
         """Answer with all that the page shows of one queue."""
         queue, items = yield from self._first_items(_SHOWN_ITEMS)
         if queue:
-            readers = []
-            for row, (session, _) in zip(self._clients(), list(self.broker.clients.values())):
-                reads = session.open_reads.get(queue)
-                if reads:
-                    readers.append({**row, "open_reads": len(reads), "oldest_open_seconds":
-                                    (self.now - next(iter(reads.values()))) // 1000})
+            readers = [self._client_row(number, session, came, [session.open_reads[queue]])
+                       for number, (session, came) in self.broker.clients.items()
+                       if session.open_reads.get(queue)]
             self._respond(HTTPStatus.OK, json.dumps({
                 "name": _shown_name(queue.name), "key": _key_of(queue.name),
                 "paused": PAUSES[queue.paused], "settings": queue.config.lines(),
@@ -8266,7 +8267,7 @@ class Syncs:
         self._planned = set()            # queues whose fsync has a time set
         self.wanted = {}                # queues to be fsynced, in order; an ordered set
         self._running = {}               # queues that are being fsynced -> since when
-        self._looks = None               # since when somebody looks for look()
+        self._is_looking = False         # the worker looks for look()
         self._told = 0                   # when the log told of failing journals last
 
     def is_idle(self):
@@ -8333,8 +8334,8 @@ class Syncs:
                 broker.note_failure(queue, OSError(
                     errno.ETIMEDOUT, "the disk hangs: an fsync takes more than %d s"
                     % _HANG_SECONDS, queue.journal and queue.journal.path), "fsynced")
-        if self._looks is None:
-            self._looks, found = mono, []
+        if not self._is_looking:
+            self._is_looking, found = True, []
             self._server.worker.submit(
                 functools.partial(_look_at, broker.spool, bool(broker.failing), found),
                 functools.partial(self._looked, found))
@@ -8342,7 +8343,7 @@ class Syncs:
 
     def _looked(self, found, error, seconds):
         broker = self._server.broker
-        self._looks = None
+        self._is_looking = False
         if found:
             broker.take_free_space(*found)
         if error:
@@ -9454,9 +9455,8 @@ class Client:
     def __init__(self, host: str = "127.0.0.1", port: int = 22133, timeout: float = 30,
                  user: "str | None" = None, password: str = "",
                  tls: "ssl.SSLContext | None" = None) -> None:
-        self._address = host, port
+        self._arguments = host, port, timeout, user, password, tls
         self._timeout = timeout
-        self._login = None if user is None else os.fsencode("%s %s" % (user, password))
         self._tls = tls
         self._opened = {}                # key of the queues of which items are open -> how many
         self._sock = self._file = None
@@ -9464,7 +9464,7 @@ class Client:
         self._connect()
 
     def _connect(self):
-        host, port = self._address
+        host, port, _, user, password, _ = self._arguments
         try:
             if host.startswith("unix:"):
                 self._sock = socket.socket(socket.AF_UNIX)
@@ -9476,8 +9476,9 @@ class Client:
             if self._tls:
                 self._sock = self._tls.wrap_socket(self._sock, server_hostname=host)
             self._file = self._sock.makefile("rb")
-            if self._login is not None:
-                self._ask(b"set login 0 0 %d\r\n%b\r\n" % (len(self._login), self._login))
+            if user is not None:
+                login = os.fsencode("%s %s" % (user, password))
+                self._ask(b"set login 0 0 %d\r\n%b\r\n" % (len(login), login))
         except BaseException:
             self._hang_up()
             raise
@@ -9548,7 +9549,7 @@ class Client:
         the epoch, 0 for never), and how often each has come back. They stay; take: they are taken,
         fifty at a time, once the next fifty are asked for. This has a connection of its own."""
         left = UNLIMITED if count is None else count
-        with self._another() as other:
+        with Client(*self._arguments) as other:
             while left > 0:
                 most = min(left, _PUT_AT_ONCE) if take else left
                 other._send(b"get %b/n=%d/info/%b\r\n" % (
@@ -9561,21 +9562,13 @@ class Client:
                 left -= len(rows)
                 other._get(queue, 0, "/close" + _many(len(rows)))
 
-    def _another(self):
-        """Return a new client of the same server."""
-        other = Client.__new__(Client)
-        vars(other).update(vars(self), _opened={}, _sock=None, _file=None, _is_closed=False)
-        other._connect()
-        return other
-
     def _check_closed(self, queue):
         if self._keys(queue) in self._opened:
             raise ValueError("an item of %s is open here; use another client" % queue)
 
-    def _get(self, queue, timeout, options, read=None):
+    def _get(self, queue, timeout, options):
         return self._ask(b"get %b/t=%d%b\r\n" % (
-            self._keys(queue), timeout * 1000, _word(options).encode()),
-            read or self._items, timeout)
+            self._keys(queue), timeout * 1000, _word(options).encode()), self._items, timeout)
 
     @contextlib.contextmanager
     def open(self, queue: "str | list[str]", timeout: float = 0,
