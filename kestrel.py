@@ -752,7 +752,7 @@ class Logins:
 
     def check(self, client, name, password, done):
         """Call done(user): the name as text if that is its password (both bytes), else None.
-        client: has `peer.host`, `at_end` once it will say no more, and `is_over()` when nobody
+        client: has `who`, `peer.host`, `at_end` once it will say no more, and `is_over()` when nobody
         waits for the answer."""
         host = client.peer.host
         line = self._lines.get(host)
@@ -799,13 +799,13 @@ class Logins:
             self._known.add(digest)
 
     def _finish(self, host, digest):
-        _, name, _, done = self._lines[host].popleft()
+        client, name, _, done = self._lines[host].popleft()
         if digest in self._known:
             done(os.fsdecode(name))
             self._broker.later(0, functools.partial(self._go_on, host))
         else:
             # Only known names are logged: a client that has not logged in may have sent an item.
-            log.warning("%s: wrong password for %s", host, os.fsdecode(name)
+            log.warning("%s: wrong password for %s", client.who, os.fsdecode(name)
                         if self._stored(name) != _NOBODY else "an unknown user")
             done(None)
             self._broker.later(_LOGIN_REST_MS, functools.partial(self._go_on, host))
@@ -856,6 +856,9 @@ class Item:
         self.xid = 0
         self.cas = None
         self.place = None
+
+    def __repr__(self):
+        return "<Item xid=%d data=%.80r>" % (self.xid, self.data)
 
     def stub(self):
         """Return a copy without the data, which is read again from `place` when it is needed."""
@@ -7018,8 +7021,9 @@ class AdminSession(Session):
                 while data[pos:pos + 2] == b"\r\n":        # RFC 9112, 2.2
                     pos += 2
                 end = data.find(b"\r\n\r\n", pos, pos + MAX_HEAD)
-                if not data[pos:pos + 1].isalpha() and data[pos:]:
-                    raise ValueError("not a request of HTTP/1.1")      # TLS, perhaps
+                line = data[pos:data.find(b"\n", pos, pos + MAX_HEAD) + 1]
+                if data[pos:] and not data[pos:pos + 1].isalpha() or line and b"HTTP/" not in line:
+                    raise ValueError("not a request of HTTP/1.1")    # TLS, or a memcache client
                 if end < 0:
                     if len(data) - pos >= MAX_HEAD:
                         self._respond(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
@@ -7179,7 +7183,8 @@ class AdminSession(Session):
 
     def _say_error(self, error):
         self._respond(
-            HTTPStatus.FORBIDDEN if error.kind == "CLIENT_ERROR" else
+            HTTPStatus.FORBIDDEN if error.reason == "denied" else
+            HTTPStatus.BAD_REQUEST if error.kind == "CLIENT_ERROR" else
             HTTPStatus.SERVICE_UNAVAILABLE if error.close else HTTPStatus.INTERNAL_SERVER_ERROR,
             error.why)
 
@@ -7385,9 +7390,15 @@ class AdminSession(Session):
 
     # -- what changes something
 
+    def _asked(self, name):
+        """Return a parameter that the request must have. Raises Refused."""
+        if name not in self._query:
+            raise Refused("CLIENT_ERROR", "the parameter %s is missing" % name)
+        return self._query[name][0]
+
     def _asked_queue(self):
         """Return the queue that the request names; answer 404 and return None if there is none."""
-        queue = self.broker.find(self._query.get("queue", [""])[0])
+        queue = self.broker.find(self._asked("queue"))
         if queue is None:
             self._respond(HTTPStatus.NOT_FOUND, "there is no such queue")
         return queue
@@ -7409,7 +7420,7 @@ class AdminSession(Session):
     def _post_put(self):
         """Put the body as an item into the queue that the request names, made if it is new."""
         self._check_writes()
-        name = self._query.get("queue", [""])[0]
+        name = self._asked("queue")
         key = os.fsencode(_name(os.fsencode(name)) and name)
         self._check_user("put_users", *self.broker.config.aliases.get(name, (name,)))
         route = yield from self._route(key)
@@ -7420,7 +7431,7 @@ class AdminSession(Session):
     def _post_move(self):
         queue = self._asked_queue()
         if queue:
-            moved = yield from self._move(queue.name, self._query.get("dest", [""])[0])
+            moved = yield from self._move(queue.name, self._asked("dest"))
             return "%d moved" % moved
         return None
 
@@ -7436,14 +7447,14 @@ class AdminSession(Session):
 
     def _post_kick(self):
         self._check_admin("kick")
-        number = self._query.get("id", [""])[0]
-        if not self._kick(int(number) if number.isdigit() else 0):
+        number = _number(self._asked("id").encode(), "id")
+        if not self._kick(number):
             self._respond(HTTPStatus.NOT_FOUND, "there is no such client")
             return None
         return "closed"
 
     def _post_status(self):
-        self._set_status(self._query.get("to", [""])[0])
+        self._set_status(self._asked("to"))
         return self.broker.status.lower()
 
     def _post_reload(self):
@@ -9474,7 +9485,13 @@ class Client:
                 self._sock = socket.create_connection((host, port), self._timeout)
                 self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls:
-                self._sock = self._tls.wrap_socket(self._sock, server_hostname=host)
+                import ssl
+                try:
+                    self._sock = self._tls.wrap_socket(self._sock, server_hostname=host)
+                except ssl.SSLError as error:
+                    if error.reason == "WRONG_VERSION_NUMBER":
+                        raise ConnectionError("the server speaks no TLS there") from None
+                    raise
             self._file = self._sock.makefile("rb")
             if user is not None:
                 login = os.fsencode("%s %s" % (user, password))
@@ -9762,8 +9779,12 @@ class Client:
 
     def _line(self):
         line = self._file.readline()
+        if line.startswith(b"\x15\x03"):         # an alert
+            raise ConnectionError("the server wants TLS")
         if not line.endswith(b"\r\n"):
             raise ConnectionError("the server has closed the connection")
+        if line.startswith(b"HTTP/"):
+            raise ConnectionError("this is a port for HTTP; memcache_port is another one")
         if line.partition(b" ")[0].strip() in (b"ERROR", b"CLIENT_ERROR", b"SERVER_ERROR"):
             raise ServerError(os.fsdecode(line).strip())
         return line[:-2]
@@ -9957,15 +9978,31 @@ def _in_json(data):
         return {"base64": base64.b64encode(data).decode()}
 
 
+def _check_whole(path):
+    """Raise OSError if a journal file is damaged. It may be no journal at all."""
+    try:
+        with open(path, "rb") as file:
+            for _ in read_records(file):
+                pass
+    except Damage as damage:
+        if not damage.torn or not damage.offset:
+            raise OSError(errno.EINVAL, "%s: %s. Nothing was changed; if this is a journal, the "
+                          "next start of a server repairs it" % (path, damage)) from None
+
+
 def _pack(path):
     """Write the journals of an unused queue as one file, which takes their place."""
     directory, name = os.path.split(os.path.abspath(path))
     os.listdir(directory)                # there must be one: _lock_spool() would make it
     spool = _lock_spool(directory)
     try:
-        older = find_journals(directory).get(name)
+        older = find_journals(directory, name).get(name)
         if older is None:
             raise OSError(errno.ENOENT, "%s: there is no such queue" % path)
+        for number in older:
+            _check_whole("%s.%d" % (path, number))
+        if os.path.exists(path):
+            _check_whole(path)
         queue = Queue(name, directory, QueueConfig(max_memory_size=UNLIMITED), older)
         before = queue.journal.size
         queue.pack()
@@ -10002,7 +10039,11 @@ def _show(options, names, rows):
     if options.json:
         for row in rows:
             print(json.dumps(dict(zip(names, row))))
-        return
+    else:
+        _show_table(names, rows)
+
+
+def _show_table(names, rows):
     widths = [max(map(len, map(str, column))) for column in zip(names, *rows)]
     for row in (names, *rows):
         print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip())
@@ -10015,12 +10056,9 @@ def _command_put(client, options):
         items = [sys.stdin.buffer.read()]
     else:
         items = (line.rstrip(b"\n") for line in sys.stdin.buffer)
-    for item in items:
+    for done, item in enumerate(items):
         if not client.put(options.queue, item, options.expiry, 0, options.delay, options.sync):
-            print("kestrel.py: %s does not take it: it is full or paused" % options.queue,
-                  file=sys.stderr)
-            return 1
-    return 0
+            raise ValueError("%s is full or paused; %d items were put" % (options.queue, done))
 
 
 def _command_get(client, options):
@@ -10073,15 +10111,24 @@ def _command_import(client, options):
             taken = client.put_many(options.queue, batch, expiry, flags)
             done += taken
             if taken < len(batch):
-                raise ValueError("%s is full; %d items were put" % (options.queue, done))
+                raise ValueError("%s is full or paused; %d items were put" % (
+                    options.queue, done))
             show(done)
     show(done, True)
 
 
+def _waiting(client, queue):
+    """Return how many items of a queue wait. Raises ValueError if there is no such queue."""
+    for name, items, *_ in client.queues(queue):
+        if name == queue:
+            return items
+    raise ValueError("there is no queue %s" % queue)
+
+
 def _count_of(client, options):
     """Return how many items a command is about."""
-    waiting = [row[1] for row in client.queues(options.queue) if row[0] == options.queue]
-    return min(sum(waiting), UNLIMITED if options.count is None else options.count)
+    waiting = _waiting(client, options.queue)
+    return waiting if options.count is None else min(waiting, options.count)
 
 
 def _progress(total):
@@ -10109,25 +10156,34 @@ def _print_item(item):
     sys.stdout.buffer.flush()
 
 
-_QUEUE_COLUMNS = "queue", "items", "bytes", "open", "waiters"
+_QUEUE_COLUMNS = "queue", "items", "bytes", "open", "waiters", "delayed", "paused"
+
+
+def _queue_rows(client, stats, prefix=""):
+    """Return the rows of a table of queues; stats: as Client.stats() returns them."""
+    return [(*row, int(stats.get("queue_%s_delayed" % row[0], 0)),
+             PAUSES[int(stats.get("queue_%s_paused" % row[0], 0))])
+            for row in client.queues(prefix)]
 
 
 def _command_list(client, options):
-    _show(options, _QUEUE_COLUMNS, client.queues(options.prefix or ""))
+    _show(options, _QUEUE_COLUMNS, _queue_rows(client, client.stats(), options.prefix or ""))
 
 
 def _command_stats(client, options):
-    stats = client.stats()
+    stats = {name: int(value) if value.isdecimal() else value
+             for name, value in client.stats().items()}
     if options.queue:
         begin = "queue_%s_" % options.queue
         names = {one.name for one in QUEUE_STATS} | {"children"}      # and not of queue_q_other
         stats = {name[len(begin):]: value for name, value in stats.items()
                  if name.startswith(begin) and name[len(begin):] in names}
+        if not stats:
+            raise ValueError("there is no queue %s" % options.queue)
     if options.json:
         print(json.dumps(stats))
     else:
         _show(options, ("name", "value"), list(stats.items()))
-    return int(not stats)
 
 
 def _command_top(client, options):
@@ -10137,7 +10193,7 @@ def _command_top(client, options):
         try:
             client = client or _connect(options)
             stats = client.stats()
-            rows, mono = client.queues(), time.monotonic()
+            rows, mono = _queue_rows(client, stats), time.monotonic()
             head = "%s  %s  %s items  up %s s" % (
                 options.server, client.status(), stats["curr_items"], stats["uptime"])
             if stats.get("trouble", "none") != "none":
@@ -10152,7 +10208,7 @@ def _command_top(client, options):
         rows.sort(key=lambda row: row[-1 if options.by == "rate" else 1] or 0, reverse=True)
         lines = os.get_terminal_size().lines - 4 if sys.stdout.isatty() else 20
         sys.stdout.write("\33[H\33[2J" + head + "\n\n")
-        _show(options, (*_QUEUE_COLUMNS, "gets/s"), rows[:lines])
+        _show_table((*_QUEUE_COLUMNS, "gets/s"), rows[:lines])
         sys.stdout.flush()
         time.sleep(1)
 
@@ -10183,15 +10239,15 @@ def _command_resume(client, options):
 
 
 def _command_flush(client, options):
-    if not _is_sure(options, "Drop all items of %s?" % options.queue):
+    waiting = _waiting(client, options.queue)
+    if not _is_sure(options, "Drop all %d items of %s?" % (waiting, options.queue)):
         return 1
     client.flush(options.queue)
     return 0
 
 
 def _command_delete(client, options):
-    if options.queue not in [row[0] for row in client.queues(options.queue)]:
-        raise ValueError("there is no queue %s" % options.queue)
+    _waiting(client, options.queue)
     if not _is_sure(options, "Delete %s and all its items?" % options.queue):
         return 1
     client.delete(options.queue)
@@ -10212,12 +10268,14 @@ def _command_ping(client, options):
 
 
 def _command_clients(client, options):
-    _show(options, ("id", "address", "user", "protocol", "state", "seconds", "open", "waits for"),
-          client.clients())
+    rows = [[int(cell) if cell.isdecimal() else cell for cell in row] for row in client.clients()]
+    _show(options, ("id", "address", "user", "protocol", "state", "seconds", "open_reads",
+                    "waits_for"), rows)
 
 
 def _command_kick(client, options):
-    return int(not client.kick(options.id))
+    if not client.kick(options.id):
+        raise ValueError("there is no client %d" % options.id)
 
 
 def _seconds(text):
@@ -10237,6 +10295,7 @@ _COUNT = ("-n", {"type": int, "dest": "count", "metavar": "N", "help": "so many 
 _WAIT = ("--wait", {"type": _seconds, "default": 0, "metavar": "SECONDS",
                     "help": "wait so long for an item"})
 _YES = ("--yes", {"action": "store_true", "help": "do not ask"})
+_JSON_ROWS = ("--json", {"action": "store_true", "help": "print JSON objects, not a table"})
 _QUEUE = ("queue", {})
 
 # What can be asked of a server: name -> (function, its arguments, what it does). A function is
@@ -10251,8 +10310,10 @@ _COMMANDS = {
             "put items, or each line of standard input"),
     "get": (_command_get, (_QUEUE, _N, _WAIT), "take items, and print each with a newline"),
     "peek": (_command_peek, (_QUEUE, _N), "print the first items, which stay"),
-    "list": (_command_list, (("prefix", {"nargs": "?"}),), "the queues, or those that begin so"),
-    "stats": (_command_stats, (("queue", {"nargs": "?"}),), "figures of the server, or of a queue"),
+    "list": (_command_list, (("prefix", {"nargs": "?"}), _JSON_ROWS),
+             "the queues, or those that begin so"),
+    "stats": (_command_stats, (("queue", {"nargs": "?"}), _JSON_ROWS),
+              "figures of the server, or of a queue"),
     "top": (_command_top, (("--by", {"choices": ["depth", "rate"], "default": "depth",
                                      "help": "sort by items (depth), or by gets a second"}),),
             "the queues, anew each second"),
@@ -10268,7 +10329,7 @@ _COMMANDS = {
     "delete": (_command_delete, (_QUEUE, _YES), "delete a queue"),
     "status": (_command_status, (("word", {"nargs": "?"}),), "what the server lets in; set it"),
     "ping": (_command_ping, (), "whether it answers, for health checks"),
-    "clients": (_command_clients, (), "who is connected"),
+    "clients": (_command_clients, (_JSON_ROWS,), "who is connected"),
     "kick": (_command_kick, (("id", {"type": int}),), "hang up on a client"),
 }
 
@@ -10286,7 +10347,6 @@ def _run_command(name, *arguments):
     parser.add_argument("--user", help="its password is $KESTREL_PASSWORD, or is asked for")
     parser.add_argument("--tls", action="store_true", help="speak TLS")
     parser.add_argument("--cafile", metavar="FILE", help="whose certificates to trust, with TLS")
-    parser.add_argument("--json", action="store_true", help="tables as JSON objects")
     options = parser.parse_intermixed_args(arguments)
     try:
         with contextlib.ExitStack() as stack:
@@ -10350,6 +10410,9 @@ def _convert(path):
                 if key.startswith("default."):
                     key, at = key[8:], "queue"
                 sections.setdefault(at, []).append(_converted(kind, at, key, value))
+    if not any(sections.values()):
+        print("kestrel.py: %s: no settings of Kestrel are in it" % path, file=sys.stderr)
+        return 1
     for header, lines in sections.items():
         print("\n".join(["[%s]" % header, *lines, ""]))
     return 0
