@@ -9779,8 +9779,6 @@ class Client:
 
     def _line(self):
         line = self._file.readline()
-        if line.startswith(b"\x15\x03"):         # an alert
-            raise ConnectionError("the server wants TLS")
         if not line.endswith(b"\r\n"):
             raise ConnectionError("the server has closed the connection")
         if line.startswith(b"HTTP/"):
