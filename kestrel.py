@@ -752,8 +752,8 @@ class Logins:
 
     def check(self, client, name, password, done):
         """Call done(user): the name as text if that is its password (both bytes), else None.
-        client: has `who`, `peer.host`, `at_end` once it will say no more, and `is_over()` when nobody
-        waits for the answer."""
+        client: has `who`, `peer.host`, `at_end` once it will say no more, and `is_over()` when
+        nobody waits for the answer."""
         host = client.peer.host
         line = self._lines.get(host)
         if self._digest(name, password) in self._known:
@@ -1117,8 +1117,12 @@ def _encode_rare(opcode, item, xid):
         return [b"\1" * xid]
     if opcode in (PAUSE, PUT_BACK):
         return [_pack_xid(opcode, xid)]
-    if opcode == DROP:
-        return [_pack_xid(CONFIRM, number) for number in item]
+    if opcode == DROP:                   # of perhaps a million
+        records = bytearray([CONFIRM]) * (_XID.size + 1) * len(item)
+        numbers = struct.pack("<%di" % len(item), *item)
+        for byte in range(_XID.size):
+            records[byte + 1::_XID.size + 1] = numbers[byte::_XID.size]
+        return [records]
     if opcode == DELAY:
         return [_pack_delay(DELAY, xid, item.due)]
     if opcode == DUE_HEAD:
@@ -2521,13 +2525,16 @@ class Delays:
         self.bytes = self.memory = 0
         self.dying = set()
 
-    def add(self, delayed):
-        """Add a Delayed, in the place of one of the same number."""
-        self.pop(delayed.xid)
-        self.items[delayed.xid] = delayed
-        heapq.heappush(self.due, delayed[:2])
-        self.bytes += _size(delayed.item)
-        self.memory += _cost(delayed.item)
+    def add(self, delayed, put=heapq.heappush):
+        """Add a Delayed, in the place of one of the same number. put: list.append adds many of
+        them faster, when `due` is made a heap again after the last."""
+        due, xid, item, _ = delayed
+        if xid in self.items:
+            self.pop(xid)
+        self.items[xid] = delayed
+        put(self.due, (due, xid))
+        self.bytes += _size(item)
+        self.memory += _cost(item)
 
     def pop(self, xid):
         """Take the one of that number; None if there is none."""
@@ -2545,11 +2552,11 @@ class Delays:
         return due[0][0] if due else None
 
     def clear(self):
-        """Take all; return them as {xid: Delayed}."""
-        items, self.items = self.items, {}
-        self.due.clear()
+        """Take all; return `items` and `due`."""
+        items, due = self.items, self.due
+        self.items, self.due = {}, []
         self.bytes = self.memory = 0
-        return items
+        return items, due
 
 
 class Queue:
@@ -3022,25 +3029,32 @@ class Queue:
         """Drop all waiting and delayed items. Open reads stay open."""
         self.counters.total_flushes += 1
         history, new = self.history, []      # in one write: all of it is done, or nothing
+        gone = []                            # arguments of _let_go()
         if self.delays.items:
-            self.open_memory -= self.delays.memory
-            new.append((DROP, self.delays.clear(), 0))
+            memory = self.delays.memory
+            self.open_memory -= memory
+            items, due = self.delays.clear()
+            new.append((DROP, items, 0))
+            gone = [(items.popitem, len(items), memory), (due.pop, len(due), 0)]
             self._set_limits()
         held = self.items, self._fresh, self._behind, self.count, self.bytes, self.memory
         if self.count:
             self._drop_items()
             new.append((FLUSH, held, held[3]))
+            gone.append((held[0].popleft, len(held[0]), held[5]))
         is_first = not history.ops
         history.ops += new
         if new and is_first or self.journal and self.journal.torn:
             self.host.changed(self)          # what was undone may come back: write() says so
-        if held[3]:
-            history.when_safe(functools.partial(self._let_go, held[0], held[5]))
+        for one in gone:
+            history.when_safe(functools.partial(self._let_go, *one))
 
-    def _let_go(self, items, memory, error=None):
-        """Free the memory of items that are not needed any more: of many it takes long."""
-        if not error and memory + _FREE_COST * len(items) > 4 * _STEP_SIZE:
-            self.host.start(_free(items))
+    def _let_go(self, pop, count, memory, error=None):
+        """Free the memory of what is not needed any more: of many items it takes long. pop: frees
+        one of them."""
+        cost = memory + _FREE_COST * count
+        if not error and cost > 4 * _STEP_SIZE:
+            self.host.start(_free(pop, count, cost))
 
     def _drop_items(self):
         self.items, self._fresh, self._behind = collections.deque(), collections.deque(), None
@@ -3308,7 +3322,7 @@ class Queue:
         self.closed = True
         self.upkeep.stop()
         self.upkeep.renewing = None
-        self._let_go(self.items, self.memory)
+        self._let_go(self.items.popleft, len(self.items), self.memory)
         self._drop_items()
         for xid in list(self.opens):
             self._end_read(xid)
@@ -3414,7 +3428,7 @@ class Queue:
                 begin, offset = offset, end
                 if opcode == ADD_DELAYED:
                     highest = max(highest, xid[0])
-                    delays.add(Delayed(xid[1], xid[0], item, False))
+                    delays.add(Delayed(xid[1], xid[0], item, False), list.append)
                 elif opcode == PAUSE:
                     self.paused = xid
                 elif item is not None:
@@ -3437,6 +3451,7 @@ class Queue:
         if self._behind:
             self._behind.older = journal.passed[:]
             self._catch_up()
+        heapq.heapify(delays.due)
         # An OPEN may be written in front of what is done to the tail: never with the same xid.
         self.xid = max(self.xid, highest)
         self.open_memory = sum(map(_cost, opens.values())) + delays.memory
@@ -3468,7 +3483,7 @@ class Queue:
         elif opcode == DELAY and xid[0] in opens:
             item = opens.pop(xid[0])
             item.deliveries += 1
-            delays.add(Delayed(xid[1], xid[0], item, True))
+            delays.add(Delayed(xid[1], xid[0], item, True), list.append)
         else:
             return False
         return True
@@ -3897,12 +3912,12 @@ def _check_numbers(expiry, flags, delay=0):
         raise ValueError("expiry %d, flags %d or delay %d cannot be kept" % (expiry, flags, delay))
 
 
-def _free(items):
-    """A task: take all items out of a deque, a few megabytes in each step."""
-    while items:
-        size = 0
-        while items and size < 4 * _STEP_SIZE:
-            size += _cost(items.popleft()) + _FREE_COST
+def _free(pop, count, cost):
+    """A task: call `pop` that often, to free what costs so much, a little in each step."""
+    step = max(1, 4 * _STEP_SIZE * count // cost)
+    for done in range(0, count, step):
+        for _ in range(min(step, count - done)):
+            pop()
         yield None
 
 

@@ -1273,8 +1273,7 @@ def test_a_host_with_a_wrong_password_waits_for_its_next_try(door, caplog):
     door.rest()
     door.pump()
     assert not door.broker.logins._lines and not door.timers
-    told = re.findall(r"(\w+): wrong password for bob\n", caplog.text)
-    assert told == ["first", *("bad%d" % number for number in range(1, 5))], told
+    assert caplog.text.count("a client: wrong password for bob\n") == 5
 
 
 def test_those_who_have_hung_up_do_not_hold_up_the_logins_of_their_host(door):
