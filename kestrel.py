@@ -964,7 +964,7 @@ def read_records(file, piece=_READ_SIZE, take_run=None):
     that follow itself, see read_run(), and returns where what it has not taken begins.
     """
     data, pos, base = b"", 0, 0           # data[pos] is the byte base + pos of the file
-    addx = _HEADS[ADDX]
+    addx, delayed = _HEADS[ADDX], _HEADS[ADD_DELAYED]
     opcode = None
     while True:
         if len(data) - pos < _LONGEST_HEAD:
@@ -985,7 +985,11 @@ def read_records(file, piece=_READ_SIZE, take_run=None):
                 size, add_time, expiry = addx.unpack_from(data, pos + 1)
                 item, start, size = Item(None, add_time, expiry), pos + 21, size - 16
             elif opcode in _HEADS:
-                item, xid, start, size = _parse_head(data, pos)
+                if opcode == ADD_DELAYED:    # perhaps a million
+                    number, due, size, *fields = delayed.unpack_from(data, pos + 1)
+                    item, xid, start, size = Item(None, *fields), (number, due), pos + 41, size - 24
+                else:
+                    item, xid, start, size = _parse_head(data, pos)
                 if item.deliveries >= _MOST_DELIVERIES:      # an ADDX with a flipped bit
                     raise Damage(base + pos, "impossible count of deliveries", torn=False)
             else:
