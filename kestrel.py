@@ -106,6 +106,7 @@ import time
 import types
 import urllib.parse
 import weakref
+import zlib
 from http import HTTPStatus
 
 TYPE_CHECKING = False                    # of the module typing, whose import takes long
@@ -339,6 +340,7 @@ QUEUE_SETTINGS = {
     "discard_old_when_full": (FLAG, "false"),
     "keep_journal": (FLAG, "true"),
     "sync_journal": (TIME_OR_NEVER, "100ms"),
+    "check_journal": (FLAG, "true"),
     "expire_to_queue": (NAME, ""),
     "max_expire_sweep": (COUNT_LIMIT, "unlimited"),
     "fanout_only": (FLAG, "false"),
@@ -826,14 +828,21 @@ def _now(now=None):
 
 class Place:
     """Where the data of an item is: in which JournalFile, at which offset, how many bytes. All
-    copies of an item share it, so that it can be moved."""
+    copies of an item share it, so that it can be moved. crc: the CRC-32 of the data, and of `head`
+    bytes before it; None if it is not known."""
 
-    __slots__ = ("file", "offset", "size")
+    __slots__ = ("file", "offset", "size", "head", "crc")
 
-    def __init__(self, file, offset, size):
+    def __init__(self, file, offset, size, head=0, crc=None):
         self.file = file
         self.offset = offset
         self.size = size
+        self.head = head
+        self.crc = crc
+
+    def check(self, data):
+        """Let these bytes be what is expected there from now on."""
+        self.head, self.crc = 0, zlib.crc32(data)
 
 
 class Item:
@@ -864,6 +873,8 @@ class Item:
         """Return a copy without the data, which is read again from `place` when it is needed."""
         stub = Item(None, self.add_time, self.expiry, self.flags, self.deliveries)
         stub.xid, stub.cas, stub.place = self.xid, self.cas, self.place
+        if self.place and self.data is not None and self.place.crc is None:
+            self.place.check(self.data)
         return stub
 
 
@@ -876,13 +887,13 @@ PAUSES = ("no", "in", "out", "in and out")
 ITEM_COST = 200
 
 # The opcodes. What this server writes is ADDX, REMOVE, SAVE_XID, OPEN, CONFIRM, UNREMOVE,
-# and ADDF where flags or deliveries need it; of Kestrel's others it only reads. Those from 12 on
-# are not Kestrel's, and only for what it has not: CONTINUEF moves an item that is open or delayed
-# to the tail, DELAY makes an open read a delayed item, ADD_DELAYED adds one, PAUSE pauses a queue;
+# and ADDF where flags or deliveries need it; of Kestrel's others it only reads. CHECK closes what
+# is written at a time, see below. Those from 12 on are for what Kestrel has not: CONTINUEF moves
+# an item that is open or delayed to the tail, DELAY makes an open read a delayed item, ADD_DELAYED adds one, PAUSE pauses a queue;
 # PUT_BACK is an UNREMOVE that is not counted, of a queue that counts deliveries.
 ADD, REMOVE, ADDX, OPEN_NEXT, SAVE_XID = 0, 1, 2, 3, 4
 UNREMOVE, CONFIRM, ADD_XID, CONTINUE, OPEN, ADDF = 5, 6, 7, 8, 9, 10
-CONTINUEF, DELAY, ADD_DELAYED, PAUSE, PUT_BACK = 12, 13, 14, 15, 16
+CHECK, CONTINUEF, DELAY, ADD_DELAYED, PAUSE, PUT_BACK = 11, 12, 13, 14, 15, 16
 
 # Operations that are no opcodes of their own. FLUSH: as many REMOVEs as there are waiting items.
 # TO_TAIL, DUE_TAIL: CONTINUEF of an open read, or of a delayed item whose time has come. DUE_HEAD:
@@ -892,7 +903,8 @@ FLUSH, TO_TAIL, DUE_TAIL, DUE_HEAD, DROP = -1, -2, -3, -4, -5
 OPCODE_NAMES = {
     ADD: "ADD", REMOVE: "REMOVE", ADDX: "ADDX", OPEN_NEXT: "REMOVE_TENTATIVE",
     SAVE_XID: "SAVE_XID", UNREMOVE: "UNREMOVE", CONFIRM: "CONFIRM_REMOVE", ADD_XID: "ADD_XID",
-    CONTINUE: "CONTINUE", OPEN: "REMOVE_TENTATIVE_XID", ADDF: "ADDF", CONTINUEF: "CONTINUEF",
+    CONTINUE: "CONTINUE", OPEN: "REMOVE_TENTATIVE_XID", ADDF: "ADDF", CHECK: "CHECK",
+    CONTINUEF: "CONTINUEF",
     DELAY: "DELAY", ADD_DELAYED: "ADD_DELAYED", PAUSE: "PAUSE", PUT_BACK: "PUT_BACK",
     FLUSH: "FLUSH",
     TO_TAIL: "CONTINUEF", DUE_TAIL: "CONTINUEF", DUE_HEAD: "UNREMOVE", DROP: "FLUSH",
@@ -912,6 +924,7 @@ _HEADS = {
 _LONGEST_HEAD = 1 + max(head.size for head in _HEADS.values())
 _XID = struct.Struct("<i")
 _XID_DUE = struct.Struct("<iq")
+_CHECK = struct.Struct("<IIQ")
 
 # An item that is not available before `due`, milliseconds of the epoch; xid: the number that it is
 # known by. Then it goes to the head, from which it came, or to the tail.
@@ -924,6 +937,7 @@ _pack_xid = struct.Struct("<Bi").pack
 _pack_delay = struct.Struct("<Biq").pack
 _pack_continuef = struct.Struct("<BiiqqII").pack
 _pack_delayed = struct.Struct("<BiqiqqII").pack
+_pack_check = struct.Struct("<BIIQ").pack
 
 # A larger count of deliveries means a corrupt record.
 _MOST_DELIVERIES = 1000000
@@ -934,6 +948,40 @@ _STEP_SIZE = 1 << 20            # bytes that a task reads or writes in one step
 
 # What stands in a repaired journal for an item that was lost; nobody is ever given it.
 LOST = Item(b"", 0, 1)
+
+
+# -- check sums
+#
+# What is written at a time is closed by a CHECK: the number of bytes since the last one, their
+# CRC-32, and the *ends* of the queue then: how many items have ever been added to its tail (24
+# bits), taken from its head (24 bits) and put back there (16 bits). A CHECK of no bytes says with
+# its CRC whether check sums begin after it (0) or end with it (1); without one there are none. So
+# it is known of each byte whether there must be a check sum for it, and of what is damaged how far
+# it moved both ends of the queue. Each covers at most _SPAN bytes, or one operation.
+
+_SPAN = 1 << 18
+_CUT_OUT = 4096                 # how many items may be missing in fewer bytes than they had
+_BEGIN, _END = 0, 1
+
+# Greater numbers of open reads are for what stands for lost items, see LostTail and repair().
+_ASIDE = 0x7f000000
+
+def _go_on(ends, added, taken, back):
+    """Return the ends of a queue after so many more items were added, taken and put back."""
+    return (((ends >> 40) + added & 0xffffff) << 40 | ((ends >> 16) + taken & 0xffffff) << 16
+            | (ends + back) & 0xffff)
+
+
+def _between(ends, after):
+    """Return how many items were (added, taken, put back) between these ends of a queue."""
+    return ((after >> 40) - (ends >> 40) & 0xffffff, (after >> 16) - (ends >> 16) & 0xffffff,
+            after - ends & 0xffff)
+
+
+def _moves(opcode, item=None):
+    """Return how many items a record (adds, takes, puts back)."""
+    return (item is not None and opcode != ADD_DELAYED, opcode in (REMOVE, OPEN_NEXT, OPEN),
+            opcode in (UNREMOVE, PUT_BACK))
 
 
 def is_lost(item):
@@ -953,25 +1001,33 @@ class Damage(Exception):
         self.file = file
 
 
-def read_records(file, piece=_READ_SIZE, take_run=None):
+def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
     """Yield (opcode, xid, item, end offset) for each record of the open binary `file`, which
     is read in pieces of `piece` bytes, enough for a head.
 
     The item is None and the xid 0 where the record has none; for DELAY and ADD_DELAYED the xid is
-    a tuple (xid, due), for PAUSE what is paused. Raises Damage at the first
-    byte from which no whole record can be read. take_run: called with (data, pos, the offset
+    a tuple (xid, due), for PAUSE what is paused, for CHECK a tuple (bytes, CRC, ends). Raises
+    Damage at the first byte from which no whole record can be read, or the first of those that
+    have not the right check sum, which is known after they have been yielded. checked: whether
+    there must be check sums from the beginning of `file` on. take_run: called with (data, pos, the offset
     of data in the file) where there is an ADDX record at data[pos]. It may take that and those
     that follow itself, see read_run(), and returns where what it has not taken begins.
     """
     data, pos, base = b"", 0, 0           # data[pos] is the byte base + pos of the file
     addx, delayed = _HEADS[ADDX], _HEADS[ADD_DELAYED]
     opcode = None
+    # The next CHECK covers what is from byte `span` on; crc is that of what is before data[mark].
+    span = mark = crc = 0
     while True:
         if len(data) - pos < _LONGEST_HEAD:
+            if checked:
+                crc = zlib.crc32(memoryview(data)[mark:pos], crc)
             data = data[pos:] + file.read(piece)
             base += pos
-            pos = 0
+            pos = mark = 0
             if not data:
+                if checked and base > span:
+                    raise Damage(span, "no check sum", torn=True)
                 return
         last, opcode = opcode, data[pos]
         xid = 0
@@ -996,6 +1052,18 @@ def read_records(file, piece=_READ_SIZE, take_run=None):
                 if opcode in (OPEN, CONFIRM, UNREMOVE, SAVE_XID, PAUSE, PUT_BACK):
                     xid, = _XID.unpack_from(data, pos + 1)
                     pos += 4
+                elif opcode == CHECK:
+                    xid = _CHECK.unpack_from(data, pos + 1)
+                    size, right, _ = xid
+                    covers = base + pos - span if checked else 0
+                    if size:
+                        crc = zlib.crc32(memoryview(data)[mark:pos], crc)
+                    if size != covers or right != crc if size else covers or right > _END:
+                        raise Damage(span if checked else base + pos, "wrong check sum", False)
+                    checked = bool(size) or right == _BEGIN
+                    mark, crc = pos + 1 + _CHECK.size, 0
+                    span = base + mark
+                    pos += _CHECK.size
                 elif opcode == DELAY:
                     xid = _XID_DUE.unpack_from(data, pos + 1)
                     pos += 12
@@ -1012,8 +1080,10 @@ def read_records(file, piece=_READ_SIZE, take_run=None):
         end = start + size
         if end > len(data):
             more = file.read(max(piece, end - len(data)))
+            if checked:
+                crc = zlib.crc32(memoryview(data)[mark:pos], crc)
             data = data[pos:] + more
-            start, end, base, pos = start - pos, end - pos, base + pos, 0
+            start, end, base, pos, mark = start - pos, end - pos, base + pos, 0, 0
             if end > len(data):
                 raise Damage(base, "record cut short", torn=True)
         item.data = data[start:end]
@@ -1099,20 +1169,53 @@ def _delayed_head(delayed, size, deliveries=0):
                          item.expiry, item.flags, deliveries)
 
 
-def _encode(ops):
-    """Return the records of operations as a list of byte strings."""
+def _encode(ops, ends=0):
+    """Return (the records of operations as a list of byte strings, the ends of the queue after
+    them)."""
     chunks = []
+    added = taken = back = 0
     for opcode, item, xid in ops:
         if opcode == ADDX:
             chunks.append(_head(item, len(item.data)))
             chunks.append(item.data)
+            added += 1
         elif opcode == REMOVE:
             chunks.append(b"\1")
+            taken += 1
         elif 0 < opcode <= OPEN:
             chunks.append(_pack_xid(opcode, xid))
+            taken += opcode == OPEN
+            back += opcode == UNREMOVE
         else:
             chunks += _encode_rare(opcode, item, xid)
-    return chunks
+            added += opcode in (TO_TAIL, DUE_TAIL)
+            taken += xid if opcode == FLUSH else 0
+            back += opcode in (PUT_BACK, DUE_HEAD)
+    return chunks, _go_on(ends, added, taken, back)
+
+
+def _encode_checked(ops, ends=0):
+    """As _encode(), with CHECKs."""
+    chunks, after = _encode(ops, ends)
+    size = sum(map(len, chunks))
+    if size > _SPAN and len(ops) > 1:
+        half = len(ops) // 2
+        first, ends = _encode_checked(ops[:half], ends)
+        second, ends = _encode_checked(ops[half:], ends)
+        return first + second, ends
+    return _checked(chunks, size, after), after
+
+
+def _checked(chunks, size, ends):
+    """Return records, and the CHECK for them, as a list of byte strings."""
+    if size > _SPAN:
+        crc = 0
+        for chunk in chunks:
+            crc = zlib.crc32(chunk, crc)
+        return [*chunks, _pack_check(CHECK, size, crc, ends)]
+    data = bytearray().join(chunks)
+    data += _pack_check(CHECK, size, zlib.crc32(data), ends)
+    return [data]
 
 
 def _encode_rare(opcode, item, xid):
@@ -1143,11 +1246,16 @@ def dump_records(path: str) -> "Iterator[dict]":
     """Yield each record of a journal file as a dict, and what is damaged in it as one with
     the key `damage`. The file is only read. Raises OSError."""
     with open(path, "rb") as file:
-        offset = 0
+        offset, checked, pending = 0, False, []      # pending: whose check sum comes later
         try:
             for opcode, xid, item, end in read_records(file):
                 record = {"offset": offset, "operation": OPCODE_NAMES[opcode]}
-                if opcode in (DELAY, ADD_DELAYED):
+                if opcode == CHECK:
+                    record.update(zip(("bytes", "crc", "ends"), xid))
+                    checked = bool(xid[0]) or xid[1] == _BEGIN
+                    yield from pending
+                    pending = []
+                elif opcode in (DELAY, ADD_DELAYED):
                     record["xid"], record["due"] = xid
                 elif opcode == PAUSE:
                     record["paused"] = PAUSES[xid & 3]
@@ -1158,11 +1266,14 @@ def dump_records(path: str) -> "Iterator[dict]":
                                   size=len(item.data), data=item.data)
                     if opcode in (ADDF, CONTINUEF, ADD_DELAYED):
                         record.update(flags=item.flags, deliveries=item.deliveries)
-                yield record
+                if checked and opcode != CHECK:
+                    pending.append(record)
+                else:
+                    yield record
                 offset = end
         except Damage as damage:
-            yield {"offset": damage.offset, "damage": str(damage),
-                   "bytes": os.path.getsize(path) - damage.offset}
+            begin = pending[0]["offset"] if pending else damage.offset
+            yield {"offset": begin, "damage": str(damage), "bytes": os.path.getsize(path) - begin}
 
 
 # -- damage
@@ -1190,7 +1301,7 @@ def _is_plausible(opcode, xid, item):
     if item is None:
         if opcode == DELAY:
             return xid[0] > 0 and xid[1] in _PLAUSIBLE_TIMES
-        return opcode in (REMOVE, OPEN_NEXT) or xid > 0 or opcode == PAUSE and xid == 0
+        return opcode in (REMOVE, OPEN_NEXT, CHECK) or xid > 0 or opcode == PAUSE and xid == 0
     return opcode != ADD and (is_lost(item) or (
         item.add_time in _PLAUSIBLE_TIMES
         and (item.expiry == 0 or item.expiry in _PLAUSIBLE_TIMES)))
@@ -1267,15 +1378,91 @@ def _anything_else(data, at):
 _HYPOTHESES = _size_was_raised, _opcode_was_changed, _size_was_lowered, _anything_else
 
 
-def find_damage(data, start=0):
-    """Yield (begin, end, how many items may have been there, why) of each damaged piece of a
-    journal file from byte `start` on. data: an mmap of the file."""
+def _count_moves(data):
+    """Return (how many items records add, take, put back, as far as they can be read; whether all
+    can)."""
+    moves = [0, 0, 0]
+    try:
+        for opcode, _, item, _ in read_records(io.BytesIO(data)):
+            moves = [old + new for old, new in zip(moves, _moves(opcode, item))]
+    except Damage:
+        return moves, False
+    return moves, True
+
+
+def _next_check(data, begin):
+    """Return the beginning of the first piece of the file after `begin` that has the right check
+    sum, and two accounts of the ends of the queue before it: by its own CHECK, and by the next one.
+    At the end of the file these are None."""
+    at = data.find(bytes([CHECK]), begin)
+    while at >= 0 and at + 1 + _CHECK.size <= len(data):
+        size, crc, ends = _CHECK.unpack_from(data, at + 1)
+        start = at - size
+        if size == 0 and crc == _END and at > begin:
+            return start, (ends, ends)
+        if size and start > begin and zlib.crc32(data[start:at]) == crc:
+            moves, is_whole = _count_moves(data[start:at])
+            if is_whole:
+                own = _go_on(ends, *[-one for one in moves])
+                return start, (own, _ends_by_next(data, at + 1 + _CHECK.size, moves, own))
+        at = data.find(bytes([CHECK]), at + 1)
+    return len(data), (None, None)
+
+
+def _ends_by_next(data, begin, moves, default):
+    """Return the ends of the queue so many moves before data[begin], by the CHECK after that."""
+    data.seek(begin)
+    with contextlib.suppress(Damage):
+        for opcode, xid, item, _ in read_records(data, 4096, None, True):
+            if opcode == CHECK and xid[0]:
+                return _go_on(xid[2], *[-one for one in moves])
+            moves = [old + new for old, new in zip(moves, _moves(opcode, item))]
+    return default
+
+
+def _moved_between(data, begin, before, end, after):
+    """Return how many items were (added, taken, put back) by the damaged records from data[begin] to
+    data[end]. before, after: two accounts of the ends of the queue before and after them, of which
+    one may be damaged as well."""
+    if after[0] is None:                     # nothing follows that could take these items
+        return 0, 0, 0
+    is_sure = before[0] == before[1] and after[0] == after[1]
+    found = [moves for moves in itertools.starmap(_between, itertools.product(before, after))
+             if is_sure and max(moves) < end - begin + _CUT_OUT
+             or moves[0] <= (end - begin) // _ADDX.size and moves[1] + 5 * moves[2] <= end - begin]
+    if found:
+        return min(found, key=sum)
+    moves, is_whole = _count_moves(data[begin:max(begin, end - 1 - _CHECK.size)])
+    return moves if is_whole else (moves[0] + 1, *moves[1:])
+
+
+# A damaged piece of a file, and why. lost: how many items may have been added there. taken, back: how
+# many were taken from the head and put back there, as far as that can be known. ends: of the queue
+# before it, None where there are no check sums.
+Cut = collections.namedtuple("Cut", "begin end why lost taken back ends")
+
+
+def find_damage(data, start=0, checked=False):
+    """Yield a Cut for each damaged piece of a journal file from byte `start` on. data: an mmap of
+    the file. checked: whether there must be check sums at once."""
+    # (where the last CHECK ends, the ends in it, and those by the one before it: the last itself may
+    # be damaged).
+    sums = None
+    if checked:
+        sums = (start, *2 * _CHECK.unpack_from(data, start - _CHECK.size)[2:])
     while True:
         last, last_end, plausible, offset, items, size = None, 0, True, start, 0, 0
+        moves = [0, 0, 0]
         data.seek(start)
         try:
-            for opcode, xid, item, end in read_records(data):
+            for opcode, xid, item, end in read_records(data, checked=sums is not None):
                 end += start
+                if opcode == CHECK:
+                    counted = _go_on(sums[1], *moves) if sums and xid[0] else xid[2]
+                    sums = (end, xid[2], counted) if xid[0] or xid[1] == _BEGIN else None
+                    moves = [0, 0, 0]
+                elif sums:
+                    moves = [old + new for old, new in zip(moves, _moves(opcode, item))]
                 if item is not None:
                     is_plausible = _is_plausible(opcode, xid, item)
                     if is_plausible or last is None or plausible:
@@ -1290,9 +1477,15 @@ def find_damage(data, start=0):
             failure = _Failure(offset, damage.torn, last, last_end, plausible,
                                size // items if items else 0)
             why = damage.why
-        begin, end, lost = next(filter(None, (
-            hypothesis(data, failure) for hypothesis in _HYPOTHESES)))
-        yield begin, end, lost, why
+        if sums:
+            begin, *before = sums
+            end, after = _next_check(data, begin)
+            yield Cut(begin, end, why, *_moved_between(data, begin, before, end, after), before[-1])
+            sums = end, *after
+        else:
+            begin, end, lost = next(filter(None, (
+                hypothesis(data, failure) for hypothesis in _HYPOTHESES)))
+            yield Cut(begin, end, why, lost, 0, 0, None)
         start = end
 
 
@@ -1305,6 +1498,16 @@ def find_damage(data, start=0):
 # A *task* is a generator that does long work in bounded steps. Where it yields None it is to be
 # resumed in a later turn; where it yields a call, the call may block: it is made on a worker
 # thread, and the OSError that it returns or raises, if any, is thrown into the task.
+
+
+class WrongSum(OSError):
+    """The data of an item has not the check sum that it should have."""
+
+
+class LostTail(Exception):
+    """The end of a journal file has not reached the disk, but that of a newer file has: a power
+    failure. args: the JournalFile, how many items wait at its end, the ends of the queue there, and
+    those with which the newer file begins its operations at the head."""
 
 
 class Unclear(OSError):
@@ -1390,7 +1593,7 @@ def _write_all(fd, chunks, offset, size):
     """Write byte strings of `size` bytes in all at `offset`, however often the kernel stops
     short."""
     # Joining chunks costs less than many calls; copying large ones does not.
-    pieces = [b"".join(chunks)] if size < _LARGE else itertools.chain.from_iterable(
+    pieces = chunks if len(chunks) == 1 else [b"".join(chunks)] if size < _LARGE else itertools.chain.from_iterable(
         group if large else [b"".join(group)]
         for large, group in itertools.groupby(chunks, lambda chunk: len(chunk) >= _LARGE))
     for piece in pieces:
@@ -1411,19 +1614,17 @@ def _write_and_close(writes):
         _close_all([write[0] for write in writes])
 
 
-def _load(item, fd, offset, size):
+def _load(item, fd, offset, size, head, crc):
     try:
+        begin = os.pread(fd, head, offset - head) if head else b""
         data = os.pread(fd, size, offset)
     finally:
         os.close(fd)
     if len(data) < size:
         raise OSError(errno.EIO, "the file has become shorter")
+    if crc is not None and zlib.crc32(data, zlib.crc32(begin)) != crc:
+        raise WrongSum(errno.EIO, "the data of an item has the wrong check sum")
     item.data = data
-
-
-def _copy(data, begin, end, target):
-    for offset in range(begin, end, _STEP_SIZE):
-        target.write(data[offset:min(end, offset + _STEP_SIZE)])
 
 
 # The name of the queue, and the number of an older file or of a packed one.
@@ -1562,10 +1763,11 @@ class JournalFile:
 
     path: None once it has been deleted. number: None for the current one. size: how many of its
     bytes count. waiting: how many waiting items are accounted to it, see Journal. inode: what
-    identifies the file that was opened under that path.
+    identifies the file that was opened under that path. checked: whether there must be a check sum
+    for what follows.
     """
 
-    __slots__ = ("path", "number", "size", "waiting", "inode", "fd")
+    __slots__ = ("path", "number", "size", "waiting", "inode", "fd", "checked")
 
     def __init__(self, path, number, size=0):
         self.path = path
@@ -1574,6 +1776,7 @@ class JournalFile:
         self.waiting = 0
         self.inode = None
         self.fd = None                   # while open for writing, see Budget
+        self.checked = False
 
     def is_there(self):
         """Return whether the file is still there under its name. Raises OSError."""
@@ -1589,15 +1792,16 @@ class JournalFile:
 # A batch of operations on its way to the files. shares: (file, records, their size) of each
 # file that gets some. size: of all. waiting: {file: its count of waiting items then}. passed:
 # how many files are passed then. held: (the open reads and the Delayed when the last of them is
-# passed, their counts of deliveries).
-Plan = collections.namedtuple("Plan", "shares size waiting passed held")
+# passed, their counts of deliveries). ends: of the queue then. checked: whether it has CHECKs.
+Plan = collections.namedtuple("Plan", "shares size waiting passed held ends checked")
 
-# What commit() has done. before: (file, size, count of waiting items) of each file changed.
-Write = collections.namedtuple("Write", "position before passed")
+# What commit() has done. before: (file, size, count of waiting items, `checked`) of each file
+# changed. ends: of the queue before.
+Write = collections.namedtuple("Write", "position before passed ends")
 
 # Files have been passed with the operation at `position`. Of those up to `number` it keeps `held`,
-# {xid: open read or Delayed}, and `items`. counts: see _counts().
-Passing = collections.namedtuple("Passing", "position number held counts items")
+# {xid: open read or Delayed}, and `items`. counts: see _counts(). ends: of the queue then.
+Passing = collections.namedtuple("Passing", "position number held counts items ends")
 
 # An fsync under way, of all that has been written up to `position`.
 Sync = collections.namedtuple("Sync", "position files directory")
@@ -1649,6 +1853,7 @@ class Journal:
         self.torn = set()                    # files to be cut before anything is written
         self.writes = collections.deque()    # a Write for each that is not safe
         self.passings = collections.deque()  # Passings whose files are still there
+        self.ends = 0                        # of the queue, see _go_on(), when all is written
         self.add_current()
         self.size = sum(file.size for file in self.files)      # of all files together
 
@@ -1723,7 +1928,7 @@ class Journal:
         # By the time of the call the file may have another name, and the data another place.
         place = item.place
         fd = os.open(place.file.path, os.O_RDONLY | os.O_CLOEXEC)
-        return functools.partial(_load, item, fd, place.offset, place.size)
+        return functools.partial(_load, item, fd, place.offset, place.size, place.head, place.crc)
 
     def loaded(self, stub):
         """Return a copy of a stub with its data; the stub stays one. Raises OSError."""
@@ -1744,15 +1949,14 @@ class Journal:
 
     # -- writing
 
-    def plan(self, ops, count, held):
+    def plan(self, ops, count, held, checked=False):
         """Return the Plan for a batch of operations. count: how many items wait after it.
         held: a function that returns what is kept under a number after it, the open reads and
-        the Delayed."""
+        the Delayed. checked: whether it is written with CHECKs."""
         files = self.files
         if len(files) == 1:
-            chunks = _encode(ops)
-            size = sum(map(len, chunks))
-            return Plan(((files[0], chunks, size),), size, {files[0]: count}, 0, None)
+            share, ends = self._share(files[0], ops, self.ends, checked)
+            return Plan((share,), share[2], {files[0]: count}, 0, None, ends, checked)
         shares = {}
         waiting = {}
         head = after = 0
@@ -1775,11 +1979,24 @@ class Journal:
         while not waiting.get(head, files[head].waiting) and head < len(files) - 1:
             head += 1
             after = len(ops)
-        shares = [(files[number], _encode(shares[number])) for number in sorted(shares)]
-        shares = [(file, chunks, sum(map(len, chunks))) for file, chunks in shares]
-        return Plan(shares, sum(size for _, _, size in shares),
+        ends, done = self.ends, []
+        for number in sorted(shares):
+            share, ends = self._share(files[number], shares[number], ends, checked)
+            done.append(share)
+        return Plan(done, sum(size for _, _, size in done),
                     {files[number]: left for number, left in waiting.items()},
-                    head, _held_before(held(), ops[after:]) if head else None)
+                    head, _held_before(held(), ops[after:]) if head else None, ends, checked)
+
+    @staticmethod
+    def _share(file, ops, ends, checked):
+        """Return the share of a file, and the ends of the queue after it."""
+        if checked:
+            chunks, after = _encode_checked(ops, ends)
+        else:
+            chunks, after = _encode(ops, ends)
+        if file.checked != checked:
+            chunks.insert(0, _pack_check(CHECK, 0, _BEGIN if checked else _END, ends))
+        return (file, chunks, sum(map(len, chunks))), after
 
     def write(self, plan):
         """Write what is planned, one write a file. Raises OSError; cut() is then due."""
@@ -1815,8 +2032,11 @@ class Journal:
         safe now, so that nobody will go back."""
         if not safe:
             self.writes.append(Write(position, [
-                (file, file.size, file.waiting) for file in plan.waiting], plan.passed))
+                (file, file.size, file.waiting, file.checked) for file in plan.waiting],
+                plan.passed, self.ends))
+        self.ends = plan.ends
         for file, _, size in plan.shares:
+            file.checked = plan.checked
             file.size += size
             self.size += size
             self.unsynced[file] = None
@@ -1828,13 +2048,15 @@ class Journal:
     def _pass(self, count, position, held, counts, items=()):
         self.passed += self.files[:count]
         del self.files[:count]
-        self.passings.append(Passing(position, self.passed[-1].number, held, counts, items))
+        self.passings.append(Passing(position, self.passed[-1].number, held, counts, items,
+                                     self.ends))
 
     def pass_all(self, position, safe, held, items):
         """Have everything written anew: pack() will put what is held, and the items, which are
         all that wait, into one file in place of all but the current one, which is empty."""
         if not safe:
-            self.writes.append(Write(position, [(self.current, 0, 0)], len(self.files) - 1))
+            self.writes.append(Write(position, [(self.current, 0, 0, False)],
+                                     len(self.files) - 1, self.ends))
         if not self.passed and len(self.files) == 1:           # there is nothing yet
             self.passed.append(JournalFile(None, self._next_number()))
         self.current.waiting = len(items)
@@ -1849,10 +2071,11 @@ class Journal:
         """Make the files count as they did at this position; cut() is then due."""
         while self.writes and self.writes[-1].position > safe:
             write = self.writes.pop()
-            for file, size, waiting in write.before:
+            for file, size, waiting, checked in write.before:
                 self.size += size - file.size
-                file.size, file.waiting = size, waiting
+                file.size, file.waiting, file.checked = size, waiting, checked
                 self.torn.add(file)
+            self.ends = write.ends
             if write.passed:
                 self.files[:0] = self.passed[-write.passed:]
                 del self.passed[-write.passed:]
@@ -2000,7 +2223,8 @@ class Journal:
 
     def pack(self, passing, state):
         """A task: put one file in place of those that have been passed. state: of the queue, its
-        (last xid, what is paused, whether deliveries are counted on the disk). Raises OSError;
+        (last xid, what is paused, whether deliveries are counted on the disk, whether there are to
+        be CHECKs). Raises OSError;
         then it can be done again."""
         old = [file for file in self.passed if file.number <= passing.number]
         if passing.held or passing.items or state[1]:
@@ -2012,8 +2236,9 @@ class Journal:
             rest = self.passed[len(old):]
             old = [file for file in old if file is not pack]
             self.passed = old + [pack] + rest
-            for place, offset in places:
-                place.file, place.offset = pack, offset
+            pack.checked = state[3]
+            for place, offset, crc in places:
+                place.file, place.offset, place.head, place.crc = pack, offset, 0, crc
             yield self._sync_directory()
             for file in old:
                 yield from self._remove(file)
@@ -2032,38 +2257,71 @@ class Journal:
             self.passings.popleft()
 
     def _pieces(self, passing, state, places):
-        """Yield the records of a pack in pieces. places: filled with (Place, new offset) for
-        each item that has one."""
-        last_xid, paused, counts_deliveries = state
+        """Yield the records of a pack in pieces. places: filled with (Place, new offset, CRC of
+        the data) for each item that has one."""
+        if not state[3]:
+            for chunks, _ in self._records(passing, state, places, 0, 0):
+                yield chunks
+            return
+        mark = _pack_check(CHECK, 0, _BEGIN, 0)
+        yield [mark]
+        ends = 0
+        for chunks, ends in self._records(passing, state, places, len(mark), len(mark)):
+            yield _checked(chunks, sum(map(len, chunks)), ends)
+        yield [_pack_check(CHECK, 0, _BEGIN, passing.ends)]
+
+    def _records(self, passing, state, places, offset, gap):
+        """Yield (records of a pack, the ends of the queue after them). offset: of the first. gap:
+        what is written after those that are yielded at a time."""
+        last_xid, paused, counts_deliveries, _ = state
         chunks = [_pack_xid(SAVE_XID, last_xid)]
         if paused:
             chunks.append(_pack_xid(PAUSE, paused))
-        size = offset = sum(map(len, chunks))
+        size = sum(map(len, chunks))
+        offset += size
+        ends = 0
         for xid, item in itertools.chain(passing.held.items(), ((0, one) for one in passing.items)):
             delayed = None
             if type(item) is Delayed:
                 delayed, item = item, item.item
-            data = item.data if item.data is not None else self.loaded(item).data
+            try:
+                data = item.data if item.data is not None else self.loaded(item).data
+            except WrongSum as error:
+                log.warning("%s: %s; it is dropped", item.place.file.path, error.strerror)
+                data, item, delayed = b"", LOST, None
             count = passing.counts.get(id(item), 0) if counts_deliveries else 0
             if delayed and not delayed.to_head:
                 head = _delayed_head(delayed, len(data), count)
             else:
                 head = _head(item, len(data), count)
+            if len(data) > _SPAN and chunks:         # a large one is closed by a CHECK of its own
+                yield chunks, ends
+                chunks, size = [], 0
+                offset += gap
             if item.place:
-                places.append((item.place, offset + len(head)))
+                places.append((item.place, offset + len(head), zlib.crc32(data)))
             record = [head, data]
-            if xid and head[0] != ADD_DELAYED:
+            is_open = xid and head[0] != ADD_DELAYED
+            ends = _go_on(ends, head[0] != ADD_DELAYED, 0, 0)
+            if is_open and len(data) > _SPAN:
+                yield record, ends
+                offset += gap + len(head) + len(data)
+                record = []
+            if is_open:
                 record.append(_pack_xid(OPEN, xid))
+                ends = _go_on(ends, 0, 1, 0)
                 if delayed:
                     record.append(_pack_delay(DELAY, xid, delayed.due))
             chunks += record
             length = sum(map(len, record))
             offset += length
             size += length
-            if size >= _STEP_SIZE:
-                yield chunks
+            if size >= _SPAN:
+                yield chunks, ends
                 chunks, size = [], 0
-        yield chunks
+                offset += gap
+        if chunks:
+            yield chunks, ends
 
     def adopt_pack(self):
         """Let the packed file be the current one, which nothing has been written to."""
@@ -2088,11 +2346,13 @@ class Journal:
 
     # -- repair
 
-    def repair(self, file, start=0):
+    def repair(self, file, start=0, checked=False):
         """Cut what is damaged out of a file, from byte `start` on, and keep it in lost+found.
+        checked: whether there must be check sums from there on.
 
-        In their place come records of items that have expired already, as many as may have
-        been lost: each REMOVE of a lost item will take one of them, and not a good item.
+        In their place come records of items that have expired already, as many as may have been
+        lost, or put back: each REMOVE of such an item will take one of them, and not a good item.
+        Items that were taken are open reads until the end of the replay, and come back.
         """
         if not os.path.getsize(file.path):   # which cannot be mapped
             self.size -= file.size
@@ -2101,13 +2361,13 @@ class Journal:
         import mmap
         with open(file.path, "rb") as source, mmap.mmap(
                 source.fileno(), 0, prot=mmap.PROT_READ) as data:
-            cuts = list(find_damage(data, start))
-            for begin, end, lost, why in cuts:
+            cuts = list(find_damage(data, start, checked))
+            for begin, end, why, lost, _, _, _ in cuts:
                 log.warning(
                     "%s: %s at byte %d; %d bytes cut out%s and kept in %s", file.path, why,
                     begin, end - begin,
                     ", where %d items may have been," % lost if lost else "",
-                    self._keep(file, data, begin, end))
+                    self.keep(file, source, begin, end))
             if len(cuts) == 1 and end == len(data) and not lost:      # a torn tail
                 os.truncate(file.path, begin)
                 self.size += begin - file.size
@@ -2118,10 +2378,30 @@ class Journal:
                 self.size += len(data) - file.size
                 file.size = len(data)
 
+    def set_aside(self, file, count, before, ends):
+        """Let as many items be open reads at the end of a file: what took them is lost, and what is
+        done in newer files was not done to them. They come back at the end of the replay."""
+        log.warning("%s: its end is lost, but not that of a newer file; %d items come back",
+                    file.path, count)
+        opens = [_pack_xid(OPEN, _ASIDE + number) for number in range(1, count + 1)]
+        chunks = [] if file.checked else [_pack_check(CHECK, 0, _BEGIN, before)]
+        chunks += _checked(opens, 5 * count, _go_on(before, 0, count, 0))
+        chunks.append(_pack_check(CHECK, 0, _BEGIN, ends))
+        size = sum(map(len, chunks))
+        fd = _open_journal(file.path)
+        try:
+            _write_all(fd, chunks, file.size, size)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        file.size += size
+        self.size += size
+
     def replace_missing(self, file, lost):
         """Put a file in the place of one that has disappeared. lost: for how many items of it,
         which are in memory, there will be REMOVEs."""
         self._write_file_now(file, [[_head(LOST, 0) * lost]])
+        file.checked = False
 
     def _write_file_now(self, file, pieces):
         run_task(self._write_file(file, pieces))
@@ -2130,13 +2410,22 @@ class Journal:
     @staticmethod
     def _good_pieces(data, cuts):
         done = 0
-        for begin, end, lost, _ in cuts + [(len(data), len(data), 0, None)]:
+        aside = itertools.count(_ASIDE + 1)
+        for begin, end, _, lost, taken, back, ends in cuts + [
+                Cut(len(data), len(data), None, 0, 0, 0, None)]:
             for offset in range(done, begin, _STEP_SIZE):
                 yield [data[offset:min(begin, offset + _STEP_SIZE)]]
-            yield [_head(LOST, 0) * lost]
+            stands = _head(LOST, 0) * lost + b"".join(
+                _pack_xid(OPEN, next(aside)) for _ in range(taken)) + _pack_xid(
+                    UNREMOVE, _ASIDE) * back
+            yield [stands]
+            if stands and ends is not None:
+                yield [_pack_check(CHECK, len(stands), zlib.crc32(stands),
+                                   _go_on(ends, lost, taken, back))]
             done = end
 
-    def _keep(self, file, data, begin, end):
+    def keep(self, file, source, begin, end):
+        """Copy bytes of a file, which is open as `source`, into lost+found; return the path."""
         directory = os.path.join(self.directory, "lost+found")
         os.makedirs(directory, 0o700, exist_ok=True)
         for serial in itertools.count():
@@ -2144,7 +2433,9 @@ class Journal:
                 os.path.basename(file.path), begin, _now() + serial))
             with contextlib.suppress(FileExistsError), open(
                     kept, "xb", opener=_open_private) as target:
-                _copy(data, begin, end, target)
+                source.seek(begin)
+                for offset in range(begin, end, _STEP_SIZE):
+                    target.write(source.read(min(_STEP_SIZE, end - offset)))
                 target.flush()
                 os.fsync(target.fileno())
                 return kept
@@ -2238,23 +2529,25 @@ def _held_before(held, ops):
 
 class ReadBehind:
     """Reads a queue's items that are not in memory: those after byte `offset` of `file`, but for
-    the first `skip` of them.
+    the first `skip` of them. checked: whether there must be check sums from there on: then
+    `offset` is where a CHECK ends.
 
     older: the files in front of those of the journal, for a spool whose newer files take items
     from older ones: the items of all these are accounted to files[0], see Journal.account().
     Kestrel leaves such a spool when it was reading behind.
     """
 
-    def __init__(self, journal, file, offset, skip=0):
+    def __init__(self, journal, file, offset, skip=0, checked=False):
         self._journal = journal
         self.file = file
         self.offset = offset
         self.skip = skip
+        self.checked = checked
         self.older = ()
 
     def copy(self):
         """Return another one at the same place."""
-        other = ReadBehind(self._journal, self.file, self.offset, self.skip)
+        other = ReadBehind(self._journal, self.file, self.offset, self.skip, self.checked)
         other.older = self.older
         return other
 
@@ -2262,6 +2555,7 @@ class ReadBehind:
         """Return the next items, at most `most` of them, from a piece of about `size` bytes of
         the journal; none at its end. Raises OSError, and Damage where `file` is damaged."""
         items = []
+        piece = size
         while not items:
             data = b""
             left = self.file.size - self.offset if self.file.path else 0
@@ -2269,29 +2563,47 @@ class ReadBehind:
                 fd = os.open(self.file.path, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     left = min(left, os.fstat(fd).st_size - self.offset)
-                    data = os.pread(fd, min(size, max(0, left)), self.offset)
+                    data = os.pread(fd, min(piece, max(0, left)), self.offset)
                 finally:
                     os.close(fd)
             if not data:
                 if not self._go_to_next_file():
                     break
-            elif not self._take(data, left, most, items):
-                self._take_large(data, left, items)
+            elif not self._take(data, left, most, size, items):
+                if self.checked and piece < 2 * _SPAN:         # as much as one CHECK may cover
+                    piece = 2 * _SPAN
+                else:
+                    self._take_large(data, left, items)
         return items
 
-    def _take(self, data, left, most, items):
-        """Take the items of a piece. Return whether there was a whole record in it."""
-        done, skip, end = 0, self.skip, self.offset
+    def _take(self, data, left, most, size, items):
+        """Take the items of a piece: those whose check sum is right, where there must be one.
+        Return whether there was anything in it that could be taken."""
+        skip, checked = self.skip, self.checked
+        taken = skip, 0, checked             # up to where it is taken
+        found = []                           # behind that
         try:
-            for opcode, _, item, done in read_records(io.BytesIO(data)):
-                if item is None or opcode == ADD_DELAYED:
-                    continue
-                if skip:
-                    skip -= 1
-                else:
-                    size = len(item.data)
-                    item.place = Place(self.file, end + done - size, size)
-                    items.append(item)
+            for opcode, xid, item, done in read_records(io.BytesIO(data), checked=checked):
+                if opcode == CHECK:
+                    checked = bool(xid[0]) or xid[1] == _BEGIN
+                elif item is not None and opcode != ADD_DELAYED:
+                    if skip:
+                        skip -= 1
+                    else:
+                        length = len(item.data)
+                        item.place = Place(self.file, self.offset + done - length, length)
+                        found.append(item)
+                if opcode == CHECK or not checked:
+                    room = most - len(items)
+                    if len(data) > size:         # a piece larger than what there is room for
+                        sizes = itertools.accumulate(len(one.data) for one in found)
+                        room = min(room, 1 + sum(end < size for end in sizes))
+                    items += found[:room]
+                    if len(found) > room:        # the next time the rest, from here on again
+                        taken = taken[0] + room, *taken[1:]
+                        break
+                    found = []
+                    taken = skip, done, checked
                     if len(items) == most:
                         break
         except Damage as damage:
@@ -2299,26 +2611,36 @@ class ReadBehind:
             if not damage.torn or len(data) >= left:
                 del items[:]
                 raise
-        self.skip = skip
+        self.skip, done, self.checked = taken
         self.offset += done
-        return done > 0
+        return bool(items) or done > 0
 
     def _take_large(self, data, left, items):
-        """Take an item that is larger than a piece, without its data."""
+        """Take an item that is larger than a piece, without its data, whose check sum is looked at
+        when it is read."""
         try:
             item, _, start, size = _parse_head(data)
         except (struct.error, IndexError, KeyError):
             start, size = 0, left + 1
         if size < 0 or start + size > left:
             raise Damage(self.offset, "record cut short", torn=True)
+        head, crc = 0, None
+        if self.checked:
+            with open(self.file.path, "rb") as source:
+                source.seek(self.offset + start + size)
+                check = source.read(1 + _CHECK.size)
+            if check[:1] != bytes([CHECK]) or len(check) <= _CHECK.size or (
+                    _CHECK.unpack_from(check, 1)[0] != start + size):
+                raise Damage(self.offset, "wrong check sum", torn=False)
+            head, crc = start, _CHECK.unpack_from(check, 1)[1]
         if data[0] == ADD_DELAYED:
             pass
         elif self.skip:
             self.skip -= 1
         else:
-            item.place = Place(self.file, self.offset + start, size)
+            item.place = Place(self.file, self.offset + start, size, head, crc)
             items.append(item)
-        self.offset += start + size
+        self.offset += start + size + (1 + _CHECK.size if self.checked else 0)
 
     def _go_to_next_file(self):
         """Go on with the file after this one, which may have been packed since; False if there
@@ -2326,7 +2648,7 @@ class ReadBehind:
         last = self.file.number
         for file in itertools.chain(self.older, self._journal.files):
             if last is not None and (file.number is None or file.number > last):
-                self.file, self.offset, self.skip = file, 0, 0
+                self.file, self.offset, self.skip, self.checked = file, 0, 0, False
                 return True
         return False
 
@@ -2778,9 +3100,13 @@ class Queue:
             if not self._sweep(now):
                 return None
             head = self.items[0]
-        if head.data is None and self._is_loading(head):
-            return None
-        item = self._pop() if self._behind else self._take()
+        try:
+            if head.data is None and self._is_loading(head):
+                return None
+            item = self._pop() if self._behind else self._take()
+        except WrongSum:
+            self._lose_head()
+            return self.remove(open, now)
         counters = self.counters
         counters.age = now - item.add_time if now > item.add_time else 0
         counters.get_hits += 1
@@ -2801,7 +3127,11 @@ class Queue:
             return None
         if self._is_expired(self.items[0], now) and not self._sweep(now):
             return None
-        self.data_of(self.items[0])
+        try:
+            self.data_of(self.items[0])
+        except WrongSum:
+            self._lose_head()
+            return self.peek(now)
         return self.items[0]
 
     def browse(self, most: int = UNLIMITED,
@@ -2816,9 +3146,9 @@ class Queue:
         fresh = list(itertools.islice(self._fresh, most))
         items = list(itertools.islice(self.items, most))
         while True:
-            for at in range(0, len(items), SWEEP_STEP):
+            for some in _steps(items):
                 yield [item if item.data is not None else self.journal.loaded(item)
-                       for item in items[at:at + SWEEP_STEP] if not self._is_expired(item, now)]
+                       for item in some if not self._is_expired(item, now)]
             most -= len(items)
             if unread <= 0 or most <= 0:
                 break
@@ -3083,7 +3413,7 @@ class Queue:
                 # Open until it is safe elsewhere, so that a crash cannot lose it.
                 self._open(item)
                 self._stop_alarm(item.xid)
-                self.host.bury(self, item, now, "expire_to_queue")
+                self.host.bury(self, self.opens[item.xid], now, "expire_to_queue")
             else:
                 self._log(REMOVE, item)
         self.counters.expired_items += count
@@ -3150,7 +3480,7 @@ class Queue:
             if not ops:
                 upkeep.check()
                 return
-            plan = journal.plan(ops, self.count, self.held)
+            plan = journal.plan(ops, self.count, self.held, self.config.check_journal)
             if plan.size >= _LARGE and self.host.work:
                 call = journal.write_call(plan)
             else:
@@ -3290,7 +3620,8 @@ class Queue:
 
     def state(self):
         """Return what a pack has to keep besides items, see Journal.pack()."""
-        return self.xid, self.paused, self.config.max_deliveries != UNLIMITED
+        return (self.xid, self.paused, self.config.max_deliveries != UNLIMITED,
+                self.config.check_journal)
 
     def recover(self, now=None):
         """After a failure: do what is still to be done and give waiters their items."""
@@ -3385,15 +3716,18 @@ class Queue:
                 for file in self._replay():
                     pass
                 return
+            except LostTail as lost:
+                self.journal.set_aside(*lost.args)
             except Damage:
                 self.journal.repair(file)
-                self._drop_items()
-                self.opens.clear()
-                self.delays.clear()
-                self.xid = self.paused = 0
+            self._drop_items()
+            self.opens.clear()
+            self.delays.clear()
+            self.xid = self.paused = 0
 
     def _replay(self):
-        """Do what the journal says; yield each file before it is read. Raises Damage."""
+        """Do what the journal says; yield each file before it is read. Raises Damage, and
+        LostTail."""
         opens, delays = self.opens, self.delays
         journal = self.journal
         ignored = 0
@@ -3403,6 +3737,10 @@ class Queue:
         told = time.monotonic()
         done = 0                        # bytes of the files before this one
         look = offset = 0               # where the clock is looked at, where the next record is
+        taken, back = 0, 0              # items taken, put back since the last CHECK
+        is_new = True                   # there was none
+        safe = 0, 0                     # the end of the last CHECK, how many items it had added
+        journal.ends = 0
 
         def take_run(data, pos, base):
             nonlocal offset
@@ -3425,12 +3763,26 @@ class Queue:
         for number, file in enumerate(journal.files):
             yield file
             added.append(0)
-            offset = 0
+            waiting, before, has_moved, is_short = self.count, journal.ends, False, False
+            offset, safe, file.checked = 0, (0, 0), False
             for opcode, xid, item, end in journal.read(file, take_run):
                 if done + offset > look:
                     tell()
                 begin, offset = offset, end
-                if opcode == ADD_DELAYED:
+                if opcode == CHECK:
+                    file.checked = bool(xid[0]) or xid[1] == _BEGIN
+                    ends = _go_on(journal.ends, added[-1] - safe[1], taken, back)
+                    missing = _between(ends, xid[2])[1]
+                    is_ahead = 0 < missing < 1 << 23
+                    if number and waiting and not has_moved:
+                        is_short |= is_ahead
+                        has_moved = taken + back > 0
+                        if has_moved and is_short:
+                            raise LostTail(journal.files[number - 1], waiting, before,
+                                           _go_on(xid[2], 0, -taken, -back))
+                    journal.ends = xid[2] if is_ahead or is_new else ends
+                    safe, taken, back, is_new = (end, added[-1]), 0, 0, False
+                elif opcode == ADD_DELAYED:
                     highest = max(highest, xid[0])
                     delays.add(Delayed(xid[1], xid[0], item, False), list.append)
                 elif opcode == PAUSE:
@@ -3440,14 +3792,22 @@ class Queue:
                     if opcode in (CONTINUE, CONTINUEF):
                         highest = max(highest, xid)
                         ignored += (opens.pop(xid, None) or delays.pop(xid)) is None
-                    self._append(item, file, begin)
+                    if file.checked:
+                        self._append(item, file, safe[0], added[-1] - 1 - safe[1])
+                    else:
+                        self._append(item, file, begin)
                 else:
                     last_head = number
                     if opcode == REMOVE and self.count:          # as a rule
                         self._replay_pop()
+                        taken += 1
                     else:
                         ignored += not self._redo(opcode, xid)
+                        taken += opcode in (OPEN, OPEN_NEXT, REMOVE)
+                        back += opcode in (UNREMOVE, PUT_BACK)
             done += file.size
+            journal.ends = _go_on(journal.ends, added[-1] - safe[1], taken, back)
+            taken = back = 0
         if ignored:
             log.warning("%s: %d operations on items that are not there, ignored",
                         journal.path, ignored)
@@ -3484,6 +3844,9 @@ class Queue:
             self._push(item)
         elif opcode == UNREMOVE and xid in delays.items:
             self._push(delays.pop(xid).item)
+        elif opcode in (UNREMOVE, PUT_BACK) and (
+                xid == _ASIDE or any(number > _ASIDE for number in opens)):
+            self._push(Item(LOST.data, LOST.add_time, LOST.expiry))      # see repair(), LostTail
         elif opcode == DELAY and xid[0] in opens:
             item = opens.pop(xid[0])
             item.deliveries += 1
@@ -3512,12 +3875,13 @@ class Queue:
         self.bytes += size
         return end
 
-    def _append(self, item, file, offset):
-        """Append an item that stands at `offset` of a file of the journal."""
+    def _append(self, item, file, offset, skip=0):
+        """Append an item that stands in a file of the journal, the first after `offset` but for
+        `skip`."""
         cost = len(item.data) + ITEM_COST
         if self._behind is None and self.memory + cost > self._allowance and (
                 self.items or self._allowance < self.config.max_memory_size):
-            self._behind = ReadBehind(self.journal, file, offset)
+            self._behind = ReadBehind(self.journal, file, offset, skip, file.checked)
         if self._behind is None:
             self.items.append(item)
             self.memory += cost
@@ -3561,7 +3925,8 @@ class Queue:
             if self._writing:
                 ops = history.unsafe[history.written - history.safe:] + ops
             pending = sum(op[0] in _APPENDED for op in ops)
-            self._behind = ReadBehind(journal, journal.current, journal.current.size, pending)
+            current = journal.current
+            self._behind = ReadBehind(journal, current, current.size, pending, current.checked)
 
     def _refill(self):
         """Read more of the items that are not in memory. Return whether there are any in
@@ -3635,22 +4000,23 @@ class Queue:
                 self.data_of(item)           # its offset will change
                 item.place = None
         size = file.size
-        self.journal.repair(file, start)
+        checked = file is behind.file and behind.checked
+        self.journal.repair(file, start, checked)
         lost = 0
         if file not in behind.older and (
                 file is behind.file or behind.file not in files[files.index(file):]):
             with open(file.path, "rb") as source, contextlib.suppress(Damage):
                 source.seek(start)
                 there = 0
-                for opcode, _, item, _ in read_records(source):
+                for opcode, _, item, _ in read_records(source, checked=checked):
                     there += item is not None and opcode != ADD_DELAYED
             lost = (self._unread_of(file) + behind.skip if file is behind.file
                     else file.waiting) - there
             self._lose(file, lost)
         for write in self.journal.writes:    # what is not safe is behind what is damaged
             write.before[:] = [
-                (one, old + file.size - size, waiting - lost) if one is file
-                else (one, old, waiting) for one, old, waiting in write.before]
+                (one, old + file.size - size, waiting - lost, checked) if one is file
+                else (one, old, waiting, checked) for one, old, waiting, checked in write.before]
 
     def _mend_missing(self, error):
         """Go on without a file to be read behind that has disappeared. Raises OSError."""
@@ -3728,6 +4094,17 @@ class Queue:
         if item.data is None:
             self._load_data(item)
         return item.data
+
+    def _lose_head(self):
+        """Drop the head item, a stub whose data is damaged. Raises OSError."""
+        item = self._take()
+        place = item.place
+        with open(place.file.path, "rb") as source:
+            kept = self.journal.keep(place.file, source, place.offset - place.head,
+                                     place.offset + place.size)
+        log.warning("%s: the item of %d bytes at byte %d has the wrong check sum; it is dropped and "
+                    "kept in %s", place.file.path, place.size, place.offset, kept)
+        self._log(REMOVE, item)
 
     def _load_data(self, item):
         """Read the data of a stub among `items` or `opens` again. Raises OSError."""
@@ -3923,6 +4300,19 @@ def _free(pop, count, cost):
         for _ in range(min(step, count - done)):
             pop()
         yield None
+
+
+def _steps(items):
+    """Yield lists of successive items, each of SWEEP_STEP items or of a few megabytes at most, or
+    one larger item."""
+    some, size = [], 0
+    for item in items:
+        if some and (size + _size(item) > 4 * _STEP_SIZE or len(some) == SWEEP_STEP):
+            yield some
+            some, size = [], 0
+        some.append(item)
+        size += _size(item)
+    yield some
 
 
 def _size(item):
@@ -7347,25 +7737,26 @@ class AdminSession(Session):
         self._respond(HTTPStatus.OK, json.dumps(
             {_key_of(queue.name): self.broker.history(queue) for queue in queues}), _JSON)
 
-    def _first_items(self, most):
-        """Return the queue that the request names, and its first items; or None and nothing."""
+    def _first_items(self, most, shown):
+        """Return the queue that the request names, and what shown() returns of its first items; or
+        None and nothing."""
         self._check_reads()
         queue = self._asked_queue()
-        items = []
+        found = []
         if queue:
             self._check_user("get_users", queue.name)
             while queue.discard_expired(self.now, SWEEP_STEP):
                 yield
             for some in queue.browse(most, self.now):
-                items += some
+                found += map(shown, some)
+                del some                     # before more is read
                 yield
-        return queue, items
+        return queue, found
 
     def _peek(self):
-        queue, items = yield from self._first_items(1)
+        queue, rows = yield from self._first_items(1, self._item_row)
         if queue:
-            self._respond(HTTPStatus.OK, json.dumps({"item": items and self._item_row(
-                items[0]) or None}), _JSON)
+            self._respond(HTTPStatus.OK, json.dumps({"item": rows[0] if rows else None}), _JSON)
 
     def _item_row(self, item):
         """Return what the page shows of an item."""
@@ -7378,7 +7769,7 @@ class AdminSession(Session):
 
     def _queue_json(self):
         """Answer with all that the page shows of one queue."""
-        queue, items = yield from self._first_items(_SHOWN_ITEMS)
+        queue, rows = yield from self._first_items(_SHOWN_ITEMS, self._item_row)
         if queue:
             readers = [self._client_row(number, session, came, [session.open_reads[queue]])
                        for number, (session, came) in self.broker.clients.items()
@@ -7389,19 +7780,23 @@ class AdminSession(Session):
                 "stats": dict(self.broker.queue_stats(queue, self.now)),
                 "children": [_shown_name(name)
                              for name in self.broker.children.get(queue.name, ())],
-                "items": [self._item_row(item) for item in items], "readers": readers,
+                "items": rows, "readers": readers,
                 "history": self.broker.history(queue)}), _JSON)
 
     def _item(self):
         """Answer with the data of one of the first items."""
         number = self._query.get("n", ["0"])[0]
         number = int(number) if re.fullmatch("[0-9]{1,4}", number) else _SHOWN_ITEMS
-        queue, items = yield from self._first_items(min(number + 1, _SHOWN_ITEMS))
+        place = itertools.count()
+        queue, items = yield from self._first_items(
+            min(number + 1, _SHOWN_ITEMS),
+            lambda item: item.data if next(place) == number else None)
         if queue and number < len(items):
-            data = items[number].data if self._method != "HEAD" else b""
+            data = items[number]
             self._say(self._head(HTTPStatus.OK, "application/octet-stream",
-                                 "Content-Length: %d" % len(items[number].data),
-                                 "Content-Disposition: attachment; filename=item") + data)
+                                 "Content-Length: %d" % len(data),
+                                 "Content-Disposition: attachment; filename=item")
+                      + (data if self._method != "HEAD" else b""))
             if not self._keep_alive:
                 self.end()
         elif queue:
@@ -7466,7 +7861,7 @@ class AdminSession(Session):
 
     def _post_kick(self):
         self._check_admin("kick")
-        number = _number(self._asked("id").encode(), "id")
+        number = _number(os.fsencode(self._asked("id")), "id")
         if not self._kick(number):
             self._respond(HTTPStatus.NOT_FOUND, "there is no such client")
             return None
@@ -8541,7 +8936,9 @@ class Connection:
         """Send the answers that are safe, as far as the kernel takes them. failed, unsafe: see
         Session.settle()."""
         session = self.session
-        if failed or unsafe or session.holds:
+        # Also where nothing has failed: what a command that goes on has written is not to be
+        # answered with what fails in a later turn.
+        if failed or unsafe or session.holds or session.touched and not session.out:
             session.settle(failed, unsafe)
         if session.state is CLOSED:
             self.close()
@@ -9813,7 +10210,10 @@ class Client:
         """Yield (the words of its VALUE line, data) for each item of an answer."""
         while line != b"END":
             words = line.split(b" ")
-            yield words, self._file.read(int(words[3]) + 2)[:-2]
+            data = self._file.read(int(words[3]) + 2)
+            if not data.endswith(b"\r\n") or len(data) < int(words[3]) + 2:
+                raise ConnectionError("the server has closed the connection")
+            yield words, data[:-2]
             line = self._line()
 
     def _table(self, command, begin):
@@ -10033,7 +10433,7 @@ def _pack(path):
 
 # -- commands that talk to a server
 
-def _connect(options):
+def _connect(options, timeout=30):
     """Return a Client of the server that the options, or the environment, name."""
     server = options.server
     host, port = server, 22133
@@ -10048,7 +10448,7 @@ def _connect(options):
     if options.user and "KESTREL_PASSWORD" not in os.environ:
         import getpass
         password = getpass.getpass("password of %s: " % options.user)
-    return Client(host.strip("[]"), port, user=options.user, password=password, tls=tls)
+    return Client(host.strip("[]"), port, timeout, options.user, password, tls)
 
 
 def _show(options, names, rows):
@@ -10069,6 +10469,8 @@ def _show_table(names, rows):
 def _command_put(client, options):
     if options.item:
         items = map(os.fsencode, options.item)
+    elif sys.stdin is None:
+        items = []
     elif options.whole:
         items = [sys.stdin.buffer.read()]
     else:
@@ -10109,17 +10511,21 @@ def _command_export(client, options):
 
 def _command_import(client, options):
     """Put what export has printed."""
-    done = 0
+    done, bad = 0, None
 
     def rows():
-        for number, line in enumerate(sys.stdin, 1):
+        nonlocal bad
+        for number, line in enumerate(sys.stdin or (), 1):
             try:
                 row = json.loads(line)
                 data = (row["data"].encode() if "data" in row
                         else base64.b64decode(row["base64"], validate=True))
-                yield data, int(row.get("flags", 0)), -(-int(row.get("expiry", 0)) // 1000)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError("line %d is not what export prints" % number) from None
+                read = data, int(row.get("flags", 0)), -(-int(row.get("expiry", 0)) // 1000)
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError,
+                    RecursionError):
+                bad = number
+                return                       # what comes before it is put
+            yield read
 
     show = _progress(None)
     for (flags, expiry), same in itertools.groupby(rows(), operator.itemgetter(1, 2)):
@@ -10132,6 +10538,9 @@ def _command_import(client, options):
                     options.queue, done))
             show(done)
     show(done, True)
+    if bad:
+        raise ValueError("line %d is not what export prints; the %d items before it were put" % (
+            bad, done))
 
 
 def _waiting(client, queue):
@@ -10303,6 +10712,9 @@ def _seconds(text):
     raise argparse.ArgumentTypeError("%r is no number of seconds" % text)
 
 
+# How long `ping` waits: a health check has to tell of a server that hangs.
+_PING_SECONDS = 5
+
 # How many items are moved before the progress is shown.
 _MOVED_AT_ONCE = 10000
 
@@ -10355,6 +10767,9 @@ def _run_command(name, *arguments):
     """Run a command; return the exit status: 0 done, 1 refused or not found, 2 usage, 3 no
     connection."""
     function, wanted, what = _COMMANDS[name]
+    if sys.stdout is None:                # it is closed: what is taken could not be printed
+        print("kestrel.py: there is no standard output", file=sys.stderr)
+        return 2
     parser = argparse.ArgumentParser(prog="kestrel.py " + name, description=what)
     for word, how in wanted:
         parser.add_argument(word, **how)
@@ -10367,7 +10782,8 @@ def _run_command(name, *arguments):
     options = parser.parse_intermixed_args(arguments)
     try:
         with contextlib.ExitStack() as stack:
-            return function(stack.enter_context(_connect(options)), options) or 0
+            client = _connect(options, _PING_SECONDS if name == "ping" else 30)
+            return function(stack.enter_context(client), options) or 0
     except KeyboardInterrupt:
         return 0 if name == "top" else 1
     except BrokenPipeError:              # of standard output: `| head`
@@ -10517,6 +10933,18 @@ def _log_file(path):
     return LogFile(path)
 
 
+def _logs_to_systemd():
+    """Return whether standard error goes to systemd's journal, see systemd.exec(5)."""
+    status = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == "%d:%d" % (status.st_dev, status.st_ino)
+
+
+def _set_priority(record):
+    """Set the priority that a record has for syslog(3)."""
+    record.priority = 3 if record.levelno >= logging.ERROR else 7 - record.levelno // 10
+    return True
+
+
 def _set_up_log(settings):
     """Log as the settings say. Raises OSError."""
     root = logging.getLogger()
@@ -10525,7 +10953,11 @@ def _set_up_log(settings):
     except OSError as error:
         raise OSError(error.errno, "log_file %s: %s" % (settings.log_file, error.strerror)
                       ) from None
-    handler.setFormatter(logging.Formatter(_LOG_FORMAT))
+    text = _LOG_FORMAT
+    if not settings.log_file and _logs_to_systemd():
+        handler.addFilter(_set_priority)
+        text = "<%(priority)d>%(levelname)s %(message)s"       # see sd-daemon(3)
+    handler.setFormatter(logging.Formatter(text))
     handler.addFilter(_repeats())
     for old in root.handlers:
         old.close()
