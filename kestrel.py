@@ -1010,8 +1010,10 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
     Damage at the first byte from which no whole record can be read, or the first of those that
     have not the right check sum, which is known after they have been yielded. checked: whether
     there must be check sums from the beginning of `file` on. take_run: called with (data, pos, the offset
-    of data in the file) where there is an ADDX record at data[pos]. It may take that and those
-    that follow itself, see read_run(), and returns where what it has not taken begins.
+    of data in the file, the index in data of what the next CHECK covers or None) where there is an
+    ADDX record at data[pos]. It may take that, and those and the CHECKs that follow, itself, see
+    read_run(), and returns (where what it has not taken begins, where the last of these CHECKs
+    ends or None).
     """
     data, pos, base = b"", 0, 0           # data[pos] is the byte base + pos of the file
     addx, delayed = _HEADS[ADDX], _HEADS[ADD_DELAYED]
@@ -1033,8 +1035,11 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
         xid = 0
         try:
             if opcode == ADDX:               # as a rule
-                if take_run and last == ADDX:          # several, perhaps very many
-                    end = take_run(data, pos, base)
+                if take_run and last in (ADDX, CHECK):         # several, perhaps very many
+                    end, closed = take_run(data, pos, base, mark if span == base + mark else None)
+                    if closed:
+                        mark, crc = closed, 0
+                        span = base + mark
                     if end > pos:
                         pos = end
                         continue
@@ -1091,13 +1096,22 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
         yield opcode, xid, item, base + pos
 
 
-def read_run(data, pos, items, room):
-    """Append the items of whole ADDX records at data[pos:] to `items`, as many as `room` bytes of
-    memory have room for. Return (the end of the last, the size of their data)."""
+def read_run(data, pos, items, room, mark):
+    """Append the items of whole ADDX records at data[pos:], and the CHECKs between them, to `items`,
+    as many as `room` bytes of memory have room for. mark: where what the next CHECK covers begins,
+    None if that is not in `data`. Return (the end of the last, the size of their data, the last
+    right CHECK: (its end, how many items are before it, the ends of the queue in it), or None)."""
     unpack, head = _ADDX.unpack_from, _ADDX.size
-    size = 0
+    size, before, closed = 0, len(items), None
     while pos + head <= len(data):
         opcode, length, add_time, expiry = unpack(data, pos)
+        if opcode == CHECK:
+            ends = _right_check(data, mark, pos)
+            if ends is None:
+                break
+            pos += 1 + _CHECK.size
+            closed, mark = (pos, len(items) - before, ends), pos
+            continue
         length -= 16
         end = pos + head + length
         room -= length + ITEM_COST
@@ -1106,24 +1120,41 @@ def read_run(data, pos, items, room):
         items.append(Item(data[pos + head:end], add_time, expiry))
         size += length
         pos = end
-    return pos, size
+    return pos, size, closed
 
 
-def skip_run(data, pos):
-    """Skip the whole ADDX records at data[pos:]. Return (the end of the last, their number, the
-    size of their data)."""
+def skip_run(data, pos, mark):
+    """Skip what read_run() would read. Return (the end of the last, the number of items, the size
+    of their data, the last right CHECK)."""
     unpack, head = _ADDX.unpack_from, _ADDX.size
-    start = pos
-    count = 0
+    count = size = 0
+    closed = None
     last = len(data) - head
     while pos <= last:
         opcode, length, _, _ = unpack(data, pos)
+        if opcode == CHECK:
+            ends = _right_check(data, mark, pos)
+            if ends is None:
+                break
+            pos += 1 + _CHECK.size
+            closed, mark = (pos, count, ends), pos
+            continue
         end = pos + head - 16 + length
         if opcode != ADDX or length < 16 or end > len(data):
             break
         count += 1
+        size += length - 16
         pos = end
-    return pos, count, pos - start - count * head
+    return pos, count, size, closed
+
+
+def _right_check(data, mark, pos):
+    """Return the ends of the queue in the CHECK at data[pos], if it covers all from data[mark] on,
+    and is right; else None."""
+    size, crc, ends = _CHECK.unpack_from(data, pos + 1)
+    if mark is None or not size or size != pos - mark or zlib.crc32(data[mark:pos]) != crc:
+        return None
+    return ends
 
 
 def _only_zeros(data, file):
@@ -3742,15 +3773,34 @@ class Queue:
         safe = 0, 0                     # the end of the last CHECK, how many items it had added
         journal.ends = 0
 
-        def take_run(data, pos, base):
+        def take_run(data, pos, base, mark):
             nonlocal offset
             before = self.count
-            end = self._append_run(data, pos)
+            end, closed = self._append_run(data, pos, mark if file.checked else None)
+            if closed:
+                added[-1] += closed[1]
+                close(base + closed[0], closed[2])
+                before += closed[1]
             added[-1] += self.count - before
             offset = base + end
             if done + offset > look:
                 tell()
-            return end
+            return end, closed and closed[0]
+
+        def close(end, ends):
+            """Do what follows from a CHECK."""
+            nonlocal safe, taken, back, is_short, has_moved, is_new
+            if number or is_new:
+                now = _go_on(journal.ends, added[-1] - safe[1], taken, back)
+                is_ahead = 0 < _between(now, ends)[1] < 1 << 23
+                if number and waiting and not has_moved:
+                    is_short |= is_ahead
+                    has_moved = taken + back > 0
+                    if has_moved and is_short:
+                        raise LostTail(journal.files[number - 1], waiting, before,
+                                       _go_on(ends, 0, -taken, -back))
+                ends = ends if is_ahead or is_new else now
+            journal.ends, safe, taken, back, is_new = ends, (end, added[-1]), 0, 0, False
 
         def tell():
             nonlocal look, told
@@ -3771,17 +3821,7 @@ class Queue:
                 begin, offset = offset, end
                 if opcode == CHECK:
                     file.checked = bool(xid[0]) or xid[1] == _BEGIN
-                    ends = _go_on(journal.ends, added[-1] - safe[1], taken, back)
-                    missing = _between(ends, xid[2])[1]
-                    is_ahead = 0 < missing < 1 << 23
-                    if number and waiting and not has_moved:
-                        is_short |= is_ahead
-                        has_moved = taken + back > 0
-                        if has_moved and is_short:
-                            raise LostTail(journal.files[number - 1], waiting, before,
-                                           _go_on(xid[2], 0, -taken, -back))
-                    journal.ends = xid[2] if is_ahead or is_new else ends
-                    safe, taken, back, is_new = (end, added[-1]), 0, 0, False
+                    close(end, xid[2])
                 elif opcode == ADD_DELAYED:
                     highest = max(highest, xid[0])
                     delays.add(Delayed(xid[1], xid[0], item, False), list.append)
@@ -3861,19 +3901,19 @@ class Queue:
             self._read_more(self.count)
         return self._take()
 
-    def _append_run(self, data, pos):
+    def _append_run(self, data, pos, mark):
         """Append the items of whole ADDX records at data[pos:], as long as memory is not used up
-        by one; return where they end."""
+        by one; return where they end, and the last CHECK among them, see read_run()."""
         if self._behind is None:
             before = len(self.items)
-            end, size = read_run(data, pos, self.items, self._allowance - self.memory)
+            end, size, closed = read_run(data, pos, self.items, self._allowance - self.memory, mark)
             count = len(self.items) - before
             self.memory += size + count * ITEM_COST
         else:
-            end, count, size = skip_run(data, pos)
+            end, count, size, closed = skip_run(data, pos, mark)
         self.count += count
         self.bytes += size
-        return end
+        return end, closed
 
     def _append(self, item, file, offset, skip=0):
         """Append an item that stands in a file of the journal, the first after `offset` but for

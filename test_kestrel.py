@@ -2456,10 +2456,15 @@ def test_runs_of_items_are_loaded_as_single_records_are(tmp_path, monkeypatch, m
     chances = seeded()
     for _ in range(25):
         count = 0
-        content = b""
+        checked = chances.random() < .6
+        content = kestrel._pack_check(kestrel.CHECK, 0, 0, 0) if checked else b""
+        begin = len(content)
         for _ in range(chances.randrange(60)):
             kind = chances.random()
-            if kind < .2 and count:
+            if checked and kind > .6 and len(content) > begin:
+                content += kestrel._checked([content[begin:]], len(content) - begin, count)[0][-17:]
+                begin = len(content)
+            elif kind < .2 and count:
                 content += b"\1"
                 count -= 1
             elif kind < .3:
@@ -2476,7 +2481,8 @@ def test_runs_of_items_are_loaded_as_single_records_are(tmp_path, monkeypatch, m
             with monkeypatch.context() as patch:
                 patch.setattr(kestrel, "_READ_SIZE", chances.choice([64, 500, 1 << 17]))
                 if not in_runs:
-                    patch.setattr(kestrel.Queue, "_append_run", lambda queue, data, pos: pos)
+                    patch.setattr(kestrel.Queue, "_append_run",
+                                  lambda queue, data, pos, mark: (pos, None))
                 path = tmp_path / str(in_runs)
                 path.mkdir(exist_ok=True)
                 shutil.rmtree(path / "lost+found", ignore_errors=True)
