@@ -321,6 +321,7 @@ SERVER_SETTINGS = {
     "status_file": (TEXT_OR_NONE, ""),
     "status_change_grace_period": (TIME, "0"),
     "status_command": (TEXT_OR_NONE, ""),
+    "scrub_interval": (TIME_OR_NEVER, "never"),
     "enable_session_trace": (FLAG_OR_NETWORKS, "false"),
     "log_level": (_one_of("debug", "info", "warning", "error"), "info"),
     "log_file": (TEXT_OR_NONE, ""),
@@ -889,7 +890,8 @@ ITEM_COST = 200
 # The opcodes. What this server writes is ADDX, REMOVE, SAVE_XID, OPEN, CONFIRM, UNREMOVE,
 # and ADDF where flags or deliveries need it; of Kestrel's others it only reads. CHECK closes what
 # is written at a time, see below. Those from 12 on are for what Kestrel has not: CONTINUEF moves
-# an item that is open or delayed to the tail, DELAY makes an open read a delayed item, ADD_DELAYED adds one, PAUSE pauses a queue;
+# an item that is open or delayed to the tail, DELAY makes an open read a delayed item, ADD_DELAYED
+# adds one, PAUSE pauses a queue;
 # PUT_BACK is an UNREMOVE that is not counted, of a queue that counts deliveries.
 ADD, REMOVE, ADDX, OPEN_NEXT, SAVE_XID = 0, 1, 2, 3, 4
 UNREMOVE, CONFIRM, ADD_XID, CONTINUE, OPEN, ADDF = 5, 6, 7, 8, 9, 10
@@ -1009,10 +1011,10 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
     a tuple (xid, due), for PAUSE what is paused, for CHECK a tuple (bytes, CRC, ends). Raises
     Damage at the first byte from which no whole record can be read, or the first of those that
     have not the right check sum, which is known after they have been yielded. checked: whether
-    there must be check sums from the beginning of `file` on. take_run: called with (data, pos, the offset
-    of data in the file, the index in data of what the next CHECK covers or None) where there is an
-    ADDX record at data[pos]. It may take that, and those and the CHECKs that follow, itself, see
-    read_run(), and returns (where what it has not taken begins, where the last of these CHECKs
+    there must be check sums from the beginning of `file` on. take_run: called with (data, pos, the
+    offset of data in the file, the index in data of what the next CHECK covers or None) where there
+    is an ADDX record at data[pos]. It may take that, and those and the CHECKs that follow, itself,
+    see read_run(), and returns (where what it has not taken begins, where the last of these CHECKs
     ends or None).
     """
     data, pos, base = b"", 0, 0           # data[pos] is the byte base + pos of the file
@@ -1097,10 +1099,10 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
 
 
 def read_run(data, pos, items, room, mark):
-    """Append the items of whole ADDX records at data[pos:], and the CHECKs between them, to `items`,
-    as many as `room` bytes of memory have room for. mark: where what the next CHECK covers begins,
-    None if that is not in `data`. Return (the end of the last, the size of their data, the last
-    right CHECK: (its end, how many items are before it, the ends of the queue in it), or None)."""
+    """Append the items of whole ADDX records at data[pos:], which may have CHECKs between them, to
+    `items`, as many as `room` bytes of memory have room for. mark: where what the next CHECK covers
+    begins, None if that is not in `data`. Return (the end of the last, the size of their data, the
+    last right CHECK: (its end, how many items are before it, the ends of the queue in it), or None)."""
     unpack, head = _ADDX.unpack_from, _ADDX.size
     size, before, closed = 0, len(items), None
     while pos + head <= len(data):
@@ -1282,7 +1284,7 @@ def dump_records(path: str) -> "Iterator[dict]":
             for opcode, xid, item, end in read_records(file):
                 record = {"offset": offset, "operation": OPCODE_NAMES[opcode]}
                 if opcode == CHECK:
-                    record.update(zip(("bytes", "crc", "ends"), xid))
+                    record.update(zip(("bytes", "crc32", "position"), xid))
                     checked = bool(xid[0]) or xid[1] == _BEGIN
                     yield from pending
                     pending = []
@@ -1452,9 +1454,9 @@ def _ends_by_next(data, begin, moves, default):
 
 
 def _moved_between(data, begin, before, end, after):
-    """Return how many items were (added, taken, put back) by the damaged records from data[begin] to
-    data[end]. before, after: two accounts of the ends of the queue before and after them, of which
-    one may be damaged as well."""
+    """Return how many items were (added, taken, put back) by the damaged records from data[begin]
+    to data[end]. before, after: two accounts of the ends of the queue before and after them, of
+    which one may be damaged as well."""
     if after[0] is None:                     # nothing follows that could take these items
         return 0, 0, 0
     is_sure = before[0] == before[1] and after[0] == after[1]
@@ -1467,17 +1469,17 @@ def _moved_between(data, begin, before, end, after):
     return moves if is_whole else (moves[0] + 1, *moves[1:])
 
 
-# A damaged piece of a file, and why. lost: how many items may have been added there. taken, back: how
-# many were taken from the head and put back there, as far as that can be known. ends: of the queue
-# before it, None where there are no check sums.
+# A damaged piece of a file, and why. lost: how many items may have been added there. taken, back:
+# how many were taken from the head and put back there, as far as that can be known. ends: of the
+# queue before it, None where there are no check sums.
 Cut = collections.namedtuple("Cut", "begin end why lost taken back ends")
 
 
 def find_damage(data, start=0, checked=False):
     """Yield a Cut for each damaged piece of a journal file from byte `start` on. data: an mmap of
     the file. checked: whether there must be check sums at once."""
-    # (where the last CHECK ends, the ends in it, and those by the one before it: the last itself may
-    # be damaged).
+    # (where the last CHECK ends, the ends in it, and those by the one before it: the last may be
+    # damaged).
     sums = None
     if checked:
         sums = (start, *2 * _CHECK.unpack_from(data, start - _CHECK.size)[2:])
@@ -1624,7 +1626,9 @@ def _write_all(fd, chunks, offset, size):
     """Write byte strings of `size` bytes in all at `offset`, however often the kernel stops
     short."""
     # Joining chunks costs less than many calls; copying large ones does not.
-    pieces = chunks if len(chunks) == 1 else [b"".join(chunks)] if size < _LARGE else itertools.chain.from_iterable(
+    if len(chunks) > 1 and size < _LARGE:
+        chunks = [b"".join(chunks)]
+    pieces = chunks if len(chunks) == 1 else itertools.chain.from_iterable(
         group if large else [b"".join(group)]
         for large, group in itertools.groupby(chunks, lambda chunk: len(chunk) >= _LARGE))
     for piece in pieces:
@@ -3649,6 +3653,23 @@ class Queue:
             run_task(self.journal.pack(passing, self.state()))
         self.journal.adopt_pack()
 
+    def make_plain(self):
+        """Give up what Kestrel cannot store, so that pack() leaves nothing of it. Return [(what
+        that was, how often)]. For a queue that is used alone, and is in memory."""
+        delayed = len(self.delays.items)
+        while self.delays.items:
+            self._release(UNLIMITED)
+        flags = deliveries = 0
+        for item in self.items:
+            flags += item.flags != 0
+            deliveries += item.deliveries != 0
+            item.flags = item.deliveries = 0
+        paused, self.paused = self.paused, 0
+        return [("items whose flags are dropped", flags), ("delayed items that are available now",
+                                                           delayed),
+                ("items whose count of deliveries is dropped", deliveries),
+                ("pauses that end", int(paused > 0))]
+
     def state(self):
         """Return what a pack has to keep besides items, see Journal.pack()."""
         return (self.xid, self.paused, self.config.max_deliveries != UNLIMITED,
@@ -4142,8 +4163,8 @@ class Queue:
         with open(place.file.path, "rb") as source:
             kept = self.journal.keep(place.file, source, place.offset - place.head,
                                      place.offset + place.size)
-        log.warning("%s: the item of %d bytes at byte %d has the wrong check sum; it is dropped and "
-                    "kept in %s", place.file.path, place.size, place.offset, kept)
+        log.warning("%s: the item of %d bytes at byte %d has the wrong check sum; it is dropped "
+                    "and kept in %s", place.file.path, place.size, place.offset, kept)
         self._log(REMOVE, item)
 
     def _load_data(self, item):
@@ -4779,6 +4800,7 @@ class Broker:
         self.reloaded = []                # calls to be made after each reload
         self.failing = {}                 # queue -> Failure, while its journal fails
         self.refused = collections.Counter()      # reason -> commands refused for it
+        self.scrubbed = None              # (files, damaged files, when) of the last scrub
         self.free_space = None            # bytes left for the spool, and, if these are too few,
         self.low_space = ""               # why nothing is put
         self._failed = {}                 # queue -> OSError, since the last write()
@@ -7705,6 +7727,13 @@ class AdminSession(Session):
         if broker.free_space is not None:
             yield _described("spool_free_bytes", "gauge", "Bytes left for the spool.")
             yield "kestrel_spool_free_bytes %d\n" % broker.free_space
+        if broker.scrubbed:
+            for name, value, what in zip(
+                    ("files", "damaged_files", "timestamp_seconds"), broker.scrubbed,
+                    ("Journal files", "Damaged journal files", "The time")):
+                yield _described("scrub_" + name, "gauge", what + " of the last scrub.")
+                yield "kestrel_scrub_%s %d\n" % (
+                    name, value // 1000 if name == "timestamp_seconds" else value)
         yield _described("journal_failed", "gauge",
                          "1 while the journal of a queue cannot be written or read.")
         for queue in list(broker.failing):
@@ -8856,6 +8885,15 @@ def _first_of(pieces, size):
     return taken
 
 
+def _scrub(spool, found):
+    """Read all journals of a spool in another process, which leaves the processor to others, and
+    append what verify_file() returns for each file to `found`; blocks. Raises OSError."""
+    import subprocess
+    done = subprocess.run([sys.executable, os.path.abspath(__file__), "--verify", spool, "--json"],
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
+    found += map(json.loads, done.stdout.splitlines())
+
+
 def _run_status_command(command, status, endpoints):
     """Run a status_command; blocks."""
     import shlex
@@ -9346,6 +9384,10 @@ class Server:
             self._workers.append(Worker(self.interrupt))
             self.broker.aside = self._workers[-1].submit
         self._announcer = Worker(self.interrupt) if settings.status_command else None
+        self._scrubber = None
+        if settings.scrub_interval:
+            self._scrubber = Worker(self.interrupt)
+            self.later(settings.scrub_interval, self._scrub)
 
     @property
     def port(self):
@@ -9580,6 +9622,24 @@ class Server:
                 ["%s=%s" % (one.protocol, one.name) for one in self.listeners]),
                 lambda error, seconds: None)
 
+    def _scrub(self):
+        """Have all journals read and their check sums looked at."""
+        found = []
+        log.info("reading all journals (scrub_interval)")
+        self._scrubber.submit(functools.partial(_scrub, self.broker.spool, found),
+                              functools.partial(self._scrubbed, found))
+
+    def _scrubbed(self, found, error, seconds):
+        damaged = [one for one in found if one["damage"]]
+        for one in damaged:
+            log.error("%s: %d damaged pieces, the first at byte %d (%s); --verify tells more",
+                      one["file"], len(one["damage"]), one["damage"][0]["begin"],
+                      one["damage"][0]["why"])
+        log.info("%d journal files read in %d s, %d are damaged%s", len(found), seconds,
+                 len(damaged), ": %s" % error if error else "")
+        self.broker.scrubbed = len(found), len(damaged), self.now
+        self.later(self.config.server.scrub_interval, self._scrub)
+
     # -- writing, fsyncing, answering
 
     def _commit(self):
@@ -9595,6 +9655,8 @@ class Server:
             self.syncs.start()               # they run while answers are sent
         if self._announcer:
             self._announce()
+        if self._scrubber and self._scrubber.done:
+            self._scrubber.take_results()
         # Check every answer whose operations were written in this turn: a later failure of the
         # same queue would be taken for the failure of these operations.
         active, self.active = self.active, []
@@ -9629,8 +9691,8 @@ class Server:
                 self.poller.wait_for_interrupt(1)
         for worker in self._workers:
             worker.stop(_LAST_SECONDS)
-        if self._announcer:
-            self._announcer.stop(0)                    # its command may take half a minute
+        for one in filter(None, (self._announcer, self._scrubber)):
+            one.stop(0)                                # its command may take half a minute
         self.broker.work = None                        # from here on all is done at once
         self._commit()                                 # what they had still to say
         for queue in self.broker.queues.values():
@@ -10337,7 +10399,11 @@ def main(arguments=None):
         if options.dump:
             return _dump(options.journals, options.json)
         if options.pack:
-            return _pack(options.pack)
+            return _pack(options.pack, options.kestrel)
+        if options.verify:
+            return _verify(options.verify, options.json)
+        if options.copy:
+            return _copy(*options.copy, options.every)
         if options.hash_password:
             return _hash_password()
         if options.convert:
@@ -10372,6 +10438,14 @@ def main(arguments=None):
     return 0
 
 
+def _every(text):
+    """Return a time in milliseconds, as in the settings."""
+    try:
+        return TIME.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _argument_parser():
     parser = argparse.ArgumentParser(
         prog="kestrel.py", usage="%(prog)s [options]\n       %(prog)s COMMAND ...",
@@ -10389,11 +10463,23 @@ def _argument_parser():
     parser.add_argument("--dump", action="store_true",
                         help="print the records of journal files, a line each, and exit")
     parser.add_argument("--json", action="store_true",
-                        help="with --dump: a JSON object for each record, with all of its data")
+                        help="with --dump: a JSON object for each record, with all of its data; "
+                             "with --verify: for each file")
     parser.add_argument("journals", metavar="JOURNAL", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--pack", metavar="SPOOL/QUEUE",
                         help="write the journals of a queue that no server holds as one "
                              "minimal file, and exit")
+    parser.add_argument("--kestrel", action="store_true",
+                        help="with --pack: as Kestrel 2.x can read it, without flags, delays, "
+                             "pauses and check sums")
+    parser.add_argument("--verify", metavar="SPOOL",
+                        help="read all journals of a spool, which a server may be using, say which "
+                             "are good, and exit with 0 if all are")
+    parser.add_argument("--copy", nargs=2, metavar=("SPOOL", "DEST"),
+                        help="copy a spool, which a server may be using, or bring the copy up to "
+                             "date")
+    parser.add_argument("--every", metavar="TIME", type=_every,
+                        help="with --copy: again and again, such as each 1s")
     parser.add_argument("--hash-password", action="store_true",
                         help="ask for a password (or read a line), print what an auth_file has "
                              "in its place, and exit")
@@ -10403,6 +10489,12 @@ def _argument_parser():
                         help="check the config file, print the effective settings, and exit")
     parser.add_argument("--version", action="version", version="kestrel.py " + __version__)
     return parser
+
+
+# How often a file that ends within a write is looked at, before that is told, and how often the
+# files of a queue that change are opened anew.
+_VERIFY_TRIES = 5
+_COPY_TRIES = 60
 
 
 def _dump(paths, as_json):
@@ -10435,6 +10527,220 @@ def _in_json(data):
         return {"base64": base64.b64encode(data).decode()}
 
 
+def verify_file(path: str) -> dict:
+    """Return what is in a journal file: `bytes`, how many of them are `checked` by check sums, and
+    the numbers of `records` and of `items` added, up to the first damage; `damage` is a list of
+    dicts: begin, end, why. The file is only read. Raises OSError."""
+    for _ in range(_VERIFY_TRIES):
+        found = {"file": path, "bytes": 0, "checked": 0, "records": 0, "items": 0, "damage": []}
+        with open(path, "rb") as file:
+            end = 0
+            try:
+                for opcode, xid, item, end in read_records(file):
+                    found["records"] += 1
+                    found["items"] += item is not None
+                    if opcode == CHECK:
+                        found["checked"] += xid[0] + 1 + _CHECK.size
+                found["bytes"] = end
+                return found
+            except Damage:
+                size = found["bytes"] = os.fstat(file.fileno()).st_size
+                import mmap
+                with mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as data:
+                    cuts = list(find_damage(data))
+        found["damage"] = [{"begin": cut.begin, "end": cut.end, "why": cut.why} for cut in cuts]
+        if len(cuts) > 1 or cuts and cuts[0].end < size:
+            break
+        time.sleep(0.1)                      # perhaps a server is just writing there
+    return found
+
+
+def _journal_names(spool):
+    """Return {queue: {number of the file, None for the current one: its name}} of a spool: the
+    files that count, see find_journals()."""
+    found, packs = {}, []
+    for entry in os.scandir(spool):
+        match = _JOURNAL_NAME.fullmatch(entry.name)
+        if match and "~" not in entry.name and entry.is_file():
+            files = found.setdefault(match[1], {})
+            if match[3]:
+                packs.append((files, int(match[2]), entry))
+            else:
+                files[int(match[2]) if match[2] else None] = entry.name
+    for files, last, entry in sorted(packs, key=lambda pack: pack[1]):
+        for number in [number for number in files if number is not None and number <= last]:
+            del files[number]
+        if entry.stat().st_size:
+            files[last] = entry.name
+    return found
+
+
+def _verify(spool, as_json):
+    """Print which journal files of a spool are good; the exit status is 1 if one is not."""
+    os.nice(19)                              # a server may be using it
+    status = 0
+    for _, files in sorted(_journal_names(spool).items()):
+        for _, name in sorted(files.items(), key=lambda pair: (pair[0] is None, pair[0])):
+            try:
+                found = verify_file(os.path.join(spool, name))
+            except FileNotFoundError:        # a server has packed it meanwhile
+                continue
+            status |= bool(found["damage"])
+            if as_json:
+                print(json.dumps(found), flush=True)
+                continue
+            print("%s %s: %d records, %d items, %d bytes, %d of them with check sums" % (
+                "BAD" if found["damage"] else "ok ", name, found["records"], found["items"],
+                found["bytes"], found["checked"]))
+            for one in found["damage"]:
+                print("     %(why)s: bytes %(begin)d to %(end)d are damaged" % one)
+    return status
+
+
+# -- copies of a spool
+#
+# A journal file only grows, until it is replaced as a whole. So a copy of its first bytes is what
+# it was at some time, and a copy of all files of a queue, each as long as it was at one moment, is
+# the queue of that moment. In the copy, too, each step leaves files that can be loaded: they
+# grow, the oldest first, and new ones take the place of others by a rename.
+
+def copy_spool(source: str, dest: str) -> int:
+    """Bring the copy of a spool up to date, which a server may be using; return how many bytes were
+    copied. No server may use the copy, see _lock_spool(). Raises OSError."""
+    copied = 0
+    there = _journal_names(source)
+    find_journals(dest)                      # finish what was broken off
+    have = _journal_names(dest)
+    for name in sorted(set(there) | set(have)):
+        files = _open_at_one_moment(source, name, there.get(name, {}))
+        try:
+            copied += _copy_queue(name, files, dest, have.get(name, {}))
+        finally:
+            _close_all([fd for _, fd, _ in files])
+    _raise(_fsync_directory(dest))
+    return copied
+
+
+def _open_at_one_moment(spool, name, found):
+    """Return [(number, descriptor, size)] of the files of a queue, the oldest first, as they were
+    at one moment; [] if there is no such queue. found: {number: name} of them. Raises OSError."""
+    for attempt in range(_COPY_TRIES):
+        order = sorted(found.items(), key=lambda pair: (pair[0] is None, pair[0]))
+        opened = []
+        try:
+            for number, file in order:
+                opened.append((number, os.open(os.path.join(spool, file),
+                                               os.O_RDONLY | os.O_CLOEXEC)))
+            sizes = [os.fstat(fd).st_size for _, fd in opened]
+            same = [_identity(os.stat(os.path.join(spool, file))) == _identity(os.fstat(fd))
+                    for (_, file), (_, fd) in zip(order, opened)]
+            # New files come with another one that is renamed or deleted.
+            if all(same) and (sizes == [os.fstat(fd).st_size for _, fd in opened]
+                              or attempt > _COPY_TRIES // 2):
+                return [(number, fd, size) for (number, fd), size in zip(opened, sizes)]
+        except FileNotFoundError:
+            pass
+        _close_all([fd for _, fd in opened])
+        time.sleep(0.001 * attempt)
+        found = _journal_names(spool).get(name, {})
+    raise OSError(errno.EAGAIN, "the files of this queue do not come to rest",
+                  os.path.join(spool, name))
+
+
+def _copy_queue(name, files, dest, have):
+    """Bring the copy of one queue up to date; return how many bytes were copied. files: see
+    _open_at_one_moment(). have: {number: name} of its files in the copy."""
+    def path(number):
+        return os.path.join(dest, name if number is None else "%s.%d" % (name, number))
+
+    have = set(have)
+    copied = 0
+    for number, fd, size in files:           # the current file has been given a number
+        if number not in have and None in have and number is not None and (
+                os.path.getsize(path(None)) and _begins_with(fd, size, path(None))):
+            os.rename(path(None), path(number))
+            have = have - {None} | {number}
+    same = {number for number, fd, size in files
+            if number in have and _begins_with(fd, size, path(number))}
+    first = files[0][0] if files else None
+    gone = sorted(number for number in have - same if number is not None and (
+        first is None or number <= first))
+    if gone and first is not None and first not in same:       # it stands for all these
+        copied += _copy_new(files[0][1], files[0][2], path(first) + ".pack")
+        for number in gone:
+            os.unlink(path(number))
+        os.rename(path(first) + ".pack", path(first))
+        same.add(first)
+    else:
+        for number in gone:
+            os.unlink(path(number))
+    for number, fd, size in files:
+        copied += (_copy_rest if number in same else _copy_new)(fd, size, path(number))
+    for number in have - set(gone) - {number for number, _, _ in files}:
+        os.unlink(path(number))
+    return copied
+
+
+def _begins_with(fd, size, path):
+    """Return whether a journal file of this size begins with what is at `path`."""
+    with open(path, "rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        begin = max(0, length - _READ_SIZE)
+        return length <= size and file.read(_READ_SIZE) == os.pread(
+            fd, min(length, _READ_SIZE), 0) and (
+                os.pread(file.fileno(), _READ_SIZE, begin) == os.pread(fd, length - begin, begin))
+
+
+def _copy_new(fd, size, path):
+    """Copy the first bytes of a file to a new one, which takes its place at `path`."""
+    directory, name = os.path.split(path)
+    temporary = os.path.join(directory, "%s~~%d" % (name.partition(".")[0], _unique_number()))
+    try:
+        copied = _copy_rest(fd, size, temporary)
+        os.rename(temporary, path)
+    except BaseException:
+        _discard(temporary)
+        raise
+    return copied
+
+
+def _copy_rest(fd, size, path):
+    """Append what is missing of the first bytes of a file, and fsync it."""
+    target = _open_journal(path, os.O_CREAT)
+    try:
+        done = begin = os.fstat(target).st_size
+        while done < size:
+            piece = os.pread(fd, min(_STEP_SIZE, size - done), done)
+            if not piece:
+                raise OSError(errno.EIO, "it has become shorter", path)
+            _write_all(target, [piece], done, len(piece))
+            done += len(piece)
+        if done > begin:
+            os.fsync(target)
+        return done - begin
+    finally:
+        os.close(target)
+
+
+def _copy(source, dest, every):
+    """Copy a spool once, or again and again."""
+    if not os.path.isdir(source):
+        raise OSError(errno.ENOENT, "%s: there is no such spool" % source)
+    lock = _lock_spool(dest)
+    try:
+        while True:
+            copied = copy_spool(source, dest)
+            if copied or every is None:
+                log.info("%s: %d bytes copied to %s", source, copied, dest)
+            if every is None:
+                return 0
+            time.sleep(every / 1000)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        os.close(lock)
+
+
 def _check_whole(path):
     """Raise OSError if a journal file is damaged. It may be no journal at all."""
     try:
@@ -10447,8 +10753,9 @@ def _check_whole(path):
                           "next start of a server repairs it" % (path, damage)) from None
 
 
-def _pack(path):
-    """Write the journals of an unused queue as one file, which takes their place."""
+def _pack(path, for_kestrel):
+    """Write the journals of an unused queue as one file, which takes their place. for_kestrel: as
+    one that Kestrel 2.x can read."""
     directory, name = os.path.split(os.path.abspath(path))
     os.listdir(directory)                # there must be one: _lock_spool() would make it
     spool = _lock_spool(directory)
@@ -10460,8 +10767,12 @@ def _pack(path):
             _check_whole("%s.%d" % (path, number))
         if os.path.exists(path):
             _check_whole(path)
-        queue = Queue(name, directory, QueueConfig(max_memory_size=UNLIMITED), older)
+        queue = Queue(name, directory, QueueConfig(
+            max_memory_size=UNLIMITED, check_journal=not for_kestrel), older)
         before = queue.journal.size
+        for what, count in queue.make_plain() if for_kestrel else ():
+            if count:
+                log.warning("%s: %s: %d", path, what, count)
         queue.pack()
         log.info("%s: %d items, %d bytes before, %d bytes now", path, queue.count, before,
                  queue.journal.size)

@@ -10398,6 +10398,159 @@ new KestrelConfig {
 '''
 
 
+def test_verify_says_what_is_good(tmp_path, capsys):
+    queue = load(tmp_path)
+    fill(queue, b"a", b"b")
+    queue.close()
+    spool_of(tmp_path, old=addx(b"x"), torn=addx(b"x") + b"\2\1", lost__found=b"")
+    assert kestrel.main(["--verify", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "ok  old: 1 records, 1 items, 22 bytes, 0 of them with check sums",
+        "ok  q: 5 records, 2 items, 95 bytes, 95 of them with check sums",
+        "BAD torn: 1 records, 1 items, 24 bytes, 0 of them with check sums",
+        "     record cut short: bytes 22 to 24 are damaged"]
+    data = bytearray((tmp_path / "q").read_bytes())
+    data[38] ^= 1                            # an a
+    (tmp_path / "q").write_bytes(data)
+    os.unlink(str(tmp_path / "torn"))
+    assert kestrel.main(["--verify", str(tmp_path), "--json"]) == 1
+    old, found = map(json.loads, capsys.readouterr().out.splitlines())
+    assert not old["damage"] and found["damage"] == [
+        {"begin": 17, "end": 56, "why": "wrong check sum"}]
+    assert (tmp_path / "q").read_bytes() == data
+    assert contents(load(tmp_path)) == [b"b"]
+    assert kestrel.main(["--verify", str(tmp_path)]) == 0
+
+
+def test_a_scrub_tells_of_damage(serve, tmp_path, caplog, monkeypatch):
+    server = serve("[server]\nscrub_interval = 200ms\nadmin_port = %d\n" % free_port())
+    caplog.set_level(logging.INFO)
+    client = server.client()
+    client.put("q", b"hello")
+    until(lambda: "1 journal files read in 0 s, 0 are damaged" in caplog.text)
+    with open(str(tmp_path / "spool" / "q"), "r+b") as file:
+        file.seek(40)
+        file.write(b"?")
+    until(lambda: "1 are damaged" in caplog.text)
+    assert "spool/q: 1 damaged pieces, the first at byte 17 (wrong check sum)" in caplog.text
+    assert server.server.broker.scrubbed[:2] == (1, 1)
+
+
+def test_a_queue_is_packed_for_kestrel(tmp_path, caplog):
+    queue = load(tmp_path)
+    queue.add(b"flags", 5, now=NOW)
+    fill(queue, b"a", b"b")
+    queue.abort(queue.remove(open=True, now=NOW).xid, delay=10 ** 9, now=NOW)
+    queue.add_later(b"late", 10 ** 9, now=NOW)
+    queue.pause(kestrel.PAUSED_IN)
+    queue.close()
+    caplog.set_level(logging.INFO)
+    assert kestrel.main(["--pack", str(tmp_path / "q"), "--kestrel"]) == 0
+    for words in ("items whose flags are dropped: 1", "delayed items that are available now: 2",
+                  "pauses that end: 1"):
+        assert words in caplog.text
+    with open(str(tmp_path / "q"), "rb") as file:
+        assert {record[0] for record in kestrel.read_records(file)} == {2, 4}
+    assert contents(load(tmp_path)) == [b"flags", b"a", b"b", b"late"]
+
+
+def test_a_copy_of_a_spool_that_is_in_use(tmp_path):
+    """Whatever happens to the files: the copy is the queue at some moment of the copying."""
+    chances = seeded()
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    for path in (source, dest):
+        path.mkdir()
+    life = Life(source, chances, checked=True)
+    for number in range(60):
+        for _ in range(chances.choice([3, 40])):
+            life.change()
+            if chances.random() < .3:
+                life.write()
+                life.bench.step()
+        life.write()
+        life.bench.step()
+        if chances.random() < .1:
+            life.restart()
+        copied = kestrel.copy_spool(str(source), str(dest))
+        assert kestrel.copy_spool(str(source), str(dest)) == 0 <= copied
+        assert contents_of(dest) == contents_of(source)
+    counters = life.queue.counters
+    assert counters.journal_rotations + counters.journal_rewrites
+    life.queue.close()
+    life.queue.delete()
+    kestrel.copy_spool(str(source), str(dest))
+    assert os.listdir(str(dest)) == []
+
+
+@pytest.mark.parametrize("failing", ["rename", "unlink", "fsync", "pwrite", "open"])
+def test_a_copy_that_is_broken_off_can_be_loaded(tmp_path, monkeypatch, failing):
+    """At each of its steps: what had been safe when the last whole copy began is there, or has
+    been taken since."""
+    chances = seeded()
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    for path in (source, dest):
+        path.mkdir()
+    queue = kestrel.Queue("q", str(source), kestrel.QueueConfig(
+        max_memory_size=3000, sync_journal=None), now=NOW)
+    for number in range(40):
+        for one in range(chances.randrange(30)):
+            fill(queue, b"%03d-%02d" % (number, one) + b"x" * 50)
+        take(queue, chances.randrange(30))
+        for attempt in range(8):
+            left, call = [attempt], getattr(os, failing)
+
+            def fail(*arguments, **options):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise OSError(errno.EIO, "broken off")
+                return call(*arguments, **options)
+
+            with monkeypatch.context() as patch, contextlib.suppress(OSError):
+                patch.setattr(os, failing, fail)
+                kestrel.copy_spool(str(source), str(dest))
+            waiting = [item.data for item in itertools.chain(queue.items, queue._fresh)]
+            found = contents_of(dest) if os.listdir(str(dest)) else []
+            assert [item for item in found if item in waiting] == [
+                item for item in waiting if item in found]
+        kestrel.copy_spool(str(source), str(dest))
+        assert contents_of(dest) == contents_of(source)
+    queue.close()
+
+
+def test_a_copy_of_a_server_that_works(serve, tmp_path):
+    """Nothing that was stored when the last pass began is missing, but what has been taken."""
+    server = serve("[queue]\nmax_memory_size = 20kb\ndefault_journal_size = 4kb\n")
+    client, stop = server.client(), threading.Event()
+    stored, taken, failures = [], [], []
+
+    def work():
+        number = 0
+        while not stop.is_set():
+            number += 1
+            if client.put("q", b"%06d" % number + b"x" * 200) == "STORED\r\n":
+                stored.append(b"%06d" % number)
+            if number % 3 == 0:
+                taken.append((client.get("q") or b"")[:6])
+            if number % 50 == 0:
+                client.put("other", b"x")
+                client.ask("delete other\r\n")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    dest = tmp_path / "dest"
+    dest.mkdir()
+    for _ in range(30):
+        before, gone = len(stored), len(taken)
+        kestrel.copy_spool(str(tmp_path / "spool"), str(dest))
+        after = len(taken) + 1
+        found = [item[:6] for item in contents_of(dest, "q")]
+        if not set(stored[:before]) - set(taken[:]) - set(found) - set(stored[gone:after]) == set():
+            failures.append((before, gone, len(found)))
+    stop.set()
+    thread.join()
+    assert not failures and len(taken) > 50
+
+
 def test_convert(tmp_path, capsys):
     """What is printed for the configuration of a Kestrel is one of ours."""
     (tmp_path / "production.scala").write_text(SCALA)
