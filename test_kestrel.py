@@ -45,6 +45,7 @@ import types
 import urllib.error
 import urllib.parse
 import urllib.request
+import weakref
 
 try:
     import pytest
@@ -2846,6 +2847,34 @@ def test_no_read_is_opened_under_a_number_that_a_later_file_ends(tmp_path):
     assert take(queue, 1, open=True)[0].xid > 1
     queue.journal.close()
     assert contents_of(tmp_path) == [b"0", b"1", b"2", b"late"]
+
+
+def test_what_fails_later_is_no_answer_to_what_was_written(tmp_path, disk, monkeypatch):
+    """A set that waits for its fsync; that ends in the turn in which another one fails."""
+    goes_on, fsync = threading.Event(), os.fsync
+    with turned_by_hand(tmp_path, "[server]\nmin_free_space = 0\n[queue]\nsync_journal = never\n",
+                        2) as (server, (client, other)):
+        client.send("set q 0 0 1\r\na\r\n")
+        while "q" not in server.broker.queues or server.broker.queues["q"].journal.unsynced == {}:
+            server.turn()
+        assert client.line() == "STORED\r\n"
+        monkeypatch.setattr(os, "fsync", lambda fd: (goes_on.wait(20), fsync(fd)))
+        client.send("set q/sync 0 0 1\r\nx\r\n")
+        while not server.broker.queues["q"].history.syncing:
+            server.turn()
+        server.turn()
+        disk.failing = {"pwrite": errno.ENOSPC}
+        other.send("set q 0 0 1\r\ny\r\n")
+        done = len(server.worker.done)
+        goes_on.set()
+        until(lambda: len(server.worker.done) > done)
+        time.sleep(0.1)                      # both are there in one turn
+        server.turn()
+        disk.failing = {}
+        for _ in range(10):
+            server.interrupt()
+            server.turn()
+        assert other.line().startswith("SERVER_ERROR") and client.line() == "STORED\r\n"
 
 
 def test_who_waits_for_an_fsync_hears_that_it_was_undone(tmp_path, disk):
@@ -6445,6 +6474,33 @@ def test_the_page_needs_nothing_from_elsewhere_and_runs_its_own_script_only(admi
     assert "default-src 'none'" in headers["Content-Security-Policy"]
 
 
+def test_large_items_are_shown_without_loading_all_of_them(tmp_path, monkeypatch):
+    admin = Talk(tmp_path, "[queue]\nmax_memory_size = 4kb\n", session_type=kestrel.AdminSession)
+    for number in range(20):
+        put_some(admin, "q", bytes([65 + number]) * 600000)
+        admin.broker.write()
+    monkeypatch.setattr(kestrel, "_STEP_SIZE", 100000)
+    loaded, most = [], []
+    read = kestrel.Journal.loaded
+
+    def count(journal, stub):
+        item = read(journal, stub)
+        loaded.append(weakref.ref(item, loaded.remove))
+        most.append(len(loaded))
+        return item
+
+    class Item(kestrel.Item):
+        __slots__ = ("__weakref__",)
+
+    monkeypatch.setattr(kestrel, "Item", Item)
+    monkeypatch.setattr(kestrel.Journal, "loaded", count)
+    rows = json.loads(ask(admin, "GET /queue.json?queue=q")[2])["items"]
+    assert [row["bytes"] for row in rows] == [600000] * 20
+    assert [row["text"][0] for row in rows] == [chr(65 + number) for number in range(20)]
+    assert ask(admin, "GET /item?queue=q&n=7")[2] == "H" * 600000
+    assert most and max(most) <= 3, most
+
+
 def test_connections_json(admin):
     waiting = kestrel.MemcacheSession(admin.broker, kestrel.Peer("memcache client a b", "h", True))
     admin.broker.admit(waiting)
@@ -7704,6 +7760,20 @@ def test_large_items_that_expire_are_dropped_a_few_at_a_time(tmp_path, monkeypat
     assert len(seen) > 8 and seen[-1] == 0
     assert talk.heard() == "END\r\n"
     assert not to or talk.broker.queues["late"].count == 100
+
+
+def test_expired_items_are_moved_though_memory_is_short(tmp_path):
+    """They are kept as stubs then, and stayed open for ever."""
+    talk = timed_talk(tmp_path, "[queue q]\nmax_age = 1s\nexpire_to_queue = late\n"
+                      "max_memory_size = 4kb\n")
+    put_some(talk, "q", *[b"%03d" % number + b"x" * 500 for number in range(100)])
+    talk.now += 2000
+    for _ in range(200):
+        talk.broker.queues["q"].discard_expired(talk.now)
+        talk.broker.write()
+        talk.clock.reach(talk.clock.time + 5)
+    assert not talk.broker.queues["q"].opens and talk.broker.queues["q"].count == 0
+    assert talk.broker.queues["late"].count == 100
 
 
 def test_a_move_to_a_queue_without_memory_is_answered(tmp_path):
