@@ -2767,7 +2767,7 @@ class Alone:
     bury(queue, item, now, setting)
                             an item is open that has expired, or was handed out too often: move
                             it to the queue that this setting names
-    is_burying_much()       whether no more should be moved for now
+    is_burying_much(queue)  whether no more should be moved for now
     sweep_limit             how many expired items a read drops at once
     locks_files             whether to keep other processes out
     budget                  see Budget
@@ -3439,7 +3439,8 @@ class Queue:
         moves = self.host.bury and self.config.expire_to_queue not in (None, self.name)
         while count < limit and self.count and (self.items or self._refill()) and (
                 self._is_expired(self.items[0], now)):
-            if self.host.later and (size > 4 * _STEP_SIZE or moves and self.host.is_burying_much()):
+            if self.host.later and (size > 4 * _STEP_SIZE or moves and (
+                    self.host.is_burying_much(self))):
                 break                        # it comes back in another turn
             count += 1
             item = self._pop(moves)
@@ -4809,6 +4810,7 @@ class Broker:
         self._strangers = set()           # (host, what it did) that the log has told of
         self._grace = None                # cancels the end of its grace period
         self._buried = 0                  # bytes of items on their way to another queue
+        self._stuck = {}                  # queue -> xids of expired items that cannot be moved
         self._read_status()
         self.spool = os.path.abspath(self.settings.queue_path)
         self._unloaded = find_journals(self.spool)
@@ -5208,9 +5210,10 @@ class Broker:
         self._buried += _size(item)
         self._advance(self._move(queue, item, now, setting, _size(item)))
 
-    def is_burying_much(self):
-        """Return whether the items on their way to another queue take much memory."""
-        return self._buried > _MOVE_SIZE
+    def is_burying_much(self, queue):
+        """Return whether no more items of a queue should be moved for now: those on their way to
+        another queue take much memory, or they cannot be moved."""
+        return self._buried > _MOVE_SIZE or queue in self._stuck
 
     def _advance(self, move, error=None):
         """Go on with a move, up to where it has to wait again."""
@@ -5241,6 +5244,9 @@ class Broker:
         is_told = False
         error = yield source
         while source.opens.get(xid) is item:           # else the OPEN of it was undone
+            if setting == "expire_to_queue" and source in self._stuck:
+                self._stuck[source].append(xid)        # goes back in order with the others
+                return
             try:
                 yield from self._put_moved(source, item, now, setting)
                 yield from self._confirm_moved(source, [xid])
@@ -5251,8 +5257,17 @@ class Broker:
                 log.error("queue %s: items cannot be moved (%s): %s", source.name, setting,
                           _why(error) if isinstance(error, OSError) else error)
             is_told = True
+            if setting == "expire_to_queue":
+                if source in self._stuck:
+                    continue
+                self._stuck[source] = [xid]
             yield RETRY_MS                   # so that a failing disk does not make the loop spin
-            if setting == "expire_to_queue" or not getattr(source.config, setting):
+            if setting == "expire_to_queue":
+                xids = self._stuck.pop(source)
+                source.counters.expired_items -= len(xids)       # they are counted anew
+                source.abort(*xids, orphaned=True, counted=False)
+                return
+            if not getattr(source.config, setting):
                 source.abort(xid, orphaned=True, counted=False)
                 return
 
@@ -5874,7 +5889,8 @@ class Session:
                     return queue, item
             if any([queue.has_more(peek) for queue in queues]):
                 # A run of expired items, or a large one is being read.
-                yield self._nap if self.broker.is_burying_much() and self.broker.later else None
+                yield (self._nap if self.broker.later and self.broker.is_burying_much(queue)
+                       else None)
             elif wait and queues:
                 return (yield self._wait(queues, opening, peek))
             else:

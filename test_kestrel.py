@@ -7763,6 +7763,29 @@ def test_large_items_that_expire_are_dropped_a_few_at_a_time(tmp_path, monkeypat
     assert not to or talk.broker.queues["late"].count == 100
 
 
+def test_expired_items_that_cannot_be_moved_keep_their_order(tmp_path):
+    """And they are tried together, once a second."""
+    talk = timed_talk(tmp_path, "[queue q]\nmax_age = 1s\nexpire_to_queue = late\n")
+    put_some(talk, "q", *[b"%03d" % number for number in range(50)])
+    talk("pause late in\r\n")
+    talk.now += 2000
+    queue = talk.broker.queues["q"]
+    tries = 0
+    for number in range(1600):
+        tries += queue.discard_expired(talk.now)
+        talk.broker.write()
+        talk.clock.reach(talk.clock.time + 2)
+    assert tries <= 4 * 50 and data_of(queue.opens.values()) in (
+        [], [b"%03d" % number for number in range(50)])
+    talk("resume late\r\n")
+    for _ in range(1600):
+        queue.discard_expired(talk.now)
+        talk.broker.write()
+        talk.clock.reach(talk.clock.time + 2)
+    assert data_of(talk.broker.queues["late"].items) == [b"%03d" % number for number in range(50)]
+    assert not queue.opens and queue.count == 0 and queue.counters.expired_items == 50
+
+
 def test_expired_items_are_moved_though_memory_is_short(tmp_path):
     """They are kept as stubs then, and stayed open for ever."""
     talk = timed_talk(tmp_path, "[queue q]\nmax_age = 1s\nexpire_to_queue = late\n"
