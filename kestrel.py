@@ -45,6 +45,9 @@ The words used here:
     delayed item    one that is not available before a certain time
     dead letter     an item that came back too often, and is moved to another queue
     passed file     a journal file with no waiting items left
+    check sum       the CRC-32 of what is written at a time, in the CHECK that closes it
+    ends            of a queue: how many items were ever added at its tail, and taken from and put
+                    back to its head
     task            a generator that does long work in bounded steps
     turn            one iteration of the event loop
 
