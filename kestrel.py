@@ -1541,9 +1541,62 @@ class WrongSum(OSError):
 
 
 class LostTail(Exception):
-    """The end of a journal file has not reached the disk, but that of a newer file has: a power
-    failure. args: the JournalFile, how many items wait at its end, the ends of the queue there, and
-    those with which the newer file begins its operations at the head."""
+    """The end of a journal file has not reached the disk, but that of the next one has: a power
+    failure. args: how many items wait between the two, the ends of the queue there, and those with
+    which the newer file begins its operations at the head."""
+
+
+class ReplayCounts:
+    """What the files of a journal do to the ends of their queue, while they are replayed.
+
+    added: how many items each file adds, so far. taken, back: how many items were taken from the
+    head and put back since the last CHECK.
+    """
+
+    def __init__(self):
+        self.added = []
+        self.taken = self.back = 0
+        self._ends = 0                   # in the last CHECK
+        self._is_new = True              # there was none yet
+        self._closed = 0, 0              # where it ends, how many items its file had added
+        self._waiting = 0                # how many items wait between the files, see close()
+        self._between = 0                # the ends of the queue there
+        self._is_short = False           # some operations at the head are missing
+
+    def begin(self, waiting):
+        """Go on with the next file. waiting: how many items wait by now."""
+        if self.added:
+            self._ends = self.now()
+        self.added.append(0)
+        self.taken = self.back = 0
+        self._closed = 0, 0
+        self._waiting, self._between, self._is_short = waiting, self._ends, False
+
+    def now(self):
+        """Return the ends of the queue now."""
+        return _go_on(self._ends, self.added[-1] - self._closed[1], self.taken, self.back)
+
+    def place(self):
+        """Return where the last CHECK ends, and how many items were added since, but for one."""
+        return self._closed[0], self.added[-1] - 1 - self._closed[1]
+
+    def close(self, end, ends):
+        """Note a CHECK that ends at `end`, with the ends of the queue in it. Raises LostTail if
+        the first operations at the head in this file were done to its own items, and not to those
+        that wait from the files before it: what took these is lost."""
+        now = self.now()
+        is_ahead = 0 < _between(now, ends)[1] < 1 << 23
+        if self._waiting:
+            self._is_short |= is_ahead
+            if self.taken or self.back:
+                if self._is_short:
+                    raise LostTail(self._waiting, self._between,
+                                   _go_on(ends, 0, -self.taken, -self.back))
+                self._waiting = 0
+        self._ends = ends if is_ahead or self._is_new else now
+        self._closed = end, self.added[-1]
+        self.taken = self.back = 0
+        self._is_new = False
 
 
 class Unclear(OSError):
@@ -3773,7 +3826,8 @@ class Queue:
                     pass
                 return
             except LostTail as lost:
-                self.journal.set_aside(*lost.args)
+                files = self.journal.files
+                self.journal.set_aside(files[files.index(file) - 1], *lost.args)
             except Damage:
                 self.journal.repair(file)
             self._drop_items()
@@ -3787,45 +3841,26 @@ class Queue:
         opens, delays = self.opens, self.delays
         journal = self.journal
         ignored = 0
-        added = []                      # how many items each file adds
+        counts = ReplayCounts()
         last_head = 0                   # the last file that does something to the head
         highest = 0                     # xid of what goes to the tail, or is delayed
         told = time.monotonic()
         done = 0                        # bytes of the files before this one
         look = offset = 0               # where the clock is looked at, where the next record is
-        taken, back = 0, 0              # items taken, put back since the last CHECK
-        is_new = True                   # there was none
-        safe = 0, 0                     # the end of the last CHECK, how many items it had added
-        journal.ends = 0
 
         def take_run(data, pos, base, mark):
             nonlocal offset
             before = self.count
             end, closed = self._append_run(data, pos, mark if file.checked else None)
             if closed:
-                added[-1] += closed[1]
-                close(base + closed[0], closed[2])
+                counts.added[-1] += closed[1]
+                counts.close(base + closed[0], closed[2])
                 before += closed[1]
-            added[-1] += self.count - before
+            counts.added[-1] += self.count - before
             offset = base + end
             if done + offset > look:
                 tell()
             return end, closed and closed[0]
-
-        def close(end, ends):
-            """Do what follows from a CHECK."""
-            nonlocal safe, taken, back, is_short, has_moved, is_new
-            if number or is_new:
-                now = _go_on(journal.ends, added[-1] - safe[1], taken, back)
-                is_ahead = 0 < _between(now, ends)[1] < 1 << 23
-                if number and waiting and not has_moved:
-                    is_short |= is_ahead
-                    has_moved = taken + back > 0
-                    if has_moved and is_short:
-                        raise LostTail(journal.files[number - 1], waiting, before,
-                                       _go_on(ends, 0, -taken, -back))
-                ends = ends if is_ahead or is_new else now
-            journal.ends, safe, taken, back, is_new = ends, (end, added[-1]), 0, 0, False
 
         def tell():
             nonlocal look, told
@@ -3837,46 +3872,44 @@ class Queue:
 
         for number, file in enumerate(journal.files):
             yield file
-            added.append(0)
-            waiting, before, has_moved, is_short = self.count, journal.ends, False, False
-            offset, safe, file.checked = 0, (0, 0), False
+            counts.begin(self.count)
+            offset, file.checked = 0, False
             for opcode, xid, item, end in journal.read(file, take_run):
                 if done + offset > look:
                     tell()
                 begin, offset = offset, end
                 if opcode == CHECK:
                     file.checked = bool(xid[0]) or xid[1] == _BEGIN
-                    close(end, xid[2])
+                    counts.close(end, xid[2])
                 elif opcode == ADD_DELAYED:
                     highest = max(highest, xid[0])
                     delays.add(Delayed(xid[1], xid[0], item, False), list.append)
                 elif opcode == PAUSE:
                     self.paused = xid
                 elif item is not None:
-                    added[-1] += 1
+                    counts.added[-1] += 1
                     if opcode in (CONTINUE, CONTINUEF):
                         highest = max(highest, xid)
                         ignored += (opens.pop(xid, None) or delays.pop(xid)) is None
                     if file.checked:
-                        self._append(item, file, safe[0], added[-1] - 1 - safe[1])
+                        self._append(item, file, *counts.place())
                     else:
                         self._append(item, file, begin)
                 else:
                     last_head = number
                     if opcode == REMOVE and self.count:          # as a rule
                         self._replay_pop()
-                        taken += 1
+                        counts.taken += 1
                     else:
                         ignored += not self._redo(opcode, xid)
-                        taken += opcode in (OPEN, OPEN_NEXT, REMOVE)
-                        back += opcode in (UNREMOVE, PUT_BACK)
+                        counts.taken += opcode in (OPEN, OPEN_NEXT, REMOVE)
+                        counts.back += opcode in (UNREMOVE, PUT_BACK)
             done += file.size
-            journal.ends = _go_on(journal.ends, added[-1] - safe[1], taken, back)
-            taken = back = 0
         if ignored:
             log.warning("%s: %d operations on items that are not there, ignored",
                         journal.path, ignored)
-        journal.account(added, last_head, self.count)
+        journal.account(counts.added, last_head, self.count)
+        journal.ends = counts.now()
         if self._behind:
             self._behind.older = journal.passed[:]
             self._catch_up()
