@@ -1105,7 +1105,8 @@ def read_run(data, pos, items, room, mark):
     """Append the items of whole ADDX records at data[pos:], which may have CHECKs between them, to
     `items`, as many as `room` bytes of memory have room for. mark: where what the next CHECK covers
     begins, None if that is not in `data`. Return (the end of the last, the size of their data, the
-    last right CHECK: (its end, how many items are before it, the ends of the queue in it), or None)."""
+    last right CHECK: (its end, how many items are before it, the ends of the queue in it), or
+    None)."""
     unpack, head = _ADDX.unpack_from, _ADDX.size
     size, before, closed = 0, len(items), None
     while pos + head <= len(data):
@@ -1429,7 +1430,7 @@ def _count_moves(data):
 def _next_check(data, begin):
     """Return the beginning of the first piece of the file after `begin` that has the right check
     sum, and two accounts of the ends of the queue before it: by its own CHECK, and by the next one.
-    At the end of the file these are None."""
+    These are None at the end of the file, and where the ends begin anew."""
     at = data.find(bytes([CHECK]), begin)
     while at >= 0 and at + 1 + _CHECK.size <= len(data):
         size, crc, ends = _CHECK.unpack_from(data, at + 1)
@@ -1438,11 +1439,21 @@ def _next_check(data, begin):
             return start, (ends, ends)
         if size and start > begin and zlib.crc32(data[start:at]) == crc:
             moves, is_whole = _count_moves(data[start:at])
+            if is_whole and start - 1 - _CHECK.size >= begin and _is_begin(data, start):
+                return start - 1 - _CHECK.size, (None, None)
             if is_whole:
                 own = _go_on(ends, *[-one for one in moves])
                 return start, (own, _ends_by_next(data, at + 1 + _CHECK.size, moves, own))
         at = data.find(bytes([CHECK]), at + 1)
+    if len(data) - 1 - _CHECK.size >= begin and _is_begin(data, len(data)):
+        return len(data) - 1 - _CHECK.size, (None, None)       # the end of a packed file
     return len(data), (None, None)
+
+
+def _is_begin(data, end):
+    """Return whether there is a CHECK that says that check sums begin before data[end]."""
+    begin = end - 1 - _CHECK.size
+    return begin >= 0 and data[begin:begin + 9] == _pack_check(CHECK, 0, _BEGIN, 0)[:9]
 
 
 def _ends_by_next(data, begin, moves, default):
@@ -1460,9 +1471,10 @@ def _moved_between(data, begin, before, end, after):
     """Return how many items were (added, taken, put back) by the damaged records from data[begin]
     to data[end]. before, after: two accounts of the ends of the queue before and after them, of
     which one may be damaged as well."""
-    if after[0] is None:                     # nothing follows that could take these items
+    if end == len(data):                     # nothing follows that could take these items
         return 0, 0, 0
-    is_sure = before[0] == before[1] and after[0] == after[1]
+    after = [] if after[0] is None else after
+    is_sure = before[0] == before[1] and len(set(after)) == 1
     found = [moves for moves in itertools.starmap(_between, itertools.product(before, after))
              if is_sure and max(moves) < end - begin + _CUT_OUT
              or moves[0] <= (end - begin) // _ADDX.size and moves[1] + 5 * moves[2] <= end - begin]
@@ -1484,6 +1496,8 @@ def find_damage(data, start=0, checked=False):
     # (where the last CHECK ends, the ends in it, and those by the one before it: the last may be
     # damaged).
     sums = None
+    if start > len(data):                    # it has become shorter
+        return
     if checked:
         sums = (start, *2 * _CHECK.unpack_from(data, start - _CHECK.size)[2:])
     while True:
@@ -1517,7 +1531,7 @@ def find_damage(data, start=0, checked=False):
             begin, *before = sums
             end, after = _next_check(data, begin)
             yield Cut(begin, end, why, *_moved_between(data, begin, before, end, after), before[-1])
-            sums = end, *after
+            sums = end, *([before[-1]] * 2 if after[0] is None else after)
         else:
             begin, end, lost = next(filter(None, (
                 hypothesis(data, failure) for hypothesis in _HYPOTHESES)))
@@ -1712,7 +1726,7 @@ def _load(item, fd, offset, size, head, crc):
     finally:
         os.close(fd)
     if len(data) < size:
-        raise OSError(errno.EIO, "the file has become shorter")
+        raise WrongSum(errno.EIO, "the file has become shorter")
     if crc is not None and zlib.crc32(data, zlib.crc32(begin)) != crc:
         raise WrongSum(errno.EIO, "the data of an item has the wrong check sum")
     item.data = data
@@ -1855,10 +1869,11 @@ class JournalFile:
     path: None once it has been deleted. number: None for the current one. size: how many of its
     bytes count. waiting: how many waiting items are accounted to it, see Journal. inode: what
     identifies the file that was opened under that path. checked: whether there must be a check sum
-    for what follows.
+    for what follows. ends: in the next CHECK, but for what it covers, see Journal._share(); None
+    if that is not known.
     """
 
-    __slots__ = ("path", "number", "size", "waiting", "inode", "fd", "checked")
+    __slots__ = ("path", "number", "size", "waiting", "inode", "fd", "checked", "ends")
 
     def __init__(self, path, number, size=0):
         self.path = path
@@ -1868,6 +1883,7 @@ class JournalFile:
         self.inode = None
         self.fd = None                   # while open for writing, see Budget
         self.checked = False
+        self.ends = None
 
     def is_there(self):
         """Return whether the file is still there under its name. Raises OSError."""
@@ -1883,11 +1899,12 @@ class JournalFile:
 # A batch of operations on its way to the files. shares: (file, records, their size) of each
 # file that gets some. size: of all. waiting: {file: its count of waiting items then}. passed:
 # how many files are passed then. held: (the open reads and the Delayed when the last of them is
-# passed, their counts of deliveries). ends: of the queue then. checked: whether it has CHECKs.
+# passed, their counts of deliveries). ends: of the queue then, and of each file, {file: ends}.
+# checked: whether it has CHECKs.
 Plan = collections.namedtuple("Plan", "shares size waiting passed held ends checked")
 
-# What commit() has done. before: (file, size, count of waiting items, `checked`) of each file
-# changed. ends: of the queue before.
+# What commit() has done. before: (file, size, count of waiting items, `checked`, `ends`) of each
+# file changed. ends: of the queue before.
 Write = collections.namedtuple("Write", "position before passed ends")
 
 # Files have been passed with the operation at `position`. Of those up to `number` it keeps `held`,
@@ -2046,8 +2063,9 @@ class Journal:
         the Delayed. checked: whether it is written with CHECKs."""
         files = self.files
         if len(files) == 1:
-            share, ends = self._share(files[0], ops, self.ends, checked)
-            return Plan((share,), share[2], {files[0]: count}, 0, None, ends, checked)
+            share, own, ends = self._share(files[0], ops, self.ends, checked)
+            return Plan((share,), share[2], {files[0]: count}, 0, None,
+                        (ends, {files[0]: own}), checked)
         shares = {}
         waiting = {}
         head = after = 0
@@ -2070,24 +2088,36 @@ class Journal:
         while not waiting.get(head, files[head].waiting) and head < len(files) - 1:
             head += 1
             after = len(ops)
-        ends, done = self.ends, []
+        ends, done, owns = self.ends, [], {}
         for number in sorted(shares):
-            share, ends = self._share(files[number], shares[number], ends, checked)
+            file = files[number]
+            share, owns[file], ends = self._share(file, shares[number], ends, checked)
             done.append(share)
         return Plan(done, sum(size for _, _, size in done),
                     {files[number]: left for number, left in waiting.items()},
-                    head, _held_before(held(), ops[after:]) if head else None, ends, checked)
+                    head, _held_before(held(), ops[after:]) if head else None, (ends, owns),
+                    checked)
 
     @staticmethod
     def _share(file, ops, ends, checked):
-        """Return the share of a file, and the ends of the queue after it."""
-        if checked:
-            chunks, after = _encode_checked(ops, ends)
-        else:
-            chunks, after = _encode(ops, ends)
-        if file.checked != checked:
+        """Return the share of a file, and the ends in its last CHECK and those of the queue after
+        it.
+
+        The CHECKs of a file go on from those of the queue in its last CHECK that says where check
+        sums begin, and count what is in this file: so that it is known what is missing between
+        two of them. There is a new one when the file begins to be the head.
+        """
+        encode = _encode_checked if checked else _encode
+        own = ends if file.ends is None else file.ends
+        chunks, after = encode(ops, own)
+        moves = _between(own, after)
+        is_new = file.checked != checked or checked and (
+            file.ends is None or any(moves[1:]) and _between(own, ends)[1:] != (0, 0))
+        if is_new:
+            if own != ends:
+                chunks, after = encode(ops, ends)
             chunks.insert(0, _pack_check(CHECK, 0, _BEGIN if checked else _END, ends))
-        return (file, chunks, sum(map(len, chunks))), after
+        return (file, chunks, sum(map(len, chunks))), after, _go_on(ends, *moves)
 
     def write(self, plan):
         """Write what is planned, one write a file. Raises OSError; cut() is then due."""
@@ -2123,11 +2153,12 @@ class Journal:
         safe now, so that nobody will go back."""
         if not safe:
             self.writes.append(Write(position, [
-                (file, file.size, file.waiting, file.checked) for file in plan.waiting],
-                plan.passed, self.ends))
-        self.ends = plan.ends
+                (file, file.size, file.waiting, file.checked, file.ends)
+                for file in plan.waiting], plan.passed, self.ends))
+        self.ends, owns = plan.ends
         for file, _, size in plan.shares:
             file.checked = plan.checked
+            file.ends = owns[file]
             file.size += size
             self.size += size
             self.unsynced[file] = None
@@ -2146,7 +2177,7 @@ class Journal:
         """Have everything written anew: pack() will put what is held, and the items, which are
         all that wait, into one file in place of all but the current one, which is empty."""
         if not safe:
-            self.writes.append(Write(position, [(self.current, 0, 0, False)],
+            self.writes.append(Write(position, [(self.current, 0, 0, False, None)],
                                      len(self.files) - 1, self.ends))
         if not self.passed and len(self.files) == 1:           # there is nothing yet
             self.passed.append(JournalFile(None, self._next_number()))
@@ -2162,9 +2193,9 @@ class Journal:
         """Make the files count as they did at this position; cut() is then due."""
         while self.writes and self.writes[-1].position > safe:
             write = self.writes.pop()
-            for file, size, waiting, checked in write.before:
+            for file, size, waiting, file.checked, file.ends in write.before:
                 self.size += size - file.size
-                file.size, file.waiting, file.checked = size, waiting, checked
+                file.size, file.waiting = size, waiting
                 self.torn.add(file)
             self.ends = write.ends
             if write.passed:
@@ -2327,7 +2358,7 @@ class Journal:
             rest = self.passed[len(old):]
             old = [file for file in old if file is not pack]
             self.passed = old + [pack] + rest
-            pack.checked = state[3]
+            pack.checked, pack.ends = state[3], None
             for place, offset, crc in places:
                 place.file, place.offset, place.head, place.crc = pack, offset, 0, crc
             yield self._sync_directory()
@@ -4113,8 +4144,8 @@ class Queue:
             self._lose(file, lost)
         for write in self.journal.writes:    # what is not safe is behind what is damaged
             write.before[:] = [
-                (one, old + file.size - size, waiting - lost, checked) if one is file
-                else (one, old, waiting, checked) for one, old, waiting, checked in write.before]
+                (one, old + file.size - size, waiting - lost, *rest) if one is file
+                else (one, old, waiting, *rest) for one, old, waiting, *rest in write.before]
 
     def _mend_missing(self, error):
         """Go on without a file to be read behind that has disappeared. Raises OSError."""
@@ -9416,6 +9447,8 @@ class Server:
         settings = self.config.server
         spool = os.path.abspath(settings.queue_path)
         self._spool = _lock_spool(spool)
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.join(spool, COPY_MARK))   # it is no copy any more
         stack.callback(os.close, self._spool)
         sockets = self._bind_all(stack)
         log.info("kestrel.py %s, journals in %s", __version__, spool)
@@ -9960,6 +9993,10 @@ def _remove_stale(path):
             pass
 
 
+# A directory in the copy of a spool, until a server uses it.
+COPY_MARK = ".copy"
+
+
 def _lock_spool(path):
     """Make the spool directory if need be and lock it; returns its descriptor."""
     try:
@@ -10065,7 +10102,13 @@ class Client:
             self._file = self._sock.makefile("rb")
             if user is not None:
                 login = os.fsencode("%s %s" % (user, password))
-                self._ask(b"set login 0 0 %d\r\n%b\r\n" % (len(login), login))
+                try:                     # under a name that no queue can have
+                    self._ask(b"set .login 0 0 %d\r\n%b\r\n" % (len(login), login))
+                except ServerError as error:
+                    if "name of a queue" in str(error):
+                        raise ServerError("the server has no auth_file, and wants no login"
+                                          ) from None
+                    raise
         except BaseException:
             self._hang_up()
             raise
@@ -10658,9 +10701,21 @@ def _verify(spool, as_json):
 
 def copy_spool(source: str, dest: str) -> int:
     """Bring the copy of a spool up to date, which a server may be using; return how many bytes were
-    copied. No server may use the copy, see _lock_spool(). Raises OSError."""
+    copied. No server may use the copy, see _lock_spool(). Raises OSError, also if what is at
+    `dest` is no copy, or a server has used it: it would be deleted."""
     copied = 0
     there = _journal_names(source)
+    mark = os.path.join(dest, COPY_MARK)
+    if os.path.samefile(source, dest):
+        raise OSError(errno.EINVAL, "the spool and its copy are the same", dest)
+    if not os.path.isdir(mark):
+        if os.listdir(dest):
+            raise OSError(errno.ENOTEMPTY, "this is no copy, or a server has used it: move it "
+                          "away, or copy to an empty directory", dest)
+        os.mkdir(mark)
+    if not any(there.values()) and any(_journal_names(dest).values()):
+        raise OSError(errno.ENOENT, "there are no journals, but the copy has some: is this the "
+                      "right spool?", source)
     find_journals(dest)                      # finish what was broken off
     have = _journal_names(dest)
     for name in sorted(set(there) | set(have)):

@@ -10574,8 +10574,37 @@ def test_a_copy_of_a_spool_that_is_in_use(tmp_path):
     assert len(seen) > 1                     # it was rotated, or rewritten
     life.queue.close()
     life.queue.delete()
+    with pytest.raises(OSError, match="is this the right spool"):
+        kestrel.copy_spool(str(source), str(dest))
+    (source / "other").write_bytes(addx(b"x"))
     kestrel.copy_spool(str(source), str(dest))
-    assert os.listdir(str(dest)) == []
+    assert sorted(os.listdir(str(dest))) == [".copy", "other"]
+
+
+def test_only_what_is_a_copy_is_overwritten(daemon, tmp_path):
+    (tmp_path / "spool").mkdir()
+    spool_of(tmp_path / "spool", q=addx(b"x"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("mine")
+    for dest, words in (("mine", "this is no copy"), ("spool", "are the same")):
+        with pytest.raises(OSError, match=words):
+            kestrel.copy_spool(str(tmp_path / "spool"), str(tmp_path / dest))
+    assert (tmp_path / "mine" / "notes").read_text() == "mine"
+    assert run("--copy", tmp_path / "spool", tmp_path / "dest")[0] == 0
+    assert run("--copy", tmp_path / "spool", tmp_path / "dest")[0] == 0
+    with kestrel.serve(spool=str(tmp_path / "dest")) as server, kestrel.Client(
+            port=server.port) as client:
+        assert client.get("q") == b"x" and client.put("q", b"new")
+    status, _, err = run("--copy", tmp_path / "spool", tmp_path / "dest")
+    assert status == 1 and "a server has used it" in err
+    assert contents_of(tmp_path / "dest") == [b"new"]
+
+
+def test_no_password_is_put_where_none_is_wanted(serve):
+    server = serve()
+    with pytest.raises(kestrel.ServerError, match="wants no login"):
+        kestrel.Client(port=server.port, user="ann", password="secret")
+    assert not server.server.broker.queues
 
 
 @pytest.mark.parametrize("failing", ["rename", "unlink", "fsync", "pwrite", "open"])
