@@ -9215,7 +9215,7 @@ def test_jobs_of_many_that_have_hung_up_are_done_in_turn_too(serve, monkeypatch)
     client = server.client()
     for number in range(350):
         client.put("q%d" % number, b"x")
-    steps, resume = [], kestrel.Session.resume
+    steps, resume = [0], kestrel.Session.resume
     turn = server.server.turn
     server.server.turn = lambda: steps.append(0) or turn()
 
