@@ -4749,7 +4749,8 @@ dead_letters | counter | = | dead_letters_total | counters. | Moved to the dead_
     waiting=lambda q, now: len(q.waiters),
     open=lambda q, now: len(q.opens),
     delayed=lambda q, now: len(q.delays.items),
-    head_wait=lambda q, now: max(0, now - q.items[0].add_time) if q.items else 0,
+    head_wait=lambda q, now: (
+        max(0, now - q.items[0].add_time) if q.items and not is_lost(q.items[0]) else 0),
     put_rate=lambda q, now: round(q.counters.put_rate, 1),
     get_rate=lambda q, now: round(q.counters.get_rate, 1))
 

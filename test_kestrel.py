@@ -2785,6 +2785,42 @@ def test_damaged_pages_cost_at_most_the_writes_in_them(tmp_path, how):
         assert not missing or how in ("cut out", "swapped"), (begin, size, missing)
 
 
+def test_damage_of_one_of_several_files_costs_what_is_in_it(tmp_path):
+    """Puts and takes of one write go to different files, and the newer one becomes the head."""
+    items = [b"%02d" % number + b"x" * 40 for number in range(60)]
+    queue = turn_queue(tmp_path, max_memory_size=600)
+    for number, item in enumerate(items):
+        fill(queue, item)
+        if number > 20:
+            take(queue, 1)
+        queue.write()
+        for _ in range(20):
+            queue.host.step()
+    paths = [path for path in tmp_path.iterdir() if path.is_file()]
+    good = contents_of(tmp_path)
+    queue.journal.close()
+    assert len(paths) > 2 and len(good) == 21
+    for path in paths:
+        data = path.read_bytes()
+        for item in items:
+            if item in data:
+                path.write_bytes(data.replace(item, item[:-1] + b"?"))
+                found = contents_of(tmp_path)
+                assert set(good) - set(found) <= {item} and set(found) <= set(items)
+                path.write_bytes(data)
+
+
+def test_no_age_is_shown_of_what_stands_for_a_lost_item(tmp_path):
+    checked_file(tmp_path, [lambda queue: fill(queue, b"a"), lambda queue: fill(queue, b"b")])
+    data = (tmp_path / "q").read_bytes()
+    (tmp_path / "q").write_bytes(data.replace(b"\0a", b"\0?"))
+    queue = load(tmp_path)
+    stats = {one.name: one for one in kestrel.QUEUE_STATS}
+    assert stats["head_wait"].get(queue, NOW + 5) == 0
+    assert data_of(take(queue, 1)) == [b"b"]
+    queue.close()
+
+
 def test_a_mixed_file_is_checked_where_there_are_check_sums(tmp_path):
     for number, setting in enumerate([False, True, False, True]):
         queue = load(tmp_path, check_journal=setting)
