@@ -28,7 +28,7 @@ The file is read from top to bottom; no section refers to one below its own:
      8  Admin           HTTP, metrics, the web page
      9  Server          sockets, timers, fsync, signals: one turn of the loop
     10  From Python     a client, and a server in a thread
-    11  Command line    main(), and the commands that are a client
+    11  Command line    main(), tools for journals and spools, the commands that are a client
 
 The words used here:
 
@@ -930,6 +930,7 @@ _LONGEST_HEAD = 1 + max(head.size for head in _HEADS.values())
 _XID = struct.Struct("<i")
 _XID_DUE = struct.Struct("<iq")
 _CHECK = struct.Struct("<IIQ")
+_CHECK_SIZE = 1 + _CHECK.size          # with its opcode
 
 # An item that is not available before `due`, milliseconds of the epoch; xid: the number that it is
 # known by. Then it goes to the head, from which it came, or to the tail.
@@ -970,6 +971,11 @@ _BEGIN, _END = 0, 1
 
 # Greater numbers of open reads are for what stands for lost items, see LostTail and repair().
 _ASIDE = 0x7f000000
+
+def _goes_on_checked(size, crc, ends):
+    """Return whether there must be check sums after a CHECK with these fields."""
+    return size > 0 or crc == _BEGIN
+
 
 def _go_on(ends, added, taken, back):
     """Return the ends of a queue after so many more items were added, taken and put back."""
@@ -1070,8 +1076,8 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
                         crc = zlib.crc32(memoryview(data)[mark:pos], crc)
                     if size != covers or right != crc if size else covers or right > _END:
                         raise Damage(span if checked else base + pos, "wrong check sum", False)
-                    checked = bool(size) or right == _BEGIN
-                    mark, crc = pos + 1 + _CHECK.size, 0
+                    checked = _goes_on_checked(*xid)
+                    mark, crc = pos + _CHECK_SIZE, 0
                     span = base + mark
                     pos += _CHECK.size
                 elif opcode == DELAY:
@@ -1115,7 +1121,7 @@ def read_run(data, pos, items, room, mark):
             ends = _right_check(data, mark, pos)
             if ends is None:
                 break
-            pos += 1 + _CHECK.size
+            pos += _CHECK_SIZE
             closed, mark = (pos, len(items) - before, ends), pos
             continue
         length -= 16
@@ -1142,7 +1148,7 @@ def skip_run(data, pos, mark):
             ends = _right_check(data, mark, pos)
             if ends is None:
                 break
-            pos += 1 + _CHECK.size
+            pos += _CHECK_SIZE
             closed, mark = (pos, count, ends), pos
             continue
         end = pos + head - 16 + length
@@ -1289,7 +1295,7 @@ def dump_records(path: str) -> "Iterator[dict]":
                 record = {"offset": offset, "operation": OPCODE_NAMES[opcode]}
                 if opcode == CHECK:
                     record.update(zip(("bytes", "crc32", "position"), xid))
-                    checked = bool(xid[0]) or xid[1] == _BEGIN
+                    checked = _goes_on_checked(*xid)
                     yield from pending
                     pending = []
                 elif opcode in (DELAY, ADD_DELAYED):
@@ -1418,13 +1424,12 @@ _HYPOTHESES = _size_was_raised, _opcode_was_changed, _size_was_lowered, _anythin
 def _count_moves(data):
     """Return (how many items records add, take, put back, as far as they can be read; whether all
     can)."""
-    moves = [0, 0, 0]
-    try:
+    ends, is_whole = 0, False
+    with contextlib.suppress(Damage):
         for opcode, _, item, _ in read_records(io.BytesIO(data)):
-            moves = [old + new for old, new in zip(moves, _moves(opcode, item))]
-    except Damage:
-        return moves, False
-    return moves, True
+            ends = _go_on(ends, *_moves(opcode, item))
+        is_whole = True
+    return _between(0, ends), is_whole
 
 
 def _next_check(data, begin):
@@ -1432,39 +1437,42 @@ def _next_check(data, begin):
     sum, and two accounts of the ends of the queue before it: by its own CHECK, and by the next one.
     These are None at the end of the file, and where the ends begin anew."""
     at = data.find(bytes([CHECK]), begin)
-    while at >= 0 and at + 1 + _CHECK.size <= len(data):
+    while at >= 0 and at + _CHECK_SIZE <= len(data):
         size, crc, ends = _CHECK.unpack_from(data, at + 1)
         start = at - size
         if size == 0 and crc == _END and at > begin:
             return start, (ends, ends)
         if size and start > begin and zlib.crc32(data[start:at]) == crc:
             moves, is_whole = _count_moves(data[start:at])
-            if is_whole and start - 1 - _CHECK.size >= begin and _is_begin(data, start):
-                return start - 1 - _CHECK.size, (None, None)
+            if is_whole and start - _CHECK_SIZE >= begin and _is_begin(data, start):
+                return start - _CHECK_SIZE, (None, None)
             if is_whole:
                 own = _go_on(ends, *[-one for one in moves])
-                return start, (own, _ends_by_next(data, at + 1 + _CHECK.size, moves, own))
+                after = _ends_by_next(data, at + _CHECK_SIZE, ends)
+                return start, (own, _go_on(after, *[-one for one in moves]))
         at = data.find(bytes([CHECK]), at + 1)
-    if len(data) - 1 - _CHECK.size >= begin and _is_begin(data, len(data)):
-        return len(data) - 1 - _CHECK.size, (None, None)       # the end of a packed file
+    if len(data) - _CHECK_SIZE >= begin and _is_begin(data, len(data)):
+        return len(data) - _CHECK_SIZE, (None, None)       # the end of a packed file
     return len(data), (None, None)
 
 
 def _is_begin(data, end):
     """Return whether there is a CHECK that says that check sums begin before data[end]."""
-    begin = end - 1 - _CHECK.size
+    begin = end - _CHECK_SIZE
     return begin >= 0 and data[begin:begin + 9] == _pack_check(CHECK, 0, _BEGIN, 0)[:9]
 
 
-def _ends_by_next(data, begin, moves, default):
-    """Return the ends of the queue so many moves before data[begin], by the CHECK after that."""
+def _ends_by_next(data, begin, ends):
+    """Return the ends of the queue at data[begin] by the next CHECK; those given by the one that
+    ends there, if there is no other."""
     data.seek(begin)
+    counted = 0
     with contextlib.suppress(Damage):
         for opcode, xid, item, _ in read_records(data, 4096, None, True):
             if opcode == CHECK and xid[0]:
-                return _go_on(xid[2], *[-one for one in moves])
-            moves = [old + new for old, new in zip(moves, _moves(opcode, item))]
-    return default
+                return _go_on(xid[2], *[-one for one in _between(0, counted)])
+            counted = _go_on(counted, *_moves(opcode, item))
+    return ends
 
 
 def _moved_between(data, begin, before, end, after):
@@ -1480,7 +1488,7 @@ def _moved_between(data, begin, before, end, after):
              or moves[0] <= (end - begin) // _ADDX.size and moves[1] + 5 * moves[2] <= end - begin]
     if found:
         return min(found, key=sum)
-    moves, is_whole = _count_moves(data[begin:max(begin, end - 1 - _CHECK.size)])
+    moves, is_whole = _count_moves(data[begin:max(begin, end - _CHECK_SIZE)])
     return moves if is_whole else (moves[0] + 1, *moves[1:])
 
 
@@ -1502,17 +1510,17 @@ def find_damage(data, start=0, checked=False):
         sums = (start, *2 * _CHECK.unpack_from(data, start - _CHECK.size)[2:])
     while True:
         last, last_end, plausible, offset, items, size = None, 0, True, start, 0, 0
-        moves = [0, 0, 0]
+        counted = sums and sums[1]           # the ends by what has been read
         data.seek(start)
         try:
             for opcode, xid, item, end in read_records(data, checked=sums is not None):
                 end += start
                 if opcode == CHECK:
-                    counted = _go_on(sums[1], *moves) if sums and xid[0] else xid[2]
-                    sums = (end, xid[2], counted) if xid[0] or xid[1] == _BEGIN else None
-                    moves = [0, 0, 0]
+                    sums = (end, xid[2], counted if xid[0] else xid[2]) if (
+                        _goes_on_checked(*xid)) else None
+                    counted = xid[2]
                 elif sums:
-                    moves = [old + new for old, new in zip(moves, _moves(opcode, item))]
+                    counted = _go_on(counted, *_moves(opcode, item))
                 if item is not None:
                     is_plausible = _is_plausible(opcode, xid, item)
                     if is_plausible or last is None or plausible:
@@ -1907,6 +1915,10 @@ Plan = collections.namedtuple("Plan", "shares size waiting passed held ends chec
 # file changed. ends: of the queue before.
 Write = collections.namedtuple("Write", "position before passed ends")
 
+# What a pack keeps of a queue besides items: the last xid, what is paused, whether deliveries are
+# counted on the disk, whether there are to be CHECKs.
+Kept = collections.namedtuple("Kept", "last_xid paused counts_deliveries checked")
+
 # Files have been passed with the operation at `position`. Of those up to `number` it keeps `held`,
 # {xid: open read or Delayed}, and `items`. counts: see _counts(). ends: of the queue then.
 Passing = collections.namedtuple("Passing", "position number held counts items ends")
@@ -2100,24 +2112,27 @@ class Journal:
 
     @staticmethod
     def _share(file, ops, ends, checked):
-        """Return the share of a file, and the ends in its last CHECK and those of the queue after
-        it.
+        """Return the share of a file, and, after it, the ends in its last CHECK and those of the
+        queue.
 
-        The CHECKs of a file go on from those of the queue in its last CHECK that says where check
-        sums begin, and count what is in this file: so that it is known what is missing between
-        two of them. There is a new one when the file begins to be the head.
+        A CHECK that says where check sums begin has the ends of the queue; those that follow add
+        what is in this file, so that it is known what is missing between two of them. Another one
+        is written when the file becomes the head.
         """
         encode = _encode_checked if checked else _encode
-        own = ends if file.ends is None else file.ends
+        begins = file.checked != checked or file.ends is None and checked
+        own = ends if begins or file.ends is None else file.ends
         chunks, after = encode(ops, own)
-        moves = _between(own, after)
-        is_new = file.checked != checked or checked and (
-            file.ends is None or any(moves[1:]) and _between(own, ends)[1:] != (0, 0))
-        if is_new:
-            if own != ends:
+        total = after
+        if own != ends:                      # there are operations in other files
+            moves = _between(own, after)
+            total = _go_on(ends, *moves)
+            if checked and any(moves[1:]) and _between(own, ends)[1:] != (0, 0):
+                begins = True
                 chunks, after = encode(ops, ends)
+        if begins:
             chunks.insert(0, _pack_check(CHECK, 0, _BEGIN if checked else _END, ends))
-        return (file, chunks, sum(map(len, chunks))), after, _go_on(ends, *moves)
+        return (file, chunks, sum(map(len, chunks))), after, total
 
     def write(self, plan):
         """Write what is planned, one write a file. Raises OSError; cut() is then due."""
@@ -2344,12 +2359,11 @@ class Journal:
         return passings[0] if passings and passings[0].position <= safe else None
 
     def pack(self, passing, state):
-        """A task: put one file in place of those that have been passed. state: of the queue, its
-        (last xid, what is paused, whether deliveries are counted on the disk, whether there are to
-        be CHECKs). Raises OSError;
+        """A task: put one file in place of those that have been passed. state: a Kept. Raises
+        OSError;
         then it can be done again."""
         old = [file for file in self.passed if file.number <= passing.number]
-        if passing.held or passing.items or state[1]:
+        if passing.held or passing.items or state.paused:
             path = "%s.%d" % (self.path, passing.number)
             pack = next((file for file in old if file.path == path + ".pack"),   # tried before
                         JournalFile(path + ".pack", passing.number))
@@ -2358,7 +2372,7 @@ class Journal:
             rest = self.passed[len(old):]
             old = [file for file in old if file is not pack]
             self.passed = old + [pack] + rest
-            pack.checked, pack.ends = state[3], None
+            pack.checked, pack.ends = state.checked, None
             for place, offset, crc in places:
                 place.file, place.offset, place.head, place.crc = pack, offset, 0, crc
             yield self._sync_directory()
@@ -2381,7 +2395,7 @@ class Journal:
     def _pieces(self, passing, state, places):
         """Yield the records of a pack in pieces. places: filled with (Place, new offset, CRC of
         the data) for each item that has one."""
-        if not state[3]:
+        if not state.checked:
             for chunks, _ in self._records(passing, state, places, 0, 0):
                 yield chunks
             return
@@ -2395,10 +2409,9 @@ class Journal:
     def _records(self, passing, state, places, offset, gap):
         """Yield (records of a pack, the ends of the queue after them). offset: of the first. gap:
         what is written after those that are yielded at a time."""
-        last_xid, paused, counts_deliveries, _ = state
-        chunks = [_pack_xid(SAVE_XID, last_xid)]
-        if paused:
-            chunks.append(_pack_xid(PAUSE, paused))
+        chunks = [_pack_xid(SAVE_XID, state.last_xid)]
+        if state.paused:
+            chunks.append(_pack_xid(PAUSE, state.paused))
         size = sum(map(len, chunks))
         offset += size
         ends = 0
@@ -2411,7 +2424,7 @@ class Journal:
             except WrongSum as error:
                 log.warning("%s: %s; it is dropped", item.place.file.path, error.strerror)
                 data, item, delayed = b"", LOST, None
-            count = passing.counts.get(id(item), 0) if counts_deliveries else 0
+            count = passing.counts.get(id(item), 0) if state.counts_deliveries else 0
             if delayed and not delayed.to_head:
                 head = _delayed_head(delayed, len(data), count)
             else:
@@ -2540,10 +2553,10 @@ class Journal:
             stands = _head(LOST, 0) * lost + b"".join(
                 _pack_xid(OPEN, next(aside)) for _ in range(taken)) + _pack_xid(
                     UNREMOVE, _ASIDE) * back
-            yield [stands]
             if stands and ends is not None:
-                yield [_pack_check(CHECK, len(stands), zlib.crc32(stands),
-                                   _go_on(ends, lost, taken, back))]
+                yield _checked([stands], len(stands), _go_on(ends, lost, taken, back))
+            else:
+                yield [stands]
             done = end
 
     def keep(self, file, source, begin, end):
@@ -2707,7 +2720,7 @@ class ReadBehind:
         try:
             for opcode, xid, item, done in read_records(io.BytesIO(data), checked=checked):
                 if opcode == CHECK:
-                    checked = bool(xid[0]) or xid[1] == _BEGIN
+                    checked = _goes_on_checked(*xid)
                 elif item is not None and opcode != ADD_DELAYED:
                     if skip:
                         skip -= 1
@@ -2750,8 +2763,8 @@ class ReadBehind:
         if self.checked:
             with open(self.file.path, "rb") as source:
                 source.seek(self.offset + start + size)
-                check = source.read(1 + _CHECK.size)
-            if check[:1] != bytes([CHECK]) or len(check) <= _CHECK.size or (
+                check = source.read(_CHECK_SIZE)
+            if check[:1] != bytes([CHECK]) or len(check) < _CHECK_SIZE or (
                     _CHECK.unpack_from(check, 1)[0] != start + size):
                 raise Damage(self.offset, "wrong check sum", torn=False)
             head, crc = start, _CHECK.unpack_from(check, 1)[1]
@@ -2762,7 +2775,7 @@ class ReadBehind:
         else:
             item.place = Place(self.file, self.offset + start, size, head, crc)
             items.append(item)
-        self.offset += start + size + (1 + _CHECK.size if self.checked else 0)
+        self.offset += start + size + (_CHECK_SIZE if self.checked else 0)
 
     def _go_to_next_file(self):
         """Go on with the file after this one, which may have been packed since; False if there
@@ -3760,8 +3773,8 @@ class Queue:
 
     def state(self):
         """Return what a pack has to keep besides items, see Journal.pack()."""
-        return (self.xid, self.paused, self.config.max_deliveries != UNLIMITED,
-                self.config.check_journal)
+        return Kept(self.xid, self.paused, self.config.max_deliveries != UNLIMITED,
+                    self.config.check_journal)
 
     def recover(self, now=None):
         """After a failure: do what is still to be done and give waiters their items."""
@@ -3911,7 +3924,7 @@ class Queue:
                     tell()
                 begin, offset = offset, end
                 if opcode == CHECK:
-                    file.checked = bool(xid[0]) or xid[1] == _BEGIN
+                    file.checked = _goes_on_checked(*xid)
                     counts.close(end, xid[2])
                 elif opcode == ADD_DELAYED:
                     highest = max(highest, xid[0])
@@ -3934,8 +3947,9 @@ class Queue:
                         counts.taken += 1
                     else:
                         ignored += not self._redo(opcode, xid)
-                        counts.taken += opcode in (OPEN, OPEN_NEXT, REMOVE)
-                        counts.back += opcode in (UNREMOVE, PUT_BACK)
+                        _, taken, back = _moves(opcode)
+                        counts.taken += taken
+                        counts.back += back
             done += file.size
         if ignored:
             log.warning("%s: %d operations on items that are not there, ignored",
@@ -10467,8 +10481,8 @@ def serve(port: int = 0, spool: "str | None" = None, config: "str | None" = None
 
 # == 11. Command line ======================================================================
 #
-# What `python3 kestrel.py` does: arguments, logging, signals, exit status; and the commands that
-# ask a running server.
+# What `python3 kestrel.py` does: arguments, logging, signals, exit status; the tools that read,
+# pack and copy journals without asking a server; and the commands that ask a running one.
 
 
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -10588,12 +10602,6 @@ def _argument_parser():
     return parser
 
 
-# How often a file that ends within a write is looked at, before that is told, and how often the
-# files of a queue that change are opened anew.
-_VERIFY_TRIES = 5
-_COPY_TRIES = 60
-
-
 def _dump(paths, as_json):
     """Print what is in journal files; the exit status is 1 if one of them is damaged."""
     status = 0
@@ -10624,6 +10632,10 @@ def _in_json(data):
         return {"base64": base64.b64encode(data).decode()}
 
 
+# How often a file that ends within a write is looked at before that is told.
+_VERIFY_TRIES = 5
+
+
 def verify_file(path: str) -> dict:
     """Return what is in a journal file: `bytes`, how many of them are `checked` by check sums, and
     the numbers of `records` and of `items` added, up to the first damage; `damage` is a list of
@@ -10637,7 +10649,7 @@ def verify_file(path: str) -> dict:
                     found["records"] += 1
                     found["items"] += item is not None
                     if opcode == CHECK:
-                        found["checked"] += xid[0] + 1 + _CHECK.size
+                        found["checked"] += xid[0] + _CHECK_SIZE
                 found["bytes"] = end
                 return found
             except Damage:
@@ -10672,12 +10684,17 @@ def _journal_names(spool):
     return found
 
 
+def _in_order(files):
+    """Return the (number, name) of the files of a queue, the oldest first."""
+    return sorted(files.items(), key=lambda pair: (pair[0] is None, pair[0]))
+
+
 def _verify(spool, as_json):
     """Print which journal files of a spool are good; the exit status is 1 if one is not."""
     os.nice(19)                              # a server may be using it
     status = 0
     for _, files in sorted(_journal_names(spool).items()):
-        for _, name in sorted(files.items(), key=lambda pair: (pair[0] is None, pair[0])):
+        for _, name in _in_order(files):
             try:
                 found = verify_file(os.path.join(spool, name))
             except FileNotFoundError:        # a server has packed it meanwhile
@@ -10700,6 +10717,10 @@ def _verify(spool, as_json):
 # it was at some time, and a copy of all files of a queue, each as long as it was at one moment, is
 # the queue of that moment. In the copy, too, each step leaves files that can be loaded: they
 # grow, the oldest first, and new ones take the place of others by a rename.
+
+# How often the files of a queue that change are opened anew.
+_COPY_TRIES = 60
+
 
 def copy_spool(source: str, dest: str) -> int:
     """Bring the copy of a spool up to date, which a server may be using; return how many bytes were
@@ -10734,7 +10755,7 @@ def _open_at_one_moment(spool, name, found):
     """Return [(number, descriptor, size)] of the files of a queue, the oldest first, as they were
     at one moment; [] if there is no such queue. found: {number: name} of them. Raises OSError."""
     for attempt in range(_COPY_TRIES):
-        order = sorted(found.items(), key=lambda pair: (pair[0] is None, pair[0]))
+        order = _in_order(found)
         opened = []
         try:
             for number, file in order:
