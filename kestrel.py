@@ -46,8 +46,8 @@ The words used here:
     dead letter     an item that came back too often, and is moved to another queue
     passed file     a journal file with no waiting items left
     check sum       the CRC-32 of what is written at a time, in the CHECK that closes it
-    ends            of a queue: how many items were ever added at its tail, and taken from and put
-                    back to its head
+    ends            of a file: how many items its checked records added at the tail of the queue,
+                    and took from and put back to its head
     task            a generator that does long work in bounded steps
     turn            one iteration of the event loop
 
@@ -959,18 +959,22 @@ LOST = Item(b"", 0, 1)
 # -- check sums
 #
 # What is written at a time is closed by a CHECK: the number of bytes since the last one, their
-# CRC-32, and the *ends* of the queue then: how many items have ever been added to its tail (24
-# bits), taken from its head (24 bits) and put back there (16 bits). A CHECK of no bytes says with
-# its CRC whether check sums begin after it (0) or end with it (1); without one there are none. So
-# it is known of each byte whether there must be a check sum for it, and of what is damaged how far
-# it moved both ends of the queue. Each covers at most _SPAN bytes, or one operation.
+# CRC-32, and the *ends*: how many items the records of this file that have check sums added to the
+# tail of the queue (24 bits), took from its head (24 bits) and put back there (16 bits). A CHECK of
+# no bytes says with its CRC whether check sums begin after it (0) or end with it (1); without one
+# there are none. So it is known of each byte whether there must be a check sum for it, and of what
+# is damaged how far it moved both ends of the queue. Each covers at most _SPAN bytes, or one
+# operation.
 
 _SPAN = 1 << 18
+_OPCODE_CHECK = bytes([CHECK])
 _CUT_OUT = 4096                 # how many items may be missing in fewer bytes than they had
 _BEGIN, _END = 0, 1
 
-# Greater numbers of open reads are for what stands for lost items, see LostTail and repair().
-_ASIDE = 0x7f000000
+# Numbers of open reads from _ASIDE on are for items whose REMOVEs are lost, see LostTail and
+# repair(). _LOST is for lost items that are put back.
+_ASIDE, _LOST = 0x7f000000, 0x7fffffff
+
 
 def _goes_on_checked(size, crc, ends):
     """Return whether there must be check sums after a CHECK with these fields."""
@@ -978,13 +982,13 @@ def _goes_on_checked(size, crc, ends):
 
 
 def _go_on(ends, added, taken, back):
-    """Return the ends of a queue after so many more items were added, taken and put back."""
+    """Return the ends after so many more items were added, taken and put back."""
     return (((ends >> 40) + added & 0xffffff) << 40 | ((ends >> 16) + taken & 0xffffff) << 16
             | (ends + back) & 0xffff)
 
 
 def _between(ends, after):
-    """Return how many items were (added, taken, put back) between these ends of a queue."""
+    """Return how many items were (added, taken, put back) between these ends."""
     return ((after >> 40) - (ends >> 40) & 0xffffff, (after >> 16) - (ends >> 16) & 0xffffff,
             after - ends & 0xffff)
 
@@ -1074,7 +1078,7 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
                     covers = base + pos - span if checked else 0
                     if size:
                         crc = zlib.crc32(memoryview(data)[mark:pos], crc)
-                    if size != covers or right != crc if size else covers or right > _END:
+                    if size != covers or right != crc if size else covers or right > checked:
                         raise Damage(span if checked else base + pos, "wrong check sum", False)
                     checked = _goes_on_checked(*xid)
                     mark, crc = pos + _CHECK_SIZE, 0
@@ -1111,8 +1115,7 @@ def read_run(data, pos, items, room, mark):
     """Append the items of whole ADDX records at data[pos:], which may have CHECKs between them, to
     `items`, as many as `room` bytes of memory have room for. mark: where what the next CHECK covers
     begins, None if that is not in `data`. Return (the end of the last, the size of their data, the
-    last right CHECK: (its end, how many items are before it, the ends of the queue in it), or
-    None)."""
+    last right CHECK: (its end, how many items are before it, the ends in it), or None)."""
     unpack, head = _ADDX.unpack_from, _ADDX.size
     size, before, closed = 0, len(items), None
     while pos + head <= len(data):
@@ -1161,8 +1164,8 @@ def skip_run(data, pos, mark):
 
 
 def _right_check(data, mark, pos):
-    """Return the ends of the queue in the CHECK at data[pos], if it covers all from data[mark] on,
-    and is right; else None."""
+    """Return the ends in the CHECK at data[pos], if it covers all from data[mark] on, and is right;
+    else None."""
     size, crc, ends = _CHECK.unpack_from(data, pos + 1)
     if mark is None or not size or size != pos - mark or zlib.crc32(data[mark:pos]) != crc:
         return None
@@ -1213,8 +1216,7 @@ def _delayed_head(delayed, size, deliveries=0):
 
 
 def _encode(ops, ends=0):
-    """Return (the records of operations as a list of byte strings, the ends of the queue after
-    them)."""
+    """Return (the records of operations as a list of byte strings, the ends after them)."""
     chunks = []
     added = taken = back = 0
     for opcode, item, xid in ops:
@@ -1433,43 +1435,48 @@ def _count_moves(data):
 
 
 def _next_check(data, begin):
-    """Return the beginning of the first piece of the file after `begin` that has the right check
-    sum, and two accounts of the ends of the queue before it: by its own CHECK, and by the next one.
-    These are None at the end of the file, and where the ends begin anew."""
-    at = data.find(bytes([CHECK]), begin)
+    """Return where check sums are right again after `begin`, and two accounts of the ends there: by
+    what follows, and by the CHECK after that. These are None at the end of the file."""
+    at = data.find(_OPCODE_CHECK, begin)
     while at >= 0 and at + _CHECK_SIZE <= len(data):
         size, crc, ends = _CHECK.unpack_from(data, at + 1)
         start = at - size
-        if size == 0 and crc == _END and at > begin:
-            return start, (ends, ends)
-        if size and start > begin and zlib.crc32(data[start:at]) == crc:
+        if size == 0 and crc <= _END and at > begin:
+            return at, (ends, ends)
+        if size and start > begin and _may_cover(data, start, at) and (
+                zlib.crc32(data[start:at]) == crc):
             moves, is_whole = _count_moves(data[start:at])
-            if is_whole and start - _CHECK_SIZE >= begin and _is_begin(data, start):
-                return start - _CHECK_SIZE, (None, None)
             if is_whole:
-                own = _go_on(ends, *[-one for one in moves])
-                after = _ends_by_next(data, at + _CHECK_SIZE, ends)
-                return start, (own, _go_on(after, *[-one for one in moves]))
-        at = data.find(bytes([CHECK]), at + 1)
-    if len(data) - _CHECK_SIZE >= begin and _is_begin(data, len(data)):
-        return len(data) - _CHECK_SIZE, (None, None)       # the end of a packed file
+                back = [-one for one in moves]
+                return start, (_go_on(ends, *back), _go_on(
+                    _ends_by_next(data, at + _CHECK_SIZE, ends), *back))
+        at = data.find(_OPCODE_CHECK, at + 1)
     return len(data), (None, None)
 
 
-def _is_begin(data, end):
-    """Return whether there is a CHECK that says that check sums begin before data[end]."""
-    begin = end - _CHECK_SIZE
-    return begin >= 0 and data[begin:begin + 9] == _pack_check(CHECK, 0, _BEGIN, 0)[:9]
+def _may_cover(data, start, at):
+    """Return whether the bytes data[start:at] are not too many for a CHECK."""
+    if at - start <= _SPAN or data[start] in (REMOVE, CONFIRM):       # of a flush
+        return True
+    head = data[start:start + _LONGEST_HEAD]
+    if head[0] in _HEADS:
+        _, _, begin, size = _parse_head(head)
+        return start + begin + size == at
+    return False
+
+
+def _begins_checked(data, at):
+    """Return whether there is a CHECK at data[at] that says that check sums begin."""
+    return data[at:at + 9] == _pack_check(CHECK, 0, _BEGIN, 0)[:9]
 
 
 def _ends_by_next(data, begin, ends):
-    """Return the ends of the queue at data[begin] by the next CHECK; those given by the one that
-    ends there, if there is no other."""
+    """Return the ends at data[begin] by the next CHECK; those given if there is none."""
     data.seek(begin)
     counted = 0
     with contextlib.suppress(Damage):
         for opcode, xid, item, _ in read_records(data, 4096, None, True):
-            if opcode == CHECK and xid[0]:
+            if opcode == CHECK:
                 return _go_on(xid[2], *[-one for one in _between(0, counted)])
             counted = _go_on(counted, *_moves(opcode, item))
     return ends
@@ -1477,11 +1484,10 @@ def _ends_by_next(data, begin, ends):
 
 def _moved_between(data, begin, before, end, after):
     """Return how many items were (added, taken, put back) by the damaged records from data[begin]
-    to data[end]. before, after: two accounts of the ends of the queue before and after them, of
-    which one may be damaged as well."""
-    if end == len(data):                     # nothing follows that could take these items
+    to data[end]. before, after: two accounts of the ends before and after them, of which one may be
+    damaged as well."""
+    if after[0] is None:                     # nothing follows that could take these items
         return 0, 0, 0
-    after = [] if after[0] is None else after
     is_sure = before[0] == before[1] and len(set(after)) == 1
     found = [moves for moves in itertools.starmap(_between, itertools.product(before, after))
              if is_sure and max(moves) < end - begin + _CUT_OUT
@@ -1493,22 +1499,21 @@ def _moved_between(data, begin, before, end, after):
 
 
 # A damaged piece of a file, and why. lost: how many items may have been added there. taken, back:
-# how many were taken from the head and put back there, as far as that can be known. ends: of the
-# queue before it, None where there are no check sums.
-Cut = collections.namedtuple("Cut", "begin end why lost taken back ends")
+# how many were taken from the head and put back there, as far as that can be known. before, after:
+# the ends before and after it, None where there are no check sums.
+Cut = collections.namedtuple("Cut", "begin end why lost taken back before after")
 
 
-def find_damage(data, start=0, checked=False):
+def find_damage(data, start=0, ends=None):
     """Yield a Cut for each damaged piece of a journal file from byte `start` on. data: an mmap of
-    the file. checked: whether there must be check sums at once."""
+    the file. ends: at `start`, if there must be check sums from there on."""
     # (where the last CHECK ends, the ends in it, and those by the one before it: the last may be
     # damaged).
-    sums = None
+    sums = None if ends is None else (start, ends, ends)
     if start > len(data):                    # it has become shorter
         return
-    if checked:
-        sums = (start, *2 * _CHECK.unpack_from(data, start - _CHECK.size)[2:])
     while True:
+        plain = start                        # there are no check sums from here on
         last, last_end, plausible, offset, items, size = None, 0, True, start, 0, 0
         counted = sums and sums[1]           # the ends by what has been read
         data.seek(start)
@@ -1518,7 +1523,7 @@ def find_damage(data, start=0, checked=False):
                 if opcode == CHECK:
                     sums = (end, xid[2], counted if xid[0] else xid[2]) if (
                         _goes_on_checked(*xid)) else None
-                    counted = xid[2]
+                    plain, counted = end, xid[2]
                 elif sums:
                     counted = _go_on(counted, *_moves(opcode, item))
                 if item is not None:
@@ -1538,12 +1543,25 @@ def find_damage(data, start=0, checked=False):
         if sums:
             begin, *before = sums
             end, after = _next_check(data, begin)
-            yield Cut(begin, end, why, *_moved_between(data, begin, before, end, after), before[-1])
+            yield Cut(begin, end, why, *_moved_between(data, begin, before, end, after),
+                      before[-1], after[0])
             sums = end, *([before[-1]] * 2 if after[0] is None else after)
         else:
             begin, end, lost = next(filter(None, (
                 hypothesis(data, failure) for hypothesis in _HYPOTHESES)))
-            yield Cut(begin, end, why, lost, 0, 0, None)
+            limit, after = _next_check(data, plain - 1)
+            if begin >= limit:               # it has swallowed the beginning of check sums
+                begin = last if last is not None and plain <= last < limit else plain
+            if after[0] is None or _begins_checked(data, limit):
+                end = min(end, limit)
+                yield Cut(begin, end, why, lost, 0, 0, None, None)
+            else:                            # they begin in what is damaged
+                if begin < plain + _CHECK_SIZE:
+                    begin = plain
+                end = limit
+                yield Cut(begin, end, why, *_moved_between(data, begin, (0, 0), end, after),
+                          None, after[0])
+                sums = end, *after
         start = end
 
 
@@ -1564,61 +1582,8 @@ class WrongSum(OSError):
 
 class LostTail(Exception):
     """The end of a journal file has not reached the disk, but that of the next one has: a power
-    failure. args: how many items wait between the two, the ends of the queue there, and those with
-    which the newer file begins its operations at the head."""
-
-
-class ReplayCounts:
-    """What the files of a journal do to the ends of their queue, while they are replayed.
-
-    added: how many items each file adds, so far. taken, back: how many items were taken from the
-    head and put back since the last CHECK.
-    """
-
-    def __init__(self):
-        self.added = []
-        self.taken = self.back = 0
-        self._ends = 0                   # in the last CHECK
-        self._is_new = True              # there was none yet
-        self._closed = 0, 0              # where it ends, how many items its file had added
-        self._waiting = 0                # how many items wait between the files, see close()
-        self._between = 0                # the ends of the queue there
-        self._is_short = False           # some operations at the head are missing
-
-    def begin(self, waiting):
-        """Go on with the next file. waiting: how many items wait by now."""
-        if self.added:
-            self._ends = self.now()
-        self.added.append(0)
-        self.taken = self.back = 0
-        self._closed = 0, 0
-        self._waiting, self._between, self._is_short = waiting, self._ends, False
-
-    def now(self):
-        """Return the ends of the queue now."""
-        return _go_on(self._ends, self.added[-1] - self._closed[1], self.taken, self.back)
-
-    def place(self):
-        """Return where the last CHECK ends, and how many items were added since, but for one."""
-        return self._closed[0], self.added[-1] - 1 - self._closed[1]
-
-    def close(self, end, ends):
-        """Note a CHECK that ends at `end`, with the ends of the queue in it. Raises LostTail if
-        the first operations at the head in this file were done to its own items, and not to those
-        that wait from the files before it: what took these is lost."""
-        now = self.now()
-        is_ahead = 0 < _between(now, ends)[1] < 1 << 23
-        if self._waiting:
-            self._is_short |= is_ahead
-            if self.taken or self.back:
-                if self._is_short:
-                    raise LostTail(self._waiting, self._between,
-                                   _go_on(ends, 0, -self.taken, -self.back))
-                self._waiting = 0
-        self._ends = ends if is_ahead or self._is_new else now
-        self._closed = end, self.added[-1]
-        self.taken = self.back = 0
-        self._is_new = False
+    failure. Items wait when operations at the head begin in the next file, which happens only after
+    the last of them was taken. args: how many items these are."""
 
 
 class Unclear(OSError):
@@ -1877,8 +1842,7 @@ class JournalFile:
     path: None once it has been deleted. number: None for the current one. size: how many of its
     bytes count. waiting: how many waiting items are accounted to it, see Journal. inode: what
     identifies the file that was opened under that path. checked: whether there must be a check sum
-    for what follows. ends: in the next CHECK, but for what it covers, see Journal._share(); None
-    if that is not known.
+    for what follows. ends: in the last CHECK.
     """
 
     __slots__ = ("path", "number", "size", "waiting", "inode", "fd", "checked", "ends")
@@ -1891,7 +1855,7 @@ class JournalFile:
         self.inode = None
         self.fd = None                   # while open for writing, see Budget
         self.checked = False
-        self.ends = None
+        self.ends = 0
 
     def is_there(self):
         """Return whether the file is still there under its name. Raises OSError."""
@@ -1907,21 +1871,21 @@ class JournalFile:
 # A batch of operations on its way to the files. shares: (file, records, their size) of each
 # file that gets some. size: of all. waiting: {file: its count of waiting items then}. passed:
 # how many files are passed then. held: (the open reads and the Delayed when the last of them is
-# passed, their counts of deliveries). ends: of the queue then, and of each file, {file: ends}.
-# checked: whether it has CHECKs.
+# passed, their counts of deliveries). ends: of each file then, {file: ends}. checked: whether it
+# has CHECKs.
 Plan = collections.namedtuple("Plan", "shares size waiting passed held ends checked")
 
 # What commit() has done. before: (file, size, count of waiting items, `checked`, `ends`) of each
-# file changed. ends: of the queue before.
-Write = collections.namedtuple("Write", "position before passed ends")
+# file changed.
+Write = collections.namedtuple("Write", "position before passed")
 
 # What a pack keeps of a queue besides items: the last xid, what is paused, whether deliveries are
 # counted on the disk, whether there are to be CHECKs.
 Kept = collections.namedtuple("Kept", "last_xid paused counts_deliveries checked")
 
 # Files have been passed with the operation at `position`. Of those up to `number` it keeps `held`,
-# {xid: open read or Delayed}, and `items`. counts: see _counts(). ends: of the queue then.
-Passing = collections.namedtuple("Passing", "position number held counts items ends")
+# {xid: open read or Delayed}, and `items`. counts: see _counts().
+Passing = collections.namedtuple("Passing", "position number held counts items")
 
 # An fsync under way, of all that has been written up to `position`.
 Sync = collections.namedtuple("Sync", "position files directory")
@@ -1933,6 +1897,7 @@ _WAITING_AFTER = {
     PUT_BACK: 1, DELAY: 0, ADD_DELAYED: 0, DROP: 0, PAUSE: 0}
 _APPENDED = frozenset((ADDX, TO_TAIL, DUE_TAIL))
 _IN_CURRENT = _APPENDED | {ADD_DELAYED, DROP, PAUSE}
+_AT_HEAD = frozenset((REMOVE, OPEN_NEXT, OPEN, UNREMOVE, PUT_BACK))      # as opcodes
 
 
 class Journal:
@@ -1973,7 +1938,6 @@ class Journal:
         self.torn = set()                    # files to be cut before anything is written
         self.writes = collections.deque()    # a Write for each that is not safe
         self.passings = collections.deque()  # Passings whose files are still there
-        self.ends = 0                        # of the queue, see _go_on(), when all is written
         self.add_current()
         self.size = sum(file.size for file in self.files)      # of all files together
 
@@ -2075,9 +2039,8 @@ class Journal:
         the Delayed. checked: whether it is written with CHECKs."""
         files = self.files
         if len(files) == 1:
-            share, own, ends = self._share(files[0], ops, self.ends, checked)
-            return Plan((share,), share[2], {files[0]: count}, 0, None,
-                        (ends, {files[0]: own}), checked)
+            share, ends = self._share(files[0], ops, checked)
+            return Plan((share,), share[2], {files[0]: count}, 0, None, {files[0]: ends}, checked)
         shares = {}
         waiting = {}
         head = after = 0
@@ -2100,39 +2063,22 @@ class Journal:
         while not waiting.get(head, files[head].waiting) and head < len(files) - 1:
             head += 1
             after = len(ops)
-        ends, done, owns = self.ends, [], {}
+        done, ends = [], {}
         for number in sorted(shares):
             file = files[number]
-            share, owns[file], ends = self._share(file, shares[number], ends, checked)
+            share, ends[file] = self._share(file, shares[number], checked)
             done.append(share)
         return Plan(done, sum(size for _, _, size in done),
                     {files[number]: left for number, left in waiting.items()},
-                    head, _held_before(held(), ops[after:]) if head else None, (ends, owns),
-                    checked)
+                    head, _held_before(held(), ops[after:]) if head else None, ends, checked)
 
     @staticmethod
-    def _share(file, ops, ends, checked):
-        """Return the share of a file, and, after it, the ends in its last CHECK and those of the
-        queue.
-
-        A CHECK that says where check sums begin has the ends of the queue; those that follow add
-        what is in this file, so that it is known what is missing between two of them. Another one
-        is written when the file becomes the head.
-        """
-        encode = _encode_checked if checked else _encode
-        begins = file.checked != checked or file.ends is None and checked
-        own = ends if begins or file.ends is None else file.ends
-        chunks, after = encode(ops, own)
-        total = after
-        if own != ends:                      # there are operations in other files
-            moves = _between(own, after)
-            total = _go_on(ends, *moves)
-            if checked and any(moves[1:]) and _between(own, ends)[1:] != (0, 0):
-                begins = True
-                chunks, after = encode(ops, ends)
-        if begins:
-            chunks.insert(0, _pack_check(CHECK, 0, _BEGIN if checked else _END, ends))
-        return (file, chunks, sum(map(len, chunks))), after, total
+    def _share(file, ops, checked):
+        """Return the share of a file, and the ends after it."""
+        chunks, ends = (_encode_checked if checked else _encode)(ops, file.ends)
+        if file.checked != checked:
+            chunks.insert(0, _pack_check(CHECK, 0, _BEGIN if checked else _END, file.ends))
+        return (file, chunks, sum(map(len, chunks))), ends if checked else file.ends
 
     def write(self, plan):
         """Write what is planned, one write a file. Raises OSError; cut() is then due."""
@@ -2169,11 +2115,10 @@ class Journal:
         if not safe:
             self.writes.append(Write(position, [
                 (file, file.size, file.waiting, file.checked, file.ends)
-                for file in plan.waiting], plan.passed, self.ends))
-        self.ends, owns = plan.ends
+                for file in plan.waiting], plan.passed))
         for file, _, size in plan.shares:
             file.checked = plan.checked
-            file.ends = owns[file]
+            file.ends = plan.ends[file]
             file.size += size
             self.size += size
             self.unsynced[file] = None
@@ -2185,15 +2130,14 @@ class Journal:
     def _pass(self, count, position, held, counts, items=()):
         self.passed += self.files[:count]
         del self.files[:count]
-        self.passings.append(Passing(position, self.passed[-1].number, held, counts, items,
-                                     self.ends))
+        self.passings.append(Passing(position, self.passed[-1].number, held, counts, items))
 
     def pass_all(self, position, safe, held, items):
         """Have everything written anew: pack() will put what is held, and the items, which are
         all that wait, into one file in place of all but the current one, which is empty."""
         if not safe:
-            self.writes.append(Write(position, [(self.current, 0, 0, False, None)],
-                                     len(self.files) - 1, self.ends))
+            self.writes.append(Write(position, [(self.current, 0, 0, False, 0)],
+                                     len(self.files) - 1))
         if not self.passed and len(self.files) == 1:           # there is nothing yet
             self.passed.append(JournalFile(None, self._next_number()))
         self.current.waiting = len(items)
@@ -2212,7 +2156,6 @@ class Journal:
                 self.size += size - file.size
                 file.size, file.waiting = size, waiting
                 self.torn.add(file)
-            self.ends = write.ends
             if write.passed:
                 self.files[:0] = self.passed[-write.passed:]
                 del self.passed[-write.passed:]
@@ -2372,7 +2315,6 @@ class Journal:
             rest = self.passed[len(old):]
             old = [file for file in old if file is not pack]
             self.passed = old + [pack] + rest
-            pack.checked, pack.ends = state.checked, None
             for place, offset, crc in places:
                 place.file, place.offset, place.head, place.crc = pack, offset, 0, crc
             yield self._sync_directory()
@@ -2399,16 +2341,15 @@ class Journal:
             for chunks, _ in self._records(passing, state, places, 0, 0):
                 yield chunks
             return
-        mark = _pack_check(CHECK, 0, _BEGIN, 0)
-        yield [mark]
         ends = 0
-        for chunks, ends in self._records(passing, state, places, len(mark), len(mark)):
+        yield [_pack_check(CHECK, 0, _BEGIN, ends)]
+        for chunks, ends in self._records(passing, state, places, _CHECK_SIZE, _CHECK_SIZE):
             yield _checked(chunks, sum(map(len, chunks)), ends)
-        yield [_pack_check(CHECK, 0, _BEGIN, passing.ends)]
+        yield [_pack_check(CHECK, 0, _END, ends)]      # nothing is missing, see Queue._replay()
 
     def _records(self, passing, state, places, offset, gap):
-        """Yield (records of a pack, the ends of the queue after them). offset: of the first. gap:
-        what is written after those that are yielded at a time."""
+        """Yield (records of a pack, the ends after them). offset: of the first. gap: what is
+        written after those that are yielded at a time."""
         chunks = [_pack_xid(SAVE_XID, state.last_xid)]
         if state.paused:
             chunks.append(_pack_xid(PAUSE, state.paused))
@@ -2481,9 +2422,9 @@ class Journal:
 
     # -- repair
 
-    def repair(self, file, start=0, checked=False):
+    def repair(self, file, start=0, ends=None):
         """Cut what is damaged out of a file, from byte `start` on, and keep it in lost+found.
-        checked: whether there must be check sums from there on.
+        ends: at `start`, if there must be check sums from there on.
 
         In their place come records of items that have expired already, as many as may have been
         lost, or put back: each REMOVE of such an item will take one of them, and not a good item.
@@ -2496,8 +2437,8 @@ class Journal:
         import mmap
         with open(file.path, "rb") as source, mmap.mmap(
                 source.fileno(), 0, prot=mmap.PROT_READ) as data:
-            cuts = list(find_damage(data, start, checked))
-            for begin, end, why, lost, _, _, _ in cuts:
+            cuts = list(find_damage(data, start, ends))
+            for begin, end, why, lost, *_ in cuts:
                 log.warning(
                     "%s: %s at byte %d; %d bytes cut out%s and kept in %s", file.path, why,
                     begin, end - begin,
@@ -2513,16 +2454,13 @@ class Journal:
                 self.size += len(data) - file.size
                 file.size = len(data)
 
-    def set_aside(self, file, count, before, ends):
+    def set_aside(self, file, count):
         """Let as many items be open reads at the end of a file: what took them is lost, and what is
         done in newer files was not done to them. They come back at the end of the replay."""
         log.warning("%s: its end is lost, but not that of a newer file; %d items come back",
                     file.path, count)
-        opens = [_pack_xid(OPEN, _ASIDE + number) for number in range(1, count + 1)]
-        chunks = [] if file.checked else [_pack_check(CHECK, 0, _BEGIN, before)]
-        chunks += _checked(opens, 5 * count, _go_on(before, 0, count, 0))
-        chunks.append(_pack_check(CHECK, 0, _BEGIN, ends))
-        size = sum(map(len, chunks))
+        opens = [(OPEN, None, _ASIDE + number) for number in range(count)]
+        (_, chunks, size), _ = self._share(file, opens, True)
         fd = _open_journal(file.path)
         try:
             _write_all(fd, chunks, file.size, size)
@@ -2544,20 +2482,20 @@ class Journal:
 
     @staticmethod
     def _good_pieces(data, cuts):
-        done = 0
-        aside = itertools.count(_ASIDE + 1)
-        for begin, end, _, lost, taken, back, ends in cuts + [
-                Cut(len(data), len(data), None, 0, 0, 0, None)]:
+        done, aside = 0, _ASIDE
+        for begin, end, _, lost, taken, back, before, after in cuts + [
+                Cut(len(data), len(data), None, 0, 0, 0, None, None)]:
             for offset in range(done, begin, _STEP_SIZE):
                 yield [data[offset:min(begin, offset + _STEP_SIZE)]]
-            stands = _head(LOST, 0) * lost + b"".join(
-                _pack_xid(OPEN, next(aside)) for _ in range(taken)) + _pack_xid(
-                    UNREMOVE, _ASIDE) * back
-            if stands and ends is not None:
-                yield _checked([stands], len(stands), _go_on(ends, lost, taken, back))
-            else:
-                yield [stands]
-            done = end
+            stands = [(ADDX, LOST, 0)] * lost + [(UNREMOVE, None, _LOST)] * back + [
+                (OPEN, None, aside + number) for number in range(taken)]
+            if before is None:
+                yield _encode(stands)[0]
+                if after is not None:
+                    yield [_pack_check(CHECK, 0, _BEGIN, after)]
+            elif stands:
+                yield _encode_checked(stands, before)[0]
+            done, aside = end, aside + taken
 
     def keep(self, file, source, begin, end):
         """Copy bytes of a file, which is open as `source`, into lost+found; return the path."""
@@ -2664,25 +2602,25 @@ def _held_before(held, ops):
 
 class ReadBehind:
     """Reads a queue's items that are not in memory: those after byte `offset` of `file`, but for
-    the first `skip` of them. checked: whether there must be check sums from there on: then
-    `offset` is where a CHECK ends.
+    the first `skip` of them. ends: in the CHECK that ends at `offset`, if there must be check sums
+    from there on, else None.
 
     older: the files in front of those of the journal, for a spool whose newer files take items
     from older ones: the items of all these are accounted to files[0], see Journal.account().
     Kestrel leaves such a spool when it was reading behind.
     """
 
-    def __init__(self, journal, file, offset, skip=0, checked=False):
+    def __init__(self, journal, file, offset, skip=0, ends=None):
         self._journal = journal
         self.file = file
         self.offset = offset
         self.skip = skip
-        self.checked = checked
+        self.ends = ends
         self.older = ()
 
     def copy(self):
         """Return another one at the same place."""
-        other = ReadBehind(self._journal, self.file, self.offset, self.skip, self.checked)
+        other = ReadBehind(self._journal, self.file, self.offset, self.skip, self.ends)
         other.older = self.older
         return other
 
@@ -2705,7 +2643,7 @@ class ReadBehind:
                 if not self._go_to_next_file():
                     break
             elif not self._take(data, left, most, size, items):
-                if self.checked and piece < 2 * _SPAN:         # as much as one CHECK may cover
+                if self.ends is not None and piece < 2 * _SPAN:    # as much as a CHECK may cover
                     piece = 2 * _SPAN
                 else:
                     self._take_large(data, left, items)
@@ -2714,13 +2652,14 @@ class ReadBehind:
     def _take(self, data, left, most, size, items):
         """Take the items of a piece: those whose check sum is right, where there must be one.
         Return whether there was anything in it that could be taken."""
-        skip, checked = self.skip, self.checked
-        taken = skip, 0, checked             # up to where it is taken
+        skip, ends = self.skip, self.ends
+        taken = skip, 0, ends                # up to where it is taken
         found = []                           # behind that
         try:
-            for opcode, xid, item, done in read_records(io.BytesIO(data), checked=checked):
+            for opcode, xid, item, done in read_records(
+                    io.BytesIO(data), checked=ends is not None):
                 if opcode == CHECK:
-                    checked = _goes_on_checked(*xid)
+                    ends = xid[2] if _goes_on_checked(*xid) else None
                 elif item is not None and opcode != ADD_DELAYED:
                     if skip:
                         skip -= 1
@@ -2728,7 +2667,7 @@ class ReadBehind:
                         length = len(item.data)
                         item.place = Place(self.file, self.offset + done - length, length)
                         found.append(item)
-                if opcode == CHECK or not checked:
+                if opcode == CHECK or ends is None:
                     room = most - len(items)
                     if len(data) > size:         # a piece larger than what there is room for
                         sizes = itertools.accumulate(len(one.data) for one in found)
@@ -2738,7 +2677,7 @@ class ReadBehind:
                         taken = taken[0] + room, *taken[1:]
                         break
                     found = []
-                    taken = skip, done, checked
+                    taken = skip, done, ends
                     if len(items) == most:
                         break
         except Damage as damage:
@@ -2746,7 +2685,7 @@ class ReadBehind:
             if not damage.torn or len(data) >= left:
                 del items[:]
                 raise
-        self.skip, done, self.checked = taken
+        self.skip, done, self.ends = taken
         self.offset += done
         return bool(items) or done > 0
 
@@ -2760,14 +2699,15 @@ class ReadBehind:
         if size < 0 or start + size > left:
             raise Damage(self.offset, "record cut short", torn=True)
         head, crc = 0, None
-        if self.checked:
+        if self.ends is not None:
             with open(self.file.path, "rb") as source:
                 source.seek(self.offset + start + size)
                 check = source.read(_CHECK_SIZE)
             if check[:1] != bytes([CHECK]) or len(check) < _CHECK_SIZE or (
                     _CHECK.unpack_from(check, 1)[0] != start + size):
                 raise Damage(self.offset, "wrong check sum", torn=False)
-            head, crc = start, _CHECK.unpack_from(check, 1)[1]
+            head = start
+            _, crc, self.ends = _CHECK.unpack_from(check, 1)
         if data[0] == ADD_DELAYED:
             pass
         elif self.skip:
@@ -2775,7 +2715,7 @@ class ReadBehind:
         else:
             item.place = Place(self.file, self.offset + start, size, head, crc)
             items.append(item)
-        self.offset += start + size + (_CHECK_SIZE if self.checked else 0)
+        self.offset += start + size + (_CHECK_SIZE if head else 0)
 
     def _go_to_next_file(self):
         """Go on with the file after this one, which may have been packed since; False if there
@@ -2783,7 +2723,7 @@ class ReadBehind:
         last = self.file.number
         for file in itertools.chain(self.older, self._journal.files):
             if last is not None and (file.number is None or file.number > last):
-                self.file, self.offset, self.skip, self.checked = file, 0, 0, False
+                self.file, self.offset, self.skip, self.ends = file, 0, 0, None
                 return True
         return False
 
@@ -3885,8 +3825,10 @@ class Queue:
         opens, delays = self.opens, self.delays
         journal = self.journal
         ignored = 0
-        counts = ReplayCounts()
+        added = []                      # how many items each file adds
+        closed = 0, 0                   # where the last CHECK ends, how many were added before
         last_head = 0                   # the last file that does something to the head
+        before = 0                      # how many items wait from older files, see LostTail
         highest = 0                     # xid of what goes to the tail, or is delayed
         told = time.monotonic()
         done = 0                        # bytes of the files before this one
@@ -3894,17 +3836,22 @@ class Queue:
 
         def take_run(data, pos, base, mark):
             nonlocal offset
-            before = self.count
-            end, closed = self._append_run(data, pos, mark if file.checked else None)
-            if closed:
-                counts.added[-1] += closed[1]
-                counts.close(base + closed[0], closed[2])
-                before += closed[1]
-            counts.added[-1] += self.count - before
+            count = self.count
+            end, last = self._append_run(data, pos, mark if file.checked else None)
+            if last:
+                close(base + last[0], added[-1] + last[1], last[2])
+            added[-1] += self.count - count
             offset = base + end
             if done + offset > look:
                 tell()
-            return end, closed and closed[0]
+            return end, last and last[0]
+
+        def close(end, count, ends):
+            nonlocal closed
+            if before and last_head == number:
+                raise LostTail(before)
+            closed = end, count
+            file.ends = ends
 
         def tell():
             nonlocal look, told
@@ -3916,46 +3863,47 @@ class Queue:
 
         for number, file in enumerate(journal.files):
             yield file
-            # Of a file without check sums nobody can know whether its end is there.
-            counts.begin(self.count if number and journal.files[number - 1].checked else 0)
-            offset, file.checked = 0, False
+            # Of a file that ends without check sums nobody can know whether its end is there.
+            older = journal.files[number - 1] if number else file
+            before = self.count if older.checked or not older.size else 0
+            added.append(0)
+            closed = 0, 0
+            offset, file.checked, file.ends = 0, False, 0
             for opcode, xid, item, end in journal.read(file, take_run):
                 if done + offset > look:
                     tell()
                 begin, offset = offset, end
                 if opcode == CHECK:
+                    if not file.checked and last_head == number:
+                        before = 0
                     file.checked = _goes_on_checked(*xid)
-                    counts.close(end, xid[2])
+                    close(end, added[-1], xid[2])
                 elif opcode == ADD_DELAYED:
                     highest = max(highest, xid[0])
                     delays.add(Delayed(xid[1], xid[0], item, False), list.append)
                 elif opcode == PAUSE:
                     self.paused = xid
                 elif item is not None:
-                    counts.added[-1] += 1
+                    added[-1] += 1
                     if opcode in (CONTINUE, CONTINUEF):
                         highest = max(highest, xid)
                         ignored += (opens.pop(xid, None) or delays.pop(xid)) is None
                     if file.checked:
-                        self._append(item, file, *counts.place())
+                        self._append(item, file, closed[0], added[-1] - 1 - closed[1])
                     else:
                         self._append(item, file, begin)
-                else:
+                elif opcode == REMOVE and self.count:            # as a rule
                     last_head = number
-                    if opcode == REMOVE and self.count:          # as a rule
-                        self._replay_pop()
-                        counts.taken += 1
-                    else:
-                        ignored += not self._redo(opcode, xid)
-                        _, taken, back = _moves(opcode)
-                        counts.taken += taken
-                        counts.back += back
+                    self._replay_pop()
+                else:
+                    if opcode in _AT_HEAD:
+                        last_head = number
+                    ignored += not self._redo(opcode, xid, file.checked)
             done += file.size
         if ignored:
             log.warning("%s: %d operations on items that are not there, ignored",
                         journal.path, ignored)
-        journal.account(counts.added, last_head, self.count)
-        journal.ends = counts.now()
+        journal.account(added, last_head, self.count)
         if self._behind:
             self._behind.older = journal.passed[:]
             self._catch_up()
@@ -3968,9 +3916,10 @@ class Queue:
         self.abort(*opens, orphaned=True)
         self.counters.canceled_transactions = 0
 
-    def _redo(self, opcode, xid):
+    def _redo(self, opcode, xid, checked):
         """Do what a record says that is about the head or an open read; return False if there is
-        no such item."""
+        no such item. checked: whether this server wrote it, which never refers to one that was not
+        there."""
         opens, delays = self.opens, self.delays
         if opcode == SAVE_XID:
             self.xid = xid
@@ -3978,8 +3927,11 @@ class Queue:
             item = self._replay_pop()
             if opcode == OPEN_NEXT:
                 xid = item.xid or self._next_xid()
+            if xid < _ASIDE:
+                self.xid = xid
+            else:                       # two files may have been repaired
+                xid = max(xid, *opens, 0) + 1
             opens[xid] = item
-            self.xid = xid
         elif opcode == CONFIRM:
             return (opens.pop(xid, None) or delays.pop(xid)) is not None
         elif opcode in (UNREMOVE, PUT_BACK) and xid in opens:
@@ -3988,9 +3940,10 @@ class Queue:
             self._push(item)
         elif opcode == UNREMOVE and xid in delays.items:
             self._push(delays.pop(xid).item)
-        elif opcode in (UNREMOVE, PUT_BACK) and (
-                xid == _ASIDE or any(number > _ASIDE for number in opens)):
-            self._push(Item(LOST.data, LOST.add_time, LOST.expiry))      # see repair(), LostTail
+        elif opcode in (UNREMOVE, PUT_BACK) and (checked or xid == _LOST):
+            # What was put back is lost. If it was taken again that must not cost another item.
+            self._push(Item(LOST.data, LOST.add_time, LOST.expiry))
+            return xid == _LOST
         elif opcode == DELAY and xid[0] in opens:
             item = opens.pop(xid[0])
             item.deliveries += 1
@@ -4025,7 +3978,8 @@ class Queue:
         cost = len(item.data) + ITEM_COST
         if self._behind is None and self.memory + cost > self._allowance and (
                 self.items or self._allowance < self.config.max_memory_size):
-            self._behind = ReadBehind(self.journal, file, offset, skip, file.checked)
+            self._behind = ReadBehind(self.journal, file, offset, skip,
+                                      file.ends if file.checked else None)
         if self._behind is None:
             self.items.append(item)
             self.memory += cost
@@ -4070,7 +4024,8 @@ class Queue:
                 ops = history.unsafe[history.written - history.safe:] + ops
             pending = sum(op[0] in _APPENDED for op in ops)
             current = journal.current
-            self._behind = ReadBehind(journal, current, current.size, pending, current.checked)
+            self._behind = ReadBehind(journal, current, current.size, pending,
+                                      current.ends if current.checked else None)
 
     def _refill(self):
         """Read more of the items that are not in memory. Return whether there are any in
@@ -4144,15 +4099,15 @@ class Queue:
                 self.data_of(item)           # its offset will change
                 item.place = None
         size = file.size
-        checked = file is behind.file and behind.checked
-        self.journal.repair(file, start, checked)
+        ends = behind.ends if file is behind.file else None
+        self.journal.repair(file, start, ends)
         lost = 0
         if file not in behind.older and (
                 file is behind.file or behind.file not in files[files.index(file):]):
             with open(file.path, "rb") as source, contextlib.suppress(Damage):
                 source.seek(start)
                 there = 0
-                for opcode, _, item, _ in read_records(source, checked=checked):
+                for opcode, _, item, _ in read_records(source, checked=ends is not None):
                     there += item is not None and opcode != ADD_DELAYED
             lost = (self._unread_of(file) + behind.skip if file is behind.file
                     else file.waiting) - there
