@@ -961,24 +961,26 @@ LOST = Item(b"", 0, 1)
 # What is written at a time is closed by a CHECK: the number of bytes since the last one, their
 # CRC-32, and the *ends*: how many items the records of this file that have check sums added to the
 # tail of the queue (24 bits), took from its head (24 bits) and put back there (16 bits). A CHECK of
-# no bytes says with its CRC whether check sums begin after it (0) or end with it (1); without one
-# there are none. So it is known of each byte whether there must be a check sum for it, and of what
-# is damaged how far it moved both ends of the queue. Each covers at most _SPAN bytes, or one
-# operation.
+# no bytes is a *mark*: check sums begin after it where there are none yet, and end where there are
+# some. So it is known of each byte whether there must be a check sum for it, and of what is damaged
+# how far it moved both ends of the queue. Each covers at most 2 * _SPAN bytes, or one operation.
 
 _SPAN = 1 << 18
 _OPCODE_CHECK = bytes([CHECK])
 _CUT_OUT = 4096                 # how many items may be missing in fewer bytes than they had
-_BEGIN, _END = 0, 1
 
 # Numbers of open reads from _ASIDE on are for items whose REMOVEs are lost, see LostTail and
 # repair(). _LOST is for lost items that are put back.
 _ASIDE, _LOST = 0x7f000000, 0x7fffffff
 
 
-def _goes_on_checked(size, crc, ends):
-    """Return whether there must be check sums after a CHECK with these fields."""
-    return size > 0 or crc == _BEGIN
+def _mark_sum(begins, ends):
+    """Return the CRC in the mark where check sums begin, or end."""
+    return zlib.crc32(ends.to_bytes(8, "little"), 1 - begins)
+
+
+def _mark(begins, ends):
+    return _pack_check(CHECK, 0, _mark_sum(begins, ends), ends)
 
 
 def _go_on(ends, added, taken, back):
@@ -1074,13 +1076,13 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
                     pos += 4
                 elif opcode == CHECK:
                     xid = _CHECK.unpack_from(data, pos + 1)
-                    size, right, _ = xid
+                    size, right, ends = xid
                     covers = base + pos - span if checked else 0
-                    if size:
-                        crc = zlib.crc32(memoryview(data)[mark:pos], crc)
-                    if size != covers or right != crc if size else covers or right > checked:
+                    crc = zlib.crc32(memoryview(data)[mark:pos], crc) if size else (
+                        _mark_sum(not checked, ends))
+                    if size != covers or right != crc:
                         raise Damage(span if checked else base + pos, "wrong check sum", False)
-                    checked = _goes_on_checked(*xid)
+                    checked = size > 0 or not checked
                     mark, crc = pos + _CHECK_SIZE, 0
                     span = base + mark
                     pos += _CHECK.size
@@ -1297,7 +1299,7 @@ def dump_records(path: str) -> "Iterator[dict]":
                 record = {"offset": offset, "operation": OPCODE_NAMES[opcode]}
                 if opcode == CHECK:
                     record.update(zip(("bytes", "crc32", "position"), xid))
-                    checked = _goes_on_checked(*xid)
+                    checked = xid[0] > 0 or not checked
                     yield from pending
                     pending = []
                 elif opcode in (DELAY, ADD_DELAYED):
@@ -1435,39 +1437,42 @@ def _count_moves(data):
 
 
 def _next_check(data, begin):
-    """Return where check sums are right again after `begin`, and two accounts of the ends there: by
-    what follows, and by the CHECK after that. These are None at the end of the file."""
-    at = data.find(_OPCODE_CHECK, begin)
+    """Return where check sums are right again after `begin`; two accounts of the ends there: by
+    what follows, and by the CHECK after that, None at the end of the file as a rule; and whether
+    there must be check sums at once."""
+    at = data.find(_OPCODE_CHECK, max(0, begin))
     while at >= 0 and at + _CHECK_SIZE <= len(data):
         size, crc, ends = _CHECK.unpack_from(data, at + 1)
         start = at - size
-        if size == 0 and crc <= _END and at > begin:
-            return at, (ends, ends)
+        if size == 0 and at > begin:
+            for begins in (True, False):
+                if crc == _mark_sum(begins, ends):
+                    return at, (ends, ends), not begins
         if size and start > begin and _may_cover(data, start, at) and (
                 zlib.crc32(data[start:at]) == crc):
             moves, is_whole = _count_moves(data[start:at])
             if is_whole:
                 back = [-one for one in moves]
                 return start, (_go_on(ends, *back), _go_on(
-                    _ends_by_next(data, at + _CHECK_SIZE, ends), *back))
+                    _ends_by_next(data, at + _CHECK_SIZE, ends), *back)), True
         at = data.find(_OPCODE_CHECK, at + 1)
-    return len(data), (None, None)
+    end = len(data)
+    if end - begin > _CHECK_SIZE and data[end - _CHECK_SIZE] == CHECK:
+        size, _, ends = _CHECK.unpack_from(data, end - _CHECK.size)
+        if size == end - _CHECK_SIZE - begin:          # only what it covers is damaged
+            return end, (ends, ends), True
+    return end, (None, None), False
 
 
 def _may_cover(data, start, at):
     """Return whether the bytes data[start:at] are not too many for a CHECK."""
-    if at - start <= _SPAN or data[start] in (REMOVE, CONFIRM):       # of a flush
+    if at - start <= 2 * _SPAN or data[start] in (REMOVE, CONFIRM):   # these of a flush
         return True
     head = data[start:start + _LONGEST_HEAD]
     if head[0] in _HEADS:
         _, _, begin, size = _parse_head(head)
         return start + begin + size == at
     return False
-
-
-def _begins_checked(data, at):
-    """Return whether there is a CHECK at data[at] that says that check sums begin."""
-    return data[at:at + 9] == _pack_check(CHECK, 0, _BEGIN, 0)[:9]
 
 
 def _ends_by_next(data, begin, ends):
@@ -1522,7 +1527,7 @@ def find_damage(data, start=0, ends=None):
                 end += start
                 if opcode == CHECK:
                     sums = (end, xid[2], counted if xid[0] else xid[2]) if (
-                        _goes_on_checked(*xid)) else None
+                        xid[0] or not sums) else None
                     plain, counted = end, xid[2]
                 elif sums:
                     counted = _go_on(counted, *_moves(opcode, item))
@@ -1542,23 +1547,25 @@ def find_damage(data, start=0, ends=None):
             why = damage.why
         if sums:
             begin, *before = sums
-            end, after = _next_check(data, begin)
+            end, after, is_checked = _next_check(data, begin)
             yield Cut(begin, end, why, *_moved_between(data, begin, before, end, after),
                       before[-1], after[0])
-            sums = end, *([before[-1]] * 2 if after[0] is None else after)
+            sums = (end, *after) if is_checked else None
         else:
-            begin, end, lost = next(filter(None, (
-                hypothesis(data, failure) for hypothesis in _HYPOTHESES)))
-            limit, after = _next_check(data, plain - 1)
-            if begin >= limit:               # it has swallowed the beginning of check sums
-                begin = last if last is not None and plain <= last < limit else plain
-            if after[0] is None or _begins_checked(data, limit):
+            limit, after, is_checked = _next_check(data, plain - 1)
+            if not is_checked:
+                begin, end, lost = next(filter(None, (
+                    hypothesis(data, failure) for hypothesis in _HYPOTHESES)))
+                if begin >= limit:           # it has swallowed the mark
+                    begin = last if last is not None and plain <= last < limit else plain
                 end = min(end, limit)
                 yield Cut(begin, end, why, lost, 0, 0, None, None)
-            else:                            # they begin in what is damaged
-                if begin < plain + _CHECK_SIZE:
+            else:                            # the mark is in what is damaged
+                begin, end = offset, limit
+                if last is not None and (not plausible or begin >= limit):
+                    begin = last
+                if not plain + _CHECK_SIZE <= begin < limit:
                     begin = plain
-                end = limit
                 yield Cut(begin, end, why, *_moved_between(data, begin, (0, 0), end, after),
                           None, after[0])
                 sums = end, *after
@@ -1582,8 +1589,8 @@ class WrongSum(OSError):
 
 class LostTail(Exception):
     """The end of a journal file has not reached the disk, but that of the next one has: a power
-    failure. Items wait when operations at the head begin in the next file, which happens only after
-    the last of them was taken. args: how many items these are."""
+    failure. When operations at the head begin in the next file other items wait than it says. args:
+    how many more."""
 
 
 class Unclear(OSError):
@@ -2077,7 +2084,7 @@ class Journal:
         """Return the share of a file, and the ends after it."""
         chunks, ends = (_encode_checked if checked else _encode)(ops, file.ends)
         if file.checked != checked:
-            chunks.insert(0, _pack_check(CHECK, 0, _BEGIN if checked else _END, file.ends))
+            chunks.insert(0, _mark(checked, file.ends))
         return (file, chunks, sum(map(len, chunks))), ends if checked else file.ends
 
     def write(self, plan):
@@ -2141,6 +2148,7 @@ class Journal:
         if not self.passed and len(self.files) == 1:           # there is nothing yet
             self.passed.append(JournalFile(None, self._next_number()))
         self.current.waiting = len(items)
+        self.current.ends = _go_on(0, len(items), 0, 0)        # as if it had added them
         self._pass(len(self.files) - 1, position, held, _counts(held, items), items)
 
     def forget(self, safe):
@@ -2342,10 +2350,10 @@ class Journal:
                 yield chunks
             return
         ends = 0
-        yield [_pack_check(CHECK, 0, _BEGIN, ends)]
+        yield [_mark(True, ends)]
         for chunks, ends in self._records(passing, state, places, _CHECK_SIZE, _CHECK_SIZE):
             yield _checked(chunks, sum(map(len, chunks)), ends)
-        yield [_pack_check(CHECK, 0, _END, ends)]      # nothing is missing, see Queue._replay()
+        yield [_mark(False, ends)]           # nothing is missing, see Queue._replay()
 
     def _records(self, passing, state, places, offset, gap):
         """Yield (records of a pack, the ends after them). offset: of the first. gap: what is
@@ -2444,7 +2452,7 @@ class Journal:
                     begin, end - begin,
                     ", where %d items may have been," % lost if lost else "",
                     self.keep(file, source, begin, end))
-            if len(cuts) == 1 and end == len(data) and not lost:      # a torn tail
+            if len(cuts) == 1 and end == len(data) and not any(cuts[0][3:6]):      # a torn tail
                 os.truncate(file.path, begin)
                 self.size += begin - file.size
                 file.size = begin
@@ -2456,11 +2464,12 @@ class Journal:
 
     def set_aside(self, file, count):
         """Let as many items be open reads at the end of a file: what took them is lost, and what is
-        done in newer files was not done to them. They come back at the end of the replay."""
+        done in newer files was not done to them. They come back at the end of the replay. If it is
+        less than none, add what stands for those that are lost."""
         log.warning("%s: its end is lost, but not that of a newer file; %d items come back",
-                    file.path, count)
-        opens = [(OPEN, None, _ASIDE + number) for number in range(count)]
-        (_, chunks, size), _ = self._share(file, opens, True)
+                    file.path, max(0, count))
+        ops = [(OPEN, None, _ASIDE + number) for number in range(count)]
+        (_, chunks, size), _ = self._share(file, ops or [(ADDX, LOST, 0)] * -count, True)
         fd = _open_journal(file.path)
         try:
             _write_all(fd, chunks, file.size, size)
@@ -2487,12 +2496,14 @@ class Journal:
                 Cut(len(data), len(data), None, 0, 0, 0, None, None)]:
             for offset in range(done, begin, _STEP_SIZE):
                 yield [data[offset:min(begin, offset + _STEP_SIZE)]]
-            stands = [(ADDX, LOST, 0)] * lost + [(UNREMOVE, None, _LOST)] * back + [
-                (OPEN, None, aside + number) for number in range(taken)]
+            # Whatever their order was: so none is taken later that was not taken in truth.
+            stands = [(ADDX, LOST, 0)] * lost + [
+                (OPEN, None, aside + number) for number in range(taken)] + [
+                (UNREMOVE, None, _LOST)] * back
             if before is None:
                 yield _encode(stands)[0]
                 if after is not None:
-                    yield [_pack_check(CHECK, 0, _BEGIN, after)]
+                    yield [_mark(True, after)]
             elif stands:
                 yield _encode_checked(stands, before)[0]
             done, aside = end, aside + taken
@@ -2659,7 +2670,7 @@ class ReadBehind:
             for opcode, xid, item, done in read_records(
                     io.BytesIO(data), checked=ends is not None):
                 if opcode == CHECK:
-                    ends = xid[2] if _goes_on_checked(*xid) else None
+                    ends = xid[2] if xid[0] or ends is None else None
                 elif item is not None and opcode != ADD_DELAYED:
                     if skip:
                         skip -= 1
@@ -3824,11 +3835,11 @@ class Queue:
         LostTail."""
         opens, delays = self.opens, self.delays
         journal = self.journal
-        ignored = 0
+        ignored = owed = 0
         added = []                      # how many items each file adds
         closed = 0, 0                   # where the last CHECK ends, how many were added before
         last_head = 0                   # the last file that does something to the head
-        before = 0                      # how many items wait from older files, see LostTail
+        surplus = None                  # how many more wait than should, see LostTail
         highest = 0                     # xid of what goes to the tail, or is delayed
         told = time.monotonic()
         done = 0                        # bytes of the files before this one
@@ -3848,8 +3859,8 @@ class Queue:
 
         def close(end, count, ends):
             nonlocal closed
-            if before and last_head == number:
-                raise LostTail(before)
+            if surplus and last_head == number:
+                raise LostTail(surplus)
             closed = end, count
             file.ends = ends
 
@@ -3864,8 +3875,8 @@ class Queue:
         for number, file in enumerate(journal.files):
             yield file
             # Of a file that ends without check sums nobody can know whether its end is there.
-            older = journal.files[number - 1] if number else file
-            before = self.count if older.checked or not older.size else 0
+            older = journal.files[number - 1] if number else None
+            surplus = self.count if older and (older.checked or not older.size) else None
             added.append(0)
             closed = 0, 0
             offset, file.checked, file.ends = 0, False, 0
@@ -3874,9 +3885,12 @@ class Queue:
                     tell()
                 begin, offset = offset, end
                 if opcode == CHECK:
-                    if not file.checked and last_head == number:
-                        before = 0
-                    file.checked = _goes_on_checked(*xid)
+                    if not file.checked and surplus is not None:       # a mark
+                        if begin == 0:
+                            surplus -= xid[2] >> 40
+                        elif last_head == number:
+                            surplus = None
+                    file.checked = xid[0] > 0 or not file.checked
                     close(end, added[-1], xid[2])
                 elif opcode == ADD_DELAYED:
                     highest = max(highest, xid[0])
@@ -3895,6 +3909,10 @@ class Queue:
                 elif opcode == REMOVE and self.count:            # as a rule
                     last_head = number
                     self._replay_pop()
+                elif opcode == OPEN and xid >= _ASIDE and not self.count:
+                    owed += 1           # in truth it took one that was put back
+                elif opcode == UNREMOVE and xid == _LOST and owed:
+                    owed -= 1
                 else:
                     if opcode in _AT_HEAD:
                         last_head = number

@@ -2458,7 +2458,7 @@ def test_runs_of_items_are_loaded_as_single_records_are(tmp_path, monkeypatch, m
     for _ in range(25):
         count = 0
         checked = chances.random() < .6
-        content = kestrel._pack_check(kestrel.CHECK, 0, 0, 0) if checked else b""
+        content = kestrel._mark(True, 0) if checked else b""
         begin = len(content)
         for _ in range(chances.randrange(60)):
             kind = chances.random()
@@ -2841,13 +2841,15 @@ def test_a_mixed_file_is_checked_where_there_are_check_sums(tmp_path):
             if b"%d%c" % (number, one) != where]
 
 
-def checked_journal(ends, *writes):
-    """The bytes of a journal file, and the ends of the queue after it; writes: of operations."""
-    data = kestrel._pack_check(kestrel.CHECK, 0, 0, ends)
+def checked_journal(*writes, waiting=0):
+    """The bytes of a journal file; writes: of operations; waiting: how many items of older files
+    wait when operations at the head begin in it."""
+    ends = kestrel._go_on(0, waiting, 0, 0)
+    data = kestrel._mark(True, ends)
     for ops in writes:
         chunks, ends = kestrel._encode_checked(ops, ends)
         data += b"".join(chunks)
-    return data, ends
+    return data
 
 
 @promise(6)
@@ -2859,14 +2861,9 @@ def test_a_file_that_has_lost_its_end_costs_only_what_was_not_fsynced(tmp_path, 
 
     remove = (kestrel.REMOVE, None, 0)
     older = [adds(b"a", b"b", b"c"), [remove], [(kestrel.OPEN, None, 5)], [remove]]
-    whole, ends = checked_journal(0, *older)
-    added = checked_journal(0, older[0])[1]              # when the newer file was begun
-    newer = checked_journal(added, adds(b"d", b"e", b"f"))[0] + b"".join(
-        kestrel._encode_checked(ops, after)[0][0] for ops, after in [
-            ([remove], kestrel._go_on(ends, 3, 0, 0)),
-            ([(kestrel.UNREMOVE, None, 5), remove], kestrel._go_on(ends, 3, 1, 0))])
-    (tmp_path / "q.1").write_bytes(checked_journal(0, *older[:4 - lost])[0])
-    (tmp_path / "q").write_bytes(newer)
+    newer = [adds(b"d", b"e", b"f"), [remove], [(kestrel.UNREMOVE, None, 5), remove]]
+    (tmp_path / "q.1").write_bytes(checked_journal(*older[:4 - lost]))
+    (tmp_path / "q").write_bytes(checked_journal(*newer))
     # d, and b which was put back, were taken after all that is lost.
     expected = [[], [b"c"], [b"b", b"c"], [b"a", b"b", b"c"]][lost] + [b"e", b"f"]
     queue = load(tmp_path)
