@@ -985,14 +985,13 @@ def _mark(begins, ends):
 
 def _go_on(ends, added, taken, back):
     """Return the ends after so many more items were added, taken and put back."""
-    return (((ends >> 40) + added & 0xffffff) << 40 | ((ends >> 16) + taken & 0xffffff) << 16
-            | (ends + back) & 0xffff)
+    return ends + (added << 40) + (taken << 16) + back & 0xffffffffffffffff
 
 
 def _between(ends, after):
     """Return how many items were (added, taken, put back) between these ends."""
-    return ((after >> 40) - (ends >> 40) & 0xffffff, (after >> 16) - (ends >> 16) & 0xffffff,
-            after - ends & 0xffff)
+    moves = after - ends & 0xffffffffffffffff
+    return moves >> 40, moves >> 16 & 0xffffff, moves & 0xffff
 
 
 def _moves(opcode, item=None):
@@ -1436,10 +1435,11 @@ def _count_moves(data):
     return _between(0, ends), is_whole
 
 
-def _next_check(data, begin):
+def _next_check(data, begin, before=()):
     """Return where check sums are right again after `begin`; two accounts of the ends there: by
     what follows, and by the CHECK after that, None at the end of the file as a rule; and whether
-    there must be check sums at once."""
+    there must be check sums at once. before: accounts of the ends before it: what does not go on
+    from there stands in a wrong place, and is damaged as well."""
     at = data.find(_OPCODE_CHECK, max(0, begin))
     while at >= 0 and at + _CHECK_SIZE <= len(data):
         size, crc, ends = _CHECK.unpack_from(data, at + 1)
@@ -1451,10 +1451,13 @@ def _next_check(data, begin):
         if size and start > begin and _may_cover(data, start, at) and (
                 zlib.crc32(data[start:at]) == crc):
             moves, is_whole = _count_moves(data[start:at])
-            if is_whole:
-                back = [-one for one in moves]
-                return start, (_go_on(ends, *back), _go_on(
-                    _ends_by_next(data, at + _CHECK_SIZE, ends), *back)), True
+            back = [-one for one in moves]
+            after = _go_on(ends, *back), _go_on(
+                _ends_by_next(data, at + _CHECK_SIZE, ends), *back)
+            if is_whole and (not before or any(
+                    max(moves) < start - begin + _CUT_OUT
+                    for moves in itertools.starmap(_between, itertools.product(before, after)))):
+                return start, after, True
         at = data.find(_OPCODE_CHECK, at + 1)
     end = len(data)
     if end - begin > _CHECK_SIZE and data[end - _CHECK_SIZE] == CHECK:
@@ -1494,11 +1497,12 @@ def _moved_between(data, begin, before, end, after):
     if after[0] is None:                     # nothing follows that could take these items
         return 0, 0, 0
     is_sure = before[0] == before[1] and len(set(after)) == 1
-    found = [moves for moves in itertools.starmap(_between, itertools.product(before, after))
-             if is_sure and max(moves) < end - begin + _CUT_OUT
-             or moves[0] <= (end - begin) // _ADDX.size and moves[1] + 5 * moves[2] <= end - begin]
-    if found:
-        return min(found, key=sum)
+    likely = [moves for moves in itertools.starmap(_between, itertools.product(before, after))
+              if max(moves) < end - begin + _CUT_OUT]
+    fitting = [moves for moves in likely if is_sure or moves[0] <= (end - begin) // _ADDX.size
+               and moves[1] + 5 * moves[2] <= end - begin]
+    if likely:
+        return min(fitting or likely, key=sum)
     moves, is_whole = _count_moves(data[begin:max(begin, end - _CHECK_SIZE)])
     return moves if is_whole else (moves[0] + 1, *moves[1:])
 
@@ -1547,7 +1551,7 @@ def find_damage(data, start=0, ends=None):
             why = damage.why
         if sums:
             begin, *before = sums
-            end, after, is_checked = _next_check(data, begin)
+            end, after, is_checked = _next_check(data, begin, before)
             yield Cut(begin, end, why, *_moved_between(data, begin, before, end, after),
                       before[-1], after[0])
             sums = (end, *after) if is_checked else None
@@ -4127,8 +4131,10 @@ class Queue:
                 there = 0
                 for opcode, _, item, _ in read_records(source, checked=ends is not None):
                     there += item is not None and opcode != ADD_DELAYED
-            lost = (self._unread_of(file) + behind.skip if file is behind.file
-                    else file.waiting) - there
+            if file is behind.file:          # the first ones have been read
+                behind.skip = min(behind.skip, there)
+                there -= behind.skip
+            lost = (self._unread_of(file) if file is behind.file else file.waiting) - there
             self._lose(file, lost)
         for write in self.journal.writes:    # what is not safe is behind what is damaged
             write.before[:] = [

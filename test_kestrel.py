@@ -2751,17 +2751,19 @@ def test_one_flipped_bit_costs_at_most_one_write(tmp_path):
 
 @pytest.mark.parametrize("how", ["zeros", "cut out", "put in", "swapped", "shortened"])
 def test_damaged_pages_cost_at_most_the_writes_in_them(tmp_path, how):
-    """Nothing wrong is delivered. (Where bytes are cut out or swapped, others may come between two
-    halves that look whole: there an open read of another write can get lost.)"""
+    """Nothing wrong is delivered, and nothing is lost of other writes. (Bytes can be cut out from
+    the ends in one CHECK to those in another one, so that nothing looks damaged: not here.)"""
     chances = seeded()
     writes = checked_file(tmp_path, one_of_each(chances) * 3)
     data = (tmp_path / "q").read_bytes()
     items = [item for _, these in writes for item in these] + [b"flags"]
     after = survivors_of(tmp_path / "good", data)
     begins = [begin for begin, _ in writes]
+    seams = {begin - byte for begin in begins for byte in range(9)}
     for _ in range(20):
         size = chances.choice([16, 64, 512])
-        begin = chances.randrange(0, len(data) - size)
+        begin = chances.choice([begin for begin in range(len(data) - 2 * size)
+                                if not seams & {begin, begin + size, begin + 2 * size}])
         end = begin + size
         broken = bytearray(data)
         if how == "zeros":
@@ -2780,9 +2782,9 @@ def test_damaged_pages_cost_at_most_the_writes_in_them(tmp_path, how):
                if one <= end and next_one > begin - 17}
         found = survivors_of(tmp_path / "bad", broken)
         in_hit = {item for one, these in writes if one in hit for item in these} | {b"flags"}
-        assert not set(found) - set(items)
+        assert not set(found) - set(items), (begin, size)
         missing = [item[:6] for item in set(after) - set(found) - in_hit]
-        assert not missing or how in ("cut out", "swapped"), (begin, size, missing)
+        assert not missing, (begin, size, missing)
 
 
 def test_damage_of_one_of_several_files_costs_what_is_in_it(tmp_path):
