@@ -1478,6 +1478,14 @@ def _may_cover(data, start, at):
     return False
 
 
+def _covered_by(data, at):
+    """Return how many bytes are covered by the CHECK at data[at]; 0 if there cannot be one."""
+    if data[at:at + 1] == _OPCODE_CHECK and at + _CHECK_SIZE <= len(data):
+        size, _, _ = _CHECK.unpack_from(data, at + 1)
+        return size if size <= at else 0
+    return 0
+
+
 def _ends_by_next(data, begin, ends):
     """Return the ends at data[begin] by the next CHECK; those given if there is none."""
     data.seek(begin)
@@ -1557,7 +1565,11 @@ def find_damage(data, start=0, ends=None):
             sums = (end, *after) if is_checked else None
         else:
             limit, after, is_checked = _next_check(data, plain - 1)
-            if not is_checked:
+            covered = _covered_by(data, offset)
+            if not is_checked and covered:
+                begin, end = max(start, offset - covered), offset + _CHECK_SIZE
+                yield Cut(begin, end, why, *_count_moves(data[begin:offset])[0], None, None)
+            elif not is_checked:
                 begin, end, lost = next(filter(None, (
                     hypothesis(data, failure) for hypothesis in _HYPOTHESES)))
                 if begin >= limit:           # it has swallowed the mark
@@ -2465,6 +2477,12 @@ class Journal:
             else:                            # it has become longer
                 self.size += len(data) - file.size
                 file.size = len(data)
+        with open(file.path, "rb") as source:
+            source.seek(start)
+            file.checked = ends is not None
+            for opcode, xid, _, _ in read_records(source, checked=file.checked):
+                if opcode == CHECK:
+                    file.checked, file.ends = xid[0] > 0 or not file.checked, xid[2]
 
     def set_aside(self, file, count):
         """Let as many items be open reads at the end of a file: what took them is lost, and what is
