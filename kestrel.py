@@ -976,7 +976,7 @@ _ASIDE, _LOST = 0x7f000000, 0x7fffffff
 
 def _mark_sum(begins, ends):
     """Return the CRC in the mark where check sums begin, or end."""
-    return zlib.crc32(ends.to_bytes(8, "little"), 1 - begins)
+    return zlib.crc32(ends.to_bytes(8, "little")) ^ (0 if begins else 0xffffffff)
 
 
 def _mark(begins, ends):

@@ -2858,12 +2858,10 @@ def checked_journal(*writes, waiting=0):
 @pytest.mark.parametrize("lost", range(4))
 def test_a_file_that_has_lost_its_end_costs_only_what_was_not_fsynced(tmp_path, lost):
     """A power failure, and the kernel had written the newer file first."""
-    def adds(*datas):
-        return [(kestrel.ADDX, kestrel.Item(data, NOW), 0) for data in datas]
-
-    remove = (kestrel.REMOVE, None, 0)
-    older = [adds(b"a", b"b", b"c"), [remove], [(kestrel.OPEN, None, 5)], [remove]]
-    newer = [adds(b"d", b"e", b"f"), [remove], [(kestrel.UNREMOVE, None, 5), remove]]
+    older = [add_records(b"a", b"b", b"c"), remove_records(1), [(kestrel.OPEN, None, 5)],
+             remove_records(1)]
+    newer = [add_records(b"d", b"e", b"f"), remove_records(1),
+             [(kestrel.UNREMOVE, None, 5)] + remove_records(1)]
     (tmp_path / "q.1").write_bytes(checked_journal(*older[:4 - lost]))
     (tmp_path / "q").write_bytes(checked_journal(*newer))
     # d, and b which was put back, were taken after all that is lost.
@@ -2872,6 +2870,136 @@ def test_a_file_that_has_lost_its_end_costs_only_what_was_not_fsynced(tmp_path, 
     queue.journal.close()
     assert contents_of(tmp_path) == expected
     assert contents(load(tmp_path)) == expected and contents_of(tmp_path) == []
+
+
+def remove_records(count):
+    return [(kestrel.REMOVE, None, 0)] * count
+
+
+def add_records(*datas):
+    return [(kestrel.ADDX, kestrel.Item(data, NOW), 0) for data in datas]
+
+
+@promise(6)
+def test_a_file_of_which_nothing_reached_the_disk(tmp_path):
+    """The takes and put-backs in it are lost; the newer one goes on from there."""
+    opens = [(kestrel.OPEN, None, number) for number in (1, 2)]
+    (tmp_path / "q.1").write_bytes(checked_journal(add_records(b"a", b"b", b"c"), opens))
+    (tmp_path / "q.2").write_bytes(b"")              # UNREMOVE 1, OPEN 3, REMOVE of c
+    (tmp_path / "q").write_bytes(checked_journal(
+        add_records(b"d", b"e"), [(kestrel.UNREMOVE, None, 3)] + remove_records(2)))
+    for _ in range(2):
+        assert contents_of(tmp_path) == [b"a", b"b", b"c", b"e"]
+
+
+@promise(6)
+@pytest.mark.parametrize("lost, expected", [(0, [b"c", b"d"]), (1, [b"a", b"c", b"d"])])
+def test_takes_are_in_a_newer_file_while_all_is_written_anew(tmp_path, lost, expected):
+    """That says how many items should wait by then."""
+    (tmp_path / "q.1").write_bytes(checked_journal(
+        add_records(b"a", b"b", b"c"), remove_records(1))[:-18 if lost else None])
+    (tmp_path / "q").write_bytes(checked_journal(
+        add_records(b"d"), remove_records(1), waiting=2))
+    for _ in range(2):
+        assert contents_of(tmp_path) == expected
+
+
+def test_a_bit_of_where_check_sums_begin_costs_nothing(tmp_path):
+    """Each write was damaged without it, and cut out of its own."""
+    checked_file(tmp_path, one_of_each(seeded()))
+    data = bytearray((tmp_path / "q").read_bytes())
+    good = survivors_of(tmp_path / "good", data)
+    for bit in range(17 * 8):
+        data[bit // 8] ^= 1 << bit % 8
+        assert survivors_of(tmp_path / "bad", data) == good
+        assert len(os.listdir(str(tmp_path / "bad" / "lost+found"))) == 1
+        data[bit // 8] ^= 1 << bit % 8
+
+
+@promise(6)
+def test_a_file_that_is_repaired_while_it_is_read_behind_is_written_to(tmp_path):
+    """There were check sums in it without a beginning, and what was good was taken for damaged."""
+    queue = turn_queue(tmp_path, max_memory_size=600, default_journal_size=300,
+                       max_journal_size=5000)
+    items = [b"%02d" % number + b"x" * 40 for number in range(60)]
+    for item in items:
+        fill(queue, item)
+        queue.write()
+        for _ in range(20):
+            queue.host.step()
+    path = max((one for one in tmp_path.iterdir() if one.name != "q"), key=str)
+    data = path.read_bytes()
+    hit = {item for item in items if item in data}
+    path.write_bytes(bytes(100) + data[100:])
+    found = []
+    while len(found) < 70:
+        found += data_of(take(queue, 1))
+        queue.write()
+        for _ in range(20):
+            queue.host.step()
+    queue.journal.close()
+    found = list(filter(None, found))
+    assert set(items) - set(found) <= hit and found == sorted(set(found))
+    assert contents_of(tmp_path) == []
+
+
+def writes_of(path):
+    """The writes of a journal file as (begin, end, the items in it)."""
+    found, begin, items = [], 0, set()
+    with open(path, "rb") as file:
+        for opcode, _, item, end in kestrel.read_records(file):
+            items |= {item and item.data}
+            if opcode == kestrel.CHECK:
+                found.append((begin, end, items))
+                begin, items = end, set()
+    return found
+
+
+@promise(6)
+@pytest.mark.parametrize("serial", range(8))
+def test_damage_to_any_file_costs_the_writes_that_are_hit(tmp_path, serial):
+    """Whatever the queue did before; started on it, or running."""
+    chances = seeded()
+    (tmp_path / "spool").mkdir()
+    life = Life(tmp_path / "spool", chances, checked=True)
+    for _ in range(chances.randrange(20, 120)):
+        for _ in range(chances.randrange(12)):
+            life.change()
+        life.write()
+        life.bench.step()
+    life.queue.journal.close()
+    good = contents_of(tmp_path / "spool", now=FAR)
+    files = {path: writes_of(path) for path in (tmp_path / "spool").iterdir()
+             if path.is_file() and path.stat().st_size}
+    for trial in range(6 if files else 0):
+        path, writes = chances.choice(sorted(files.items()))
+        data = bytearray(path.read_bytes())
+        is_between = any(data[10:17])        # it says how many items wait, see Journal.pass_all()
+        begin = chances.randrange(len(data))
+        kind = chances.choice(["bit", "page of 512", "page of 4096", "end"])
+        end = len(data)
+        if kind == "bit":
+            data[begin] ^= 1 << chances.randrange(8)
+            end = begin + 1
+        elif kind == "end":
+            del data[begin:]
+        else:
+            size = int(kind[8:])
+            begin -= begin % size
+            end = min(len(data), begin + size)
+            data[begin:end] = bytes(end - begin)
+        if begin < 17 and is_between:
+            continue
+        hit = set().union(*[items for one, after, items in writes if one < end and after > begin])
+        bad = tmp_path / str(trial)
+        shutil.copytree(str(tmp_path / "spool"), str(bad))
+        (bad / path.name).write_bytes(data)
+        found = contents_of(bad, now=FAR)
+        missing = set(good) - set(found) - hit
+        assert not missing, (path.name, begin, kind)
+        queue = load(bad, max_memory_size=chances.choice([300, 10000]))
+        queue.journal.close()                # it is repaired by now
+        assert set(contents_of(bad, now=FAR)) == set(found)
 
 
 def test_no_read_is_opened_under_a_number_that_a_later_file_ends(tmp_path):
