@@ -293,6 +293,7 @@ SERVER_SETTINGS = {
     "listen": (ADDRESSES, "127.0.0.1"),
     "socket_mode": (MODE, "0600"),
     "allow": (NETWORKS, ""),
+    "proxy_protocol": (NETWORKS, ""),
     "tls_cert": (TEXT_OR_NONE, ""),
     "tls_key": (TEXT_OR_NONE, ""),
     "tls_client_ca": (TEXT_OR_NONE, ""),
@@ -365,7 +366,7 @@ ALIAS_SETTINGS = {
 _OLD_NAMES = {"listen_address": "listen"}
 
 # The [server] settings that change at once with a reload.
-RELOADED = ("allow", "tls_cert", "tls_key", "tls_client_ca", "admin_commands", "log_level",
+RELOADED = ("allow", "proxy_protocol", "tls_cert", "tls_key", "tls_client_ca", "admin_commands", "log_level",
             "log_file", "enable_session_trace")
 
 
@@ -5584,7 +5585,8 @@ Peer = collections.namedtuple("Peer", "name host local")
 
 # What clients speak who want another port: the reason of a refusal -> in words.
 _FOREIGN = {"binary memcache": "memcache's binary protocol: it has to use the text protocol",
-            "TLS": "TLS to a port without (tls_cert)", "binary": "no protocol that is known here"}
+            "TLS": "TLS to a port without (tls_cert)", "binary": "no protocol that is known here",
+            "PROXY": "the PROXY protocol, but is not among those in proxy_protocol"}
 
 
 def _reason(error):
@@ -6410,7 +6412,8 @@ def _parse_line(line):
         return method, words, None
     if name in _MEMCACHED:
         raise Refused("ERROR", "")
-    raise Refused("ERROR", "unknown command", close=True)    # its data would be run as commands
+    raise Refused("ERROR", "unknown command", close=True,    # its data would be run as commands
+                  reason="PROXY" if words[0] == b"PROXY" else "client")
 
 
 # The same lines come again and again. Longer ones are not kept, or they would fill the memory.
@@ -8618,6 +8621,12 @@ _MAX_VECTOR = 1024
 _LOOK_SECONDS = 1
 _LINGER_SECONDS = 1
 
+# How the header of the PROXY protocol begins in version 2; the longest one of version 1, and what
+# follows the first 16 bytes in the longest one of version 2 that is taken.
+_PROXY_2 = b"\r\n\r\n\0\r\nQUIT\n"
+_LONGEST_PROXY_1 = 107
+_LONGEST_PROXY_2 = 4096
+
 # When a silent TCP connection is probed, how often, and how many probes may go unanswered.
 _KEEPALIVE = {"TCP_KEEPIDLE": 120, "TCP_KEEPINTVL": 30, "TCP_KEEPCNT": 4}
 
@@ -9319,6 +9328,87 @@ class Connection:
             self._watched = mask
 
 
+def _parse_proxy_header(data):
+    """Return (the address that a proxy speaks for, None if it speaks for itself; the size of its
+    header), from the beginning of what it sends; None if that is not all of it. This is the PROXY
+    protocol of HAProxy, versions 1 and 2. Raises ValueError."""
+    if not _PROXY_2.startswith(data[:len(_PROXY_2)]):
+        end = data.find(b"\r\n", 0, _LONGEST_PROXY_1)
+        words = data[:max(end, 0)].decode("ascii", "replace").split(" ")
+        if not b"PROXY ".startswith(data[:6]) or end < 0 and len(data) >= _LONGEST_PROXY_1:
+            raise ValueError("no header of the PROXY protocol")
+        if end < 0:
+            return None
+        if words[1:2] == ["UNKNOWN"]:
+            return None, end + 2
+        if len(words) != 6 or words[1] not in ("TCP4", "TCP6"):
+            raise ValueError("a bad header of the PROXY protocol")
+        return (str(ipaddress.ip_address(words[2])), int(words[4])), end + 2
+    if len(data) < 16:
+        return None
+    command, family, size = struct.unpack_from(">BBH", data, len(_PROXY_2))
+    if command not in (0x20, 0x21) or size > _LONGEST_PROXY_2:
+        raise ValueError("a bad header of the PROXY protocol")
+    if len(data) < 16 + size:
+        return None
+    length = {0x11: 4, 0x21: 16}.get(family)           # TCP over IPv4 and IPv6
+    if command == 0x20 or length is None:              # a check of the proxy's own
+        return None, 16 + size
+    if size < 2 * length + 4:
+        raise ValueError("a bad header of the PROXY protocol")
+    port, = struct.unpack_from(">H", data, 16 + 2 * length)
+    return (str(ipaddress.ip_address(data[16:16 + length])), port), 16 + size
+
+
+class Introduction:
+    """A connection of a proxy, until it has said for whom it speaks. Nothing is read from it but
+    that: what follows may be TLS."""
+
+    is_greeting = False                  # as a Connection may be
+
+    def __init__(self, listener, sock, address):
+        self._listener = listener
+        self._sock = sock
+        self._address = address
+        self._head = b""                 # what has come of it
+        server = listener.server
+        server.introductions.add(self)
+        server.poller.watch(sock, 0, _READ, self)
+        self._alarm = server.timers.at(server.mono + LOGIN_MS / 1000, self.close)
+
+    def ready(self, readable):
+        """Read the header, as far as it has come."""
+        try:
+            more = self._sock.recv(_LONGEST_PROXY_2 + 16 - len(self._head), socket.MSG_PEEK)
+            found = _parse_proxy_header(self._head + more)
+            size = found[1] - len(self._head) if found else len(more)
+            self._head += self._sock.recv(size)
+        except BlockingIOError:
+            return
+        except (OSError, ValueError) as error:
+            self._listener.server.broker.note_stranger(
+                Peer("%s proxy %s" % (self._listener.protocol, _name_of(self._address)),
+                     self._address[0], False), "is closed: %s" % error)
+            self.close()
+            return
+        if found:
+            self._leave()
+            self._listener.admit(self._sock, self._address, found[0])
+        elif not more:
+            self.close()
+
+    def _leave(self):
+        server = self._listener.server
+        server.introductions.discard(self)
+        server.timers.cancel(self._alarm)
+        server.poller.watch(self._sock, _READ, 0, self)
+
+    def close(self):
+        """Hang up."""
+        self._leave()
+        self._sock.close()
+
+
 class Listener:
     """A port on which clients of one protocol come in. Raises OSError."""
 
@@ -9360,49 +9450,65 @@ class Listener:
                 server.poller.watch(self.sock, _READ, 0, self)
                 server.timers.at(server.mono + _ACCEPT_AGAIN_SECONDS, self._start)
                 return
-            connection = self._admit(sock, address)
-            if connection and not connection.is_greeting:
-                # Its first word is there as a rule: saves a turn.
-                server.visit(connection, Connection.ready, True)
+            sock.setblocking(False)
+            proxies = server.broker.config.server.proxy_protocol
+            if proxies and isinstance(address, tuple) and any(
+                    _ip_of(address[0]) in network for network in proxies):
+                if not self._is_full(sock):
+                    Introduction(self, sock, address)
+            else:
+                self.admit(sock, address)
             if time.monotonic() > end:
                 return
 
-    def _admit(self, sock, address):
-        """Return the Connection of an accepted socket, or None if it is refused."""
+    def admit(self, sock, address, client=None):
+        """Make an accepted socket a Connection, unless it is refused. client: the address of the
+        client, if the other side is a proxy that has told it."""
         server = self.server
         config = server.broker.config
         settings = config.server
-        sock.setblocking(False)
-        why = None
         name, host, local = self.name, self.name, True           # of a UNIX socket
         if isinstance(address, tuple):
             ip = _ip_of(address[0])
-            if settings.allow and not any(ip in network for network in settings.allow):
-                why = "%s is not among those in allow" % ip
-            host = _host_of(ip)
             # One that comes from the address to which it comes is on this machine.
             local = ip.is_loopback or ip == _ip_of(sock.getsockname()[0])
+            if client:
+                ip, address = _ip_of(client[0]), client
+                local = local and ip.is_loopback
+            if settings.allow and not any(ip in network for network in settings.allow):
+                self._refuse(sock, "%s is not among those in allow" % ip)
+                return
+            host = _host_of(ip)
             name = _name_of(address)
-        if len(server.connections) >= settings.max_connections:
-            why = "max_connections"
-        elif len(server.connections) >= server.most_connections:
-            why = "the limit of open files"
-        if why:
-            sock.close()
-            self._tell_refused(why)
-            return None
+        if self._is_full(sock):
+            return
         if config.tls and isinstance(address, tuple):
             try:
                 sock = config.tls.wrap_socket(sock, True, do_handshake_on_connect=False)
             except OSError:                            # gone already
                 sock.close()
-                return None
+                return
         session = _PROTOCOLS[self.protocol](
             server.broker, Peer("%s client %s" % (self.protocol, name), host, local))
         connection = server.connections[session] = Connection(server, sock, session)
-        return connection
+        if not connection.is_greeting:
+            # Its first word is there as a rule: saves a turn.
+            server.visit(connection, Connection.ready, True)
 
-    def _tell_refused(self, why):
+    def _is_full(self, sock):
+        """Refuse a socket if there are too many connections, and return whether that is so."""
+        server = self.server
+        count = len(server.connections) + len(server.introductions)
+        if count >= server.broker.config.server.max_connections:
+            self._refuse(sock, "max_connections")
+        elif count >= server.most_connections:
+            self._refuse(sock, "the limit of open files")
+        else:
+            return False
+        return True
+
+    def _refuse(self, sock, why):
+        sock.close()
         self._refused += 1
         if self.server.mono >= self._told + _TELL_SECONDS:
             log.error("%s: %d connections, %d refused", why, len(self.server.connections),
@@ -9437,6 +9543,7 @@ class Server:
         self.inherited = dict(given)
         self.timers = Timers()
         self.connections = {}            # Session -> Connection
+        self.introductions = set()       # of proxies
         self.active = []                 # connections that may have something to send
         self.waiting = set()             # connections whose sessions wait for an item
         self.buffered = 0                # unparsed input and unsent output of all connections
@@ -9620,7 +9727,10 @@ class Server:
             self._unexpected(connection, error)
 
     def _unexpected(self, one, error):
-        if not isinstance(one, Connection):
+        if isinstance(one, Introduction):
+            log.error("unexpected, closed", exc_info=error)
+            _guard(one.close)
+        elif not isinstance(one, Connection):
             log.error("unexpected", exc_info=error)
         elif isinstance(error, MemoryError):
             _guard(one.refuse)
@@ -9803,8 +9913,8 @@ class Server:
             self.poller.poll(.1)
             for connection in sending:
                 connection.flush()
-        for connection in list(self.connections.values()):
-            connection.close()
+        for one in [*self.connections.values(), *self.introductions]:
+            one.close()
         self.broker.write()
         for queue in self.broker.queues.values():
             try:
