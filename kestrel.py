@@ -366,8 +366,8 @@ ALIAS_SETTINGS = {
 _OLD_NAMES = {"listen_address": "listen"}
 
 # The [server] settings that change at once with a reload.
-RELOADED = ("allow", "proxy_protocol", "tls_cert", "tls_key", "tls_client_ca", "admin_commands", "log_level",
-            "log_file", "enable_session_trace")
+RELOADED = ("allow", "proxy_protocol", "tls_cert", "tls_key", "tls_client_ca", "admin_commands",
+            "log_level", "log_file", "enable_session_trace")
 
 
 _USER = re.compile(r"([^\s,:]+):(pbkdf2\$[1-9][0-9]{0,6}\$(?:[0-9a-f]{2})+\$[0-9a-f]{64})")
@@ -10157,9 +10157,11 @@ class ServerError(Exception):
 
 
 def _exported(block):
-    """Return what export() tells of an item; block: see Client._blocks()."""
+    """Return what export() tells of an item; block: see Client._blocks(). Kestrel tells only of
+    the flags."""
     words, data = block
-    flags, _, add_time, expiry, deliveries = map(int, words[2:7])
+    flags, _, add_time, expiry, deliveries = [int(word) for word in words[2:7]] + [0] * (
+        7 - len(words))
     return {"data": data, "flags": flags, "add_time": add_time, "expiry": expiry,
             "deliveries": deliveries}
 
@@ -10305,15 +10307,17 @@ class Client:
         with Client(*self._arguments) as other:
             while left > 0:
                 most = min(left, _PUT_AT_ONCE) if take else left
-                other._send(b"get %b/n=%d/info/%b\r\n" % (
-                    other._keys(queue), most, b"open" if take else b"peek"))
-                rows = map(_exported, other._blocks(other._line()))
+                rows = other._rows(queue, most, b"open" if take else b"peek")
                 rows = list(rows) if take else rows
                 yield from rows
                 if not take or not rows:
                     break
                 left -= len(rows)
                 other._get(queue, 0, "/close" + _many(len(rows)))
+
+    def _rows(self, queue, count, how):
+        self._send(b"get %b/n=%d/info/%b\r\n" % (self._keys(queue), count, how))
+        return map(_exported, self._blocks(self._line()))
 
     def _check_closed(self, queue):
         if self._keys(queue) in self._opened:
@@ -10339,10 +10343,16 @@ class Client:
         self._check_closed(queue)
         options = "" if limit is None else "/timeout=%d" % (limit * 1000)
         items = self._get(queue, timeout, "/open" + _many(count) + options)
+        with self._holding(queue, items):
+            yield items
+
+    @contextlib.contextmanager
+    def _holding(self, queue, items):
+        """Close `items`, which are open, at the end of a `with` block, or put them back."""
         key = self._keys(queue)
         self._opened[key] = len(items)
         try:
-            yield items
+            yield
         except BaseException:
             with contextlib.suppress(OSError, ServerError):          # then they go back anyway
                 self._end(queue, "/abort")
@@ -10403,6 +10413,18 @@ class Client:
         rows = [line.rsplit(" ", 4) for line in self._table(
             ("list " + _word(prefix)).strip(), "QUEUE ")]
         return [(name, *map(int, numbers)) for name, *numbers in rows]
+
+    def names(self, stats: "dict[str, str] | None" = None) -> "list[str]":
+        """Return the names of all queues; also of a server of Kestrel. stats: what stats() has
+        returned, if that is there already."""
+        end = "_open_transactions"
+        return [key[len("queue_"):-len(end)] for key in stats or self.stats()
+                if key.startswith("queue_") and key.endswith(end)]
+
+    def address(self) -> str:
+        """Return the address of the server."""
+        self._send(b"")
+        return _name_of(self._sock.getpeername())
 
     def clients(self) -> "list[list[str]]":
         """Return who is connected: number, address, user, protocol, state, seconds, open reads,
@@ -11021,13 +11043,18 @@ def _pack(path, for_kestrel):
 
 # -- commands that talk to a server
 
-def _connect(options, timeout=30):
-    """Return a Client of the server that the options, or the environment, name."""
-    server = options.server
-    host, port = server, 22133
-    if not server.startswith("unix:"):
-        host, _, port = server.rpartition(":") if ":" in server else (server, "", "22133")
-        port = PORT.parse(port)
+def _host_and_port(server):
+    """Return the two parts of HOST:PORT. Raises ValueError."""
+    if server.startswith("unix:"):
+        return server, 0
+    host, _, port = server.rpartition(":") if re.search(r"[^:]:[0-9]+$|\]:", server) else (
+        server, "", "22133")
+    return host.strip("[]"), PORT.parse(port)
+
+
+def _connect(options, timeout=30, server=None):
+    """Return a Client of a server, as a rule the one that the options, or the environment, name."""
+    host, port = _host_and_port(server or options.server)
     tls = None
     if options.tls or options.cafile:
         import ssl
@@ -11036,7 +11063,7 @@ def _connect(options, timeout=30):
     if options.user and "KESTREL_PASSWORD" not in os.environ:
         import getpass
         password = getpass.getpass("password of %s: " % options.user)
-    return Client(host.strip("[]"), port, timeout, options.user, password, tls)
+    return Client(host, port, timeout, options.user, password, tls)
 
 
 def _show(options, names, rows):
@@ -11244,6 +11271,66 @@ def _command_move(client, options):
     print(moved)
 
 
+def _command_drain(client, options):
+    """Move all that waits to other servers, each queue to one of them."""
+    with contextlib.ExitStack() as stack:
+        others = [stack.enter_context(_connect(options, server=one)) for one in options.to]
+        if client.address() in [other.address() for other in others]:
+            raise ValueError("%s is to be drained itself" % client.address())
+        stats = client.stats()
+        names = options.queues or client.names(stats)
+        targets = dict(zip(names, itertools.cycle(others)))
+        children = [name.partition("+")[0] for other in others for name in other.names()
+                    if "+" in name]
+        refused = [name for name in names if name in children]
+        if refused:
+            raise ValueError("a queue there has children, which would be given all items of %s as "
+                             "well" % ", ".join(refused))
+
+        def waiting():
+            return {name: int(stats.get("queue_%s_items" % name, 0)) for name in names}
+
+        moved, left = 0, waiting()
+        show = _progress(sum(left.values()))
+        while any(left.values()):
+            before = moved
+            for name in names:
+                for count in _drained(client, name, targets[name], left[name]):
+                    moved += count
+                    show(moved)
+            stats = client.stats()
+            left = waiting()
+            if moved == before:              # those are paused
+                break
+        show(moved, True)
+    print(moved)
+    still = ["%s of %s: %s" % (words, name, stats[key]) for name in names for key, words in (
+        ("queue_%s_items" % name, "items"), ("queue_%s_open_transactions" % name, "open reads"),
+        ("queue_%s_delayed_items" % name, "delayed items")) if int(stats.get(key, 0))]
+    if still:
+        raise ValueError("left behind: %s" % "; ".join(still))
+
+
+def _drained(client, name, other, count):
+    """Move so many items of a queue to another server; yield how many at a time. They are opened,
+    and closed when they are stored there. Raises ValueError where they are not taken."""
+    while count > 0:
+        rows = list(client._rows(name, min(count, _PUT_AT_ONCE), b"open"))
+        if not rows:
+            break
+        with client._holding(name, rows):
+            for (flags, expiry), same in itertools.groupby(
+                    rows, lambda row: (row["flags"], -(-row["expiry"] // 1000))):
+                datas = [row["data"] for row in same]
+                taken = other.put_many(name, datas, expiry, flags)
+                if taken < len(datas):
+                    raise ValueError("%s is full or paused at %s; what it has taken of the last "
+                                     "%d items will be there twice" % (
+                                         name, other.address(), len(rows)))
+        count -= len(rows)
+        yield len(rows)
+
+
 def _command_pause(client, options):
     client.pause(options.queue, options.what or "")
 
@@ -11335,6 +11422,10 @@ _COMMANDS = {
                                      "help": "sort by items (depth), or by gets a second"}),),
             "the queues, anew each second"),
     "move": (_command_move, (_QUEUE, ("dest", {}), _COUNT), "move items to another queue"),
+    "drain": (_command_drain, (("queues", {"nargs": "*"}), ("--to", {
+        "action": "append", "required": True, "metavar": "HOST:PORT",
+        "help": "where to; each queue goes to one of several"})),
+              "move all items, or those of some queues, to other servers"),
     "pause": (_command_pause, (_QUEUE, ("what", {"nargs": "?", "choices": ["in", "out"]})),
               "stop puts (in), gets (out), or both"),
     "resume": (_command_resume, (_QUEUE,), "end a pause"),

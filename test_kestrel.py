@@ -9216,6 +9216,130 @@ def test_only_those_in_allow_come_in(serve, caplog, allow, served):
     assert server.thread.is_alive()
 
 
+PROXY_2 = b"\r\n\r\n\0\r\nQUIT\n"
+V6 = bytes(15) + b"\1"
+
+
+@pytest.mark.parametrize("header, found", [
+    (b"PROXY TCP4 10.1.2.3 10.0.0.1 5678 22133\r\n", ("10.1.2.3", 5678)),
+    (b"PROXY TCP6 2001:db8::7 ::1 5678 22133\r\n", ("2001:db8::7", 5678)),
+    (b"PROXY UNKNOWN\r\n", None), (b"PROXY UNKNOWN ff:: ::1 1 2\r\n", None),
+    (PROXY_2 + b"\x21\x11\0\x0c\x0a\1\2\3\x0a\0\0\1\x16\x2e\x56\x75", ("10.1.2.3", 5678)),
+    (PROXY_2 + b"\x21\x11\0\x0f\x0a\1\2\3\x0a\0\0\1\x16\x2e\x56\x75\4\0\0", ("10.1.2.3", 5678)),
+    (PROXY_2 + b"\x21\x21\0\x24" + V6 + V6 + b"\x16\x2e\x56\x75", ("::1", 5678)),
+    (PROXY_2 + b"\x20\0\0\0", None), (PROXY_2 + b"\x21\0\0\2ab", None),
+    (PROXY_2 + b"\x21\x31\0\xd8" + bytes(216), None),
+    (b"PROXY TCP4 10.1.2.3 10.0.0.1 5678\r\n", ValueError), (b"PROXYTCP4 \r\n", ValueError),
+    (b"PROXY TCP4 name 10.0.0.1 5678 22133\r\n", ValueError), (b"version\r\n", ValueError),
+    (b"PROXY TCP4 10.1.2.3 10.0.0.1 x 22133\r\n", ValueError), (b"\x16\3\1", ValueError),
+    (b"PROXY " + b"x" * 101, ValueError), (PROXY_2 + b"\x22\x11\0\x0c", ValueError),
+    (PROXY_2 + b"\x11\x11\0\x0c", ValueError), (PROXY_2 + b"\x21\x11\xff\0", ValueError),
+    (PROXY_2 + b"\x21\x11\0\4\0\0\0\0", ValueError)])
+def test_the_header_of_the_proxy_protocol(header, found):
+    """Whole, and however many of its bytes have come."""
+    if found is ValueError:
+        with pytest.raises(ValueError):
+            kestrel._parse_proxy_header(header)
+    else:
+        assert kestrel._parse_proxy_header(header + b"version\r\n") == (found, len(header))
+        for size in range(len(header)):
+            assert kestrel._parse_proxy_header(header[:size]) is None
+
+
+@pytest.mark.parametrize("with_tls", [False, True])
+def test_clients_behind_a_proxy_are_known(serve, tmp_path, caplog, with_tls):
+    """On all ports, in pieces, for the log, `clients` and `allow`; with TLS it comes before that."""
+    caplog.set_level("INFO")
+    ports = {name: free_port() for name in (("admin",) if with_tls else ("text", "thrift", "admin"))}
+    text = secured(tmp_path, "".join("%s_port = %d\n" % pair for pair in ports.items()),
+                   tls=with_tls) if with_tls else "[server]\n" + "".join(
+                       "%s_port = %d\n" % pair for pair in ports.items())
+    server = serve(text + "proxy_protocol = 127.0.0.1\nallow = 10.0.0.0/8, ::1\n")
+
+    def come(port, header):
+        client = Client(port)
+        for byte in range(len(header)):
+            client.send(header[byte:byte + 1])
+        if with_tls:
+            client.file.close()
+            client.sock = ssl.create_default_context(cafile=str(tmp_path / "ca.pem")).wrap_socket(
+                client.sock, server_hostname="localhost")
+            client.file = client.sock.makefile("rb")
+        return client
+
+    first = come(server.port, b"PROXY TCP4 10.1.2.3 10.0.0.1 5678 22133\r\n")
+    second = come(server.port, PROXY_2 + b"\x21\x21\0\x24" + V6 + V6 + b"\0\7\0\1")
+    for client in (first, second):
+        assert not with_tls or client.ask(LOGIN) == "STORED\r\n"
+        assert client.put("q", b"x") == "STORED\r\n"
+    first.send("clients\r\n")
+    who = [line.split()[2] for line in iter(first.line, "END\r\n")]
+    assert who == ["10.1.2.3:5678", "[::1]:7"]
+    with come(ports["admin"], b"PROXY TCP4 10.9.9.9 10.0.0.1 1 2\r\n") as client:
+        assert client.ask("GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n").split()[1] == "200"
+    if not with_tls:
+        with come(ports["text"], b"PROXY UNKNOWN\r\n") as client:    # its own: not in allow
+            assert client.file.read() == b""
+        with come(ports["text"], b"PROXY TCP4 10.1.2.3 10.0.0.1 1 2\r\n") as client:
+            assert client.ask("version\n").startswith(":")
+        with come(ports["thrift"], b"PROXY TCP4 10.1.2.3 10.0.0.1 1 2\r\n") as client:
+            assert client.sock.send(b"\0\0\0\4")        # of a frame
+        for begin in ("version\r\n", "PROXY TCP4 11.1.2.3 10.0.0.1 1 2\r\nversion\r\n"):
+            with Client(server.port) as client, contextlib.suppress(ConnectionError):
+                client.send(begin)
+                assert client.file.read() == b""
+        assert "127.0.0.1 is not among those in allow" in caplog.text
+        assert "11.1.2.3 is not among those in allow" in caplog.text
+        assert "is closed: no header of the PROXY protocol" in caplog.text
+    until(lambda: not server.server.introductions)
+
+
+def test_a_proxy_that_is_not_named_is_not_believed(serve, caplog):
+    caplog.set_level("INFO")
+    server = serve("[server]\nproxy_protocol = 10.0.0.1\n")
+    with Client(server.port) as client:
+        client.send("PROXY TCP4 10.1.2.3 10.0.0.1 5678 22133\r\nset q 0 0 1\r\nx\r\n")
+        assert client.file.read() == b"ERROR unknown command\r\n"
+    with Client(server.port) as client:
+        client.send(PROXY_2 + b"\x21\0\0\0")
+        assert client.file.read().endswith(b"ERROR this protocol is not supported\r\n")
+    assert "but is not among those in proxy_protocol" in caplog.text
+    with Client(server.port) as client:
+        assert client.get("q") is None
+
+
+def test_proxies_that_say_nothing_count_as_connections(serve, monkeypatch):
+    monkeypatch.setattr(kestrel, "LOGIN_MS", 400)
+    server = serve("[server]\nproxy_protocol = 127.0.0.1\nmax_connections = 3\n")
+    silent = [Client(server.port) for _ in range(3)]
+    until(lambda: len(server.server.introductions) == 3)
+    with Client(server.port) as client, contextlib.suppress(ConnectionError):
+        assert client.file.read() == b""
+    for client in silent:
+        assert client.file.read() == b""     # closed after a while
+    assert not server.server.introductions
+    with Client(server.port) as client:
+        assert client.ask("PROXY UNKNOWN\r\nversion\r\n").startswith("VERSION")
+    with Client(server.port) as client:      # it is hung up on at the end
+        client.send("PROXY ")
+        until(lambda: server.server.introductions)
+        server.stop()
+        assert client.file.read() == b""
+
+
+def test_an_unexpected_error_costs_one_proxy(serve, monkeypatch, caplog):
+    server = serve("[server]\nproxy_protocol = 127.0.0.1\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(kestrel, "_parse_proxy_header", lambda data: 1 // 0)
+        with Client(server.port) as client, contextlib.suppress(ConnectionError):
+            client.send("PROXY UNKNOWN\r\n")
+            assert client.file.read() == b""
+    assert "ZeroDivisionError" in caplog.text and not server.server.introductions
+    with Client(server.port) as client:
+        assert client.ask("PROXY UNKNOWN\r\nversion\r\n").startswith("VERSION")
+    caplog.clear()
+
+
 @pytest.mark.parametrize("address, allow, warned", [
     ("0.0.0.0", "", True), ("0.0.0.0", "127.0.0.1", False), ("127.0.0.1", "", False)])
 def test_to_listen_to_everybody_is_warned_of(serve, caplog, address, allow, warned):
