@@ -10178,6 +10178,14 @@ def _many(count):
     return "" if count == 1 else "/n=%d" % count
 
 
+def _host_and_port(server, port=22133):
+    """Return the two parts of HOST:PORT; `port` if that has none. Raises ValueError."""
+    if server.startswith("unix:") or not re.search(r"(^[^:]*|\]):[^:]*$", server):
+        return server.strip("[]"), port
+    host, _, port = server.rpartition(":")
+    return host.strip("[]"), PORT.parse(port)
+
+
 class Client:
     """A blocking connection to a server, over the memcache protocol. Times are seconds.
 
@@ -10186,17 +10194,22 @@ class Client:
             with client.open("jobs", timeout=5) as data:
                 ...                              # finished, or put back if this raises
 
-    host: or `unix:PATH`. timeout: how long an answer may take. user, password: for a server with
-    an auth_file. tls: an ssl.SSLContext for a server with TLS. Where items are read, `queue` may be
-    a list of queues: the first that has an item is read.
+    host: or `unix:PATH`, or a list of servers, see Cluster. timeout: how long an answer may take.
+    user, password: for a server with an auth_file. tls: an ssl.SSLContext for a server with TLS.
+    Where items are read, `queue` may be a list of queues: the first that has an item is read.
 
     Raises ServerError, and OSError when the connection fails. The next call connects anew, unless
     an item is open: that has gone back. What has been sent is never sent again, since nobody knows
     whether it was done: an item may be stored though put() has failed.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 22133, timeout: float = 30,
-                 user: "str | None" = None, password: str = "",
+    def __new__(cls, host: "str | list[str]" = "127.0.0.1", *arguments: object,
+                **options: object) -> "Client":
+        """Return a Cluster for a list of servers."""
+        return super().__new__(Cluster if isinstance(host, (list, tuple)) else cls)
+
+    def __init__(self, host: "str | list[str]" = "127.0.0.1", port: int = 22133,
+                 timeout: float = 30, user: "str | None" = None, password: str = "",
                  tls: "ssl.SSLContext | None" = None) -> None:
         self._arguments = host, port, timeout, user, password, tls
         self._timeout = timeout
@@ -10254,21 +10267,29 @@ class Client:
         items = iter(items)
         taken, refused = 0, None
         while True:
-            sets = [self._set(queue, data, expiry, flags)
-                    for data in itertools.islice(items, _PUT_AT_ONCE)]
-            if not sets:
+            batch = list(itertools.islice(items, _PUT_AT_ONCE))
+            if not batch:
                 break
-            self._send(b"".join(sets))
-            for _ in sets:
-                try:
-                    taken += self._try(self._line) == b"STORED"
-                except ServerError as error:
-                    refused = refused or error
-                except OSError as error:     # some refusals are its last word
-                    raise refused or error
+            answers, error = self._put_batch(queue, batch, expiry, flags)
+            taken += sum(answers)
+            refused = refused or error
         if refused:
             raise refused
         return taken
+
+    def _put_batch(self, queue, batch, expiry, flags):
+        """Put items at once. Return (whether each was taken, the first ServerError or None)."""
+        self._send(b"".join([self._set(queue, data, expiry, flags) for data in batch]))
+        answers, refused = [], None
+        for _ in batch:
+            try:
+                answers.append(self._try(self._line) == b"STORED")
+            except ServerError as error:
+                answers.append(False)
+                refused = refused or error
+            except OSError as error:         # some refusals are its last word
+                raise refused or error
+        return answers, refused
 
     def _set(self, queue, data, expiry, flags, delay=0, sync=False):
         data = _as_bytes(data)
@@ -10499,6 +10520,12 @@ class Client:
         return self._try(lambda: read(self._line()))
 
     def _send(self, command, timeout=0):
+        self._connect_again()
+        self._sock.settimeout(self._timeout + timeout)
+        self._try(lambda: self._sock.sendall(command))
+
+    def _connect_again(self):
+        """Connect anew if the connection was lost."""
         if self._is_closed:
             raise ConnectionError("this client is closed")
         if self._has_hung_up():
@@ -10506,8 +10533,6 @@ class Client:
             if any(self._opened.values()):
                 raise ConnectionError("the connection was lost; what was open goes back")
             self._connect()
-        self._sock.settimeout(self._timeout + timeout)
-        self._try(lambda: self._sock.sendall(command))
 
     def _has_hung_up(self):
         """Return whether the server has closed the connection, or it has failed before."""
@@ -10568,6 +10593,262 @@ class Client:
             return lines
 
         return self._ask(os.fsencode(command) + b"\r\n", read)
+
+
+# How long a server of several may take to let a Client in; how long one that failed is left alone,
+# and how many times as long as the failure has taken.
+_CONNECT_SECONDS = 1
+_WATCH_SECONDS = 30                      # how long a peek waits
+_REST_SECONDS, _REST_FACTOR = 1, 10
+
+
+def _shuffled(members):
+    import random                        # which a server does not need
+    return random.sample(members, len(members))
+
+
+class _Member:
+    """One server of a Cluster."""
+
+    def __init__(self, arguments):
+        self._arguments = arguments
+        self.address = "%s:%s" % arguments[:2]
+        self._clients = {}               # what for -> a Client, connected when it is needed
+        self.watched = None              # the key of a peek that has not been answered
+        self.rests_until = 0             # time.monotonic(); it has failed
+
+    def client(self, watching=False):
+        """Return a Client: for commands, or for waiting. Raises OSError and ServerError."""
+        if watching not in self._clients:
+            host, port, timeout, *rest = self._arguments
+            with self.failing():
+                client = Client(host, port, min(timeout, _CONNECT_SECONDS), *rest)
+            client._timeout = timeout
+            self._clients[watching] = client
+        return self._clients[watching]
+
+    @contextlib.contextmanager
+    def failing(self):
+        """Leave the server alone for a while if the `with` block fails."""
+        began = time.monotonic()
+        try:
+            yield
+        except (OSError, ServerError) as error:
+            now = time.monotonic()
+            if isinstance(error, OSError) or str(error).startswith("SERVER_ERROR"):
+                self.rests_until = now + max(_REST_SECONDS, _REST_FACTOR * (now - began))
+            self.stop_watching()
+            raise
+
+    def stop_watching(self):
+        """Give up a peek that has not been answered."""
+        self.watched = None
+        if True in self._clients:
+            self._clients.pop(True).close()
+
+    def is_connected(self):
+        """Return whether there is a Client for commands."""
+        return False in self._clients
+
+    def close(self):
+        """Hang up."""
+        self.stop_watching()
+        if False in self._clients:
+            self._clients.pop(False).close()
+
+
+class Cluster(Client):
+    """A Client of several servers that know nothing of each other: `Client(["10.0.0.1",
+    "10.0.0.2:22134"])`.
+
+    A put goes to any of them, and to another one if that refuses it or has failed: so a queue is
+    on all of them, and only roughly in order. put() and put_many() put an item twice only if a
+    connection is lost before the answer; `perhaps_twice` counts these, and the log names them.
+    Gets ask all, in any order, and wait for all at once. A server that has failed is left alone for
+    a while. What else there is to ask has to be asked of one server, by a Client of its own.
+
+    Raises OSError when no server can be reached; ServerError where all have refused.
+    """
+
+    def __init__(self, host: "list[str]", port: int = 22133, timeout: float = 5,
+                 user: "str | None" = None, password: str = "",
+                 tls: "ssl.SSLContext | None" = None) -> None:
+        self.perhaps_twice = 0
+        self._members = []
+        for server in host:
+            self._members.append(_Member(
+                (*_host_and_port(server, port), timeout, user, password, tls)))
+
+    def put(self, queue: str, data: bytes, expiry: int = 0, flags: int = 0, delay: float = 0,
+            sync: bool = False) -> bool:
+        """Put an item on one of the servers; return False if none has taken it."""
+        return self._put(lambda client: client.put(queue, data, expiry, flags, delay, sync))
+
+    def put_many(self, queue: str, items: "Iterable[bytes]", expiry: int = 0,
+                 flags: int = 0) -> int:
+        """Put items, a batch on a server; return how many were taken."""
+        items, taken = iter(items), 0
+        while True:
+            batch = list(itertools.islice(items, _PUT_AT_ONCE))
+            if not batch:
+                return taken
+            rest = batch
+
+            def put(client):
+                nonlocal rest
+                answers, refused = client._put_batch(queue, rest, expiry, flags)
+                rest = [data for data, answer in zip(rest, answers) if not answer]
+                if refused:
+                    raise refused
+                return not rest
+
+            self._put(put)
+            taken += len(batch) - len(rest)
+
+    def _put(self, put):
+        """Try servers until put(client) is true. Return whether it was."""
+        failure = None
+        for member in self._in_any_order():
+            try:
+                client = member.client()
+                client._connect_again()
+            except (OSError, ServerError) as error:    # nothing was sent
+                failure = error
+                continue
+            try:
+                with member.failing():
+                    if put(client):
+                        return True
+                failure = None
+            except ServerError as error:
+                if not str(error).startswith("SERVER_ERROR"):
+                    raise
+                failure = error
+            except OSError as error:
+                failure = error
+                self.perhaps_twice += 1
+                log.warning("the connection to %s was lost before the answer to a put: what was "
+                            "put may be there, and is put elsewhere", member.address)
+        if failure:
+            raise failure
+        return False
+
+    def _in_any_order(self):
+        """Return the servers that have not failed a moment ago, or all if all have."""
+        now = time.monotonic()
+        members = [member for member in self._members if member.rests_until <= now]
+        return _shuffled(members or self._members)
+
+    def _get(self, queue, timeout, options):
+        return self._find(queue, timeout, options)[1]
+
+    def _find(self, queue, timeout, options):
+        """Return (the Client of the server that had some, items); (None, []) if there are none."""
+        end = time.monotonic() + timeout
+        members = self._in_any_order()
+        failure, reached = None, False
+        while True:
+            for member in members:
+                try:
+                    client = member.client()
+                    with member.failing():
+                        items = client._get(queue, 0, options)
+                except (OSError, ServerError) as error:
+                    failure = error
+                    continue
+                reached = True
+                if items:
+                    return client, items
+            if time.monotonic() >= end:
+                if not reached:
+                    raise failure
+                return None, []
+            members = self._wait(queue, end)
+
+    def _wait(self, queue, end):
+        """Wait until there is an item, or the time is up; return the servers to be asked then."""
+        key = self._keys(queue)
+        while time.monotonic() < end:
+            left = end - time.monotonic()
+            found, watched = [], {}
+            for member in self._in_any_order():
+                try:
+                    client = member.client(True)
+                    if member.watched != key:
+                        if member.watched:
+                            member.stop_watching()
+                            client = member.client(True)
+                        with member.failing():
+                            client._send(b"get %b/peek/t=%d\r\n" % (key, 1000 * min(
+                                left, _WATCH_SECONDS)), _WATCH_SECONDS)
+                        member.watched = key
+                    watched[client._sock] = member
+                except (OSError, ServerError):
+                    pass
+            if not watched:
+                time.sleep(min(left, _REST_SECONDS))
+                continue
+            with selectors.DefaultSelector() as selector:
+                for sock, member in watched.items():
+                    selector.register(sock, _READ, member)
+                ready = [key.data for key, _ in selector.select(min(left, _REST_SECONDS))]
+            for member in ready:
+                with contextlib.suppress(OSError, ServerError), member.failing():
+                    client = member.client(True)
+                    member.watched = None
+                    if client._try(lambda: client._items(client._line())):
+                        found.append(member)
+            if found:
+                return _shuffled(found)
+        return self._in_any_order()
+
+    @contextlib.contextmanager
+    def open_many(self, queue: "str | list[str]", count: int, timeout: float = 0,
+                  limit: "float | None" = None) -> "Iterator[list[bytes]]":
+        """Open up to so many items of one of the servers for the time of a `with` block."""
+        self._check_closed(queue)
+        options = "" if limit is None else "/timeout=%d" % (limit * 1000)
+        client, items = self._find(queue, timeout, "/open" + _many(count) + options)
+        if client:
+            with client._holding(queue, items):
+                yield items
+        else:
+            yield items
+
+    def work(self, queue: "str | list[str]", timeout: float = 0) -> "Iterator[bytes]":
+        """Yield items, as Client.work() does."""
+        while True:
+            with self.open_many(queue, 1, timeout) as items:
+                if not items:
+                    return
+                yield items[0]
+
+    def abort(self, queue: "str | list[str]", delay: float = 0, tail: bool = False) -> None:
+        """Give back what is open of a queue."""
+        for client in self._holders(queue):
+            client.abort(queue, delay, tail)
+
+    def touch(self, queue: "str | list[str]") -> None:
+        """Let the time limit of what is open of a queue start anew."""
+        for client in self._holders(queue):
+            client.touch(queue)
+
+    def _holders(self, queue):
+        key = self._keys(queue)
+        clients = [member.client() for member in self._members if member.is_connected()]
+        return [client for client in clients if key in client._opened]
+
+    def _check_closed(self, queue):
+        if self._holders(queue):
+            raise ValueError("an item of %s is open here; use another client" % queue)
+
+    def _send(self, command, timeout=0):
+        raise TypeError("this has to be asked of one server")
+
+    def close(self) -> None:
+        """Hang up; what is open goes back."""
+        for member in self._members:
+            member.close()
 
 
 @contextlib.contextmanager
@@ -11043,15 +11324,6 @@ def _pack(path, for_kestrel):
 
 # -- commands that talk to a server
 
-def _host_and_port(server):
-    """Return the two parts of HOST:PORT. Raises ValueError."""
-    if server.startswith("unix:"):
-        return server, 0
-    host, _, port = server.rpartition(":") if re.search(r"[^:]:[0-9]+$|\]:", server) else (
-        server, "", "22133")
-    return host.strip("[]"), PORT.parse(port)
-
-
 def _connect(options, timeout=30, server=None):
     """Return a Client of a server, as a rule the one that the options, or the environment, name."""
     host, port = _host_and_port(server or options.server)
@@ -11306,7 +11578,7 @@ def _command_drain(client, options):
     print(moved)
     still = ["%s of %s: %s" % (words, name, stats[key]) for name in names for key, words in (
         ("queue_%s_items" % name, "items"), ("queue_%s_open_transactions" % name, "open reads"),
-        ("queue_%s_delayed_items" % name, "delayed items")) if int(stats.get(key, 0))]
+        ("queue_%s_delayed" % name, "delayed items")) if int(stats.get(key, 0))]
     if still:
         raise ValueError("left behind: %s" % "; ".join(still))
 
