@@ -2488,11 +2488,11 @@ class Journal:
     def set_aside(self, file, count):
         """Let as many items be open reads at the end of a file: what took them is lost, and what is
         done in newer files was not done to them. They come back at the end of the replay. If it is
-        less than none, add what stands for those that are lost."""
+        less than none, put back what stands for those that are lost."""
         log.warning("%s: its end is lost, but not that of a newer file; %d items come back",
                     file.path, max(0, count))
         ops = [(OPEN, None, _ASIDE + number) for number in range(count)]
-        (_, chunks, size), _ = self._share(file, ops or [(ADDX, LOST, 0)] * -count, True)
+        (_, chunks, size), _ = self._share(file, ops or [(UNREMOVE, None, _LOST)] * -count, True)
         fd = _open_journal(file.path)
         try:
             _write_all(fd, chunks, file.size, size)
@@ -2523,6 +2523,9 @@ class Journal:
             stands = [(ADDX, LOST, 0)] * lost + [
                 (OPEN, None, aside + number) for number in range(taken)] + [
                 (UNREMOVE, None, _LOST)] * back
+            if begin == 0 and end == len(data):        # it may well have had check sums
+                yield [_mark(True, 0)]
+                before = 0
             if before is None:
                 yield _encode(stands)[0]
                 if after is not None:
