@@ -11140,7 +11140,7 @@ def copy_spool(source: str, dest: str) -> int:
     copied. No server may use the copy, see _lock_spool(). Raises OSError, also if what is at
     `dest` is no copy, or a server has used it: it would be deleted."""
     copied = 0
-    there = _journal_names(source)
+    inodes, there = _current_inodes(source), _journal_names(source)
     mark = os.path.join(dest, COPY_MARK)
     if os.path.samefile(source, dest):
         raise OSError(errno.EINVAL, "the spool and its copy are the same", dest)
@@ -11155,7 +11155,7 @@ def copy_spool(source: str, dest: str) -> int:
     find_journals(dest)                      # finish what was broken off
     have = _journal_names(dest)
     for name in sorted(set(there) | set(have)):
-        files = _open_at_one_moment(source, name, there.get(name, {}))
+        files = _open_at_one_moment(source, name, inodes.get(name), there.get(name, {}))
         try:
             copied += _copy_queue(name, files, dest, have.get(name, {}))
         finally:
@@ -11164,9 +11164,15 @@ def copy_spool(source: str, dest: str) -> int:
     return copied
 
 
-def _open_at_one_moment(spool, name, found):
+def _current_inodes(spool):
+    """Return {queue: inode of its current file}."""
+    return {entry.name: entry.inode() for entry in os.scandir(spool) if "." not in entry.name}
+
+
+def _open_at_one_moment(spool, name, inode, found):
     """Return [(number, descriptor, size)] of the files of a queue, the oldest first, as they were
-    at one moment; [] if there is no such queue. found: {number: name} of them. Raises OSError."""
+    at one moment; [] if there is no such queue. inode: of its current file, before the files were
+    looked for; found: {number: name} of them. Raises OSError."""
     for attempt in range(_COPY_TRIES):
         order = _in_order(found)
         opened = []
@@ -11177,15 +11183,17 @@ def _open_at_one_moment(spool, name, found):
             sizes = [os.fstat(fd).st_size for _, fd in opened]
             same = [_identity(os.stat(os.path.join(spool, file))) == _identity(os.fstat(fd))
                     for (_, file), (_, fd) in zip(order, opened)]
-            # New files come with another one that is renamed or deleted.
-            if all(same) and (sizes == [os.fstat(fd).st_size for _, fd in opened]
+            current = [os.fstat(fd).st_ino for number, fd in opened if number is None] or [None]
+            # New files come with another one that is renamed or deleted. A current file that is
+            # still the same was there all the time: no other one has been given a number since.
+            if all(same) and current == [inode] and (sizes == [os.fstat(fd).st_size for _, fd in opened]
                               or attempt > _COPY_TRIES // 2):
                 return [(number, fd, size) for (number, fd), size in zip(opened, sizes)]
         except FileNotFoundError:
             pass
         _close_all([fd for _, fd in opened])
         time.sleep(0.001 * attempt)
-        found = _journal_names(spool).get(name, {})
+        inode, found = _current_inodes(spool).get(name), _journal_names(spool).get(name, {})
     raise OSError(errno.EAGAIN, "the files of this queue do not come to rest",
                   os.path.join(spool, name))
 

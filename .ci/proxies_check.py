@@ -116,6 +116,8 @@ class Client:
                 lines.append(line.strip())
         except ConnectionError:
             return []
+        except socket.timeout:
+            check(False, "no answer within 10 seconds, but", lines)
         return lines
 
     def ask(self, text):
@@ -362,15 +364,15 @@ def try_table():
 
 def try_list(mark, *interpreter):
     """A program of the README that has a list of servers, with several queues."""
-    def run(queue):
-        file = write("program", block(mark).replace("jobs", queue))
+    def run(queue, change="", to=""):
+        file = write("program", block(mark).replace(change, to).replace("jobs", queue))
         done = subprocess.run(interpreter + (file,), stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, universal_newlines=True)
         return done.stdout
 
     home = {}
     for queue in ["%s%d" % (interpreter[0][-3:], number) for number in range(10)]:
-        check(run(queue) == "resize 17.jpg\n", run(queue))
+        check(run(queue) == "resize 17.jpg\n", mark, queue, run(queue))
         check([*places(queue).values()] == [(0, 0)], queue, places(queue))
         home[queue] = min(places(queue))
     dead = home[queue]
@@ -378,6 +380,10 @@ def try_list(mark, *interpreter):
     kill(servers[dead])
     for queue in home:
         check((run(queue) == "resize 17.jpg\n") == (home[queue] != dead), queue, run(queue))
+    if mark == "# queues.py":
+        said = run(queue, "queues.set(", "for _ in range(9):\n    try:\n        queues.get('jobs')\n"
+                   "    except OSError as error:\n        print(error)\nqueues.set(")
+        check(said.count("Connection refused\n") >= 9, "a queue has moved", said)
     start_server(dead)
     yield "each queue on one server; those of a dead server fail"
 
