@@ -5269,11 +5269,15 @@ class Broker:
 
     def why_not_readable(self):
         """Return why clients had better read elsewhere, "" if all is well."""
-        return self.refuses_reads or self.trouble()
+        return self.refuses_reads or self._will_refuse(0) or self.trouble()
 
     def why_not_writable(self):
         """Return why clients had better put elsewhere, "" if all is well."""
-        return self.refuses_writes or self.trouble() or self.low_space
+        return self.refuses_writes or self._will_refuse(1) or self.trouble() or self.low_space
+
+    def _will_refuse(self, what):
+        """Return why reads (0) or writes (1) are refused after status_change_grace_period."""
+        return "the server is %s" % self.status.lower() if STATUSES[self.status][what] else ""
 
     def take_free_space(self, size):
         """Note how many bytes are free for the spool."""

@@ -4044,6 +4044,8 @@ def test_a_status_refuses_after_its_grace(tmp_path):
     broker = broker_of(tmp_path, "[server]\nstatus_change_grace_period = 5s\n", later=clock)
     broker.set_status("readonly")
     assert broker.status == "READONLY" and refusals(broker) == (False, False)
+    # Health checks are told at once, so that nobody comes who would be refused.
+    assert (broker.why_not_readable(), broker.why_not_writable()) == ("", "the server is readonly")
     clock.reach(4000)
     broker.set_status("quiescent")                # the time of readonly starts anew with it
     clock.reach(5000)
