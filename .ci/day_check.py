@@ -1,7 +1,7 @@
 """A web shop's day: short connections put jobs through HAProxy, with the README's very
-configuration, and workers take them reliably, while one server is killed with -9 and started again,
-and another one is drained and replaced by a new kestrel.py. Fails if an acknowledged job is lost, or
-a failed put does not succeed elsewhere within a second.
+configuration, and workers take them reliably, while one server is killed with -9 and started
+again, and another one is drained and replaced by a new kestrel.py. Fails if an acknowledged job is
+lost, or a failed put does not succeed elsewhere within a second.
 
     python3 .ci/day_check.py
 """
@@ -49,7 +49,8 @@ class Server:
         self.config = os.path.join(work, "%d.conf" % number)
         with open(self.config, "w") as file:
             file.write("[server]\nlisten = 127.0.0.1%d\nmemcache_port = %s\nadmin_port = %s\n"
-                       "queue_path = %s/%d\n" % (number, PORTS["22133"], PORTS["2223"], work, number))
+                       "queue_path = %s/%d\nstatus_change_grace_period = 3s\n" % (
+                           number, PORTS["22133"], PORTS["2223"], work, number))
         self.start()
 
     def start(self):
