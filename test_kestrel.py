@@ -33,6 +33,7 @@ import select
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import struct
 import subprocess
@@ -10252,6 +10253,46 @@ def test_drain_moves_everything_to_others(servers, capfd):
     assert "left behind: delayed items of d: 1; open reads of e: 1" in err
     assert kestrel.main(drain[:4] + [names[0], "a"]) == 1      # that is itself
     assert "is to be drained itself" in capfd.readouterr().err
+
+
+class OldKestrel(socketserver.StreamRequestHandler):
+    """As much of Kestrel 2.4 as there is to empty a queue: it passes over options it does not know,
+    and has no `list`."""
+
+    def handle(self):
+        opened = None
+        for line in self.rfile:
+            words = line.split()
+            if words == [b"stats"]:
+                answer = b"".join(b"STAT queue_old_%b %d\r\n" % (key, len(self.server.items)) for key in (
+                    b"items", b"total_items", b"expired_items")) + (
+                        b"STAT queue_old_open_transactions %d\r\nEND\r\n" % bool(opened))
+            elif words[:1] == [b"get"]:
+                name, *options = words[1].split(b"/")
+                if b"close" in options:
+                    opened = None
+                answer = b"END\r\n"
+                if b"open" in options and self.server.items:
+                    opened = self.server.items.pop(0)
+                    answer = b"VALUE %b 0 %d\r\n%b\r\nEND\r\n" % (name, len(opened), opened)
+            else:
+                answer = b"ERROR\r\n"
+            self.wfile.write(answer)
+
+
+def test_drain_empties_an_old_kestrel(servers, capfd):
+    _, (client,) = servers({})
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), OldKestrel) as old:
+        old.daemon_threads = True
+        old.items = [b"%d" % number for number in range(30)]
+        threading.Thread(target=old.serve_forever, args=(0.01,)).start()
+        try:
+            assert kestrel.main(["drain", "--server", "127.0.0.1:%d" % old.server_address[1], "--to",
+                                 "127.0.0.1:%d" % client._arguments[1]]) == 0
+        finally:
+            old.shutdown()
+    assert capfd.readouterr().out == "30\n"
+    assert client.get_many("old", 50) == [b"%d" % number for number in range(30)]
 
 
 def test_drain_can_be_broken_off_and_begun_again(servers, capfd):
