@@ -2478,7 +2478,8 @@ class Journal:
             else:                            # it has become longer
                 self.size += len(data) - file.size
                 file.size = len(data)
-        with open(file.path, "rb") as source:
+        # There may be more damage, where what was cut out has led the reader astray.
+        with open(file.path, "rb") as source, contextlib.suppress(Damage):
             source.seek(start)
             file.checked = ends is not None
             for opcode, xid, _, _ in read_records(source, checked=file.checked):
@@ -2526,6 +2527,8 @@ class Journal:
             if begin == 0 and end == len(data):        # it may well have had check sums
                 yield [_mark(True, 0)]
                 before = 0
+            elif begin == 0 and after:       # the first mark would say that items wait
+                yield [_mark(True, 0), _mark(False, 0)]
             if before is None:
                 yield _encode(stands)[0]
                 if after is not None:
@@ -3911,11 +3914,12 @@ class Queue:
                     tell()
                 begin, offset = offset, end
                 if opcode == CHECK:
-                    if not file.checked and surplus is not None:       # a mark
-                        if begin == 0:
-                            surplus -= xid[2] >> 40
-                        elif last_head == number:
-                            surplus = None
+                    if not file.checked:     # a mark
+                        if begin == 0 and xid[2]:        # see Journal.pass_all()
+                            last_head = number
+                        if surplus is not None:
+                            surplus = (surplus - (xid[2] >> 40) if begin == 0
+                                       else surplus if last_head != number else None)
                     file.checked = xid[0] > 0 or not file.checked
                     close(end, added[-1], xid[2])
                 elif opcode == ADD_DELAYED:
@@ -11190,8 +11194,8 @@ def _open_at_one_moment(spool, name, inode, found):
             current = [os.fstat(fd).st_ino for number, fd in opened if number is None] or [None]
             # New files come with another one that is renamed or deleted. A current file that is
             # still the same was there all the time: no other one has been given a number since.
-            if all(same) and current == [inode] and (sizes == [os.fstat(fd).st_size for _, fd in opened]
-                              or attempt > _COPY_TRIES // 2):
+            rests = sizes == [os.fstat(fd).st_size for _, fd in opened]
+            if all(same) and current == [inode] and (rests or attempt > _COPY_TRIES // 2):
                 return [(number, fd, size) for (number, fd), size in zip(opened, sizes)]
         except FileNotFoundError:
             pass

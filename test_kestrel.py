@@ -2905,6 +2905,19 @@ def test_takes_are_in_a_newer_file_while_all_is_written_anew(tmp_path, lost, exp
         assert contents_of(tmp_path) == expected
 
 
+@promise(6)
+def test_a_restart_while_all_is_written_anew(tmp_path):
+    """Nothing was taken since: the newer file is the head all the same, as it says."""
+    (tmp_path / "q.1").write_bytes(checked_journal(add_records(b"a", b"b")))
+    (tmp_path / "q").write_bytes(checked_journal([(kestrel.PAUSE, None, 0)], waiting=2))
+    queue = load(tmp_path)
+    fill(queue, b"c")
+    assert data_of(take(queue, 1)) == [b"a"]
+    queue.close()
+    for _ in range(2):
+        assert contents_of(tmp_path) == [b"b", b"c"]
+
+
 def test_a_bit_of_where_check_sums_begin_costs_nothing(tmp_path):
     """Each write was damaged without it, and cut out of its own."""
     checked_file(tmp_path, one_of_each(seeded()))
