@@ -2911,11 +2911,11 @@ def test_a_restart_while_all_is_written_anew(tmp_path):
     (tmp_path / "q.1").write_bytes(checked_journal(add_records(b"a", b"b")))
     (tmp_path / "q").write_bytes(checked_journal([(kestrel.PAUSE, None, 0)], waiting=2))
     queue = load(tmp_path)
-    fill(queue, b"c")
-    assert data_of(take(queue, 1)) == [b"a"]
+    fill(queue, b"c", b"d")
+    assert data_of(take(queue, 3)) == [b"a", b"b", b"c"]
     queue.close()
     for _ in range(2):
-        assert contents_of(tmp_path) == [b"b", b"c"]
+        assert contents_of(tmp_path) == [b"d"]
 
 
 def test_a_bit_of_where_check_sums_begin_costs_nothing(tmp_path):
