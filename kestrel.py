@@ -9352,7 +9352,8 @@ def _parse_proxy_header(data):
             return None
         if words[1:2] == ["UNKNOWN"]:
             return None, end + 2
-        if len(words) != 6 or words[1] not in ("TCP4", "TCP6"):
+        if (len(words) != 6 or words[1] not in ("TCP4", "TCP6") or "%" in words[2]
+                or not re.fullmatch("[0-9]{1,5}", words[4])):
             raise ValueError("a bad header of the PROXY protocol")
         return (str(ipaddress.ip_address(words[2])), int(words[4])), end + 2
     if len(data) < 16:
@@ -10281,15 +10282,18 @@ class Client:
             batch = list(itertools.islice(items, _PUT_AT_ONCE))
             if not batch:
                 break
-            answers, error = self._put_batch(queue, batch, expiry, flags)
+            answers, error, failure = self._put_batch(queue, batch, expiry, flags)
             taken += sum(answers)
             refused = refused or error
+            if failure:                      # some refusals are its last word
+                raise refused or failure
         if refused:
             raise refused
         return taken
 
     def _put_batch(self, queue, batch, expiry, flags):
-        """Put items at once. Return (whether each was taken, the first ServerError or None)."""
+        """Put items at once. Return (whether each was taken, as far as that was answered, the first
+        ServerError, the OSError that ended it); None where there was none."""
         self._send(b"".join([self._set(queue, data, expiry, flags) for data in batch]))
         answers, refused = [], None
         for _ in batch:
@@ -10298,9 +10302,9 @@ class Client:
             except ServerError as error:
                 answers.append(False)
                 refused = refused or error
-            except OSError as error:         # some refusals are its last word
-                raise refused or error
-        return answers, refused
+            except OSError as error:
+                return answers, refused, error
+        return answers, refused, None
 
     def _set(self, queue, data, expiry, flags, delay=0, sync=False):
         data = _as_bytes(data)
@@ -10610,7 +10614,16 @@ class Client:
 # and how many times as long as the failure has taken.
 _CONNECT_SECONDS = 1
 _WATCH_SECONDS = 30                      # how long a peek waits
+_TLS_POLL_SECONDS = 0.05                 # how often servers are asked over TLS
 _REST_SECONDS, _REST_FACTOR = 1, 10
+
+
+class _Unknown(ConnectionError):
+    """The connection was lost before the answers to `count` puts."""
+
+    def __init__(self, count):
+        super().__init__("the connection was lost before the answers to %d puts" % count)
+        self.count = count
 
 
 def _shuffled(members):
@@ -10684,7 +10697,11 @@ class Cluster(Client):
     def __init__(self, host: "list[str]", port: int = 22133, timeout: float = 5,
                  user: "str | None" = None, password: str = "",
                  tls: "ssl.SSLContext | None" = None) -> None:
+        if not host:
+            raise ValueError("there is no server in the list")
         self.perhaps_twice = 0
+        self._tls = tls
+        self._is_closed = False
         self._members = []
         for server in host:
             self._members.append(_Member(
@@ -10707,8 +10724,11 @@ class Cluster(Client):
 
             def put(client):
                 nonlocal rest
-                answers, refused = client._put_batch(queue, rest, expiry, flags)
-                rest = [data for data, answer in zip(rest, answers) if not answer]
+                answers, refused, failure = client._put_batch(queue, rest, expiry, flags)
+                unknown = len(rest) - len(answers)
+                rest = [data for data, answer in itertools.zip_longest(rest, answers) if not answer]
+                if failure and not (refused and not answers[-1]):      # else it was its last word
+                    raise _Unknown(unknown)
                 if refused:
                     raise refused
                 return not rest
@@ -10718,11 +10738,12 @@ class Cluster(Client):
 
     def _put(self, put):
         """Try servers until put(client) is true. Return whether it was."""
-        failure = None
-        for member in self._in_any_order():
+        failure = unknown = None
+        for member in self._in_any_order() + self._resting():
             try:
                 client = member.client()
-                client._connect_again()
+                with member.failing():
+                    client._connect_again()
             except (OSError, ServerError) as error:    # nothing was sent
                 failure = error
                 continue
@@ -10736,35 +10757,52 @@ class Cluster(Client):
                     raise
                 failure = error
             except OSError as error:
-                failure = error
-                self.perhaps_twice += 1
+                failure = unknown = error
+                self.perhaps_twice += error.count if isinstance(error, _Unknown) else 1
                 log.warning("the connection to %s was lost before the answer to a put: what was "
                             "put may be there, and is put elsewhere", member.address)
-        if failure:
-            raise failure
+        if unknown or failure:
+            raise unknown or failure
         return False
 
     def _in_any_order(self):
-        """Return the servers that have not failed a moment ago, or all if all have."""
+        """Return the servers that have not failed a moment ago."""
+        if self._is_closed:
+            raise ConnectionError("this client is closed")
         now = time.monotonic()
-        members = [member for member in self._members if member.rests_until <= now]
-        return _shuffled(members or self._members)
+        return _shuffled([member for member in self._members if member.rests_until <= now])
+
+    def _resting(self):
+        """Return the others."""
+        now = time.monotonic()
+        return _shuffled([member for member in self._members if member.rests_until > now])
 
     def _get(self, queue, timeout, options):
+        if {"open", "close", "abort", "touch"} & set(options.split("/")):
+            raise TypeError("the next call may ask another server: use open() or work()")
         return self._find(queue, timeout, options)[1]
+
+    def export(self, queue: str, count: "int | None" = None,
+               take: bool = False) -> "Iterator[dict]":
+        """Raise TypeError, as do all calls that are about one server."""
+        self._send(b"")
 
     def _find(self, queue, timeout, options):
         """Return (the Client of the server that had some, items); (None, []) if there are none."""
         end = time.monotonic() + timeout
-        members = self._in_any_order()
+        members = self._in_any_order() + self._resting()
         failure, reached = None, False
         while True:
             for member in members:
+                if reached and member.rests_until > time.monotonic():
+                    continue
                 try:
                     client = member.client()
                     with member.failing():
                         items = client._get(queue, 0, options)
                 except (OSError, ServerError) as error:
+                    if str(error).startswith("CLIENT_ERROR"):
+                        raise
                     failure = error
                     continue
                 reached = True
@@ -10781,6 +10819,9 @@ class Cluster(Client):
         key = self._keys(queue)
         while time.monotonic() < end:
             left = end - time.monotonic()
+            if self._tls:                    # whose sockets can be readable without an answer
+                time.sleep(min(left, _TLS_POLL_SECONDS))
+                break
             found, watched = [], {}
             for member in self._in_any_order():
                 try:
@@ -10793,6 +10834,7 @@ class Cluster(Client):
                             client._send(b"get %b/peek/t=%d\r\n" % (key, 1000 * min(
                                 left, _WATCH_SECONDS)), _WATCH_SECONDS)
                         member.watched = key
+                    client._sock.settimeout(client._timeout)
                     watched[client._sock] = member
                 except (OSError, ServerError):
                     pass
@@ -10804,11 +10846,16 @@ class Cluster(Client):
                     selector.register(sock, _READ, member)
                 ready = [key.data for key, _ in selector.select(min(left, _REST_SECONDS))]
             for member in ready:
-                with contextlib.suppress(OSError, ServerError), member.failing():
-                    client = member.client(True)
-                    member.watched = None
-                    if client._try(lambda: client._items(client._line())):
-                        found.append(member)
+                client, member.watched = member.client(True), None
+                try:
+                    with member.failing():
+                        if client._try(lambda client=client: client._items(client._line())):
+                            found.append(member)
+                except OSError:
+                    pass
+                except ServerError as error:
+                    if not str(error).startswith("SERVER_ERROR"):
+                        raise
             if found:
                 return _shuffled(found)
         return self._in_any_order()
@@ -10858,6 +10905,7 @@ class Cluster(Client):
 
     def close(self) -> None:
         """Hang up; what is open goes back."""
+        self._is_closed = True
         for member in self._members:
             member.close()
 
@@ -11566,26 +11614,30 @@ def _command_drain(client, options):
     """Move all that waits to other servers, each queue to one of them."""
     with contextlib.ExitStack() as stack:
         others = [stack.enter_context(_connect(options, server=one)) for one in options.to]
-        if client.address() in [other.address() for other in others]:
-            raise ValueError("%s is to be drained itself" % client.address())
         stats = client.stats()
+        for other in others:
+            if _is_same_server(stats, other.stats()):
+                raise ValueError("%s is to be drained itself" % other.address())
         names = options.queues or client.names(stats)
+        for name in names:
+            if "queue_%s_items" % name not in stats:
+                raise ValueError("there is no queue %s" % name)
+        names = sorted(names, key=lambda name: "+" in name)    # before they have children there
         targets = dict(zip(names, itertools.cycle(others)))
-        children = [name.partition("+")[0] for other in others for name in other.names()
-                    if "+" in name]
-        refused = [name for name in names if name in children]
-        if refused:
-            raise ValueError("a queue there has children, which would be given all items of %s as "
-                             "well" % ", ".join(refused))
 
         def waiting():
             return {name: int(stats.get("queue_%s_items" % name, 0)) for name in names}
 
-        moved, left = 0, waiting()
+        moved, left, stay = 0, waiting(), set()
         show = _progress(sum(left.values()))
         while any(left.values()):
             before = moved
+            parents = {name.partition("+")[0] for other in others for name in other.names()
+                       if "+" in name}
             for name in names:
+                if left[name] and name in parents:
+                    stay.add(name)           # they would be given its items as well
+                    continue
                 for count in _drained(client, name, targets[name], left[name]):
                     moved += count
                     show(moved)
@@ -11595,11 +11647,19 @@ def _command_drain(client, options):
                 break
         show(moved, True)
     print(moved)
-    still = ["%s of %s: %s" % (words, name, stats[key]) for name in names for key, words in (
+    still = ["%s of %s: %s%s" % (words, name, stats[key], (
+        " (there it has children already)" if name in stay else ""))
+             for name in names for key, words in (
         ("queue_%s_items" % name, "items"), ("queue_%s_open_transactions" % name, "open reads"),
         ("queue_%s_delayed" % name, "delayed items")) if int(stats.get(key, 0))]
     if still:
         raise ValueError("left behind: %s" % "; ".join(still))
+
+
+def _is_same_server(stats, others):
+    """Return whether two answers to `stats` are of one server, whatever its addresses."""
+    return abs(int(stats.get("uptime", 0)) - int(others.get("uptime", 0))) <= 1 and all(
+        stats.get(key) == others.get(key) for key in ("pid", "total_items", "bytes", "curr_items"))
 
 
 def _drained(client, name, other, count):

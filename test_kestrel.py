@@ -24,6 +24,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import random
@@ -9247,6 +9248,8 @@ V6 = bytes(15) + b"\1"
     (PROXY_2 + b"\x21\x31\0\xd8" + bytes(216), None),
     (b"PROXY TCP4 10.1.2.3 10.0.0.1 5678\r\n", ValueError), (b"PROXYTCP4 \r\n", ValueError),
     (b"PROXY TCP4 name 10.0.0.1 5678 22133\r\n", ValueError), (b"version\r\n", ValueError),
+    (b"PROXY TCP4 10.1.2.3 10.0.0.1 -1 22133\r\n", ValueError),
+    (b"PROXY TCP6 fe80::1%a\nb ::1 1 22133\r\n", ValueError),
     (b"PROXY TCP4 10.1.2.3 10.0.0.1 x 22133\r\n", ValueError), (b"\x16\3\1", ValueError),
     (b"PROXY " + b"x" * 101, ValueError), (PROXY_2 + b"\x22\x11\0\x0c", ValueError),
     (PROXY_2 + b"\x11\x11\0\x0c", ValueError), (PROXY_2 + b"\x21\x11\xff\0", ValueError),
@@ -9963,6 +9966,63 @@ def test_servers_that_are_gone_or_hang_cost_their_share(servers, caplog):
                 call()
 
 
+@pytest.mark.parametrize("last_word, twice", [(b"SERVER_ERROR is readonly\r\n", 0), (b"", 40)])
+def test_what_was_stored_is_not_put_again_when_a_server_hangs_up(servers, last_word, twice):
+    """All of the batch was, and nobody was told."""
+    class Breaks(socketserver.StreamRequestHandler):
+        def handle(self):
+            self.rfile.readline()
+            self.wfile.write(b"STORED\r\n" * 10 + last_word)
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.connection.recv(1 << 16):
+                pass
+
+    started, (client,) = servers({})
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Breaks) as breaks:
+        breaks.daemon_threads = True
+        threading.Thread(target=breaks.serve_forever, args=(0.01,)).start()
+        try:
+            with cluster_of(started, "127.0.0.1:%d" % breaks.server_address[1]) as cluster:
+                cluster._members[0].rests_until = math.inf         # so the other one comes first
+                assert cluster.put_many("q", [b"%d" % number for number in range(50)]) == 50
+                assert cluster.perhaps_twice == twice
+        finally:
+            breaks.shutdown()
+    assert client.get_many("q", 99) == [b"%d" % number for number in range(10, 50)]
+
+
+def test_what_cannot_be_asked_of_several_servers(servers):
+    started, _ = servers({})
+    with pytest.raises(ValueError, match="no server"):
+        kestrel.Client([])
+    cluster = cluster_of(started)
+    for call in (lambda: cluster.get("q", options="/open"), lambda: cluster.queues(),
+                 lambda: cluster.export("q")):
+        with pytest.raises(TypeError):
+            call()
+    cluster.close()
+    for call in (lambda: cluster.put("q", b"x"), lambda: cluster.get("q")):
+        with pytest.raises(ConnectionError, match="closed"):
+            call()
+
+
+def test_several_servers_over_tls(serve, tmp_path):
+    """A socket can be readable though there is no answer."""
+    server = serve(secured(tmp_path))
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    with kestrel.Client(["localhost:%d" % server.port], user="bob", password="a secret",
+                        tls=context) as cluster, kestrel.Client(
+                            "localhost", server.port, user="ann", password="a secret",
+                            tls=context) as client:
+        timer = threading.Timer(0.1, client.put, ("q", b"late"))
+        timer.start()
+        assert cluster.get("q", timeout=20) == b"late"
+        timer.join()
+    with kestrel.Client(["localhost:%d" % server.port], tls=context) as cluster:
+        with pytest.raises(kestrel.ServerError, match="unauthenticated"):
+            cluster.get("q", timeout=20)     # at once
+
+
 def test_a_server_that_comes_back_is_used_again(servers, monkeypatch):
     monkeypatch.setattr(kestrel, "_REST_SECONDS", 0.05)
     monkeypatch.setattr(kestrel, "_REST_FACTOR", 0)
@@ -10326,9 +10386,13 @@ def test_drain_can_be_broken_off_and_begun_again(servers, capfd):
     assert list(dict.fromkeys(found)) == items and counts_of([client], "a") == [0]
     other.put("a+child", b"")
     client.put("a", b"x")
+    client.put("a+child", b"y")
     capfd.readouterr()
-    assert kestrel.main(drain) == 1 and "has children" in capfd.readouterr().err
-    assert kestrel.main(drain + ["b"]) == 0
+    assert kestrel.main(drain) == 1          # nothing is put twice into the child
+    out, err = capfd.readouterr()
+    assert out == "1\n" and "items of a: 1 (there it has children already)" in err
+    assert other.get_many("a+child", 9) == [b"", b"y"]
+    assert kestrel.main(drain + ["b"]) == 1 and "no queue b" in capfd.readouterr().err
 
 
 @promise(1)
