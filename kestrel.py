@@ -1499,6 +1499,12 @@ def _ends_by_next(data, begin, ends):
     return ends
 
 
+def _fit(moves, size):
+    """Return whether so many bytes of records can have moved so many items."""
+    added, taken, back = moves
+    return added <= size // _ADDX.size and taken + 5 * back <= size
+
+
 def _moved_between(data, begin, before, end, after):
     """Return how many items were (added, taken, put back) by the damaged records from data[begin]
     to data[end]. before, after: two accounts of the ends before and after them, of which one may be
@@ -1508,8 +1514,7 @@ def _moved_between(data, begin, before, end, after):
     is_sure = before[0] == before[1] and len(set(after)) == 1
     likely = [moves for moves in itertools.starmap(_between, itertools.product(before, after))
               if max(moves) < end - begin + _CUT_OUT]
-    fitting = [moves for moves in likely if is_sure or moves[0] <= (end - begin) // _ADDX.size
-               and moves[1] + 5 * moves[2] <= end - begin]
+    fitting = [moves for moves in likely if is_sure or _fit(moves, end - begin)]
     if likely:
         return min(fitting or likely, key=sum)
     moves, is_whole = _count_moves(data[begin:max(begin, end - _CHECK_SIZE)])
@@ -1561,6 +1566,8 @@ def find_damage(data, start=0, ends=None):
         if sums:
             begin, *before = sums
             end, after, is_checked = _next_check(data, begin, before)
+            if after[0] is None and not any(_fit(_between(0, one), begin) for one in before):
+                end, after, is_checked = _next_check(data, begin)
             yield Cut(begin, end, why, *_moved_between(data, begin, before, end, after),
                       before[-1], after[0])
             sums = (end, *after) if is_checked else None
