@@ -27,7 +27,7 @@ The file is read from top to bottom; no section refers to one below its own:
      7  Protocols       memcache, text, Thrift: bytes in, bytes out; no sockets, clock, files
      8  Admin           HTTP, metrics, the web page
      9  Server          sockets, timers, fsync, signals: one turn of the loop
-    10  From Python     a client, and a server in a thread
+    10  From Python     clients of one server or several, and a server in a thread
     11  Command line    main(), tools for journals and spools, the commands that are a client
 
 The words used here:
@@ -46,6 +46,7 @@ The words used here:
     dead letter     an item that came back too often, and is moved to another queue
     passed file     a journal file with no waiting items left
     check sum       the CRC-32 of what is written at a time, in the CHECK that closes it
+    mark            a CHECK of no bytes: check sums begin or end there
     ends            of a file: how many items its checked records added at the tail of the queue,
                     and took from and put back to its head
     task            a generator that does long work in bounded steps
@@ -1470,7 +1471,7 @@ def _next_check(data, begin, before=()):
 
 def _may_cover(data, start, at):
     """Return whether the bytes data[start:at] are not too many for a CHECK."""
-    if at - start <= 2 * _SPAN or data[start] in (REMOVE, CONFIRM):   # these of a flush
+    if at - start <= 2 * _SPAN or data[start] in (REMOVE, CONFIRM):   # of a flush
         return True
     head = data[start:start + _LONGEST_HEAD]
     if head[0] in _HEADS:
@@ -1574,17 +1575,7 @@ def find_damage(data, start=0, ends=None):
         else:
             limit, after, is_checked = _next_check(data, plain - 1)
             covered = _covered_by(data, offset)
-            if not is_checked and covered:
-                begin, end = max(start, offset - covered), offset + _CHECK_SIZE
-                yield Cut(begin, end, why, *_count_moves(data[begin:offset])[0], None, None)
-            elif not is_checked:
-                begin, end, lost = next(filter(None, (
-                    hypothesis(data, failure) for hypothesis in _HYPOTHESES)))
-                if begin >= limit:           # it has swallowed the mark
-                    begin = last if last is not None and plain <= last < limit else plain
-                end = min(end, limit)
-                yield Cut(begin, end, why, lost, 0, 0, None, None)
-            else:                            # the mark is in what is damaged
+            if is_checked:                   # the mark is in what is damaged
                 begin, end = offset, limit
                 if last is not None and (not plausible or begin >= limit):
                     begin = last
@@ -1593,6 +1584,16 @@ def find_damage(data, start=0, ends=None):
                 yield Cut(begin, end, why, *_moved_between(data, begin, (0, 0), end, after),
                           None, after[0])
                 sums = end, *after
+            elif covered:                    # so is what comes before a wrong CHECK
+                begin, end = max(start, offset - covered), offset + _CHECK_SIZE
+                yield Cut(begin, end, why, *_count_moves(data[begin:offset])[0], None, None)
+            else:
+                begin, end, lost = next(filter(None, (
+                    hypothesis(data, failure) for hypothesis in _HYPOTHESES)))
+                if begin >= limit:           # it has swallowed the mark
+                    begin = last if last is not None and plain <= last < limit else plain
+                end = min(end, limit)
+                yield Cut(begin, end, why, lost, 0, 0, None, None)
         start = end
 
 
@@ -1613,8 +1614,8 @@ class WrongSum(OSError):
 
 class LostTail(Exception):
     """The end of a journal file has not reached the disk, but that of the next one has: a power
-    failure. When operations at the head begin in the next file other items wait than it says. args:
-    how many more."""
+    failure. When the operations at the head begin in the next file, more items wait than it says,
+    or fewer. args: how many more."""
 
 
 class Unclear(OSError):
@@ -2476,7 +2477,8 @@ class Journal:
                     begin, end - begin,
                     ", where %d items may have been," % lost if lost else "",
                     self.keep(file, source, begin, end))
-            if len(cuts) == 1 and end == len(data) and not any(cuts[0][3:6]):      # a torn tail
+            stands = sum(cut.lost + cut.taken + cut.back for cut in cuts)
+            if len(cuts) == 1 and end == len(data) and not stands:    # a torn tail
                 os.truncate(file.path, begin)
                 self.size += begin - file.size
                 file.size = begin
@@ -3921,12 +3923,13 @@ class Queue:
                     tell()
                 begin, offset = offset, end
                 if opcode == CHECK:
-                    if not file.checked:     # a mark
-                        if begin == 0 and xid[2]:        # see Journal.pass_all()
+                    if not file.checked and begin == 0:          # see Journal.pass_all()
+                        if xid[2]:
                             last_head = number
                         if surplus is not None:
-                            surplus = (surplus - (xid[2] >> 40) if begin == 0
-                                       else surplus if last_head != number else None)
+                            surplus -= xid[2] >> 40
+                    elif not file.checked and last_head == number:
+                        surplus = None
                     file.checked = xid[0] > 0 or not file.checked
                     close(end, added[-1], xid[2])
                 elif opcode == ADD_DELAYED:
@@ -10163,8 +10166,8 @@ def _lock_spool(path):
 
 # == 10. From Python =======================================================================
 #
-# For programs that have this file beside them: a server in a thread, and a client. (A queue
-# without any server is Queue itself, see section 5.)
+# For programs that have this file beside them: a server in a thread, and clients of one server or
+# of several. (A queue without any server is Queue itself, see section 5.)
 
 
 # How many items put_many() sends before it reads the answers.
