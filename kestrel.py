@@ -1614,8 +1614,8 @@ class WrongSum(OSError):
 
 class LostTail(Exception):
     """The end of a journal file has not reached the disk, but that of the next one has: a power
-    failure. When the operations at the head begin in the next file, more items wait than it says,
-    or fewer. args: how many more."""
+    failure. It is seen when operations at the head begin in the next file. args: how many items
+    were added there, and how many then wait that should not (if less than none: are missing)."""
 
 
 class Unclear(OSError):
@@ -2173,7 +2173,9 @@ class Journal:
         if not self.passed and len(self.files) == 1:           # there is nothing yet
             self.passed.append(JournalFile(None, self._next_number()))
         self.current.waiting = len(items)
-        self.current.ends = _go_on(0, len(items), 0, 0)        # as if it had added them
+        # Its first mark says how many wait, and how many the file before it has added in all.
+        before = (self.passed + self.files)[-2]
+        self.current.ends = _go_on(0, len(items), before.ends >> 40, 0)
         self._pass(len(self.files) - 1, position, held, _counts(held, items), items)
 
     def forget(self, safe):
@@ -2495,14 +2497,16 @@ class Journal:
                 if opcode == CHECK:
                     file.checked, file.ends = xid[0] > 0 or not file.checked, xid[2]
 
-    def set_aside(self, file, count):
-        """Let as many items be open reads at the end of a file: what took them is lost, and what is
-        done in newer files was not done to them. They come back at the end of the replay. If it is
-        less than none, put back what stands for those that are lost."""
+    def set_aside(self, file, added, count):
+        """Add what stands for so many lost items at the end of a file, and let `count` items be
+        open reads: what took them is lost, and what is done in newer files was not done to them.
+        They come back at the end of the replay. If it is less than none, put back what stands for
+        those that are lost."""
         log.warning("%s: its end is lost, but not that of a newer file; %d items come back",
                     file.path, max(0, count))
-        ops = [(OPEN, None, _ASIDE + number) for number in range(count)]
-        (_, chunks, size), _ = self._share(file, ops or [(UNREMOVE, None, _LOST)] * -count, True)
+        ops = [(ADDX, LOST, 0)] * added + [(UNREMOVE, None, _LOST)] * -count + [
+            (OPEN, None, _ASIDE + number) for number in range(count)]
+        (_, chunks, size), _ = self._share(file, ops, True)
         fd = _open_journal(file.path)
         try:
             _write_all(fd, chunks, file.size, size)
@@ -3877,7 +3881,7 @@ class Queue:
         added = []                      # how many items each file adds
         closed = 0, 0                   # where the last CHECK ends, how many were added before
         last_head = 0                   # the last file that does something to the head
-        surplus = None                  # how many more wait than should, see LostTail
+        lost, surplus = 0, None         # see LostTail
         highest = 0                     # xid of what goes to the tail, or is delayed
         told = time.monotonic()
         done = 0                        # bytes of the files before this one
@@ -3897,8 +3901,8 @@ class Queue:
 
         def close(end, count, ends):
             nonlocal closed
-            if surplus and last_head == number:
-                raise LostTail(surplus)
+            if last_head == number and (surplus or lost):
+                raise LostTail(lost, surplus)
             closed = end, count
             file.ends = ends
 
@@ -3915,6 +3919,7 @@ class Queue:
             # Of a file that ends without check sums nobody can know whether its end is there.
             older = journal.files[number - 1] if number else None
             surplus = self.count if older and (older.checked or not older.size) else None
+            lost = 0
             added.append(0)
             closed = 0, 0
             offset, file.checked, file.ends = 0, False, 0
@@ -3926,10 +3931,12 @@ class Queue:
                     if not file.checked and begin == 0:          # see Journal.pass_all()
                         if xid[2]:
                             last_head = number
-                        if surplus is not None:
-                            surplus -= xid[2] >> 40
+                        if xid[2] and surplus is not None:
+                            waiting, lost, _ = _between(older.ends >> 40 << 16, xid[2])
+                            lost = lost if lost < 1 << 23 else 0
+                            surplus += lost - waiting
                     elif not file.checked and last_head == number:
-                        surplus = None
+                        lost, surplus = 0, None
                     file.checked = xid[0] > 0 or not file.checked
                     close(end, added[-1], xid[2])
                 elif opcode == ADD_DELAYED:

@@ -2845,10 +2845,10 @@ def test_a_mixed_file_is_checked_where_there_are_check_sums(tmp_path):
             if b"%d%c" % (number, one) != where]
 
 
-def checked_journal(*writes, waiting=0):
+def checked_journal(*writes, waiting=0, before=0):
     """The bytes of a journal file; writes: of operations; waiting: how many items of older files
-    wait when operations at the head begin in it."""
-    ends = kestrel._go_on(0, waiting, 0, 0)
+    wait when operations at the head begin in it; before: how many the last of those has added."""
+    ends = kestrel._go_on(0, waiting, before, 0)
     data = kestrel._mark(True, ends)
     for ops in writes:
         chunks, ends = kestrel._encode_checked(ops, ends)
@@ -2901,7 +2901,20 @@ def test_takes_are_in_a_newer_file_while_all_is_written_anew(tmp_path, lost, exp
     (tmp_path / "q.1").write_bytes(checked_journal(
         add_records(b"a", b"b", b"c"), remove_records(1))[:-18 if lost else None])
     (tmp_path / "q").write_bytes(checked_journal(
-        add_records(b"d"), remove_records(1), waiting=2))
+        add_records(b"d"), remove_records(1), waiting=2, before=3))
+    for _ in range(2):
+        assert contents_of(tmp_path) == expected
+
+
+@promise(6)
+@pytest.mark.parametrize("lost, expected", [(0, [b"f"]), (1, [b"b", b"f"]), (2, [b"a", b"f"])])
+def test_items_were_added_and_taken_where_the_end_is_lost(tmp_path, lost, expected):
+    """While all is written anew: what was taken later was not what had been waiting before."""
+    (tmp_path / "q.1").write_bytes(checked_journal(*[
+        add_records(b"a"), add_records(b"b", b"c") + remove_records(1),
+        add_records(b"d", b"e") + remove_records(1)][:3 - lost]))
+    (tmp_path / "q").write_bytes(checked_journal(
+        add_records(b"f"), remove_records(3), waiting=3, before=5))
     for _ in range(2):
         assert contents_of(tmp_path) == expected
 
@@ -2910,7 +2923,7 @@ def test_takes_are_in_a_newer_file_while_all_is_written_anew(tmp_path, lost, exp
 def test_a_restart_while_all_is_written_anew(tmp_path):
     """Nothing was taken since: the newer file is the head all the same, as it says."""
     (tmp_path / "q.1").write_bytes(checked_journal(add_records(b"a", b"b")))
-    (tmp_path / "q").write_bytes(checked_journal([(kestrel.PAUSE, None, 0)], waiting=2))
+    (tmp_path / "q").write_bytes(checked_journal([(kestrel.PAUSE, None, 0)], waiting=2, before=2))
     queue = load(tmp_path)
     fill(queue, b"c", b"d")
     assert data_of(take(queue, 3)) == [b"a", b"b", b"c"]
