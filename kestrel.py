@@ -2338,8 +2338,7 @@ class Journal:
 
     def pack(self, passing, state):
         """A task: put one file in place of those that have been passed. state: a Kept. Raises
-        OSError;
-        then it can be done again."""
+        OSError; then it can be done again."""
         old = [file for file in self.passed if file.number <= passing.number]
         if passing.held or passing.items or state.paused:
             path = "%s.%d" % (self.path, passing.number)
@@ -2376,8 +2375,7 @@ class Journal:
             for chunks, _ in self._records(passing, state, places, 0, 0):
                 yield chunks
             return
-        ends = 0
-        yield [_mark(True, ends)]
+        yield [_mark(True, 0)]
         for chunks, ends in self._records(passing, state, places, _CHECK_SIZE, _CHECK_SIZE):
             yield _checked(chunks, sum(map(len, chunks)), ends)
         yield [_mark(False, ends)]           # nothing is missing, see Queue._replay()
@@ -3881,6 +3879,7 @@ class Queue:
         added = []                      # how many items each file adds
         closed = 0, 0                   # where the last CHECK ends, how many were added before
         last_head = 0                   # the last file that does something to the head
+        packed = None                   # the last file that is a pack
         lost, surplus = 0, None         # see LostTail
         highest = 0                     # xid of what goes to the tail, or is delayed
         told = time.monotonic()
@@ -3932,9 +3931,13 @@ class Queue:
                         if xid[2]:
                             last_head = number
                         if xid[2] and surplus is not None:
-                            waiting, lost, _ = _between(older.ends >> 40 << 16, xid[2])
-                            lost = lost if lost < 1 << 23 else 0
-                            surplus += lost - waiting
+                            surplus -= xid[2] >> 40
+                            if packed == number - 1:           # nothing was taken there
+                                lost = max(0, -surplus)
+                            else:
+                                lost = (xid[2] >> 16) - (older.ends >> 40) & 0xffffff
+                                lost = lost if lost < 1 << 23 else 0
+                            surplus += lost
                     elif not file.checked and last_head == number:
                         lost, surplus = 0, None
                     file.checked = xid[0] > 0 or not file.checked
@@ -3944,6 +3947,8 @@ class Queue:
                     delays.add(Delayed(xid[1], xid[0], item, False), list.append)
                 elif opcode == PAUSE:
                     self.paused = xid
+                elif opcode == SAVE_XID:
+                    self.xid, packed = xid, number
                 elif item is not None:
                     added[-1] += 1
                     if opcode in (CONTINUE, CONTINUEF):
@@ -3986,9 +3991,7 @@ class Queue:
         no such item. checked: whether this server wrote it, which never refers to one that was not
         there."""
         opens, delays = self.opens, self.delays
-        if opcode == SAVE_XID:
-            self.xid = xid
-        elif opcode in (OPEN, OPEN_NEXT) and self.count:
+        if opcode in (OPEN, OPEN_NEXT) and self.count:
             item = self._replay_pop()
             if opcode == OPEN_NEXT:
                 xid = item.xid or self._next_xid()
@@ -4486,6 +4489,11 @@ def _size(item):
     return item.place.size if item.data is None else len(item.data)
 
 
+def _sizes(pairs):
+    """Return the size of all items in pairs (item, anything)."""
+    return sum(_size(item) for item, _ in pairs)
+
+
 def _cost(item):
     """Return what an item takes of the memory."""
     return ITEM_COST + (0 if item.data is None else len(item.data))
@@ -4915,7 +4923,8 @@ class Broker:
         self._strangers = set()           # (host, what it did) that the log has told of
         self._grace = None                # cancels the end of its grace period
         self._buried = 0                  # bytes of items on their way to another queue
-        self._stuck = {}                  # queue -> xids of expired items that cannot be moved
+        self._moving = {}                 # (queue, setting) -> [(item on its way there, since when)]
+        self._stuck = set()               # queues of which some cannot be moved
         self._read_status()
         self.spool = os.path.abspath(self.settings.queue_path)
         self._unloaded = find_journals(self.spool)
@@ -5315,9 +5324,14 @@ class Broker:
                 SIZE.show(least))
 
     def bury(self, queue, item, now, setting):
-        """Move an item that is open to the queue that a setting names."""
+        """Move an item that is open to the queue that a setting names, behind those that are on
+        their way there already."""
         self._buried += _size(item)
-        self._advance(self._move(queue, item, now, setting, _size(item)))
+        if (queue, setting) in self._moving:
+            self._moving[queue, setting].append((item, now))
+        else:
+            self._moving[queue, setting] = [(item, now)]
+            self._advance(self._move(queue, setting))
 
     def is_burying_much(self, queue):
         """Return whether no more items of a queue should be moved for now: those on their way to
@@ -5335,72 +5349,91 @@ class Broker:
             elif self.later:
                 self.later(asks, functools.partial(self._advance, move))
 
-    def _move(self, source, item, now, setting, size):
-        """Move an open item, in steps. Yield the queue that has to be safe before it goes on,
+    def _move(self, source, setting):
+        """Move open items, some at a time. Yield the queue that has to be safe before it goes on,
         and then be sent the error, if any; or the milliseconds after which to go on.
 
-        It stays open until it is safe in all the queues it goes to: what fails on the way is
-        undone, or tried again, and a crash finds it here, or there, or in both places.
+        They stay open until they are safe in all the queues they go to: what fails on the way is
+        undone, or tried again, and a crash finds them here, or there, or in both places.
         """
-        try:
-            yield from self._move_open(source, item, now, setting)
-        finally:
-            self._buried -= size
-
-    def _move_open(self, source, item, now, setting):
-        """Move it, and try again if need be."""
-        xid = item.xid
+        moving = self._moving[source, setting]
         is_told = False
-        error = yield source
-        while source.opens.get(xid) is item:           # else the OPEN of it was undone
-            if setting == "expire_to_queue" and source in self._stuck:
-                self._stuck[source].append(xid)        # goes back in order with the others
-                return
-            try:
-                yield from self._put_moved(source, item, now, setting)
-                yield from self._confirm_moved(source, [xid])
-                return
-            except (OSError, ValueError) as failure:   # or there is no such setting since a reload
-                error = failure
-            if not is_told:
-                log.error("queue %s: items cannot be moved (%s): %s", source.name, setting,
-                          _why(error) if isinstance(error, OSError) else error)
-            is_told = True
-            if setting == "expire_to_queue":
-                if source in self._stuck:
-                    continue
-                self._stuck[source] = [xid]
-            yield RETRY_MS                   # so that a failing disk does not make the loop spin
-            if setting == "expire_to_queue":
-                xids = self._stuck.pop(source)
-                source.counters.expired_items -= len(xids)       # they are counted anew
-                source.abort(*xids, orphaned=True, counted=False)
-                return
-            if not getattr(source.config, setting):
-                source.abort(xid, orphaned=True, counted=False)
-                return
+        try:
+            yield source                     # more of them come in this turn
+            while moving:
+                batch, size = [], 0
+                for pair in moving[:_MOVE_STEP]:
+                    if size < _MOVE_SIZE:
+                        batch.append(pair)
+                        size += _size(pair[0])
+                yield source
+                # Else the OPEN of it was undone.
+                still = [pair for pair in batch if source.opens.get(pair[0].xid) is pair[0]]
+                count, error = yield from self._put_moved(source, still, setting)
+                yield from self._confirm_moved(source, [item.xid for item, _ in still[:count]])
+                moving[:len(batch)] = still[count:]
+                self._buried -= size - _sizes(still[count:])
+                if error:
+                    if not is_told:
+                        log.error("queue %s: items cannot be moved (%s): %s", source.name, setting,
+                                  _why(error) if isinstance(error, OSError) else error)
+                    is_told = True
+                    if setting == "expire_to_queue":
+                        self._stuck.add(source)
+                    yield RETRY_MS           # so that a failing disk does not make the loop spin
+                    self._stuck.discard(source)
+                    if setting == "expire_to_queue" or not getattr(source.config, setting):
+                        break
+                elif self.later:
+                    yield 0                  # others come in between
+        finally:
+            del self._moving[source, setting]
+            self._buried -= _sizes(moving)
+        xids = [item.xid for item, _ in moving if source.opens.get(item.xid) is item]
+        if setting == "expire_to_queue":
+            source.counters.expired_items -= len(xids)         # they are counted anew
+        source.abort(*xids, orphaned=True, counted=False)
 
-    def _put_moved(self, source, item, now, setting):
-        """Put an item where a setting says. Raises what keeps it from the first queue."""
+    def _put_moved(self, source, pairs, setting):
+        """Put items where a setting says. pairs: of an item and when it was to be moved. Return
+        how many are there, and what keeps the next one from the first queue, if anything does."""
+        if not pairs:
+            return 0, None
         key = os.fsencode(getattr(source.config, setting) or "")
-        targets = (self.routes.get(key) or self.route(key, now)).queues
-        data = source.data_of(item)
-        arrived = 0
-        for queue in targets:
-            while not queue.closed:
-                if not queue.add(data, item.flags, 0, now):
-                    if not arrived and (
-                            setting == "dead_letter_queue" or queue.paused & PAUSED_IN):
-                        raise OSError(errno.EDQUOT, "it does not take it", queue.name)
-                    log.warning("queue %s is full: an expired item of %s is dropped",
-                                queue.name, source.name)
-                error = yield queue
-                if not error:
-                    break
-                if not arrived:
-                    raise error
-                yield RETRY_MS
-            arrived += 1
+        try:
+            first, *others = (self.routes.get(key) or self.route(key, pairs[-1][1])).queues
+        except (OSError, ValueError) as failure:     # there is no such setting since a reload
+            return 0, failure
+        must_fit = setting == "dead_letter_queue" or first.paused & PAUSED_IN
+        count, error = self._add_moved(source, first, pairs, must_fit)
+        failure = yield first
+        if failure or first.closed:
+            return 0, failure or OSError(errno.ESTALE, "it was deleted", first.name)
+        for queue in others:
+            left = pairs[:count]
+            while left and not queue.closed:
+                added, problem = self._add_moved(source, queue, left, False)
+                if (yield queue) or problem:
+                    yield RETRY_MS
+                else:
+                    left = left[added:]
+        return count, error
+
+    @staticmethod
+    def _add_moved(source, queue, pairs, must_fit):
+        """Add items to a queue, and drop those for which it is full, unless they must fit. Return
+        how many it has taken, and what keeps it from the next one."""
+        for count, (item, now) in enumerate(pairs):
+            try:
+                is_added = queue.add(source.data_of(item), item.flags, 0, now)
+            except OSError as failure:
+                return count, failure
+            if not is_added and must_fit:
+                return count, OSError(errno.EDQUOT, "it does not take it", queue.name)
+            if not is_added:
+                log.warning("queue %s is full: an expired item of %s is dropped", queue.name,
+                            source.name)
+        return len(pairs), None
 
     @staticmethod
     def _confirm_moved(source, xids):
