@@ -74,6 +74,13 @@ NOW = 1790000000000                       # the made-up time of day, in millisec
 FAR = NOW + 100000000                     # a time by which all delayed items are due
 
 
+def _fsync(fd):
+    """Fail where fsync does: what this process has written is there without it, and seen to be."""
+    os.fstat(fd)
+
+
+os.fsync = _fsync                         # the daemons have their own
+
 # == Helpers ==============================================================================
 
 
@@ -1550,7 +1557,7 @@ def test_damage_at_any_place_costs_what_stands_there(tmp_path, caplog, kind):
     items = [b"item%02d-" % number + b"abc\1\2\x09z" * (number % 4) for number in range(12)]
     journal = b"".join(map(addx, items))
     ends = [len(b"".join(map(addx, items[:number + 1]))) for number in range(len(items))]
-    for place in range(0, len(journal), 1 if kind == "flip" else 3):
+    for place in range(0, len(journal), 1 if kind == "flip" else 5):
         path = tmp_path / str(place)
         path.mkdir()
         spool_of(path, q=damaged(kind, journal, place))
@@ -2362,7 +2369,7 @@ def test_a_queue_with_tiny_limits_lives_as_one_in_memory_would(tmp_path):
     any moment the files alone tell what the queue holds."""
     chances = seeded()
     rotations = rewrites = 0
-    for number in range(int(os.environ.get("KESTREL_LIVES", 10))):
+    for number in range(int(os.environ.get("KESTREL_LIVES", 6))):
         path = tmp_path / str(number)
         path.mkdir()
         life = Life(path, chances)
@@ -2421,8 +2428,8 @@ def test_disk_use_follows_the_backlog_and_not_its_history(tmp_path, backlog):
         fill(queue, *[b"x" * 100] * 50)
         queue.write()
         bench.run()
-    largest = flow(queue, bench, 5000, opened)
-    assert queue.counters.total_items * 100 > 240 * 20000
+    largest = flow(queue, bench, 2500, opened)
+    assert queue.counters.total_items * 100 > 120 * 20000
     assert largest < backlog * 121 + 80000 + 2 * 20000
     assert len(os.listdir(str(tmp_path))) < backlog * 121 / 20000 + 6
     assert queue.memory <= 20000 + 4096
@@ -2432,7 +2439,7 @@ def test_disk_use_follows_the_backlog_and_not_its_history(tmp_path, backlog):
         flow(queue, bench, 1)
     for _ in range(50):
         flow(queue, bench, 1)
-    assert queue.journal.size < 4000 + 20 * 130
+    assert queue.journal.size < 4000 + 20 * 150
     queue.close()
 
 
@@ -3390,7 +3397,7 @@ def test_damage_that_is_met_while_reading_behind(tmp_path, caplog, kind):
     items = [b"item%02d-" % number + b"abc\1\2\x09z" * (number % 4) for number in range(36)]
     journal = b"".join(map(addx, items[12:24]))
     ends = [len(b"".join(map(addx, items[12:number + 1]))) for number in range(12, 24)]
-    for place in range(0, len(journal), 7):
+    for place in range(0, len(journal), 11):
         path = tmp_path / str(place)
         path.mkdir()
         queue = behind_three_files(path, items)
@@ -9495,12 +9502,12 @@ def test_half_commands_by_the_hundred(serve):
 
 
 def test_a_byte_now_and_then_is_no_idleness_and_costs_nobody(serve):
-    server = serve("[server]\nclient_timeout = 400ms\n")
+    server = serve("[server]\nclient_timeout = 300ms\n")
     slow, silent = server.client(), server.client()
     silent.send("get q")
     for char in "version\r\n":
         slow.send(char)
-        time.sleep(0.1)                      # longer in all than client_timeout
+        time.sleep(0.05)                     # longer in all than client_timeout
     assert slow.line() == "VERSION 1.0.0\r\n"
     assert silent.line() == ""
 
@@ -11810,7 +11817,7 @@ def test_strangers(serve, tmp_path, caplog, monkeypatch, with_tls, share):
     if with_tls:
         assert good.ask(LOGIN) == "STORED\r\n"
     broker = server.server.broker
-    count = int(os.environ.get("KESTREL_STRANGERS", 1600)) // share
+    count = int(os.environ.get("KESTREL_STRANGERS", 1000)) // share
     sizes, slowest = [], 0
     for number in range(1, count + 1):
         protocol = misbehave(chances, ports, tls)
