@@ -1290,40 +1290,6 @@ def _encode_rare(opcode, item, xid):
                             item.flags, item.deliveries), item.data]
 
 
-def dump_records(path: str) -> "Iterator[dict]":
-    """Yield each record of a journal file as a dict, and what is damaged in it as one with
-    the key `damage`. The file is only read. Raises OSError."""
-    with open(path, "rb") as file:
-        offset, checked, pending = 0, False, []      # pending: whose check sum comes later
-        try:
-            for opcode, xid, item, end in read_records(file):
-                record = {"offset": offset, "operation": OPCODE_NAMES[opcode]}
-                if opcode == CHECK:
-                    record.update(zip(("bytes", "crc32", "position"), xid))
-                    checked = xid[0] > 0 or not checked
-                    yield from pending
-                    pending = []
-                elif opcode in (DELAY, ADD_DELAYED):
-                    record["xid"], record["due"] = xid
-                elif opcode == PAUSE:
-                    record["paused"] = PAUSES[xid & 3]
-                elif opcode not in (REMOVE, OPEN_NEXT, ADD, ADDX, ADDF):
-                    record["xid"] = xid
-                if item is not None:
-                    record.update(add_time=item.add_time, expiry=item.expiry,
-                                  size=len(item.data), data=item.data)
-                    if opcode in (ADDF, CONTINUEF, ADD_DELAYED):
-                        record.update(flags=item.flags, deliveries=item.deliveries)
-                if checked and opcode != CHECK:
-                    pending.append(record)
-                else:
-                    yield record
-                offset = end
-        except Damage as damage:
-            begin = pending[0]["offset"] if pending else damage.offset
-            yield {"offset": begin, "damage": str(damage), "bytes": os.path.getsize(path) - begin}
-
-
 # -- damage
 #
 # Where reading fails, good records may follow. What a damaged record looked like cannot be
@@ -1524,8 +1490,9 @@ def _moved_between(data, begin, before, end, after):
 
 # A damaged piece of a file, and why. lost: how many items may have been added there. taken, back:
 # how many were taken from the head and put back there, as far as that can be known. before, after:
-# the ends before and after it, None where there are no check sums.
-Cut = collections.namedtuple("Cut", "begin end why lost taken back before after")
+# the ends before and after it, None where there are no check sums. checked: whether there must be
+# check sums for what follows.
+Cut = collections.namedtuple("Cut", "begin end why lost taken back before after checked")
 
 
 def find_damage(data, start=0, ends=None):
@@ -1570,7 +1537,7 @@ def find_damage(data, start=0, ends=None):
             if after[0] is None and not any(_fit(_between(0, one), begin) for one in before):
                 end, after, is_checked = _next_check(data, begin)
             yield Cut(begin, end, why, *_moved_between(data, begin, before, end, after),
-                      before[-1], after[0])
+                      before[-1], after[0], is_checked)
             sums = (end, *after) if is_checked else None
         else:
             limit, after, is_checked = _next_check(data, plain - 1)
@@ -1582,19 +1549,76 @@ def find_damage(data, start=0, ends=None):
                 if not plain + _CHECK_SIZE <= begin < limit:
                     begin = plain
                 yield Cut(begin, end, why, *_moved_between(data, begin, (0, 0), end, after),
-                          None, after[0])
+                          None, after[0], True)
                 sums = end, *after
             elif covered:                    # so is what comes before a wrong CHECK
                 begin, end = max(start, offset - covered), offset + _CHECK_SIZE
-                yield Cut(begin, end, why, *_count_moves(data[begin:offset])[0], None, None)
+                yield Cut(begin, end, why, *_count_moves(data[begin:offset])[0], None, None, False)
             else:
                 begin, end, lost = next(filter(None, (
                     hypothesis(data, failure) for hypothesis in _HYPOTHESES)))
                 if begin >= limit:           # it has swallowed the mark
                     begin = last if last is not None and plain <= last < limit else plain
                 end = min(end, limit)
-                yield Cut(begin, end, why, lost, 0, 0, None, None)
+                yield Cut(begin, end, why, lost, 0, 0, None, None, False)
         start = end
+
+
+def read_good(path):
+    """Yield (opcode, xid, item, begin, end) for each good record of a journal file, and a Cut for
+    each damaged piece; records that a CHECK may prove bad come after it. Raises OSError, and Damage
+    where the file changes meanwhile."""
+    cuts, start, checked = None, 0, False
+    with open(path, "rb") as file:
+        while True:
+            file.seek(start)
+            pending, begin = [], start
+            try:
+                for opcode, xid, item, end in read_records(file, checked=checked):
+                    pending.append((opcode, xid, item, begin, start + end))
+                    begin = start + end
+                    if opcode == CHECK:
+                        checked = xid[0] > 0 or not checked
+                    if opcode == CHECK or not checked:
+                        yield from pending
+                        pending = []
+                return
+            except Damage:
+                if cuts is None:
+                    import mmap
+                    with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+                        cuts = iter(list(find_damage(data)))
+                cut = next(cuts, None)
+                if cut is None:
+                    raise
+            yield cut
+            start, checked = cut.end, cut.checked
+
+
+def dump_records(path: str) -> "Iterator[dict]":
+    """Yield each record of a journal file as a dict, and what is damaged in it as one with
+    the key `damage`. The file is only read. Raises OSError."""
+    for record in read_good(path):
+        if type(record) is Cut:
+            yield {"offset": record.begin, "damage": record.why,
+                   "bytes": record.end - record.begin}
+            continue
+        opcode, xid, item, begin, _ = record
+        found = {"offset": begin, "operation": OPCODE_NAMES[opcode]}
+        if opcode == CHECK:
+            found.update(zip(("bytes", "crc32", "position"), xid))
+        elif opcode in (DELAY, ADD_DELAYED):
+            found["xid"], found["due"] = xid
+        elif opcode == PAUSE:
+            found["paused"] = PAUSES[xid & 3]
+        elif opcode not in (REMOVE, OPEN_NEXT, ADD, ADDX, ADDF):
+            found["xid"] = xid
+        if item is not None:
+            found.update(add_time=item.add_time, expiry=item.expiry, size=len(item.data),
+                         data=item.data)
+            if opcode in (ADDF, CONTINUEF, ADD_DELAYED):
+                found.update(flags=item.flags, deliveries=item.deliveries)
+        yield found
 
 
 # == 4. Journal ===========================================================================
@@ -2527,8 +2551,8 @@ class Journal:
     @staticmethod
     def _good_pieces(data, cuts):
         done, aside = 0, _ASIDE
-        for begin, end, _, lost, taken, back, before, after in cuts + [
-                Cut(len(data), len(data), None, 0, 0, 0, None, None)]:
+        for begin, end, _, lost, taken, back, before, after, _ in cuts + [
+                Cut(len(data), len(data), None, 0, 0, 0, None, None, None)]:
             for offset in range(done, begin, _STEP_SIZE):
                 yield [data[offset:min(begin, offset + _STEP_SIZE)]]
             # Whatever their order was: so none is taken later that was not taken in truth.
@@ -11133,7 +11157,7 @@ def _dump(paths, as_json):
                     record.update(_in_json(record.pop("data")))
                 print(json.dumps({"file": path, **record}))
             elif "damage" in record:
-                print("%10d %s: %s; the last %d bytes are not read" % (
+                print("%10d %s: %s; %d bytes are damaged" % (
                     record["offset"], path, record["damage"], record["bytes"]))
             else:
                 if "data" in record:
@@ -11156,29 +11180,26 @@ _VERIFY_TRIES = 5
 
 
 def verify_file(path: str) -> dict:
-    """Return what is in a journal file: `bytes`, how many of them are `checked` by check sums, and
-    the numbers of `records` and of `items` added, up to the first damage; `damage` is a list of
-    dicts: begin, end, why. The file is only read. Raises OSError."""
+    """Return what is good in a journal file: how many of its `bytes` are `checked` by check sums,
+    and the numbers of `records` and of `items` added; `damage` is a list of dicts: begin, end, why.
+    The file is only read. Raises OSError."""
     for _ in range(_VERIFY_TRIES):
-        found = {"file": path, "bytes": 0, "checked": 0, "records": 0, "items": 0, "damage": []}
-        with open(path, "rb") as file:
-            end = 0
-            try:
-                for opcode, xid, item, end in read_records(file):
+        found = {"file": path, "bytes": os.path.getsize(path), "checked": 0, "records": 0,
+                 "items": 0, "damage": []}
+        with contextlib.suppress(Damage):
+            for record in read_good(path):
+                if type(record) is Cut:
+                    found["damage"].append({"begin": record.begin, "end": record.end,
+                                            "why": record.why})
+                else:
+                    opcode, xid, item, _, end = record
+                    found["bytes"] = max(end, found["bytes"])
                     found["records"] += 1
                     found["items"] += item is not None
                     if opcode == CHECK:
                         found["checked"] += xid[0] + _CHECK_SIZE
-                found["bytes"] = end
-                return found
-            except Damage:
-                size = found["bytes"] = os.fstat(file.fileno()).st_size
-                import mmap
-                with mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as data:
-                    cuts = list(find_damage(data))
-        found["damage"] = [{"begin": cut.begin, "end": cut.end, "why": cut.why} for cut in cuts]
-        if len(cuts) > 1 or cuts and cuts[0].end < size:
-            break
+            if not found["damage"] or found["damage"][0]["end"] < found["bytes"]:
+                break
         time.sleep(0.1)                      # perhaps a server is just writing there
     return found
 
@@ -11678,27 +11699,30 @@ def _command_drain(client, options):
         def waiting():
             return {name: int(stats.get("queue_%s_items" % name, 0)) for name in names}
 
-        moved, left, stay = 0, waiting(), set()
+        moved, left, why = 0, waiting(), {}      # why a queue stays
         show = _progress(sum(left.values()))
         while any(left.values()):
             before = moved
             parents = {name.partition("+")[0] for other in others for name in other.names()
                        if "+" in name}
             for name in names:
-                if left[name] and name in parents:
-                    stay.add(name)           # they would be given its items as well
-                    continue
-                for count in _drained(client, name, targets[name], left[name]):
-                    moved += count
-                    show(moved)
+                if left[name] and name in parents:             # they would be given its items, too
+                    why.setdefault(name, "it has children there already")
+                if left[name] and name not in why:
+                    try:
+                        for count in _drained(client, name, targets[name], left[name]):
+                            moved += count
+                            show(moved)
+                    except (ServerError, ValueError) as error:
+                        why[name] = str(error)
             stats = client.stats()
             left = waiting()
             if moved == before:              # those are paused
                 break
         show(moved, True)
     print(moved)
-    still = ["%s of %s: %s%s" % (words, name, stats[key], (
-        " (there it has children already)" if name in stay else ""))
+    still = ["%s of %s: %s%s" % (
+        words, name, stats[key], " (%s)" % why[name] if name in why else "")
              for name in names for key, words in (
         ("queue_%s_items" % name, "items"), ("queue_%s_open_transactions" % name, "open reads"),
         ("queue_%s_delayed" % name, "delayed items")) if int(stats.get(key, 0))]
@@ -11725,9 +11749,9 @@ def _drained(client, name, other, count):
                 datas = [row["data"] for row in same]
                 taken = other.put_many(name, datas, expiry, flags)
                 if taken < len(datas):
-                    raise ValueError("%s is full or paused at %s; what it has taken of the last "
+                    raise ValueError("it is full or paused at %s; what it has taken of the last "
                                      "%d items will be there twice" % (
-                                         name, other.address(), len(rows)))
+                                         other.address(), len(rows)))
         count -= len(rows)
         yield len(rows)
 

@@ -10429,8 +10429,11 @@ def test_drain_can_be_broken_off_and_begun_again(servers, capfd):
              "--to", "127.0.0.1:%d" % started[1].port]
     items = [b"%d" % number for number in range(120)]
     client.put_many("a", items)
+    client.put("z", b"goes on")
     assert kestrel.main(drain) == 1
-    assert "a is full or paused" in capfd.readouterr().err
+    out, err = capfd.readouterr()
+    assert out == "51\n" and "left behind: items of a: 70 (it is full or paused" in err
+    assert other.get("z") == b"goes on"
     found = other.get_many("a", 500)
     assert found == items[:70]
     until(lambda: client.stats()["queue_a_open_transactions"] == "0")
@@ -10445,7 +10448,7 @@ def test_drain_can_be_broken_off_and_begun_again(servers, capfd):
     capfd.readouterr()
     assert kestrel.main(drain) == 1          # nothing is put twice into the child
     out, err = capfd.readouterr()
-    assert out == "1\n" and "items of a: 1 (there it has children already)" in err
+    assert out == "1\n" and "items of a: 1 (it has children there already)" in err
     assert other.get_many("a+child", 9) == [b"", b"y"]
     assert kestrel.main(drain + ["b"]) == 1 and "no queue b" in capfd.readouterr().err
 
@@ -10636,6 +10639,10 @@ def test_dump(tmp_path):
     assert (tmp_path / "bad").read_bytes() == good + b"\xff" * 10
     assert run("--dump", "--json", tmp_path / "q", tmp_path / "bad")[1] == out
     assert run("--dump", tmp_path / "none")[0] == 1
+    spool_of(tmp_path, middle=good + b"\xff" * 10 + good)
+    status, out, err = run("--dump", tmp_path / "middle")
+    assert status == 1 and len(out.splitlines()) == 9
+    assert "10 bytes are damaged" in out
     spool_of(tmp_path, binary=addx(b"\xff" * 100))
     assert json.loads(run("--dump", "--json", tmp_path / "binary")[1])["base64"] == (
         base64.b64encode(b"\xff" * 100).decode())
@@ -11149,6 +11156,11 @@ def test_verify_says_what_is_good(tmp_path, capsys):
     old, found = map(json.loads, capsys.readouterr().out.splitlines())
     assert not old["damage"] and found["damage"] == [
         {"begin": 17, "end": 56, "why": "wrong check sum"}]
+    assert (found["items"], found["records"], found["checked"]) == (1, 3, 56)    # what follows, too
+    dumped = list(kestrel.dump_records(str(tmp_path / "q")))
+    assert [record.get("operation") for record in dumped] == ["CHECK", None, "ADDX", "CHECK"]
+    assert dumped[1] == {"offset": 17, "damage": "wrong check sum", "bytes": 39}
+    assert [record["offset"] for record in dumped] == [0, 17, 56, 78]
     assert (tmp_path / "q").read_bytes() == data
     assert contents(load(tmp_path)) == [b"b"]
     assert kestrel.main(["--verify", str(tmp_path)]) == 0
