@@ -6241,7 +6241,7 @@ class Session:
         source = self.broker.find(name)
         target = yield from self._queue(dest)
         if target is None or target is source or most < 0:
-            raise Refused("CLIENT_ERROR", "items cannot be moved like this")
+            raise Refused("CLIENT_ERROR", "move takes two queues, and a number of items")
         if source is None:
             raise Refused("CLIENT_ERROR", "there is no queue %s" % name)
         moved, error = yield functools.partial(
@@ -11042,6 +11042,9 @@ def main(arguments=None):
     if arguments and arguments[0] in _COMMANDS:
         return _run_command(*arguments)
     parser = _argument_parser()
+    first = "".join(arguments[:1]).partition("=")[0]
+    if first in ("--server", "--user", "--tls", "--cafile"):
+        parser.error("%s comes after the command" % first)
     options = parser.parse_args(arguments)
     if bool(options.dump) != bool(options.journals):
         parser.error("--dump needs journal files" if options.dump else
@@ -11804,6 +11807,31 @@ def _command_kick(client, options):
         raise ValueError("there is no client %d" % options.id)
 
 
+def _count(text):
+    """Return a number of items."""
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise argparse.ArgumentTypeError("%r is no number from 1" % text)
+
+
+def _server(text):
+    """Return the address of a server as it is."""
+    try:
+        _host_and_port(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _readable(text):
+    """Return the name of a file that can be read."""
+    try:
+        open(text, "rb").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError("%s: %s" % (text, error.strerror)) from None
+    return text
+
+
 def _seconds(text):
     """Return a number of seconds that makes sense as a time to wait."""
     with contextlib.suppress(ValueError):
@@ -11819,8 +11847,8 @@ _PING_SECONDS = 5
 _MOVED_AT_ONCE = 10000
 
 # The options of commands.
-_N = ("-n", {"type": int, "default": 1, "metavar": "N", "help": "at most so many items (1)"})
-_COUNT = ("-n", {"type": int, "dest": "count", "metavar": "N", "help": "so many items (all)"})
+_N = ("-n", {"type": _count, "default": 1, "metavar": "N", "help": "at most so many items (1)"})
+_COUNT = ("-n", {"type": _count, "dest": "count", "metavar": "N", "help": "so many items (all)"})
 _WAIT = ("--wait", {"type": _seconds, "default": 0, "metavar": "SECONDS",
                     "help": "wait so long for an item"})
 _YES = ("--yes", {"action": "store_true", "help": "do not ask"})
@@ -11848,7 +11876,7 @@ _COMMANDS = {
             "the queues, anew each second"),
     "move": (_command_move, (_QUEUE, ("dest", {}), _COUNT), "move items to another queue"),
     "drain": (_command_drain, (("queues", {"nargs": "*"}), ("--to", {
-        "action": "append", "required": True, "metavar": "HOST:PORT",
+        "action": "append", "required": True, "type": _server, "metavar": "HOST:PORT",
         "help": "where to; each queue goes to one of several"})),
               "move all items, or those of some queues, to other servers"),
     "pause": (_command_pause, (_QUEUE, ("what", {"nargs": "?", "choices": ["in", "out"]})),
@@ -11860,7 +11888,8 @@ _COMMANDS = {
     "import": (_command_import, (_QUEUE,), "put what export has printed, from standard input"),
     "flush": (_command_flush, (_QUEUE, _YES), "drop all items of a queue"),
     "delete": (_command_delete, (_QUEUE, _YES), "delete a queue"),
-    "status": (_command_status, (("word", {"nargs": "?"}),), "what the server lets in; set it"),
+    "status": (_command_status, (("word", {
+        "nargs": "?", "type": str.lower, "choices": [name.lower() for name in STATUSES]}),), "what the server lets in; set it"),
     "ping": (_command_ping, (), "whether it answers, for health checks"),
     "clients": (_command_clients, (_JSON_ROWS,), "who is connected"),
     "kick": (_command_kick, (("id", {"type": int}),), "hang up on a client"),
@@ -11877,12 +11906,12 @@ def _run_command(name, *arguments):
     parser = argparse.ArgumentParser(prog="kestrel.py " + name, description=what)
     for word, how in wanted:
         parser.add_argument(word, **how)
-    parser.add_argument("--server", metavar="HOST:PORT", help="or unix:PATH; $KESTREL_SERVER, else "
-                        "127.0.0.1:22133", default=os.environ.get("KESTREL_SERVER")
-                        or "127.0.0.1:22133")
+    parser.add_argument("--server", metavar="HOST:PORT", type=_server, default=os.environ.get(
+        "KESTREL_SERVER") or "127.0.0.1:22133",
+                        help="or unix:PATH; $KESTREL_SERVER, else 127.0.0.1:22133")
     parser.add_argument("--user", help="its password is $KESTREL_PASSWORD, or is asked for")
     parser.add_argument("--tls", action="store_true", help="speak TLS")
-    parser.add_argument("--cafile", metavar="FILE", help="whose certificates to trust, with TLS")
+    parser.add_argument("--cafile", metavar="FILE", type=_readable, help="whose certificates to trust, with TLS")
     options = parser.parse_intermixed_args(arguments)
     try:
         with contextlib.ExitStack() as stack:
@@ -11947,6 +11976,8 @@ def _convert(path):
                 if key.startswith("default."):
                     key, at = key[8:], "queue"
                 sections.setdefault(at, []).append(_converted(kind, at, key, value))
+            if not settings and kind not in ("KestrelConfig", "QueueBuilder", "AliasBuilder"):
+                sections["server"].append("# not taken over: %s" % kind)
     if not any(sections.values()):
         print("kestrel.py: %s: no settings of Kestrel are in it" % path, file=sys.stderr)
         return 1
