@@ -1028,36 +1028,33 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
     Damage at the first byte from which no whole record can be read, or the first of those that
     have not the right check sum, which is known after they have been yielded. checked: whether
     there must be check sums from the beginning of `file` on. take_run: called with (data, pos, the
-    offset of data in the file, the index in data of what the next CHECK covers or None) where there
+    offset of data in the file, the index in data of what the next CHECK covers) where there
     is an ADDX record at data[pos]. It may take that, and those and the CHECKs that follow, itself,
     see read_run(), and returns (where what it has not taken begins, where the last of these CHECKs
     ends or None).
     """
     data, pos, base = b"", 0, 0           # data[pos] is the byte base + pos of the file
+    span = 0                              # the next CHECK covers data[span:]
     addx, delayed = _HEADS[ADDX], _HEADS[ADD_DELAYED]
     opcode = None
-    # The next CHECK covers what is from byte `span` on; crc is that of what is before data[mark].
-    span = mark = crc = 0
     while True:
         if len(data) - pos < _LONGEST_HEAD:
-            if checked:
-                crc = zlib.crc32(memoryview(data)[mark:pos], crc)
-            data = data[pos:] + file.read(piece)
-            base += pos
-            pos = mark = 0
-            if not data:
-                if checked and base > span:
-                    raise Damage(span, "no check sum", torn=True)
+            done = span if checked else pos
+            more = file.read(max(piece, len(data) - done))
+            if more:
+                data = data[done:] + more
+                base, pos, span = base + done, pos - done, 0
+            elif pos == len(data):
+                if checked and pos > span:
+                    raise Damage(base + span, "no check sum", torn=True)
                 return
         last, opcode = opcode, data[pos]
         xid = 0
         try:
             if opcode == ADDX:               # as a rule
                 if take_run and last in (ADDX, CHECK):         # several, perhaps very many
-                    end, closed = take_run(data, pos, base, mark if span == base + mark else None)
-                    if closed:
-                        mark, crc = closed, 0
-                        span = base + mark
+                    end, closed = take_run(data, pos, base, span)
+                    span = closed or span
                     if end > pos:
                         pos = end
                         continue
@@ -1077,16 +1074,14 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
                     pos += 4
                 elif opcode == CHECK:
                     xid = _CHECK.unpack_from(data, pos + 1)
-                    size, right, ends = xid
-                    covers = base + pos - span if checked else 0
-                    crc = zlib.crc32(memoryview(data)[mark:pos], crc) if size else (
-                        _mark_sum(not checked, ends))
-                    if size != covers or right != crc:
-                        raise Damage(span if checked else base + pos, "wrong check sum", False)
+                    size, crc, ends = xid
+                    if size != (pos - span if checked else 0) or crc != (
+                            zlib.crc32(memoryview(data)[span:pos]) if size
+                            else _mark_sum(not checked, ends)):
+                        raise Damage(base + (span if checked else pos), "wrong check sum", False)
                     checked = size > 0 or not checked
-                    mark, crc = pos + _CHECK_SIZE, 0
-                    span = base + mark
                     pos += _CHECK.size
+                    span = pos + 1
                 elif opcode == DELAY:
                     xid = _XID_DUE.unpack_from(data, pos + 1)
                     pos += 12
@@ -1102,33 +1097,34 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
             raise Damage(base + pos, "zeros" if zeros else "impossible size", zeros)
         end = start + size
         if end > len(data):
-            more = file.read(max(piece, end - len(data)))
-            if checked:
-                crc = zlib.crc32(memoryview(data)[mark:pos], crc)
-            data = data[pos:] + more
-            start, end, base, pos, mark = start - pos, end - pos, base + pos, 0, 0
+            done = span if checked else pos
+            data = data[done:] + file.read(max(piece, end - len(data)))
+            base, pos, span = base + done, pos - done, 0
+            start, end = start - done, end - done
             if end > len(data):
-                raise Damage(base, "record cut short", torn=True)
+                raise Damage(base + pos, "record cut short", torn=True)
         item.data = data[start:end]
         pos = end
         yield opcode, xid, item, base + pos
 
 
-def read_run(data, pos, items, room, mark):
+def read_run(data, pos, items, room, span):
     """Append the items of whole ADDX records at data[pos:], which may have CHECKs between them, to
-    `items`, as many as `room` bytes of memory have room for. mark: where what the next CHECK covers
-    begins, None if that is not in `data`. Return (the end of the last, the size of their data, the
-    last right CHECK: (its end, how many items are before it, the ends in it), or None)."""
-    unpack, head = _ADDX.unpack_from, _ADDX.size
-    size, before, closed = 0, len(items), None
-    while pos + head <= len(data):
+    `items`, as many as `room` bytes of memory have room for. span: where what the next CHECK covers
+    begins, None if there are none. Return (the end of the last, the size of their data, the last
+    CHECK: (its end, how many items are before it, the ends in it), or None)."""
+    unpack, head, check, crc32 = _ADDX.unpack_from, _ADDX.size, _CHECK.unpack_from, zlib.crc32
+    begin, first = span, len(items)
+    size, closed, ends = 0, first, 0
+    last = len(data) - head
+    while pos <= last:
         opcode, length, add_time, expiry = unpack(data, pos)
         if opcode == CHECK:
-            ends = _right_check(data, mark, pos)
-            if ends is None:
+            covers, crc, after = check(data, pos + 1)
+            if span is None or not 0 < covers == pos - span or crc32(data[span:pos]) != crc:
                 break
-            pos += _CHECK_SIZE
-            closed, mark = (pos, len(items) - before, ends), pos
+            pos = span = pos + _CHECK_SIZE
+            closed, ends = len(items), after
             continue
         length -= 16
         end = pos + head + length
@@ -1138,41 +1134,36 @@ def read_run(data, pos, items, room, mark):
         items.append(Item(data[pos + head:end], add_time, expiry))
         size += length
         pos = end
-    return pos, size, closed
+    return pos, size, None if span == begin else (span, closed - first, ends)
 
 
-def skip_run(data, pos, mark):
+def skip_run(data, pos, span):
     """Skip what read_run() would read. Return (the end of the last, the number of items, the size
-    of their data, the last right CHECK)."""
-    unpack, head = _ADDX.unpack_from, _ADDX.size
-    count = size = 0
-    closed = None
+    of their data, the last CHECK). Of a CHECK that covers nothing but skipped items the check sum
+    is looked at when they are read, here only how much it covers."""
+    unpack, head, check = _ADDX.unpack_from, _ADDX.size, _CHECK.unpack_from
+    begin = span
+    count = size = closed = 0
     last = len(data) - head
     while pos <= last:
         opcode, length, _, _ = unpack(data, pos)
-        if opcode == CHECK:
-            ends = _right_check(data, mark, pos)
-            if ends is None:
+        if opcode == ADDX:
+            end = pos + head - 16 + length
+            if length < 16 or end > len(data):
                 break
-            pos += _CHECK_SIZE
-            closed, mark = (pos, count, ends), pos
-            continue
-        end = pos + head - 16 + length
-        if opcode != ADDX or length < 16 or end > len(data):
+            count += 1
+            size += length - 16
+            pos = end
+        elif opcode == CHECK and span is not None and 0 < length == pos - span and (
+                span > begin or zlib.crc32(data[span:pos]) == check(data, pos + 1)[1]):
+            closed = count
+            pos = span = pos + _CHECK_SIZE
+        else:
             break
-        count += 1
-        size += length - 16
-        pos = end
-    return pos, count, size, closed
-
-
-def _right_check(data, mark, pos):
-    """Return the ends in the CHECK at data[pos], if it covers all from data[mark] on, and is right;
-    else None."""
-    size, crc, ends = _CHECK.unpack_from(data, pos + 1)
-    if mark is None or not size or size != pos - mark or zlib.crc32(data[mark:pos]) != crc:
-        return None
-    return ends
+    if span == begin:
+        return pos, count, size, None
+    _, _, ends = check(data, span - _CHECK.size)
+    return pos, count, size, (span, closed, ends)
 
 
 def _only_zeros(data, file):
@@ -2061,7 +2052,7 @@ class Journal:
         is_open = file.fd is not None
         with open(file.fd if is_open else file.path, "rb", 0, closefd=not is_open) as source:
             source.seek(0)
-            yield from read_records(source, min(_READ_SIZE, file.size + 1), take_run)
+            yield from read_records(source, min(_STEP_SIZE, file.size + 1), take_run)
 
     def load_call(self, item):
         """Return the call that gives a stub its data back. Raises OSError, as does the call."""
@@ -3887,8 +3878,8 @@ class Queue:
             except LostTail as lost:
                 files = self.journal.files
                 self.journal.set_aside(files[files.index(file) - 1], *lost.args)
-            except Damage:
-                self.journal.repair(file)
+            except Damage as damage:
+                self.journal.repair(damage.file or file)
             self._drop_items()
             self.opens.clear()
             self.delays.clear()
@@ -3910,10 +3901,10 @@ class Queue:
         done = 0                        # bytes of the files before this one
         look = offset = 0               # where the clock is looked at, where the next record is
 
-        def take_run(data, pos, base, mark):
+        def take_run(data, pos, base, span):
             nonlocal offset
             count = self.count
-            end, last = self._append_run(data, pos, mark if file.checked else None)
+            end, last = self._append_run(data, pos, span if file.checked else None)
             if last:
                 close(base + last[0], added[-1] + last[1], last[2])
             added[-1] += self.count - count
@@ -4047,19 +4038,23 @@ class Queue:
     def _replay_pop(self):
         """Take the head item, whose data may have to be read again."""
         if not self.items:
-            self._read_more(self.count)
+            try:
+                self._read_more(self.count)
+            except Damage as damage:
+                damage.file = self._behind.file
+                raise
         return self._take()
 
-    def _append_run(self, data, pos, mark):
+    def _append_run(self, data, pos, span):
         """Append the items of whole ADDX records at data[pos:], as long as memory is not used up
         by one; return where they end, and the last CHECK among them, see read_run()."""
         if self._behind is None:
             before = len(self.items)
-            end, size, closed = read_run(data, pos, self.items, self._allowance - self.memory, mark)
+            end, size, closed = read_run(data, pos, self.items, self._allowance - self.memory, span)
             count = len(self.items) - before
             self.memory += size + count * ITEM_COST
         else:
-            end, count, size, closed = skip_run(data, pos, mark)
+            end, count, size, closed = skip_run(data, pos, span)
         self.count += count
         self.bytes += size
         return end, closed

@@ -2466,43 +2466,46 @@ def test_loading_a_large_queue_tells_how_far_it_is(tmp_path, monkeypatch, caplog
     told = [re.fullmatch(r"loading q: (\d+) %, (\d+) items", record.getMessage()).groups()
             for record in caplog.records]
     told = [(int(share), int(count)) for share, count in told]
-    assert len(told) > 10 and told == sorted(told)
+    assert len(told) >= 5 and told == sorted(told)
     assert all(abs(share - count / 400) <= 3 for share, count in told)
 
 
 @pytest.mark.parametrize("memory", [1 << 20, 3000, 1])
 def test_runs_of_items_are_loaded_as_single_records_are(tmp_path, monkeypatch, memory):
-    """However the file is cut into pieces, whole or damaged, in memory or not."""
+    """However the file is cut into pieces, whole or damaged, in memory or not. What a check sum
+    proves bad of items that stay on disk is found when they are read."""
     chances = seeded()
     for _ in range(25):
-        count = 0
+        count = ends = 0
         checked = chances.random() < .6
         content = kestrel._mark(True, 0) if checked else b""
         begin = len(content)
         for _ in range(chances.randrange(60)):
             kind = chances.random()
             if checked and kind > .6 and len(content) > begin:
-                content += kestrel._checked([content[begin:]], len(content) - begin, count)[0][-17:]
+                content += kestrel._checked([content[begin:]], len(content) - begin, ends)[0][-17:]
                 begin = len(content)
-            elif kind < .2 and count:
+                continue
+            taken = kind < .2 and count
+            if taken:
                 content += b"\1"
-                count -= 1
             elif kind < .3:
                 content += struct.pack("<BiqqII", 10, 27, NOW, 0, 7, 0) + b"abc"
-                count += 1
             else:
                 content += addx(os.urandom(chances.choice([0, 1, 20, 300])))
-                count += 1
-        if chances.random() < .4 and content:
+            count += -1 if taken else 1
+            ends = kestrel._go_on(ends, not taken, bool(taken), 0)
+        is_damaged = chances.random() < .4 and content
+        if is_damaged:
             at = chances.randrange(len(content))
             content = content[:at] + bytes([chances.randrange(256)]) + content[at + 1:]
         found = []
         for in_runs in (True, False):
             with monkeypatch.context() as patch:
-                patch.setattr(kestrel, "_READ_SIZE", chances.choice([64, 500, 1 << 17]))
+                patch.setattr(kestrel, "_STEP_SIZE", chances.choice([64, 500, 1 << 17]))
                 if not in_runs:
                     patch.setattr(kestrel.Queue, "_append_run",
-                                  lambda queue, data, pos, mark: (pos, None))
+                                  lambda queue, data, pos, span: (pos, None))
                 path = tmp_path / str(in_runs)
                 path.mkdir(exist_ok=True)
                 shutil.rmtree(path / "lost+found", ignore_errors=True)
@@ -2512,7 +2515,8 @@ def test_runs_of_items_are_loaded_as_single_records_are(tmp_path, monkeypatch, m
                               [file.waiting for file in queue.journal.files],
                               data_of(iter(lambda: queue.remove(now=NOW), None))))
                 queue.close()
-        assert found[0] == found[1]
+        assert found[0][-1] == found[1][-1]
+        assert found[0] == found[1] or is_damaged and checked
 
 
 def test_read_behind_reads_in_large_pieces(tmp_path, monkeypatch):
