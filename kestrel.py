@@ -971,6 +971,11 @@ _SPAN = 1 << 18
 _OPCODE_CHECK = bytes([CHECK])
 _CUT_OUT = 4096                 # how many items may be missing in fewer bytes than they had
 
+# A file that is begun while all is written anew begins with other ends than 0, see
+# Journal.pass_all(): in place of put-backs with this bit, so that what follows a damaged first mark
+# tells which kind of file it is, and the last bits of a number in the others.
+_BEGUN_ANEW = 1 << 15
+
 # Numbers of open reads from _ASIDE on are for items whose REMOVEs are lost, see LostTail and
 # repair(). _LOST is for lost items that are put back.
 _ASIDE, _LOST = 0x7f000000, 0x7fffffff
@@ -1486,9 +1491,10 @@ def _moved_between(data, begin, before, end, after):
 Cut = collections.namedtuple("Cut", "begin end why lost taken back before after checked")
 
 
-def find_damage(data, start=0, ends=None):
+def find_damage(data, start=0, ends=None, begins=0):
     """Yield a Cut for each damaged piece of a journal file from byte `start` on. data: an mmap of
-    the file. ends: at `start`, if there must be check sums from there on."""
+    the file. ends: at `start`, if there must be check sums from there on. begins: the ends in the
+    first mark, if they are not 0."""
     # (where the last CHECK ends, the ends in it, and those by the one before it: the last may be
     # damaged).
     sums = None if ends is None else (start, ends, ends)
@@ -1539,8 +1545,11 @@ def find_damage(data, start=0, ends=None):
                     begin = last
                 if not plain + _CHECK_SIZE <= begin < limit:
                     begin = plain
-                yield Cut(begin, end, why, *_moved_between(data, begin, (0, 0), end, after),
-                          None, after[0], True)
+                if after[0] & _BEGUN_ANEW and not begins:      # no file before it: none waited
+                    begins = after[0] & 0xffff
+                moves = _moved_between(data, begin, (0, begins), end, after)
+                yield Cut(begin, end, why, *moves, None if begin else (
+                    begins if moves == _between(begins, after[0]) else 0), after[0], True)
                 sums = end, *after
             elif covered:                    # so is what comes before a wrong CHECK
                 begin, end = max(start, offset - covered), offset + _CHECK_SIZE
@@ -1889,10 +1898,10 @@ class JournalFile:
     path: None once it has been deleted. number: None for the current one. size: how many of its
     bytes count. waiting: how many waiting items are accounted to it, see Journal. inode: what
     identifies the file that was opened under that path. checked: whether there must be a check sum
-    for what follows. ends: in the last CHECK.
+    for what follows. begins, ends: in the first mark, or what it may be, and in the last CHECK.
     """
 
-    __slots__ = ("path", "number", "size", "waiting", "inode", "fd", "checked", "ends")
+    __slots__ = ("path", "number", "size", "waiting", "inode", "fd", "checked", "begins", "ends")
 
     def __init__(self, path, number, size=0):
         self.path = path
@@ -1902,7 +1911,7 @@ class JournalFile:
         self.inode = None
         self.fd = None                   # while open for writing, see Budget
         self.checked = False
-        self.ends = 0
+        self.begins = self.ends = 0
 
     def is_there(self):
         """Return whether the file is still there under its name. Raises OSError."""
@@ -1945,6 +1954,11 @@ _WAITING_AFTER = {
 _APPENDED = frozenset((ADDX, TO_TAIL, DUE_TAIL))
 _IN_CURRENT = _APPENDED | {ADD_DELAYED, DROP, PAUSE}
 _AT_HEAD = frozenset((REMOVE, OPEN_NEXT, OPEN, UNREMOVE, PUT_BACK))      # as opcodes
+
+
+def _first_ends(waiting, older):
+    """Return the ends in the first mark of a file that is begun while all is written anew."""
+    return _go_on(0, waiting, 0, _BEGUN_ANEW + (older.ends >> 40) % _BEGUN_ANEW)
 
 
 class Journal:
@@ -2189,8 +2203,8 @@ class Journal:
             self.passed.append(JournalFile(None, self._next_number()))
         self.current.waiting = len(items)
         # Its first mark says how many wait, and how many the file before it has added in all.
-        before = (self.passed + self.files)[-2]
-        self.current.ends = _go_on(0, len(items), before.ends >> 40, 0)
+        self.current.begins = self.current.ends = _first_ends(
+            len(items), (self.passed + self.files)[-2])
         self._pass(len(self.files) - 1, position, held, _counts(held, items), items)
 
     def forget(self, safe):
@@ -2359,8 +2373,9 @@ class Journal:
             path = "%s.%d" % (self.path, passing.number)
             pack = next((file for file in old if file.path == path + ".pack"),   # tried before
                         JournalFile(path + ".pack", passing.number))
+            pack.ends = old[-1].ends         # it stands for that
             places = []
-            yield from self._write_file(pack, self._pieces(passing, state, places))
+            yield from self._write_file(pack, self._pieces(passing, state, places, pack.ends))
             rest = self.passed[len(old):]
             old = [file for file in old if file is not pack]
             self.passed = old + [pack] + rest
@@ -2383,9 +2398,9 @@ class Journal:
         if self.passings and self.passings[0] is passing:
             self.passings.popleft()
 
-    def _pieces(self, passing, state, places):
+    def _pieces(self, passing, state, places, after):
         """Yield the records of a pack in pieces. places: filled with (Place, new offset, CRC of
-        the data) for each item that has one."""
+        the data) for each item that has one. after: the ends of the last file it stands for."""
         if not state.checked:
             for chunks, _ in self._records(passing, state, places, 0, 0):
                 yield chunks
@@ -2393,7 +2408,8 @@ class Journal:
         yield [_mark(True, 0)]
         for chunks, ends in self._records(passing, state, places, _CHECK_SIZE, _CHECK_SIZE):
             yield _checked(chunks, sum(map(len, chunks)), ends)
-        yield [_mark(False, ends)]           # nothing is missing, see Queue._replay()
+        # Nothing is missing, see Queue._replay().
+        yield [_mark(False, ends), _mark(True, after), _mark(False, after)]
 
     def _records(self, passing, state, places, offset, gap):
         """Yield (records of a pack, the ends after them). offset: of the first. gap: what is
@@ -2485,7 +2501,7 @@ class Journal:
         import mmap
         with open(file.path, "rb") as source, mmap.mmap(
                 source.fileno(), 0, prot=mmap.PROT_READ) as data:
-            cuts = list(find_damage(data, start, ends))
+            cuts = list(find_damage(data, start, ends, file.begins))
             for begin, end, why, lost, *_ in cuts:
                 log.warning(
                     "%s: %s at byte %d; %d bytes cut out%s and kept in %s", file.path, why,
@@ -2550,11 +2566,9 @@ class Journal:
             stands = [(ADDX, LOST, 0)] * lost + [
                 (OPEN, None, aside + number) for number in range(taken)] + [
                 (UNREMOVE, None, _LOST)] * back
-            if begin == 0 and end == len(data):        # it may well have had check sums
-                yield [_mark(True, 0)]
-                before = 0
-            elif begin == 0 and after:       # the first mark would say that items wait
-                yield [_mark(True, 0), _mark(False, 0)]
+            if begin == 0 and (before is not None or end == len(data)):
+                before = before or 0         # it may well have had check sums
+                yield [_mark(True, before)]
             if before is None:
                 yield _encode(stands)[0]
                 if after is not None:
@@ -3932,6 +3946,7 @@ class Queue:
             yield file
             # Of a file that ends without check sums nobody can know whether its end is there.
             older = journal.files[number - 1] if number else None
+            file.begins = _first_ends(self.count, older) if older else 0
             surplus = self.count if older and (older.checked or not older.size) else None
             lost = 0
             added.append(0)
@@ -3943,6 +3958,7 @@ class Queue:
                 begin, offset = offset, end
                 if opcode == CHECK:
                     if not file.checked and begin == 0:          # see Journal.pass_all()
+                        file.begins = xid[2]
                         if xid[2]:
                             last_head = number
                         if xid[2] and surplus is not None:
@@ -3950,8 +3966,8 @@ class Queue:
                             if packed == number - 1:           # nothing was taken there
                                 lost = max(0, -surplus)
                             else:
-                                lost = (xid[2] >> 16) - (older.ends >> 40) & 0xffffff
-                                lost = lost if lost < 1 << 23 else 0
+                                lost = (xid[2] - (older.ends >> 40)) % _BEGUN_ANEW
+                                lost = lost if lost < _BEGUN_ANEW // 2 else 0
                             surplus += lost
                     elif not file.checked and last_head == number:
                         lost, surplus = 0, None
@@ -4942,7 +4958,7 @@ class Broker:
         self._strangers = set()           # (host, what it did) that the log has told of
         self._grace = None                # cancels the end of its grace period
         self._buried = 0                  # bytes of items on their way to another queue
-        self._moving = {}                 # (queue, setting) -> [(item on its way there, since when)]
+        self._moving = {}                 # (queue, setting) -> [(item on its way, since when)]
         self._stuck = set()               # queues of which some cannot be moved
         self._read_status()
         self.spool = os.path.abspath(self.settings.queue_path)
@@ -11884,7 +11900,8 @@ _COMMANDS = {
     "flush": (_command_flush, (_QUEUE, _YES), "drop all items of a queue"),
     "delete": (_command_delete, (_QUEUE, _YES), "delete a queue"),
     "status": (_command_status, (("word", {
-        "nargs": "?", "type": str.lower, "choices": [name.lower() for name in STATUSES]}),), "what the server lets in; set it"),
+        "nargs": "?", "type": str.lower, "choices": [name.lower() for name in STATUSES]}),),
+               "what the server lets in; set it"),
     "ping": (_command_ping, (), "whether it answers, for health checks"),
     "clients": (_command_clients, (_JSON_ROWS,), "who is connected"),
     "kick": (_command_kick, (("id", {"type": int}),), "hang up on a client"),
@@ -11906,7 +11923,8 @@ def _run_command(name, *arguments):
                         help="or unix:PATH; $KESTREL_SERVER, else 127.0.0.1:22133")
     parser.add_argument("--user", help="its password is $KESTREL_PASSWORD, or is asked for")
     parser.add_argument("--tls", action="store_true", help="speak TLS")
-    parser.add_argument("--cafile", metavar="FILE", type=_readable, help="whose certificates to trust, with TLS")
+    parser.add_argument("--cafile", metavar="FILE", type=_readable,
+                        help="whose certificates to trust, with TLS")
     options = parser.parse_intermixed_args(arguments)
     try:
         with contextlib.ExitStack() as stack:

@@ -2869,7 +2869,7 @@ def test_a_mixed_file_is_checked_where_there_are_check_sums(tmp_path):
 def checked_journal(*writes, waiting=0, before=0):
     """The bytes of a journal file; writes: of operations; waiting: how many items of older files
     wait when operations at the head begin in it; before: how many the last of those has added."""
-    ends = kestrel._go_on(0, waiting, before, 0)
+    ends = kestrel._go_on(0, waiting, 0, kestrel._BEGUN_ANEW + before if waiting else 0)
     data = kestrel._mark(True, ends)
     for ops in writes:
         chunks, ends = kestrel._encode_checked(ops, ends)
@@ -2938,6 +2938,33 @@ def test_items_were_added_and_taken_where_the_end_is_lost(tmp_path, lost, expect
         add_records(b"f"), remove_records(3), waiting=3, before=5))
     for _ in range(2):
         assert contents_of(tmp_path) == expected
+
+
+@promise(6)
+@pytest.mark.parametrize("is_pack", [False, True])
+def test_damage_where_a_file_begins_while_all_is_written_anew(tmp_path, is_pack):
+    """How many items wait in older files is known from these."""
+    older = checked_journal(add_records(b"a", b"b", b"c"))
+    newer = checked_journal(add_records(b"d") + remove_records(1), remove_records(1),
+                            add_records(b"e"), waiting=3, before=3)
+    if is_pack:                              # in the place of a file that had added five
+        marks = [kestrel._go_on(0, number, 0, 0) for number in (3, 5)]
+        older = older + kestrel._mark(False, marks[0]) + kestrel._mark(True, marks[1]) + (
+            kestrel._mark(False, marks[1]))
+        newer = checked_journal(add_records(b"d") + remove_records(1), remove_records(1),
+                                add_records(b"e"), waiting=3, before=5)
+    first = len(newer) - 17 - 22 - 18        # the bytes of the mark and the first write
+    for kind in [*range(17 * 8), "zeros"]:
+        data = bytearray(newer)
+        if kind == "zeros":
+            data[:first] = bytes(first)
+        else:
+            data[kind // 8] ^= 1 << kind % 8
+        (tmp_path / "q.1").write_bytes(older)
+        (tmp_path / "q").write_bytes(data)
+        # With zeros the first take is lost too, and what it took comes back.
+        expected = [b"a", b"c", b"e"] if kind == "zeros" else [b"c", b"d", b"e"]
+        assert contents_of(tmp_path) == expected, kind
 
 
 @promise(6)
@@ -3023,7 +3050,6 @@ def test_damage_to_any_file_costs_the_writes_that_are_hit(tmp_path, serial):
     for trial in range(6 if files else 0):
         path, writes = chances.choice(sorted(files.items()))
         data = bytearray(path.read_bytes())
-        is_between = any(data[10:17])        # it says how many items wait, see Journal.pass_all()
         begin = chances.randrange(len(data))
         kind = chances.choice(["bit", "page of 512", "page of 4096", "end"])
         end = len(data)
@@ -3037,8 +3063,6 @@ def test_damage_to_any_file_costs_the_writes_that_are_hit(tmp_path, serial):
             begin -= begin % size
             end = min(len(data), begin + size)
             data[begin:end] = bytes(end - begin)
-        if begin < 17 and is_between:
-            continue
         hit = set().union(*[items for one, after, items in writes if one < end and after > begin])
         bad = tmp_path / str(trial)
         shutil.copytree(str(tmp_path / "spool"), str(bad))
