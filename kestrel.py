@@ -1956,9 +1956,10 @@ _IN_CURRENT = _APPENDED | {ADD_DELAYED, DROP, PAUSE}
 _AT_HEAD = frozenset((REMOVE, OPEN_NEXT, OPEN, UNREMOVE, PUT_BACK))      # as opcodes
 
 
-def _first_ends(waiting, older):
-    """Return the ends in the first mark of a file that is begun while all is written anew."""
-    return _go_on(0, waiting, 0, _BEGUN_ANEW + (older.ends >> 40) % _BEGUN_ANEW)
+def _first_ends(waiting, added):
+    """Return the ends in the first mark of a file that is begun while all is written anew. added:
+    how many items the file before it has added in all."""
+    return _go_on(0, waiting, 0, _BEGUN_ANEW + added % _BEGUN_ANEW)
 
 
 class Journal:
@@ -2204,7 +2205,7 @@ class Journal:
         self.current.waiting = len(items)
         # Its first mark says how many wait, and how many the file before it has added in all.
         self.current.begins = self.current.ends = _first_ends(
-            len(items), (self.passed + self.files)[-2])
+            len(items), (self.passed + self.files)[-2].ends >> 40)
         self._pass(len(self.files) - 1, position, held, _counts(held, items), items)
 
     def forget(self, safe):
@@ -2375,7 +2376,8 @@ class Journal:
                         JournalFile(path + ".pack", passing.number))
             pack.ends = old[-1].ends         # it stands for that
             places = []
-            yield from self._write_file(pack, self._pieces(passing, state, places, pack.ends))
+            yield from self._write_file(pack, self._pieces(
+                passing, state, places, _first_ends(0, pack.ends >> 40)))
             rest = self.passed[len(old):]
             old = [file for file in old if file is not pack]
             self.passed = old + [pack] + rest
@@ -2398,18 +2400,20 @@ class Journal:
         if self.passings and self.passings[0] is passing:
             self.passings.popleft()
 
-    def _pieces(self, passing, state, places, after):
+    def _pieces(self, passing, state, places, begins):
         """Yield the records of a pack in pieces. places: filled with (Place, new offset, CRC of
-        the data) for each item that has one. after: the ends of the last file it stands for."""
+        the data) for each item that has one. begins: the ends in its first mark, which tell of the
+        last file that it stands for."""
         if not state.checked:
             for chunks, _ in self._records(passing, state, places, 0, 0):
                 yield chunks
             return
-        yield [_mark(True, 0)]
-        for chunks, ends in self._records(passing, state, places, _CHECK_SIZE, _CHECK_SIZE):
+        marks = [_mark(True, begins), _mark(False, begins), _mark(True, 0)]
+        yield marks
+        for chunks, ends in self._records(passing, state, places, len(marks) * _CHECK_SIZE,
+                                          _CHECK_SIZE):
             yield _checked(chunks, sum(map(len, chunks)), ends)
-        # Nothing is missing, see Queue._replay().
-        yield [_mark(False, ends), _mark(True, after), _mark(False, after)]
+        yield [_mark(False, ends)]           # nothing is missing, see Queue._replay()
 
     def _records(self, passing, state, places, offset, gap):
         """Yield (records of a pack, the ends after them). offset: of the first. gap: what is
@@ -3946,7 +3950,8 @@ class Queue:
             yield file
             # Of a file that ends without check sums nobody can know whether its end is there.
             older = journal.files[number - 1] if number else None
-            file.begins = _first_ends(self.count, older) if older else 0
+            file.begins = older and _first_ends(
+                self.count, older.begins if packed == number - 1 else older.ends >> 40) or 0
             surplus = self.count if older and (older.checked or not older.size) else None
             lost = 0
             added.append(0)

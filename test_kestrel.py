@@ -2948,9 +2948,10 @@ def test_damage_where_a_file_begins_while_all_is_written_anew(tmp_path, is_pack)
     newer = checked_journal(add_records(b"d") + remove_records(1), remove_records(1),
                             add_records(b"e"), waiting=3, before=3)
     if is_pack:                              # in the place of a file that had added five
-        marks = [kestrel._go_on(0, number, 0, 0) for number in (3, 5)]
-        older = older + kestrel._mark(False, marks[0]) + kestrel._mark(True, marks[1]) + (
-            kestrel._mark(False, marks[1]))
+        five = kestrel._first_ends(0, 5)
+        older = kestrel._mark(True, five) + kestrel._mark(False, five) + checked_journal(
+            [(kestrel.SAVE_XID, None, 0)] + add_records(b"a", b"b", b"c")) + (
+                kestrel._mark(False, kestrel._go_on(0, 3, 0, 0)))
         newer = checked_journal(add_records(b"d") + remove_records(1), remove_records(1),
                                 add_records(b"e"), waiting=3, before=5)
     first = len(newer) - 17 - 22 - 18        # the bytes of the mark and the first write
