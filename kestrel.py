@@ -2405,25 +2405,22 @@ class Journal:
         the data) for each item that has one. begins: the ends in its first mark, which tell of the
         last file that it stands for."""
         if not state.checked:
-            for chunks, _ in self._records(passing, state, places, 0, 0):
+            for chunks, _ in self._records(passing, state, places, begins):
                 yield chunks
             return
-        marks = [_mark(True, begins), _mark(False, begins), _mark(True, 0)]
-        yield marks
-        for chunks, ends in self._records(passing, state, places, len(marks) * _CHECK_SIZE,
-                                          _CHECK_SIZE):
+        yield [_mark(True, begins)]
+        for chunks, ends in self._records(passing, state, places, begins):
             yield _checked(chunks, sum(map(len, chunks)), ends)
         yield [_mark(False, ends)]           # nothing is missing, see Queue._replay()
 
-    def _records(self, passing, state, places, offset, gap):
-        """Yield (records of a pack, the ends after them). offset: of the first. gap: what is
-        written after those that are yielded at a time."""
+    def _records(self, passing, state, places, ends):
+        """Yield (records of a pack, the ends after them). ends: before them."""
+        gap = _CHECK_SIZE if state.checked else 0              # after what is yielded at a time
         chunks = [_pack_xid(SAVE_XID, state.last_xid)]
         if state.paused:
             chunks.append(_pack_xid(PAUSE, state.paused))
         size = sum(map(len, chunks))
-        offset += size
-        ends = 0
+        offset = gap + size
         for xid, item in itertools.chain(passing.held.items(), ((0, one) for one in passing.items)):
             delayed = None
             if type(item) is Delayed:
