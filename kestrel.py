@@ -971,10 +971,10 @@ _SPAN = 1 << 18
 _OPCODE_CHECK = bytes([CHECK])
 _CUT_OUT = 4096                 # how many items may be missing in fewer bytes than they had
 
-# A file that is begun while all is written anew begins with other ends than 0, see
-# Journal.pass_all(): in place of put-backs with this bit, so that what follows a damaged first mark
-# tells which kind of file it is, and the last bits of a number in the others.
-_BEGUN_ANEW = 1 << 15
+# A pack, and a file that is begun while all is written anew, begin with other ends than 0, see
+# Journal.pass_all(): in place of put-backs with one of these bits, so that what follows a damaged
+# first mark tells which kind of file it is, and the last bits of a number in the others.
+_PACK, _BEGUN_ANEW = 1 << 14, 1 << 15
 
 # Numbers of open reads from _ASIDE on are for items whose REMOVEs are lost, see LostTail and
 # repair(). _LOST is for lost items that are put back.
@@ -1545,7 +1545,7 @@ def find_damage(data, start=0, ends=None, begins=0):
                     begin = last
                 if not plain + _CHECK_SIZE <= begin < limit:
                     begin = plain
-                if after[0] & _BEGUN_ANEW and not begins:      # no file before it: none waited
+                if after[0] & 0xffff & -_PACK == _PACK:        # which puts nothing back
                     begins = after[0] & 0xffff
                 moves = _moved_between(data, begin, (0, begins), end, after)
                 yield Cut(begin, end, why, *moves, None if begin else (
@@ -1959,7 +1959,7 @@ _AT_HEAD = frozenset((REMOVE, OPEN_NEXT, OPEN, UNREMOVE, PUT_BACK))      # as op
 def _first_ends(waiting, added):
     """Return the ends in the first mark of a file that is begun while all is written anew. added:
     how many items the file before it has added in all."""
-    return _go_on(0, waiting, 0, _BEGUN_ANEW + added % _BEGUN_ANEW)
+    return _go_on(0, waiting, 0, _BEGUN_ANEW + (added % _PACK if waiting else 0))
 
 
 class Journal:
@@ -2377,7 +2377,7 @@ class Journal:
             pack.ends = old[-1].ends         # it stands for that
             places = []
             yield from self._write_file(pack, self._pieces(
-                passing, state, places, _first_ends(0, pack.ends >> 40)))
+                passing, state, places, _PACK + (pack.ends >> 40) % _PACK))
             rest = self.passed[len(old):]
             old = [file for file in old if file is not pack]
             self.passed = old + [pack] + rest
@@ -3947,8 +3947,8 @@ class Queue:
             yield file
             # Of a file that ends without check sums nobody can know whether its end is there.
             older = journal.files[number - 1] if number else None
-            file.begins = older and _first_ends(
-                self.count, older.begins if packed == number - 1 else older.ends >> 40) or 0
+            file.begins = _first_ends(self.count, 0 if not older else older.begins if (
+                packed == number - 1) else older.ends >> 40)
             surplus = self.count if older and (older.checked or not older.size) else None
             lost = 0
             added.append(0)
@@ -3963,13 +3963,13 @@ class Queue:
                         file.begins = xid[2]
                         if xid[2]:
                             last_head = number
-                        if xid[2] and surplus is not None:
+                        if xid[2] >> 40 and surplus is not None:
                             surplus -= xid[2] >> 40
                             if packed == number - 1:           # nothing was taken there
                                 lost = max(0, -surplus)
                             else:
-                                lost = (xid[2] - (older.ends >> 40)) % _BEGUN_ANEW
-                                lost = lost if lost < _BEGUN_ANEW // 2 else 0
+                                lost = (xid[2] - (older.ends >> 40)) % _PACK
+                                lost = lost if lost < _PACK // 2 else 0
                             surplus += lost
                     elif not file.checked and last_head == number:
                         lost, surplus = 0, None

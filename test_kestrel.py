@@ -2948,7 +2948,7 @@ def test_damage_where_a_file_begins_while_all_is_written_anew(tmp_path, is_pack)
     newer = checked_journal(add_records(b"d") + remove_records(1), remove_records(1),
                             add_records(b"e"), waiting=3, before=3)
     if is_pack:                              # in the place of a file that had added five
-        begins = kestrel._first_ends(0, 5)
+        begins = kestrel._PACK + 5
         older = kestrel._mark(True, begins) + b"".join(kestrel._encode_checked(
             [(kestrel.SAVE_XID, None, 0)] + add_records(b"a", b"b", b"c"), begins)[0]) + (
                 kestrel._mark(False, kestrel._go_on(begins, 3, 0, 0)))
