@@ -6836,10 +6836,12 @@ class MemcacheSession(LineSession):
         for queue in queues:
             if key.open or queue in self.open_reads:
                 self._check_opens(queue, plain=not key.open)
-        given = 0
+        most = self.broker.settings.max_open_transactions
+        given, last = 0, None
         while given < count:
-            queues = [queue for queue in queues if not key.open or len(self._reads_of(queue))
-                      < self.broker.settings.max_open_transactions]
+            if key.open:
+                queues = [queue for queue in queues if len(self.open_reads.get(queue, ())) < most
+                          or len(self._reads_of(queue)) < most]
             wait = not given and key.wait > 0
             if wait:
                 self.timeout = key.wait
@@ -6862,7 +6864,9 @@ class MemcacheSession(LineSession):
                 limit = queue.config.open_transaction_timeout
                 if more.timeout:
                     queue.limit(item.xid, min(more.timeout, limit or more.timeout))
-            self._give(get, key._replace(queue=os.fsencode(queue.name)), queue, item)
+            if queue is not last:
+                key, last = key._replace(queue=os.fsencode(queue.name)), queue
+            self._give(get, key, queue, item)
             if self.load > self.most_load:
                 yield
         if not given:
