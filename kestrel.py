@@ -1962,6 +1962,19 @@ def _first_ends(waiting, added):
     return _go_on(0, waiting, 0, _BEGUN_ANEW + (added % _PACK if waiting else 0))
 
 
+def _lost_tail(count, begins, added):
+    """Return what LostTail tells of a file. count: how many items wait at its end. begins: the ends
+    in the first mark of the next file, see _first_ends(). added: how many items it has added, None
+    if it is a pack, in which nothing was taken."""
+    surplus = (count - (begins >> 40) + (1 << 23)) % (1 << 24) - (1 << 23)       # from 24 bits
+    if added is None:
+        lost = max(0, -surplus)
+    else:
+        lost = (begins - added) % _PACK
+        lost = lost if lost < _PACK // 2 else 0
+    return lost, surplus + lost
+
+
 class Journal:
     """The files of one queue.
 
@@ -3964,13 +3977,9 @@ class Queue:
                         if xid[2]:
                             last_head = number
                         if xid[2] >> 40 and surplus is not None:
-                            surplus -= xid[2] >> 40
-                            if packed == number - 1:           # nothing was taken there
-                                lost = max(0, -surplus)
-                            else:
-                                lost = (xid[2] - (older.ends >> 40)) % _PACK
-                                lost = lost if lost < _PACK // 2 else 0
-                            surplus += lost
+                            lost, surplus = _lost_tail(
+                                self.count, xid[2], None if packed == number - 1
+                                else older.ends >> 40)
                     elif not file.checked and last_head == number:
                         lost, surplus = 0, None
                     file.checked = xid[0] > 0 or not file.checked

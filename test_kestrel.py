@@ -2941,6 +2941,13 @@ def test_items_were_added_and_taken_where_the_end_is_lost(tmp_path, lost, expect
 
 
 @promise(6)
+def test_more_items_wait_than_a_mark_has_bits_for(tmp_path):
+    (tmp_path / "q.1").write_bytes(checked_journal(add_records(b"a", b"b")))
+    (tmp_path / "q").write_bytes(checked_journal(remove_records(1), waiting=(1 << 24) + 2, before=2))
+    assert contents_of(tmp_path) == [b"b"]
+
+
+@promise(6)
 @pytest.mark.parametrize("is_pack", [False, True])
 def test_damage_where_a_file_begins_while_all_is_written_anew(tmp_path, is_pack):
     """How many items wait in older files is known from these."""
