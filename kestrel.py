@@ -4016,16 +4016,20 @@ class Queue:
             log.warning("%s: %d operations on items that are not there, ignored",
                         journal.path, ignored)
         journal.account(added, last_head, self.count)
-        if self._behind:
-            self._behind.older = journal.passed[:]
-            self._catch_up()
-        heapq.heapify(delays.due)
         # An OPEN may be written in front of what is done to the tail: never with the same xid.
         self.xid = max(self.xid, highest)
-        self.open_memory = sum(map(_cost, opens.values())) + delays.memory
+        self._take_over()
+
+    def _take_over(self):
+        """Go on from what the journal has said: reads that were open go back."""
+        if self._behind:
+            self._behind.older = self.journal.passed[:]
+            self._catch_up()
+        heapq.heapify(self.delays.due)
+        self.open_memory = sum(map(_cost, self.opens.values())) + self.delays.memory
         self._set_limits()
         self._watch_delays(_now())
-        self.abort(*opens, orphaned=True)
+        self.abort(*self.opens, orphaned=True)
         self.counters.canceled_transactions = 0
 
     def _redo(self, opcode, xid, checked):
