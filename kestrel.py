@@ -83,6 +83,7 @@ import base64
 import collections
 import configparser
 import contextlib
+import copy
 import errno
 import fcntl
 import functools
@@ -491,15 +492,15 @@ class Config:
         self.aliases = {}
         self._queues = {}
         self._lines = []
-        server, queues = {}, []
+        server = {}
         for header, values in self._sections():
             kind, _, name = header.partition(" ")
             name = name.strip()
             if header == "server":
                 server = self._values(header, SERVER_SETTINGS, values)
             elif kind == "queue":
-                queues.append((header, self._values(header, QUEUE_SETTINGS, values)))
-                self._add(header, self._queues, name, queues[-1][1])
+                self._add(header, self._queues, name,
+                          self._values(header, QUEUE_SETTINGS, values))
             elif kind == "alias" and name:
                 alias = self._values(header, ALIAS_SETTINGS, values)
                 if not alias:
@@ -526,7 +527,7 @@ class Config:
         self._check_moves()
         self.tls = self._read_tls()
         self.users = self._read_auth_file()
-        self._check_users(queues)
+        self._check_users()
 
     def queue(self, name):
         """Return the QueueConfig of `name`: built-in, then [queue], [queue q], [queue q+child]."""
@@ -632,15 +633,15 @@ class Config:
     def _read_tls(self):
         """Return the ssl.SSLContext of the ports, None without a tls_cert."""
         settings = self.server
-        if not (settings.tls_cert or settings.tls_key or settings.tls_client_ca):
+        given = {key: getattr(settings, key) for key in ("tls_cert", "tls_key", "tls_client_ca")}
+        if not any(given.values()):
             return None
         import ssl
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.sslsocket_class = tls_socket_class()
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)      # not on PyPy
-        for key in ("tls_cert", "tls_key", "tls_client_ca"):
-            path = getattr(settings, key)
+        for key, path in given.items():
             if not path:
                 continue
             lacks = "key, without a password, to the certificate of tls_cert"
@@ -675,9 +676,10 @@ class Config:
         except (OSError, UnicodeDecodeError) as error:
             raise self._error("auth_file %s: %s" % (path, error), "server", "auth_file") from None
 
-    def _check_users(self, queues):
-        """Raise ConfigError if these (header, settings) of queues name unknown users."""
-        for header, values in queues:
+    def _check_users(self):
+        """Raise ConfigError if the settings of a queue name unknown users."""
+        for name, values in self._queues.items():
+            header = ("queue " + name).strip()
             for key in ("put_users", "get_users"):
                 for user in values.get(key, ()):
                     if user not in (self.users or ()):
@@ -702,7 +704,7 @@ class Config:
         for number, text in enumerate(self._lines, 1):
             match = re.match(r"\[(.+)\]", text.strip())
             section = match[1] if match else section
-            if line is None and section == header and (
+            if line is None and section and header in (section, " ".join(section.split())) and (
                     match if key is None
                     else re.split("[=:]", text)[0].strip().lower() == key):
                 line = number
@@ -808,15 +810,14 @@ class Logins:
 
     def _finish(self, host, digest):
         client, name, _, done = self._lines[host].popleft()
-        if digest in self._known:
-            done(os.fsdecode(name))
-            self._broker.later(0, functools.partial(self._go_on, host))
-        else:
+        is_right = digest in self._known
+        if not is_right:
             # Only known names are logged: a client that has not logged in may have sent an item.
             log.warning("%s: wrong password for %s", client.who, os.fsdecode(name)
                         if self._stored(name) != _NOBODY else "an unknown user")
-            done(None)
-            self._broker.later(_LOGIN_REST_MS, functools.partial(self._go_on, host))
+        done(os.fsdecode(name) if is_right else None)
+        self._broker.later(0 if is_right else _LOGIN_REST_MS,
+                           functools.partial(self._go_on, host))
 
 
 # == 3. Records ===========================================================================
@@ -845,10 +846,6 @@ class Place:
         self.size = size
         self.head = head
         self.crc = crc
-
-    def check(self, data):
-        """Let these bytes be what is expected there from now on."""
-        self.head, self.crc = 0, zlib.crc32(data)
 
 
 class Item:
@@ -880,7 +877,7 @@ class Item:
         stub = Item(None, self.add_time, self.expiry, self.flags, self.deliveries)
         stub.xid, stub.cas, stub.place = self.xid, self.cas, self.place
         if self.place and self.data is not None and self.place.crc is None:
-            self.place.check(self.data)
+            self.place.head, self.place.crc = 0, zlib.crc32(self.data)
         return stub
 
 
@@ -917,35 +914,26 @@ OPCODE_NAMES = {
     TO_TAIL: "CONTINUEF", DUE_TAIL: "CONTINUEF", DUE_HEAD: "UNREMOVE", DROP: "FLUSH",
 }
 
-# What follows the opcode and stands before the data: xid, time when it is due, size, add time,
-# expiry, flags and deliveries, as far as the opcode has them. `size` counts all after it.
+# What stands before the data: opcode, xid, time when it is due, size, add time, expiry, flags and
+# deliveries, as far as the opcode has them. `size` counts all after it.
 _HEADS = {
-    ADD: struct.Struct("<ii"),
-    ADDX: struct.Struct("<iqq"),
-    ADD_XID: struct.Struct("<iiqq"),
-    CONTINUE: struct.Struct("<iiqq"),
-    ADDF: struct.Struct("<iqqII"),
-    CONTINUEF: struct.Struct("<iiqqII"),
-    ADD_DELAYED: struct.Struct("<iqiqqII"),
+    ADD: struct.Struct("<Bii"),
+    ADDX: struct.Struct("<Biqq"),
+    ADD_XID: struct.Struct("<Biiqq"),
+    CONTINUE: struct.Struct("<Biiqq"),
+    ADDF: struct.Struct("<BiqqII"),
+    CONTINUEF: struct.Struct("<BiiqqII"),
+    ADD_DELAYED: struct.Struct("<BiqiqqII"),
 }
-_LONGEST_HEAD = 1 + max(head.size for head in _HEADS.values())
-_XID = struct.Struct("<i")
-_XID_DUE = struct.Struct("<iq")
-_CHECK = struct.Struct("<IIQ")
-_CHECK_SIZE = 1 + _CHECK.size          # with its opcode
+_ADDX = _HEADS[ADDX]                   # that most items have
+_LONGEST_HEAD = max(head.size for head in _HEADS.values())
+_XID = struct.Struct("<Bi")
+_DELAY = struct.Struct("<Biq")
+_CHECK = struct.Struct("<BIIQ")
 
 # An item that is not available before `due`, milliseconds of the epoch; xid: the number that it is
 # known by. Then it goes to the head, from which it came, or to the tail.
 Delayed = collections.namedtuple("Delayed", "due xid item to_head")
-
-_ADDX = struct.Struct("<Biqq")         # the head that most items have, with its opcode
-_pack_addx = _ADDX.pack
-_pack_addf = struct.Struct("<BiqqII").pack
-_pack_xid = struct.Struct("<Bi").pack
-_pack_delay = struct.Struct("<Biq").pack
-_pack_continuef = struct.Struct("<BiiqqII").pack
-_pack_delayed = struct.Struct("<BiqiqqII").pack
-_pack_check = struct.Struct("<BIIQ").pack
 
 # A larger count of deliveries means a corrupt record.
 _MOST_DELIVERIES = 1000000
@@ -987,7 +975,7 @@ def _mark_sum(begins, ends):
 
 
 def _mark(begins, ends):
-    return _pack_check(CHECK, 0, _mark_sum(begins, ends), ends)
+    return _CHECK.pack(CHECK, 0, _mark_sum(begins, ends), ends)
 
 
 def _go_on(ends, added, taken, back):
@@ -1040,7 +1028,7 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
     """
     data, pos, base = b"", 0, 0           # data[pos] is the byte base + pos of the file
     span = 0                              # the next CHECK covers data[span:]
-    addx, delayed = _HEADS[ADDX], _HEADS[ADD_DELAYED]
+    unpack_addx, unpack_delayed = _ADDX.unpack_from, _HEADS[ADD_DELAYED].unpack_from
     opcode = None
     while True:
         if len(data) - pos < _LONGEST_HEAD:
@@ -1063,11 +1051,11 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
                     if end > pos:
                         pos = end
                         continue
-                size, add_time, expiry = addx.unpack_from(data, pos + 1)
+                _, size, add_time, expiry = unpack_addx(data, pos)
                 item, start, size = Item(None, add_time, expiry), pos + 21, size - 16
             elif opcode in _HEADS:
                 if opcode == ADD_DELAYED:    # perhaps a million
-                    number, due, size, *fields = delayed.unpack_from(data, pos + 1)
+                    _, number, due, size, *fields = unpack_delayed(data, pos)
                     item, xid, start, size = Item(None, *fields), (number, due), pos + 41, size - 24
                 else:
                     item, xid, start, size = _parse_head(data, pos)
@@ -1075,20 +1063,20 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
                     raise Damage(base + pos, "impossible count of deliveries", torn=False)
             else:
                 if opcode in (OPEN, CONFIRM, UNREMOVE, SAVE_XID, PAUSE, PUT_BACK):
-                    xid, = _XID.unpack_from(data, pos + 1)
+                    _, xid = _XID.unpack_from(data, pos)
                     pos += 4
                 elif opcode == CHECK:
-                    xid = _CHECK.unpack_from(data, pos + 1)
+                    _, *xid = _CHECK.unpack_from(data, pos)
                     size, crc, ends = xid
                     if size != (pos - span if checked else 0) or crc != (
                             zlib.crc32(memoryview(data)[span:pos]) if size
                             else _mark_sum(not checked, ends)):
                         raise Damage(base + (span if checked else pos), "wrong check sum", False)
                     checked = size > 0 or not checked
-                    pos += _CHECK.size
+                    pos += _CHECK.size - 1
                     span = pos + 1
                 elif opcode == DELAY:
-                    xid = _XID_DUE.unpack_from(data, pos + 1)
+                    _, *xid = _DELAY.unpack_from(data, pos)
                     pos += 12
                 elif opcode not in (REMOVE, OPEN_NEXT):
                     raise Damage(base + pos, "unknown opcode %d" % opcode, torn=False)
@@ -1125,10 +1113,10 @@ def read_run(data, pos, items, room, span):
     while pos <= last:
         opcode, length, add_time, expiry = unpack(data, pos)
         if opcode == CHECK:
-            covers, crc, after = check(data, pos + 1)
+            _, covers, crc, after = check(data, pos)
             if span is None or not 0 < covers == pos - span or crc32(data[span:pos]) != crc:
                 break
-            pos = span = pos + _CHECK_SIZE
+            pos = span = pos + _CHECK.size
             closed, ends = len(items), after
             continue
         length -= 16
@@ -1160,14 +1148,14 @@ def skip_run(data, pos, span):
             size += length - 16
             pos = end
         elif opcode == CHECK and span is not None and 0 < length == pos - span and (
-                span > begin or zlib.crc32(data[span:pos]) == check(data, pos + 1)[1]):
+                span > begin or zlib.crc32(data[span:pos]) == check(data, pos)[2]):
             closed = count
-            pos = span = pos + _CHECK_SIZE
+            pos = span = pos + _CHECK.size
         else:
             break
     if span == begin:
         return pos, count, size, None
-    _, _, ends = check(data, span - _CHECK.size)
+    *_, ends = check(data, span - _CHECK.size)
     return pos, count, size, (span, closed, ends)
 
 
@@ -1183,7 +1171,7 @@ def _parse_head(data, pos=0):
     """Return (item without data, xid, where its data begins, its size) of the record at data[pos]
     that adds an item. Raises struct.error if the head is not whole."""
     head = _HEADS[data[pos]]
-    fields = head.unpack_from(data, pos + 1)
+    _, *fields = head.unpack_from(data, pos)
     xid = uncounted = 0                  # uncounted: the size does not include it
     if data[pos] in (ADD_XID, CONTINUE, CONTINUEF):
         xid, *fields = fields
@@ -1197,21 +1185,22 @@ def _parse_head(data, pos=0):
     item = Item(None, *fields)
     if data[pos] == ADD_XID:
         item.xid = xid                   # that the OPEN_NEXT of it will have
-    return item, xid, pos + 1 + head.size, size - (head.size - 4 - uncounted)
+    return item, xid, pos + head.size, size - (head.size - 5 - uncounted)
 
 
 def _head(item, size, deliveries=0):
     """Return the head of the record that adds an item with `size` bytes of data."""
     if item.flags or deliveries:
-        return _pack_addf(ADDF, size + 24, item.add_time, item.expiry, item.flags, deliveries)
-    return _pack_addx(ADDX, size + 16, item.add_time, item.expiry)
+        return _HEADS[ADDF].pack(ADDF, size + 24, item.add_time, item.expiry, item.flags,
+                                 deliveries)
+    return _ADDX.pack(ADDX, size + 16, item.add_time, item.expiry)
 
 
 def _delayed_head(delayed, size, deliveries=0):
     """Return the head of the record that adds a delayed item."""
     item = delayed.item
-    return _pack_delayed(ADD_DELAYED, delayed.xid, delayed.due, size + 24, item.add_time,
-                         item.expiry, item.flags, deliveries)
+    return _HEADS[ADD_DELAYED].pack(ADD_DELAYED, delayed.xid, delayed.due, size + 24,
+                                    item.add_time, item.expiry, item.flags, deliveries)
 
 
 def _encode(ops, ends=0):
@@ -1227,7 +1216,7 @@ def _encode(ops, ends=0):
             chunks.append(b"\1")
             taken += 1
         elif 0 < opcode <= OPEN:
-            chunks.append(_pack_xid(opcode, xid))
+            chunks.append(_XID.pack(opcode, xid))
             taken += opcode == OPEN
             back += opcode == UNREMOVE
         else:
@@ -1256,9 +1245,9 @@ def _checked(chunks, size, ends):
         crc = 0
         for chunk in chunks:
             crc = zlib.crc32(chunk, crc)
-        return [*chunks, _pack_check(CHECK, size, crc, ends)]
+        return [*chunks, _CHECK.pack(CHECK, size, crc, ends)]
     data = bytearray().join(chunks)
-    data += _pack_check(CHECK, size, zlib.crc32(data), ends)
+    data += _CHECK.pack(CHECK, size, zlib.crc32(data), ends)
     return [data]
 
 
@@ -1267,23 +1256,23 @@ def _encode_rare(opcode, item, xid):
     if opcode == FLUSH:
         return [b"\1" * xid]
     if opcode in (PAUSE, PUT_BACK):
-        return [_pack_xid(opcode, xid)]
+        return [_XID.pack(opcode, xid)]
     if opcode == DROP:                   # of perhaps a million
-        records = bytearray([CONFIRM]) * (_XID.size + 1) * len(item)
+        records = bytearray([CONFIRM]) * 5 * len(item)
         numbers = struct.pack("<%di" % len(item), *item)
-        for byte in range(_XID.size):
-            records[byte + 1::_XID.size + 1] = numbers[byte::_XID.size]
+        for byte in range(4):
+            records[byte + 1::5] = numbers[byte::4]
         return [records]
     if opcode == DELAY:
-        return [_pack_delay(DELAY, xid, item.due)]
+        return [_DELAY.pack(DELAY, xid, item.due)]
     if opcode == DUE_HEAD:
-        return [_pack_xid(UNREMOVE, xid)]
+        return [_XID.pack(UNREMOVE, xid)]
     if opcode == ADD_DELAYED:
         return [_delayed_head(item, len(item.item.data)), item.item.data]
     if opcode == DUE_TAIL:
         item = item.item
-    return [_pack_continuef(CONTINUEF, xid, len(item.data) + 24, item.add_time, item.expiry,
-                            item.flags, item.deliveries), item.data]
+    return [_HEADS[CONTINUEF].pack(CONTINUEF, xid, len(item.data) + 24, item.add_time, item.expiry,
+                                   item.flags, item.deliveries), item.data]
 
 
 # -- damage
@@ -1354,7 +1343,7 @@ def _opcode_was_changed(data, at):
     """The opcode alone is wrong: good records follow after the size that is still there."""
     if data[at.begin] in _HEADS or len(data) - at.begin <= 21:
         return None
-    size, add_time, expiry = _HEADS[ADDX].unpack_from(data, at.begin + 1)
+    _, size, add_time, expiry = _ADDX.unpack_from(data, at.begin)
     end = at.begin + 5 + size
     if _is_plausible(ADDX, 0, Item(b"", add_time, expiry)) and (
             at.begin + 21 <= end < len(data) and _is_good(data, end)):
@@ -1405,8 +1394,8 @@ def _next_check(data, begin, before=()):
     there must be check sums at once. before: accounts of the ends before it: what does not go on
     from there stands in a wrong place, and is damaged as well."""
     at = data.find(_OPCODE_CHECK, max(0, begin))
-    while at >= 0 and at + _CHECK_SIZE <= len(data):
-        size, crc, ends = _CHECK.unpack_from(data, at + 1)
+    while at >= 0 and at + _CHECK.size <= len(data):
+        _, size, crc, ends = _CHECK.unpack_from(data, at)
         start = at - size
         if size == 0 and at > begin:
             for begins in (True, False):
@@ -1417,16 +1406,16 @@ def _next_check(data, begin, before=()):
             moves, is_whole = _count_moves(data[start:at])
             back = [-one for one in moves]
             after = _go_on(ends, *back), _go_on(
-                _ends_by_next(data, at + _CHECK_SIZE, ends), *back)
+                _ends_by_next(data, at + _CHECK.size, ends), *back)
             if is_whole and (not before or any(
                     max(moves) < start - begin + _CUT_OUT
                     for moves in itertools.starmap(_between, itertools.product(before, after)))):
                 return start, after, True
         at = data.find(_OPCODE_CHECK, at + 1)
     end = len(data)
-    if end - begin > _CHECK_SIZE and data[end - _CHECK_SIZE] == CHECK:
-        size, _, ends = _CHECK.unpack_from(data, end - _CHECK.size)
-        if size == end - _CHECK_SIZE - begin:          # only what it covers is damaged
+    if end - begin > _CHECK.size and data[end - _CHECK.size] == CHECK:
+        _, size, _, ends = _CHECK.unpack_from(data, end - _CHECK.size)
+        if size == end - _CHECK.size - begin:          # only what it covers is damaged
             return end, (ends, ends), True
     return end, (None, None), False
 
@@ -1444,8 +1433,8 @@ def _may_cover(data, start, at):
 
 def _covered_by(data, at):
     """Return how many bytes are covered by the CHECK at data[at]; 0 if there cannot be one."""
-    if data[at:at + 1] == _OPCODE_CHECK and at + _CHECK_SIZE <= len(data):
-        size, _, _ = _CHECK.unpack_from(data, at + 1)
+    if data[at:at + 1] == _OPCODE_CHECK and at + _CHECK.size <= len(data):
+        _, size, _, _ = _CHECK.unpack_from(data, at)
         return size if size <= at else 0
     return 0
 
@@ -1480,7 +1469,7 @@ def _moved_between(data, begin, before, end, after):
     fitting = [moves for moves in likely if is_sure or _fit(moves, end - begin)]
     if likely:
         return min(fitting or likely, key=sum)
-    moves, is_whole = _count_moves(data[begin:max(begin, end - _CHECK_SIZE)])
+    moves, is_whole = _count_moves(data[begin:max(begin, end - _CHECK.size)])
     return moves if is_whole else (moves[0] + 1, *moves[1:])
 
 
@@ -1543,7 +1532,7 @@ def find_damage(data, start=0, ends=None, begins=0):
                 begin, end = offset, limit
                 if last is not None and (not plausible or begin >= limit):
                     begin = last
-                if not plain + _CHECK_SIZE <= begin < limit:
+                if not plain + _CHECK.size <= begin < limit:
                     begin = plain
                 if after[0] & 0xffff & -_PACK == _PACK:        # which puts nothing back
                     begins = after[0] & 0xffff
@@ -1552,7 +1541,7 @@ def find_damage(data, start=0, ends=None, begins=0):
                     begins if moves == _between(begins, after[0]) else 0), after[0], True)
                 sums = end, *after
             elif covered:                    # so is what comes before a wrong CHECK
-                begin, end = max(start, offset - covered), offset + _CHECK_SIZE
+                begin, end = max(start, offset - covered), offset + _CHECK.size
                 yield Cut(begin, end, why, *_count_moves(data[begin:offset])[0], None, None, False)
             else:
                 begin, end, lost = next(filter(None, (
@@ -1694,11 +1683,6 @@ def _close_all(fds):
     for fd in fds:
         with contextlib.suppress(OSError):             # it is closed all the same
             os.close(fd)
-
-
-def _open_private(path, flags):
-    """Open a file that only its owner may read: an opener for open()."""
-    return os.open(path, flags, 0o600)
 
 
 def _open_journal(path, flags=0):
@@ -2068,11 +2052,6 @@ class Journal:
     def _lost(file):
         return OSError(errno.ESTALE, "removed or replaced by another process", file.path)
 
-    def has_fresh_current(self):
-        """Return whether the current file is an empty one that is still there."""
-        current = self.current
-        return current.number is None and not current.size and current.is_there()
-
     # -- reading
 
     def read(self, file, take_run):
@@ -2179,10 +2158,6 @@ class Journal:
             _close_all([write[0] for write in writes])
             raise
         return functools.partial(_write_and_close, writes)
-
-    def tear(self, plan):
-        """Mark the files of a plan as possibly half written."""
-        self.torn.update(share[0] for share in plan.shares)
 
     def commit(self, plan, position, safe):
         """Make a written batch count. position: of its last operation. safe: whether that is
@@ -2428,10 +2403,10 @@ class Journal:
 
     def _records(self, passing, state, places, ends):
         """Yield (records of a pack, the ends after them). ends: before them."""
-        gap = _CHECK_SIZE if state.checked else 0              # after what is yielded at a time
-        chunks = [_pack_xid(SAVE_XID, state.last_xid)]
+        gap = _CHECK.size if state.checked else 0              # after what is yielded at a time
+        chunks = [_XID.pack(SAVE_XID, state.last_xid)]
         if state.paused:
-            chunks.append(_pack_xid(PAUSE, state.paused))
+            chunks.append(_XID.pack(PAUSE, state.paused))
         size = sum(map(len, chunks))
         offset = gap + size
         for xid, item in itertools.chain(passing.held.items(), ((0, one) for one in passing.items)):
@@ -2448,7 +2423,7 @@ class Journal:
                 head = _delayed_head(delayed, len(data), count)
             else:
                 head = _head(item, len(data), count)
-            if len(data) > _SPAN and chunks:         # a large one is closed by a CHECK of its own
+            if size + len(data) > _SPAN and chunks:  # a large one is closed by a CHECK of its own
                 yield chunks, ends
                 chunks, size = [], 0
                 offset += gap
@@ -2462,10 +2437,10 @@ class Journal:
                 offset += gap + len(head) + len(data)
                 record = []
             if is_open:
-                record.append(_pack_xid(OPEN, xid))
+                record.append(_XID.pack(OPEN, xid))
                 ends = _go_on(ends, 0, 1, 0)
                 if delayed:
-                    record.append(_pack_delay(DELAY, xid, delayed.due))
+                    record.append(_DELAY.pack(DELAY, xid, delayed.due))
             chunks += record
             length = sum(map(len, record))
             offset += length
@@ -2595,17 +2570,15 @@ class Journal:
         """Copy bytes of a file, which is open as `source`, into lost+found; return the path."""
         directory = os.path.join(self.directory, "lost+found")
         os.makedirs(directory, 0o700, exist_ok=True)
-        for serial in itertools.count():
-            kept = os.path.join(directory, "%s.%d.%d" % (
-                os.path.basename(file.path), begin, _now() + serial))
-            with contextlib.suppress(FileExistsError), open(
-                    kept, "xb", opener=_open_private) as target:
-                source.seek(begin)
-                for offset in range(begin, end, _STEP_SIZE):
-                    target.write(source.read(min(_STEP_SIZE, end - offset)))
-                target.flush()
-                os.fsync(target.fileno())
-                return kept
+        kept = os.path.join(directory, "%s.%d.%d" % (
+            os.path.basename(file.path), begin, _unique_number()))
+        with open(kept, "xb", opener=functools.partial(os.open, mode=0o600)) as target:
+            source.seek(begin)
+            for offset in range(begin, end, _STEP_SIZE):
+                target.write(source.read(min(_STEP_SIZE, end - offset)))
+            target.flush()
+            os.fsync(target.fileno())
+        return kept
 
     # -- the end
 
@@ -2712,12 +2685,6 @@ class ReadBehind:
         self.ends = ends
         self.older = ()
 
-    def copy(self):
-        """Return another one at the same place."""
-        other = ReadBehind(self._journal, self.file, self.offset, self.skip, self.ends)
-        other.older = self.older
-        return other
-
     def read(self, most, size):
         """Return the next items, at most `most` of them, from a piece of about `size` bytes of
         the journal; none at its end. Raises OSError, and Damage where `file` is damaged."""
@@ -2736,11 +2703,9 @@ class ReadBehind:
             if not data:
                 if not self._go_to_next_file():
                     break
-            elif not self._take(data, left, most, size, items):
-                if self.ends is not None and piece < 2 * _SPAN:    # as much as a CHECK may cover
-                    piece = 2 * _SPAN
-                else:
-                    self._take_large(data, left, items)
+            elif not (self._take(data, left, most, size, items)
+                      or self._take_large(data, left, items)):
+                piece *= 2                   # up to where the CHECK is
         return items
 
     def _take(self, data, left, most, size, items):
@@ -2785,23 +2750,23 @@ class ReadBehind:
 
     def _take_large(self, data, left, items):
         """Take an item that is larger than a piece, without its data, whose check sum is looked at
-        when it is read."""
-        try:
-            item, _, start, size = _parse_head(data)
-        except (struct.error, IndexError, KeyError):
-            start, size = 0, left + 1
-        if size < 0 or start + size > left:
+        when it is read. Return whether it is such an item."""
+        if data[0] not in _HEADS:
+            return False
+        item, _, start, size = _parse_head(data)
+        if start + size <= len(data):
+            return False
+        if start + size > left:
             raise Damage(self.offset, "record cut short", torn=True)
         head, crc = 0, None
         if self.ends is not None:
             with open(self.file.path, "rb") as source:
                 source.seek(self.offset + start + size)
-                check = source.read(_CHECK_SIZE)
-            if check[:1] != bytes([CHECK]) or len(check) < _CHECK_SIZE or (
-                    _CHECK.unpack_from(check, 1)[0] != start + size):
+                check = source.read(_CHECK.size)
+            if len(check) < _CHECK.size or _CHECK.unpack(check)[:2] != (CHECK, start + size):
                 raise Damage(self.offset, "wrong check sum", torn=False)
             head = start
-            _, crc, self.ends = _CHECK.unpack_from(check, 1)
+            _, _, crc, self.ends = _CHECK.unpack(check)
         if data[0] == ADD_DELAYED:
             pass
         elif self.skip:
@@ -2809,7 +2774,8 @@ class ReadBehind:
         else:
             item.place = Place(self.file, self.offset + start, size, head, crc)
             items.append(item)
-        self.offset += start + size + (_CHECK_SIZE if head else 0)
+        self.offset += start + size + (_CHECK.size if head else 0)
+        return True
 
     def _go_to_next_file(self):
         """Go on with the file after this one, which may have been packed since; False if there
@@ -2950,11 +2916,10 @@ class History:
     def when_safe(self, call):
         """Make a call, with None, when all operations so far are safe; or, with an OSError,
         when they have been undone."""
-        logged = self.safe + len(self.unsafe) + len(self.ops)
-        if logged <= self.safe:
+        if self.logged <= self.safe:
             call(None)
         else:
-            self._pending.append((logged, call))
+            self._pending.append((self.logged, call))
 
     def when_durable(self, call):
         """Make a call, with None, when all operations so far are durable, whatever sync_journal
@@ -3275,7 +3240,7 @@ class Queue:
             item = self._pop() if self._behind else self._take()
         except WrongSum:
             self._lose_head()
-            return self.remove(open, now)
+            return self.remove(open, now, even_paused)
         counters = self.counters
         counters.age = now - item.add_time if now > item.add_time else 0
         counters.get_hits += 1
@@ -3311,7 +3276,7 @@ class Queue:
         if not self._is_plain:
             self._release(now)
         unread = self.count - len(self.items) - len(self._fresh)
-        reader = self._behind and self._behind.copy()
+        reader = copy.copy(self._behind)
         fresh = list(itertools.islice(self._fresh, most))
         items = list(itertools.islice(self.items, most))
         while True:
@@ -3350,7 +3315,7 @@ class Queue:
         if item is None:
             return False
         self._log(CONFIRM, item, xid)
-        if self._alarms and xid in self._alarms:
+        if xid in self._alarms:
             self._silence_alarm(xid)
         return True
 
@@ -3474,10 +3439,10 @@ class Queue:
         self.delays.alarm = due, self.host.later(min(max(0, due - now), _LONGEST_NAP_MS),
                                                self._release_now)
 
-    def _release_now(self, now=None):
+    def _release_now(self):
         self.delays.alarm = None
         if not self.closed:
-            now = _now(now)
+            now = _now()
             self._release(now)
             self._watch_delays(now)
 
@@ -3611,13 +3576,11 @@ class Queue:
                 if self.host.later:
                     self.host.later(RETRY_MS, self.recover)
                 return
-            if item is not None:
-                waiter.take(self, item)
-            elif self.count and self.host.later and not self._loading:
-                self.host.later(_SWEEP_MS, self.recover)         # after a run of expired ones
+            if item is None:
+                if self.count and self.host.later and not self._loading:
+                    self.host.later(_SWEEP_MS, self.recover)     # after a run of expired ones
                 return
-            elif not self.count or self._loading:
-                return
+            waiter.take(self, item)
 
     # -- the journal
 
@@ -3668,7 +3631,7 @@ class Queue:
         if self.config.enable_trace:
             self._trace(ops)
         history = self.history
-        position = history.safe + len(history.unsafe) + len(ops)
+        position = history.logged
         history.ops = []
         if call:
             history.unsafe += ops
@@ -3701,7 +3664,7 @@ class Queue:
         self._writing = None
         failure, self.upkeep.failure = self.upkeep.failure, None
         if error:
-            self.journal.tear(plan)
+            journal.torn.update(file for file, _, _ in plan.shares)
             self._go_back(error, True)
         else:
             if fresh is self._fresh:         # else they have been flushed or read since
@@ -3846,8 +3809,7 @@ class Queue:
         self.upkeep.renewing = None
         self._let_go(self.items.popleft, len(self.items), self.memory)
         self._drop_items()
-        for xid in list(self.opens):
-            self._end_read(xid)
+        self.opens.clear()
         self.delays.clear()
         self.open_memory = 0
         for xid in list(self._alarms):
@@ -4044,7 +4006,9 @@ class Queue:
             if xid < _ASIDE:
                 self.xid = xid
             else:                       # two files may have been repaired
-                xid = max(xid, *opens, 0) + 1
+                xid = _ASIDE + len(opens)
+                while xid in opens:
+                    xid += 1
             opens[xid] = item
         elif opcode == CONFIRM:
             return (opens.pop(xid, None) or delays.pop(xid)) is not None
@@ -4291,7 +4255,7 @@ class Queue:
         if isinstance(loading, tuple) and loading[0] is head:
             _raise(_bare(loading[1]))
         if head.place.size < _LARGE or not self.host.work:
-            self._load_data(head)
+            self.data_of(head)
             return False
         self._loading = head
         if loading is not head:
@@ -4311,7 +4275,14 @@ class Queue:
     def data_of(self, item):
         """Return the data of an item in memory, read again if need be. Raises OSError."""
         if item.data is None:
-            self._load_data(item)
+            self.journal.load_call(item)()
+            if self.opens.get(item.xid) is item:
+                self.open_memory += len(item.data)
+            elif item.xid in self.delays.items and self.delays.items[item.xid].item is item:
+                self.open_memory += len(item.data)
+                self.delays.memory += len(item.data)
+            else:
+                self.memory += len(item.data)
         return item.data
 
     def _lose_head(self):
@@ -4325,25 +4296,14 @@ class Queue:
                     "and kept in %s", place.file.path, place.size, place.offset, kept)
         self._log(REMOVE, item)
 
-    def _load_data(self, item):
-        """Read the data of a stub among `items` or `opens` again. Raises OSError."""
-        self.journal.load_call(item)()
-        if self.opens.get(item.xid) is item:
-            self.open_memory += len(item.data)
-        elif item.xid in self.delays.items and self.delays.items[item.xid].item is item:
-            self.open_memory += len(item.data)
-            self.delays.memory += len(item.data)
-        else:
-            self.memory += len(item.data)
-
     # -- single steps
 
     def _pop(self, load=True):
         """Take the head item, of which there is one in memory. Raises OSError."""
         if self._behind and self.memory <= self._allowance // 2:
             self._refill()
-        if self.items[0].data is None and load:
-            self._load_data(self.items[0])
+        if load:
+            self.data_of(self.items[0])
         return self._take()
 
     def _take(self):
@@ -4373,7 +4333,7 @@ class Queue:
     def _next_xid(self):
         xid = self.xid
         while True:
-            xid = xid + 1 if xid < 0x7fffffff else 1
+            xid = xid + 1 if xid < _ASIDE - 1 else 1
             if xid not in self.opens and xid not in self.delays.items:
                 return xid
 
@@ -4594,8 +4554,8 @@ class Upkeep:
         queue = self.queue
         journal = queue.journal
         config = queue.config
-        if queue.count and journal.size <= config.max_memory_size and not journal.passings and (
-                self.renewing is None and journal.size <= config.max_journal_size):
+        if queue.count and self.renewing is None and not journal.passings and (
+                journal.size <= min(config.max_memory_size, config.max_journal_size)):
             return None                      # as a rule
         if self.renewing is not None:
             return self._renew()
@@ -4606,8 +4566,8 @@ class Upkeep:
         if queue.count or queue.opens or queue.delays.items:
             if journal.current.size > config.max_memory_size:
                 return self._rotate()
-            if journal.size > config.max_journal_size and not queue._behind and (
-                    journal.size > self._rewrite_above and not journal.passings):
+            if journal.size > max(config.max_journal_size, self._rewrite_above) and not (
+                    queue._behind or journal.passings):
                 return self._compact()
         elif (journal.current.size and journal.size >= config.default_journal_size
               and not journal.passings):
@@ -4677,11 +4637,8 @@ class Upkeep:
         self._rewrite_above = doubled
         if queue.host.later:
             self._rewrite_above = UNLIMITED
-            queue.host.later(queue.config.min_journal_compact_delay,
-                             functools.partial(self._allow_rewrites, doubled))
-
-    def _allow_rewrites(self, above):
-        self._rewrite_above = above
+            queue.host.later(queue.config.min_journal_compact_delay, functools.partial(
+                setattr, self, "_rewrite_above", doubled))
 
     def renew(self):
         """Have everything written anew before anything else is written: what is in the files
@@ -4696,7 +4653,8 @@ class Upkeep:
         queue = self.queue
         journal = queue.journal
         if self.renewing:
-            if not journal.has_fresh_current():
+            current = journal.current
+            if current.number is not None or current.size or not current.is_there():
                 yield from self._open_fresh()
             journal.passings.clear()         # of an earlier try
             journal.pass_all(queue.history.written, True, *self.renewing)
@@ -5073,11 +5031,6 @@ class Broker:
 
     # -- what clients ask for
 
-    def check_memory(self, route, size):
-        """Raise OSError if a queue of the route has no memory for an item of `size` bytes."""
-        for queue in route.queues:
-            queue.check_memory(size)
-
     def cas(self, item):
         """Return a number that no other item has."""
         if item.cas is None:
@@ -5125,25 +5078,19 @@ class Broker:
         self.stats.total_connections += 1
         number = self.stats.total_connections
         self.clients[number] = session, self.uptime()
-        self._look_at_limits()
+        self.update_refusals(at_once=False)
         return number
 
     def dismiss(self, number):
         """Note that a client has gone; number: what admit() has returned."""
         del self.clients[number]
-        self._look_at_limits()
+        self.update_refusals(at_once=False)
 
     def note_stranger(self, peer, why):
         """Log that a client wants something else than this port offers, once a host."""
         if len(self._strangers) < 1000 and (peer.host, why) not in self._strangers:
             self._strangers.add((peer.host, why))
             log.info("%s %s", peer.name, why)
-
-    def _look_at_limits(self):
-        settings = self.settings
-        if len(self.clients) >= min(settings.connection_limit_refuse_reads,
-                                    settings.connection_limit_refuse_writes):
-            self.update_refusals(at_once=False)
 
     def update_refusals(self, at_once=True):
         """Set `refuses_reads` and `refuses_writes` to the reasons, or to "". at_once: the status
@@ -5451,9 +5398,12 @@ class Broker:
             return 0, None
         key = os.fsencode(getattr(source.config, setting) or "")
         try:
-            first, *others = (self.routes.get(key) or self.route(key, pairs[-1][1])).queues
+            queues = (self.routes.get(key) or self.route(key, pairs[-1][1])).queues
         except (OSError, ValueError) as failure:     # there is no such setting since a reload
             return 0, failure
+        if not queues:                       # fanout_only, without children
+            return len(pairs), None
+        first, *others = queues
         must_fit = setting == "dead_letter_queue" or first.paused & PAUSED_IN
         count, error = self._add_moved(source, first, pairs, must_fit)
         failure = yield first
@@ -5735,7 +5685,9 @@ class Session:
         self.most_load = broker.settings.max_output_buffer
         self.touched = []               # (queue, index in out, count, whole), see _rest_on()
         self.holds = 0                  # how many queues have to be safe before answers are sent
-        self.open_reads = {}            # queue -> {xid: when it was opened here}, the oldest first
+        # queue -> {xid: (when it was opened here, as which of all)}, the oldest first
+        self.open_reads = {}
+        self._opened = itertools.count()
         self.command = None             # the generator of the command in hand,
         self.asks = None                # what it has yielded,
         self._given = None              # and what it is given next
@@ -6004,7 +5956,7 @@ class Session:
             mine += self.open_reads.pop(queue, ())
             mine = [xid for xid in mine if xid in queue.opens]
             if mine:
-                self.open_reads[queue] = dict.fromkeys(mine, self.now)
+                self.open_reads[queue] = {xid: (self.now, next(self._opened)) for xid in mine}
         self._update()
 
     def out_of_memory(self):
@@ -6043,6 +5995,11 @@ class Session:
             for name in names:
                 if not self.broker.may(self.user, right, name):
                     self._deny("%s is not among the %s of %s" % (self.user, right, name))
+
+    def _check_put(self, key):
+        """Check that the client may put items under a key. Raises Refused."""
+        _name(key)
+        self._check_user("put_users", *self.broker.targets(key))
 
     def _deny(self, why):
         log.warning("%s is denied: %s", self.who, why)
@@ -6094,7 +6051,7 @@ class Session:
 
     def _note_open(self, queue, item):
         """Note that the client has opened a read."""
-        self.open_reads.setdefault(queue, {})[item.xid] = self.now
+        self.open_reads.setdefault(queue, {})[item.xid] = self.now, next(self._opened)
         if item.deliveries == _OFTEN - 1:
             log.warning("%s is given an item of %s that has come back %d times", self.who,
                         queue.name, item.deliveries)
@@ -6120,7 +6077,7 @@ class Session:
         if len(reads) < count:
             return False
         if count > 0:
-            self.open_reads[queue] = dict.fromkeys(reads, self.now)
+            self.open_reads[queue] = {xid: self.open_reads[queue][xid] for xid in reads}
             self._end_reads(queue, count, True)
         return True
 
@@ -6151,9 +6108,8 @@ class Session:
         """Return the route of a key, its queues created if they are new. Raises Refused."""
         broker = self.broker
         if key not in broker.routes:
-            name = _name(key)
-            if not all(target in broker.queues
-                       for target in broker.config.aliases.get(name, (name,))):
+            _name(key)
+            if not all(target in broker.queues for target in broker.targets(key)):
                 yield
         return broker.routes.get(key) or broker.route(key, self.now, self.who)
 
@@ -6167,9 +6123,10 @@ class Session:
         count = cost = 0
         for item in items:
             broker.stats.cmd_set += 1
-            broker.check_memory(route, len(item))
-            for queue in route.queues if delay else ():
-                queue.check_delays(len(item))
+            for queue in route.queues:
+                queue.check_memory(len(item))
+                if delay:
+                    queue.check_delays(len(item))
             if any([queue.paused & PAUSED_IN for queue in route.targets]):
                 broker.refused["paused"] += 1
                 continue
@@ -6210,7 +6167,7 @@ class Session:
         return {"id": number, "address": address, "user": session.user, "protocol": protocol,
                 "state": session.state, "seconds": int(self.broker.uptime() - came),
                 "open_reads": sum(map(len, reads)),
-                "oldest_open_seconds": max([(self.now - next(iter(one.values()))) // 1000
+                "oldest_open_seconds": max([(self.now - next(iter(one.values()))[0]) // 1000
                                             for one in reads if one], default=None),
                 "waits_for": ",".join(queue.name for queue in session.asks.queues)
                 if session.state is WAITING else None}
@@ -6403,7 +6360,7 @@ def parse_key(text):
 
 def _more(words, options, others):
     """Return the More of a key, None if it says no more than Kestrel knows. Raises Refused."""
-    count = _number(options.get(b"n", b"1"), "number of items (n=)")
+    count = min(_number(options.get(b"n", b"1"), "number of items (n=)"), UNLIMITED)
     timeout = _number(options[b"timeout"], "timeout") if b"timeout" in options else None
     delay = _number(options.get(b"delay", b"0"), "delay")
     if count < 1 or timeout is not None and timeout < 1 or not 0 <= delay <= _LONGEST_DELAY:
@@ -6516,8 +6473,7 @@ def _parse_line(line):
         return MemcacheSession.do_get, get, None
     if name in _BLOCKS:
         block = _parse_block(words)
-        return (MemcacheSession.store_beyond if block.delay or block.sync
-                else MemcacheSession.store), block, block.size
+        return MemcacheSession.store, block, block.size
     method = getattr(MemcacheSession, "do_" + name.decode("latin-1"), None)
     if method:
         return method, words, None
@@ -6548,7 +6504,6 @@ class MemcacheSession(LineSession):
         self.is_stranger = self.broker.config.users is not None
         self._most_item = MAX_LOGIN if self.is_stranger else settings.max_item_size
         self._value_key = 1 if settings.value_key == "queue" else 0      # of a ReadKey
-        self._order = []                # (queue, xid) of reads opened with or=, the oldest first
         self._skip = 0                  # bytes of a refused data block still to come
         self._block = None              # (method, Block) of which the data is still to come
         self._words = ()                # of the command in hand, if it waits
@@ -6670,7 +6625,7 @@ class MemcacheSession(LineSession):
 
     def store(self, block, data):
         """set <queue> <flags> <expiry> <bytes>: done at once if that is possible."""
-        key, flags, expiry, _, words, _, _ = block
+        key, flags, expiry, _, words, delay, sync = block
         broker = self.broker
         if broker.config.users is not None:
             if self.is_stranger:
@@ -6681,7 +6636,7 @@ class MemcacheSession(LineSession):
         if expiry:
             expiry = self._expiry(expiry)
         route = broker.routes.get(key)
-        if route is None or route.only is None or broker.low_space:
+        if route is None or route.only is None or broker.low_space or delay or sync:
             return self._store_in_steps(block, data, expiry)
         broker.stats.cmd_set += 1
         queue = route.only
@@ -6694,10 +6649,6 @@ class MemcacheSession(LineSession):
             out.append(b"STORED\r\n" if stored else b"NOT_STORED\r\n")
         self.load += _COMMAND_COST
         return None
-
-    def _check_put(self, key):
-        name = _name(key)
-        self._check_user("put_users", *self.broker.config.aliases.get(name, (name,)))
 
     def _expiry(self, expiry):
         """Return an expiry in milliseconds of the epoch, from relative or absolute seconds; the
@@ -6715,14 +6666,6 @@ class MemcacheSession(LineSession):
             if error:
                 raise error
         self._reply(block.words, b"STORED\r\n" if stored else b"NOT_STORED\r\n")
-
-    def store_beyond(self, block, data):
-        """set <queue>/delay=<milliseconds>/sync ...: what Kestrel has not."""
-        if self.is_stranger:
-            return self._do_log_in(block.words, data)
-        self._check_put(block.key)
-        self._check_writes()
-        return self._store_in_steps(block, data, block.expiry and self._expiry(block.expiry))
 
     def _do_log_in(self, words, data):
         name, _, password = data.partition(b" ")
@@ -6869,14 +6812,9 @@ class MemcacheSession(LineSession):
                 break
             given += 1
             self._count_read(queue, item)
-            if key.open:
-                if more.others:
-                    self._order.append((queue, item.xid))
-                    if len(self._order) > 2 * sum(map(len, self.open_reads.values())) + 100:
-                        self._order = self._live_order()
-                limit = queue.config.open_transaction_timeout
-                if more.timeout:
-                    queue.limit(item.xid, min(more.timeout, limit or more.timeout))
+            if more.timeout:
+                limit = queue.config.open_transaction_timeout or more.timeout
+                queue.limit(item.xid, min(more.timeout, limit))
             if queue is not last:
                 key, last = key._replace(queue=os.fsencode(queue.name)), queue
             self._give(get, key, queue, item)
@@ -6887,30 +6825,20 @@ class MemcacheSession(LineSession):
 
     def _end_beyond(self, queues, key, more):
         """Close, abort or touch the oldest open reads of these queues; return the queues."""
-        reads = dict.fromkeys(one for one in self._live_order() if one[0] in queues)
-        reads.update(dict.fromkeys((queue, xid) for queue in queues
-                                   for xid in self.open_reads.get(queue, ())))
-        if more.touch:                       # one that has timed out cannot be
-            reads = [(queue, xid) for queue, xid in reads if xid in queue.opens]
-        reads = list(itertools.islice(reads, more.count))
+        # To touch one that has timed out is too late.
+        reads = sorted([(number, queue.name, xid) for queue in set(queues)
+                        for xid, (_, number) in self.open_reads.get(queue, {}).items()
+                        if not more.touch or xid in queue.opens])[:more.count]
         ended = {}
-        for queue, xid in reads:
-            ended.setdefault(queue, []).append(xid)
+        for _, name, xid in reads:
+            ended.setdefault(self.broker.queues[name], []).append(xid)
         for queue, xids in ended.items():
-            if more.touch:
-                for xid in xids:
-                    queue.touch(xid)
-                continue
-            mine = self.open_reads[queue]    # those with a lower place were not asked for
-            self.open_reads[queue] = {**{xid: mine[xid] for xid in xids}, **mine}
-            self._end_reads(queue, len(xids), key.close, False, delay=more.delay, tail=more.tail)
-        self._order = self._live_order()
+            if not more.touch:
+                self._end_reads(queue, len(xids), key.close, False, delay=more.delay,
+                                tail=more.tail)
+            for xid in xids if more.touch else ():
+                queue.touch(xid)
         return list(ended)
-
-    def _live_order(self):
-        """Return `_order` without the reads that have ended."""
-        return [(queue, xid) for queue, xid in self._order
-                if xid in self.open_reads.get(queue, ())]
 
     def _give(self, get, key, queue, item):
         """Answer one key with an item, or None."""
@@ -6943,18 +6871,14 @@ class MemcacheSession(LineSession):
         self._check_user("get_users", name)
         key = ReadKey(words[1], words[1], name, 0, True, False, False, False, None)
         self.timeout = max(0, seconds * 1000)
-        return self._monitor(Get(key, [key], False), seconds > 0, count)
-
-    def _monitor(self, get, wait, count):
-        key = get.key
-        queue = yield from self._queue(key.name)
+        queue = yield from self._queue(name)
         limit = self.broker.settings.max_open_transactions
         while queue and count > 0 and len(self._reads_of(queue)) < limit:
-            item = yield from self._next(queue, True, False, wait)
+            item = yield from self._next(queue, True, False, seconds > 0)
             self._count_read(queue, item)
             if item is None:
                 break
-            self._give(get, key, queue, item)
+            self._give(Get(key, [key], False), key, queue, item)
             count -= 1
             if self.load > self.most_load:
                 yield
@@ -7036,23 +6960,17 @@ class MemcacheSession(LineSession):
         """pause <queue> [in | out]"""
         what = {(): PAUSED_IN | PAUSED_OUT, (b"in",): PAUSED_IN, (b"out",): PAUSED_OUT}.get(
             tuple(word.lower() for word in words[2:]))
-        if what is None:
+        if what is None or len(words) < 2:
             raise Refused("CLIENT_ERROR", "pause takes one queue, and in or out")
-        name, queue = self._to_pause(words)
-        self._say(b"END\r\n", self._pause(name, what | (queue.paused if queue else 0)))
+        queue = self.broker.find(_name(words[1]))
+        self._say(b"END\r\n", self._pause(
+            _name(words[1]), what | (queue.paused if queue else 0)))
 
     def do_resume(self, words):
         """resume <queue>"""
         if len(words) != 2:
             raise Refused("CLIENT_ERROR", "resume takes one queue")
-        name, _ = self._to_pause(words)
-        self._say(b"END\r\n", self._pause(name, 0))
-
-    def _to_pause(self, words):
-        if len(words) < 2:
-            raise Refused("CLIENT_ERROR", "%s needs the name of a queue" % words[0].decode())
-        name = _name(words[1])
-        return name, self.broker.find(name)
+        self._say(b"END\r\n", self._pause(_name(words[1]), 0))
 
     def do_clients(self, words):
         """clients"""
@@ -7197,9 +7115,9 @@ class TextSession(LineSession):
             raise Refused("CLIENT_ERROR", "Queue name required.")
         return _name(words[1])
 
-    def _milliseconds(self, words, what):
+    def _number_at(self, words, place, what, default=0):
         try:
-            return _number(words[2], what) if len(words) > 2 else 0
+            return _number(words[place], what) if len(words) > place else default
         except Refused:
             raise Refused("CLIENT_ERROR", "Error parsing %s." % what) from None
 
@@ -7218,7 +7136,7 @@ class TextSession(LineSession):
         if not words or words[0].lower() != b"put":
             return self._command(words)
         self._named(words)
-        expiry = self._milliseconds(words, "expiration time")
+        expiry = self._number_at(words, 2, "expiration time")
         self._check_writes()
         if len(words) > 2:
             expiry = min(max(self.now + expiry, 1), _LATEST)
@@ -7243,15 +7161,12 @@ class TextSession(LineSession):
 
     def do_monitor(self, words):
         """monitor <queue> <milliseconds> [<items>]"""
-        try:
-            count = _number(words[3], "count") if len(words) > 3 else UNLIMITED
-        except Refused:
-            raise Refused("CLIENT_ERROR", "Error parsing count.") from None
+        count = self._number_at(words, 3, "count", UNLIMITED)
         return self._read_items(words, max(count, 1), monitor=True)
 
     def _read_items(self, words, count, peek=False, monitor=False):
         name = self._named(words)
-        wait = self._milliseconds(words, "timeout")
+        wait = self._number_at(words, 2, "timeout")
         self._check_reads()
         if wait > 0:
             self.timeout = wait
@@ -7450,26 +7365,21 @@ class ThriftSession(Session):
 
     def do_put(self, key, items, expiration):
         self._check_writes()
-        _name(key)
         if any(len(item) > self.broker.settings.max_item_size for item in items):
             raise Refused("SERVER_ERROR", "object too large for cache")
-        return self._store(key, items, self.now + expiration if expiration > 0 else 0)
-
-    def _store(self, key, items, expiry):
+        expiry = self.now + expiration if expiration > 0 else 0
         route = yield from self._route(key)
         count = yield from self._put(route, items, 0, expiry)
         self._answer(_i32_field(0, count))
 
     def do_get(self, name, most, timeout, auto_abort):
-        self._check_reads()
-        if timeout > 0:
-            self.timeout = timeout
-        return self._get(_name(name), min(most, _MOST_ITEMS), timeout > 0, max(auto_abort, 0))
-
-    def _get(self, name, most, wait, auto_abort):
         """Get up to `most` items. auto_abort: in how many milliseconds they go back if they are
         not confirmed, 0 if they are taken for good."""
-        queue = yield from self._queue(name)
+        self._check_reads()
+        wait, most, auto_abort = timeout > 0, min(most, _MOST_ITEMS), max(auto_abort, 0)
+        if wait:
+            self.timeout = timeout
+        queue = yield from self._queue(_name(name))
         # Open, so that they go back if the client leaves, or if what comes later fails.
         opening = wait or auto_abort > 0 or most > 1
         if auto_abort and queue:
@@ -7749,8 +7659,7 @@ class AdminSession(Session):
                     "content-length", "host", "origin", "sec-fetch-site"):
                 raise ValueError("duplicate %s" % name)
             headers[name.lower()] = value.strip(" \t")
-        if not headers.get("content-length", "0").isdigit() or len(
-                headers.get("content-length", "")) > 18:
+        if not re.fullmatch("[0-9]{1,18}", headers.get("content-length", "0")):
             raise ValueError("bad Content-Length")
         if "transfer-encoding" in headers:
             raise ValueError("a body must have a Content-Length here")
@@ -7771,11 +7680,11 @@ class AdminSession(Session):
     def _request(self, path, headers):
         """Answer a request: a generator."""
         method, call = _ADMIN_PATHS.get(path, (None, None))
+        allowed = ("POST",) if method == "POST" else ("GET", "HEAD")
         if call is None:
             self._respond(HTTPStatus.NOT_FOUND)
-        elif self._method not in (("POST",) if method == "POST" else ("GET", "HEAD")):
-            self._respond(HTTPStatus.METHOD_NOT_ALLOWED,
-                          header="Allow: " + ("POST" if method == "POST" else "GET, HEAD"))
+        elif self._method not in allowed:
+            self._respond(HTTPStatus.METHOD_NOT_ALLOWED, header="Allow: " + ", ".join(allowed))
         elif (method == "POST" or path in _READING) and not self._is_from_here(headers):
             self._respond(HTTPStatus.FORBIDDEN, "this is taken from pages of this server only, "
                           "under a name of it (admin_hosts)")
@@ -7825,8 +7734,10 @@ class AdminSession(Session):
 
     def _respond(self, status, text=None, kind=_TEXT, header=None):
         """Answer the request in hand. text: None for what the status says."""
-        body = (status.phrase if text is None else text).rstrip("\n") + "\n"
-        body = body.encode("utf-8", "backslashreplace")
+        text = (status.phrase if text is None else text).rstrip("\n") + "\n"
+        self._answer(status, text.encode("utf-8", "backslashreplace"), kind, header)
+
+    def _answer(self, status, body, kind, header):
         head = self._head(status, kind, "Content-Length: %d" % len(body), header)
         self._say(head + (b"" if self._method == "HEAD" else body))
         if not self._keep_alive:
@@ -7869,6 +7780,7 @@ class AdminSession(Session):
     def _say_error(self, error):
         self._respond(
             HTTPStatus.FORBIDDEN if error.reason == "denied" else
+            HTTPStatus.NOT_FOUND if error.kind == "NOT_FOUND" else
             HTTPStatus.BAD_REQUEST if error.kind == "CLIENT_ERROR" else
             HTTPStatus.SERVICE_UNAVAILABLE if error.close else HTTPStatus.INTERNAL_SERVER_ERROR,
             error.why)
@@ -7880,9 +7792,6 @@ class AdminSession(Session):
     # -- what is asked for
 
     # Each returns the text of its answer, or None if it has answered, at once or as a generator.
-
-    def _page(self):
-        self._respond(HTTPStatus.OK, _PAGE, _HTML)
 
     def _probe(self, why):
         if why:
@@ -8021,25 +7930,22 @@ class AdminSession(Session):
             {_key_of(queue.name): self.broker.history(queue) for queue in queues}), _JSON)
 
     def _first_items(self, most, shown):
-        """Return the queue that the request names, and what shown() returns of its first items; or
-        None and nothing."""
+        """Return the queue that the request names, and what shown() returns of its first items."""
         self._check_reads()
         queue = self._asked_queue()
+        self._check_user("get_users", queue.name)
+        while queue.discard_expired(self.now, SWEEP_STEP):
+            yield
         found = []
-        if queue:
-            self._check_user("get_users", queue.name)
-            while queue.discard_expired(self.now, SWEEP_STEP):
-                yield
-            for some in queue.browse(most, self.now):
-                found += map(shown, some)
-                del some                     # before more is read
-                yield
+        for some in queue.browse(most, self.now):
+            found += map(shown, some)
+            del some                         # before more is read
+            yield
         return queue, found
 
     def _peek(self):
-        queue, rows = yield from self._first_items(1, self._item_row)
-        if queue:
-            self._respond(HTTPStatus.OK, json.dumps({"item": rows[0] if rows else None}), _JSON)
+        _, rows = yield from self._first_items(1, self._item_row)
+        self._respond(HTTPStatus.OK, json.dumps({"item": rows[0] if rows else None}), _JSON)
 
     def _item_row(self, item):
         """Return what the page shows of an item."""
@@ -8053,37 +7959,28 @@ class AdminSession(Session):
     def _queue_json(self):
         """Answer with all that the page shows of one queue."""
         queue, rows = yield from self._first_items(_SHOWN_ITEMS, self._item_row)
-        if queue:
-            readers = [self._client_row(number, session, came, [session.open_reads[queue]])
-                       for number, (session, came) in self.broker.clients.items()
-                       if session.open_reads.get(queue)]
-            self._respond(HTTPStatus.OK, json.dumps({
-                "name": _shown_name(queue.name), "key": _key_of(queue.name),
-                "paused": PAUSES[queue.paused], "settings": queue.config.lines(),
-                "stats": dict(self.broker.queue_stats(queue, self.now)),
-                "children": [_shown_name(name)
-                             for name in self.broker.children.get(queue.name, ())],
-                "items": rows, "readers": readers,
-                "history": self.broker.history(queue)}), _JSON)
+        readers = [self._client_row(number, session, came, [session.open_reads[queue]])
+                   for number, (session, came) in self.broker.clients.items()
+                   if session.open_reads.get(queue)]
+        self._respond(HTTPStatus.OK, json.dumps({
+            "name": _shown_name(queue.name), "key": _key_of(queue.name),
+            "paused": PAUSES[queue.paused], "settings": queue.config.lines(),
+            "stats": dict(self.broker.queue_stats(queue, self.now)),
+            "children": [_shown_name(name) for name in self.broker.children.get(queue.name, ())],
+            "items": rows, "readers": readers, "history": self.broker.history(queue)}), _JSON)
 
     def _item(self):
         """Answer with the data of one of the first items."""
         number = self._query.get("n", ["0"])[0]
         number = int(number) if re.fullmatch("[0-9]{1,4}", number) else _SHOWN_ITEMS
         place = itertools.count()
-        queue, items = yield from self._first_items(
+        _, items = yield from self._first_items(
             min(number + 1, _SHOWN_ITEMS),
             lambda item: item.data if next(place) == number else None)
-        if queue and number < len(items):
-            data = items[number]
-            self._say(self._head(HTTPStatus.OK, "application/octet-stream",
-                                 "Content-Length: %d" % len(data),
-                                 "Content-Disposition: attachment; filename=item")
-                      + (data if self._method != "HEAD" else b""))
-            if not self._keep_alive:
-                self.end()
-        elif queue:
-            self._respond(HTTPStatus.NOT_FOUND, "there is no such item")
+        if number >= len(items):
+            raise Refused("NOT_FOUND", "there is no such item")
+        self._answer(HTTPStatus.OK, items[number], "application/octet-stream",
+                     "Content-Disposition: attachment; filename=item")
 
     # -- what changes something
 
@@ -8094,60 +7991,48 @@ class AdminSession(Session):
         return self._query[name][0]
 
     def _asked_queue(self):
-        """Return the queue that the request names; answer 404 and return None if there is none."""
+        """Return the queue that the request names. Raises Refused."""
         queue = self.broker.find(self._asked("queue"))
         if queue is None:
-            self._respond(HTTPStatus.NOT_FOUND, "there is no such queue")
+            raise Refused("NOT_FOUND", "there is no such queue")
         return queue
 
     def _post_flush(self):
-        queue = self._asked_queue()
-        if queue:
-            self._flush(queue.name)
-            self._rest_on(queue)
-        return queue and "flushed"
+        self._rest_on(self._flush(self._asked_queue().name))
+        return "flushed"
 
     def _post_delete(self):
         queue = self._asked_queue()
-        if queue:
-            yield from self._delete(queue.name)
-            self._rest_on(queue)
-        return queue and "deleted"
+        yield from self._delete(queue.name)
+        self._rest_on(queue)
+        return "deleted"
 
     def _post_put(self):
         """Put the body as an item into the queue that the request names, made if it is new."""
         self._check_writes()
-        name = self._asked("queue")
-        key = os.fsencode(_name(os.fsencode(name)) and name)
-        self._check_user("put_users", *self.broker.config.aliases.get(name, (name,)))
+        key = os.fsencode(self._asked("queue"))
+        self._check_put(key)
         route = yield from self._route(key)
         if not (yield from self._put(route, [self._body])):
             raise Refused("CLIENT_ERROR", "the queue does not take it", reason="full")
         return "stored"
 
     def _post_move(self):
-        queue = self._asked_queue()
-        if queue:
-            moved = yield from self._move(queue.name, self._asked("dest"))
-            return "%d moved" % moved
-        return None
+        moved = yield from self._move(self._asked_queue().name, self._asked("dest"))
+        return "%d moved" % moved
 
     def _post_pause(self):
         queue = self._asked_queue()
         what = self._query.get("what", ["in and out"])[0]
-        if queue and what not in PAUSES:
+        if what not in PAUSES:
             raise Refused("CLIENT_ERROR", "what is one of: " + ", ".join(PAUSES))
-        if queue:
-            self._pause(queue.name, PAUSES.index(what))
-            self._rest_on(queue)
-        return queue and "paused: %s" % PAUSES[queue.paused]
+        self._rest_on(self._pause(queue.name, PAUSES.index(what)))
+        return "paused: %s" % PAUSES[queue.paused]
 
     def _post_kick(self):
         self._check_admin("kick")
-        number = _number(os.fsencode(self._asked("id")), "id")
-        if not self._kick(number):
-            self._respond(HTTPStatus.NOT_FOUND, "there is no such client")
-            return None
+        if not self._kick(_number(os.fsencode(self._asked("id")), "id")):
+            raise Refused("NOT_FOUND", "there is no such client")
         return "closed"
 
     def _post_status(self):
@@ -8175,7 +8060,7 @@ def _described(name, kind, what):
 
 # What may be asked for: path -> method and what does it.
 _ADMIN_PATHS = {
-    "/": ("GET", AdminSession._page),
+    "/": ("GET", lambda session: session._respond(HTTPStatus.OK, _PAGE, _HTML)),
     "/ping": ("GET", lambda session: "pong"),
     "/status": ("GET", lambda session: session.broker.status),
     "/readable": ("GET", lambda session: session._probe(session.broker.why_not_readable())),
@@ -9316,14 +9201,10 @@ class Connection:
         self.count_buffers()
         if session.state is CLOSED:          # it was the greediest
             return
-        self._watch((_READ if self._is_listening() else 0) | (_WRITE if self._unsent else 0))
-        self._set_alarm()
-
-    def _is_listening(self):
-        """Return whether the socket should be read."""
-        session = self.session
-        return not session.at_end and (
+        is_listening = not session.at_end and (
             session.state in (READY, RECEIVING, ENDING) or session.unparsed <= _CHUNK)
+        self._watch((_READ if is_listening else 0) | (_WRITE if self._unsent else 0))
+        self._set_alarm()
 
     def _deadlines(self):
         """Yield (when, what is done then) for each time that matters in this state."""
@@ -9357,14 +9238,12 @@ class Connection:
         if due is not None and (self._alarm is None or due < self._alarm[0]):
             if self._alarm:
                 server.timers.cancel(self._alarm)
-            self._alarm = server.timers.at(due, self._ring)
-
-    def _ring(self):
-        self._alarm = None
-        self.server.visit(self, Connection.tick)
+            self._alarm = server.timers.at(due, functools.partial(
+                server.visit, self, Connection.tick))
 
     def tick(self):
         """Do what is due."""
+        self._alarm = None
         self.state = self.session.state
         for when, call in list(self._deadlines()):
             if when <= self.server.mono and self.session.state is not CLOSED:
@@ -9698,16 +9577,17 @@ class Server:
         self.syncs = Syncs(self)
         self.listeners = [Listener(self, sock, protocol) for sock, protocol in sockets]
         self.worker = Worker(self.interrupt)
-        self.broker.work = self._submit
+        self.broker.work = lambda call, done: self.worker.submit(
+            call, lambda error, seconds: done(error))
         self.broker.reloaded.append(self._set_traces)
         self._workers = [self.worker]    # what takes the processor long delays no fsync
         if self.config.users is not None:
             self._workers.append(Worker(self.interrupt))
             self.broker.aside = self._workers[-1].submit
         self._announcer = Worker(self.interrupt) if settings.status_command else None
-        self._scrubber = None
-        if settings.scrub_interval:
-            self._scrubber = Worker(self.interrupt)
+        self._scrubber = Worker(self.interrupt) if settings.scrub_interval else None
+        self._slow = list(filter(None, (self._announcer, self._scrubber)))
+        if self._scrubber:
             self.later(settings.scrub_interval, self._scrub)
 
     @property
@@ -9904,9 +9784,6 @@ class Server:
         for connection in self.connections.values():
             connection.set_trace()
 
-    def _submit(self, call, done):
-        self.worker.submit(call, lambda error, seconds: done(error))
-
     def _plan_sweep(self):
         frequency = self.config.server.expiration_timer_frequency
         if frequency:
@@ -9937,8 +9814,6 @@ class Server:
         """Run the status_command with the latest status, unless it runs: then it is run again
         when it has ended, if the status is another one by then."""
         worker, status = self._announcer, self.broker.status
-        if worker.done:
-            worker.take_results()
         if not worker.unfinished and status != self._announced:
             self._announced = status
             worker.submit(functools.partial(
@@ -9967,7 +9842,7 @@ class Server:
     # -- writing, fsyncing, answering
 
     def _commit(self):
-        for worker in self._workers:
+        for worker in self._workers + self._slow:
             if worker.done:
                 worker.take_results()
         written, failed = self.broker.write()
@@ -9979,8 +9854,6 @@ class Server:
             self.syncs.start()               # they run while answers are sent
         if self._announcer:
             self._announce()
-        if self._scrubber and self._scrubber.done:
-            self._scrubber.take_results()
         # Check every answer whose operations were written in this turn: a later failure of the
         # same queue would be taken for the failure of these operations.
         active, self.active = self.active, []
@@ -9988,10 +9861,7 @@ class Server:
             active += [self.connections[session] for session in self.broker.woken
                        if session in self.connections]
         for connection in active:
-            try:
-                connection.flush(failed, unsafe)
-            except Exception as error:
-                self._unexpected(connection, error)
+            self.visit(connection, Connection.flush, failed, unsafe)
         if self.broker.woken:            # the others have nothing more to do
             self.broker.woken = [one for one in self.broker.woken if one.state is WORKING]
 
@@ -10015,8 +9885,8 @@ class Server:
                 self.poller.wait_for_interrupt(1)
         for worker in self._workers:
             worker.stop(_LAST_SECONDS)
-        for one in filter(None, (self._announcer, self._scrubber)):
-            one.stop(0)                                # its command may take half a minute
+        for worker in self._slow:
+            worker.stop(0)                             # its command may take half a minute
         self.broker.work = None                        # from here on all is done at once
         self._commit()                                 # what they had still to say
         for queue in self.broker.queues.values():
@@ -10107,15 +9977,20 @@ def _name_of(address):
 def _cannot_listen(error, name):
     holder = ""
     if error.errno == errno.EADDRINUSE and not name.startswith("unix:"):
-        holder = _holder(_listening_inodes(int(name.rpartition(":")[2])))
+        holder = _port_holder(int(name.rpartition(":")[2]))
     return OSError(error.errno, "cannot listen on %s: %s%s" % (
         name, error.strerror or error, holder))
 
 
-def _holder(inodes):
-    """Return " (process 123, its name)" for the process that has one of these sockets open, "" if
-    that cannot be known."""
-    wanted = {"socket:[%s]" % inode for inode in inodes}
+def _port_holder(port):
+    """Return " (process 123, its name)" for the process that listens on a TCP port, "" if that
+    cannot be known, see proc(5)."""
+    wanted = set()
+    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(path) as file:
+            rows = [line.split() for line in file]
+            wanted.update("socket:[%s]" % row[9] for row in rows[1:]
+                          if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port)
     for path in glob.glob("/proc/[0-9]*/fd/*") if wanted else ():
         with contextlib.suppress(OSError):
             if os.readlink(path) in wanted:
@@ -10123,19 +9998,8 @@ def _holder(inodes):
     return ""
 
 
-def _listening_inodes(port):
-    """Return the inodes of the TCP sockets that listen on a port, see proc(5)."""
-    found = []
-    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError), open(path) as file:
-            rows = [line.split() for line in file]
-            found += [row[9] for row in rows[1:]
-                      if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port]
-    return found
-
-
 def _lock_holder(fd):
-    """As _holder(), for the process that has locked the directory of a descriptor."""
+    """As _port_holder(), for the process that has locked the directory of a descriptor."""
     with contextlib.suppress(OSError), open("/proc/locks") as file:
         inode = str(os.fstat(fd).st_ino)
         for row in map(str.split, file):
@@ -10460,7 +10324,8 @@ class Client:
         return map(_exported, self._blocks(self._line()))
 
     def _check_closed(self, queue):
-        if self._keys(queue) in self._opened:
+        names = self._keys(queue).split(b"/or=")
+        if any(name in key.split(b"/or=") for key in self._opened for name in names):
             raise ValueError("an item of %s is open here; use another client" % queue)
 
     def _get(self, queue, timeout, options):
@@ -10482,9 +10347,13 @@ class Client:
         """Open up to so many items for the time of a `with` block, as open() does."""
         self._check_closed(queue)
         options = "" if limit is None else "/timeout=%d" % (limit * 1000)
-        items = self._get(queue, timeout, "/open" + _many(count) + options)
-        with self._holding(queue, items):
+        client, items = self._find(queue, timeout, "/open" + _many(count) + options)
+        with client._holding(queue, items) if items else contextlib.nullcontext():
             yield items
+
+    def _find(self, queue, timeout, options):
+        """Return the Client that has read some items, and the items."""
+        return self, self._get(queue, timeout, options)
 
     @contextlib.contextmanager
     def _holding(self, queue, items):
@@ -10509,17 +10378,11 @@ class Client:
         self._check_closed(queue)
         key = self._keys(queue)
         items = self._get(queue, timeout, "/open")
-        try:
+        with self._holding(queue, items):
             while items:
-                self._opened[key] = 1
                 yield items[0]
                 items = self._get(queue, timeout, "/close/open" if self._opened[key] else "/open")
-        except BaseException:
-            with contextlib.suppress(OSError, ServerError):
-                self._end(queue, "/abort")
-            raise
-        finally:
-            self._opened.pop(key, None)
+                self._opened[key] = len(items)
 
     def abort(self, queue: "str | list[str]", delay: float = 0, tail: bool = False) -> None:
         """Give back what is open of a queue, before the `with` block or the step of work() ends:
@@ -10806,10 +10669,8 @@ class Cluster(Client):
         self.perhaps_twice = 0
         self._tls = tls
         self._is_closed = False
-        self._members = []
-        for server in host:
-            self._members.append(_Member(
-                (*_host_and_port(server, port), timeout, user, password, tls)))
+        self._members = [_Member((*_host_and_port(server, port), timeout, user, password, tls))
+                         for server in host]
 
     def put(self, queue: str, data: bytes, expiry: int = 0, flags: int = 0, delay: float = 0,
             sync: bool = False) -> bool:
@@ -10843,7 +10704,7 @@ class Cluster(Client):
     def _put(self, put):
         """Try servers until put(client) is true. Return whether it was."""
         failure = unknown = None
-        for member in self._in_any_order() + self._resting():
+        for member in self._in_any_order(also_resting=True):
             try:
                 client = member.client()
                 with member.failing():
@@ -10869,17 +10730,14 @@ class Cluster(Client):
             raise unknown or failure
         return False
 
-    def _in_any_order(self):
-        """Return the servers that have not failed a moment ago."""
+    def _in_any_order(self, also_resting=False):
+        """Return the servers that have not failed a moment ago, and the others after them if these
+        are wanted."""
         if self._is_closed:
             raise ConnectionError("this client is closed")
         now = time.monotonic()
-        return _shuffled([member for member in self._members if member.rests_until <= now])
-
-    def _resting(self):
-        """Return the others."""
-        now = time.monotonic()
-        return _shuffled([member for member in self._members if member.rests_until > now])
+        members = sorted(_shuffled(self._members), key=lambda member: member.rests_until > now)
+        return [member for member in members if also_resting or member.rests_until <= now]
 
     def _get(self, queue, timeout, options):
         if {"open", "close", "abort", "touch"} & set(options.split("/")):
@@ -10894,7 +10752,7 @@ class Cluster(Client):
     def _find(self, queue, timeout, options):
         """Return (the Client of the server that had some, items); (None, []) if there are none."""
         end = time.monotonic() + timeout
-        members = self._in_any_order() + self._resting()
+        members = self._in_any_order(also_resting=True)
         failure, reached = None, False
         while True:
             for member in members:
@@ -10929,11 +10787,10 @@ class Cluster(Client):
             found, watched = [], {}
             for member in self._in_any_order():
                 try:
+                    if member.watched not in (None, key):
+                        member.stop_watching()
                     client = member.client(True)
-                    if member.watched != key:
-                        if member.watched:
-                            member.stop_watching()
-                            client = member.client(True)
+                    if member.watched is None:
                         with member.failing():
                             client._send(b"get %b/peek/t=%d\r\n" % (key, 1000 * min(
                                 left, _WATCH_SECONDS)), _WATCH_SECONDS)
@@ -10963,19 +10820,6 @@ class Cluster(Client):
             if found:
                 return _shuffled(found)
         return self._in_any_order()
-
-    @contextlib.contextmanager
-    def open_many(self, queue: "str | list[str]", count: int, timeout: float = 0,
-                  limit: "float | None" = None) -> "Iterator[list[bytes]]":
-        """Open up to so many items of one of the servers for the time of a `with` block."""
-        self._check_closed(queue)
-        options = "" if limit is None else "/timeout=%d" % (limit * 1000)
-        client, items = self._find(queue, timeout, "/open" + _many(count) + options)
-        if client:
-            with client._holding(queue, items):
-                yield items
-        else:
-            yield items
 
     def work(self, queue: "str | list[str]", timeout: float = 0) -> "Iterator[bytes]":
         """Yield items, as Client.work() does."""
@@ -11230,7 +11074,7 @@ def verify_file(path: str) -> dict:
                     found["records"] += 1
                     found["items"] += item is not None
                     if opcode == CHECK:
-                        found["checked"] += xid[0] + _CHECK_SIZE
+                        found["checked"] += xid[0] + _CHECK.size
             if not found["damage"] or found["damage"][0]["end"] < found["bytes"]:
                 break
         time.sleep(0.1)                      # perhaps a server is just writing there
@@ -11667,7 +11511,7 @@ def _command_stats(client, options):
     if options.json:
         print(json.dumps(stats))
     else:
-        _show(options, ("name", "value"), list(stats.items()))
+        _show_table(("name", "value"), list(stats.items()))
 
 
 def _command_top(client, options):
@@ -11766,7 +11610,7 @@ def _command_drain(client, options):
 def _is_same_server(stats, others):
     """Return whether two answers to `stats` are of one server, whatever its addresses."""
     return abs(int(stats.get("uptime", 0)) - int(others.get("uptime", 0))) <= 1 and all(
-        stats.get(key) == others.get(key) for key in ("pid", "total_items", "bytes", "curr_items"))
+        stats.get(key) == others.get(key) for key in ("total_items", "bytes", "curr_items"))
 
 
 def _drained(client, name, other, count):
@@ -11789,14 +11633,6 @@ def _drained(client, name, other, count):
         yield len(rows)
 
 
-def _command_pause(client, options):
-    client.pause(options.queue, options.what or "")
-
-
-def _command_resume(client, options):
-    client.resume(options.queue)
-
-
 def _command_flush(client, options):
     waiting = _waiting(client, options.queue)
     if not _is_sure(options, "Drop all %d items of %s?" % (waiting, options.queue)):
@@ -11816,10 +11652,6 @@ def _command_delete(client, options):
 def _is_sure(options, question):
     """Ask at a terminal, unless --yes says so."""
     return options.yes or not sys.stdin.isatty() or input(question + " [y/N] ").lower() == "y"
-
-
-def _command_status(client, options):
-    print(client.status(options.word))
 
 
 def _command_ping(client, options):
@@ -11909,16 +11741,17 @@ _COMMANDS = {
         "action": "append", "required": True, "type": _server, "metavar": "HOST:PORT",
         "help": "where to; each queue goes to one of several"})),
               "move all items, or those of some queues, to other servers"),
-    "pause": (_command_pause, (_QUEUE, ("what", {"nargs": "?", "choices": ["in", "out"]})),
+    "pause": (lambda client, options: client.pause(options.queue, options.what or ""),
+              (_QUEUE, ("what", {"nargs": "?", "choices": ["in", "out"]})),
               "stop puts (in), gets (out), or both"),
-    "resume": (_command_resume, (_QUEUE,), "end a pause"),
+    "resume": (lambda client, options: client.resume(options.queue), (_QUEUE,), "end a pause"),
     "export": (_command_export, (_QUEUE, _COUNT, ("--take", {
         "action": "store_true", "help": "take the items, each once it is printed"})),
                "print items as JSON, a line each"),
     "import": (_command_import, (_QUEUE,), "put what export has printed, from standard input"),
     "flush": (_command_flush, (_QUEUE, _YES), "drop all items of a queue"),
     "delete": (_command_delete, (_QUEUE, _YES), "delete a queue"),
-    "status": (_command_status, (("word", {
+    "status": (lambda client, options: print(client.status(options.word)), (("word", {
         "nargs": "?", "type": str.lower, "choices": [name.lower() for name in STATUSES]}),),
                "what the server lets in; set it"),
     "ping": (_command_ping, (), "whether it answers, for health checks"),
@@ -11946,9 +11779,8 @@ def _run_command(name, *arguments):
                         help="whose certificates to trust, with TLS")
     options = parser.parse_intermixed_args(arguments)
     try:
-        with contextlib.ExitStack() as stack:
-            client = _connect(options, _PING_SECONDS if name == "ping" else 30)
-            return function(stack.enter_context(client), options) or 0
+        with _connect(options, _PING_SECONDS if name == "ping" else 30) as client:
+            return function(client, options) or 0
     except KeyboardInterrupt:
         return 0 if name == "top" else 1
     except BrokenPipeError:              # of standard output: `| head`

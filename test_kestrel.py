@@ -2067,8 +2067,9 @@ def test_xids_wrap_and_skip_open_ones():
     fill(queue, *[b"x"] * 5)
     queue.xid = 0
     first = queue.remove(open=True, now=NOW)
-    queue.xid = 0x7ffffffe
-    assert [item.xid for item in take(queue, 3, open=True)] == [0x7fffffff, 2, 3]
+    last = kestrel._ASIDE - 1                # from there on they are for those that are lost
+    queue.xid = last - 1
+    assert [item.xid for item in take(queue, 3, open=True)] == [last, 2, 3]
     assert first.xid == 1
 
 
@@ -5637,7 +5638,7 @@ def test_pausing(talk):
     assert talk("move q r\r\nget r\r\n") == "1\r\n" + values("c", key="r")
     assert talk("pause q up\r\npause\r\nresume q r\r\npause no\r\nresume no\r\n") == (
         "CLIENT_ERROR pause takes one queue, and in or out\r\n"
-        "CLIENT_ERROR pause needs the name of a queue\r\n"
+        "CLIENT_ERROR pause takes one queue, and in or out\r\n"
         "CLIENT_ERROR resume takes one queue\r\n"
         "CLIENT_ERROR there is no queue no\r\nCLIENT_ERROR there is no queue no\r\n")
 
@@ -6073,11 +6074,18 @@ def test_a_touch_is_heard_to_the_last(tmp_path):
     assert items_of(talk.broker, "q") == [b"a"]
 
 
-def test_reads_of_several_queues_are_remembered_while_they_are_open(talk):
-    for _ in range(300):
-        put_all(talk, "a", "x")
-        assert talk("get a/or=b/open\r\nget a/close\r\n").endswith("END\r\nEND\r\n")
-    assert len(talk.session()._order) <= 102
+def test_reads_of_several_queues_end_in_their_order(talk):
+    """Whatever queue they were opened of, and with which command."""
+    for number in range(3):
+        put_all(talk, "a", "a%d" % number)
+        put_all(talk, "b", "b%d" % number)
+    talk("get b/open\r\nget a/open\r\nget a/or=b/open\r\nget b/open\r\n")
+    talk("get a/or=b/close/n=2\r\n")
+    talk("get a/or=b/abort\r\n")
+    assert items_of(talk.broker, "a") == [b"a1", b"a2"]
+    talk("get a/or=b/abort\r\n")
+    assert items_of(talk.broker, "b") == [b"b1", b"b2"]
+    assert not talk.session().open_reads
 
 
 # == Protocols: text ======================================================================
