@@ -935,7 +935,7 @@ _CHECK = struct.Struct("<BIIQ")
 # known by. Then it goes to the head, from which it came, or to the tail.
 Delayed = collections.namedtuple("Delayed", "due xid item to_head")
 
-# A larger count of deliveries means a corrupt record.
+# A larger count of deliveries means a corrupt record; none is written.
 _MOST_DELIVERIES = 1000000
 
 _READ_SIZE = 1 << 17
@@ -1059,7 +1059,7 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
                     item, xid, start, size = Item(None, *fields), (number, due), pos + 41, size - 24
                 else:
                     item, xid, start, size = _parse_head(data, pos)
-                if item.deliveries >= _MOST_DELIVERIES:      # an ADDX with a flipped bit
+                if item.deliveries > _MOST_DELIVERIES:      # an ADDX with a flipped bit
                     raise Damage(base + pos, "impossible count of deliveries", torn=False)
             else:
                 if opcode in (OPEN, CONFIRM, UNREMOVE, SAVE_XID, PAUSE, PUT_BACK):
@@ -1192,7 +1192,7 @@ def _head(item, size, deliveries=0):
     """Return the head of the record that adds an item with `size` bytes of data."""
     if item.flags or deliveries:
         return _HEADS[ADDF].pack(ADDF, size + 24, item.add_time, item.expiry, item.flags,
-                                 deliveries)
+                                 min(deliveries, _MOST_DELIVERIES))
     return _ADDX.pack(ADDX, size + 16, item.add_time, item.expiry)
 
 
@@ -1200,7 +1200,8 @@ def _delayed_head(delayed, size, deliveries=0):
     """Return the head of the record that adds a delayed item."""
     item = delayed.item
     return _HEADS[ADD_DELAYED].pack(ADD_DELAYED, delayed.xid, delayed.due, size + 24,
-                                    item.add_time, item.expiry, item.flags, deliveries)
+                                    item.add_time, item.expiry, item.flags,
+                                    min(deliveries, _MOST_DELIVERIES))
 
 
 def _encode(ops, ends=0):
@@ -1272,7 +1273,7 @@ def _encode_rare(opcode, item, xid):
     if opcode == DUE_TAIL:
         item = item.item
     return [_HEADS[CONTINUEF].pack(CONTINUEF, xid, len(item.data) + 24, item.add_time, item.expiry,
-                                   item.flags, item.deliveries), item.data]
+                                   item.flags, min(item.deliveries, _MOST_DELIVERIES)), item.data]
 
 
 # -- damage

@@ -2941,6 +2941,36 @@ def test_items_were_added_and_taken_where_the_end_is_lost(tmp_path, lost, expect
         assert contents_of(tmp_path) == expected
 
 
+@promise(1)
+@pytest.mark.parametrize("how", [{"tail": True}, {"delay": 5}, {}])
+def test_an_item_that_came_back_ever_so_often_is_no_damage(tmp_path, how):
+    """It was taken for a corrupt record at the next start, and cut out."""
+    queue = turn_queue(tmp_path, max_deliveries=5000000)
+    fill(queue, b"a")
+    queue.items[0].deliveries = kestrel._MOST_DELIVERIES
+    queue.abort(queue.remove(open=True, now=NOW).xid, now=NOW, **how)
+    queue.write()
+    queue.journal.close()
+    assert contents_of(tmp_path, now=FAR) == [b"a"]
+    kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(max_deliveries=5000000), now=FAR).pack()
+    assert contents_of(tmp_path, now=FAR) == [b"a"]
+
+
+@promise(1)
+def test_a_flush_that_is_larger_than_a_piece_is_read_behind(tmp_path, monkeypatch):
+    """It was taken for damage, mended, and met again, for ever."""
+    monkeypatch.setattr(kestrel, "_SPAN", 50)
+    queue = turn_queue(tmp_path, max_memory_size=2000)
+    fill(queue, *[b"%d" % number for number in range(30000)])
+    queue.write()
+    queue.flush()
+    fill(queue, b"after")
+    queue.write()
+    queue.journal.close()
+    monkeypatch.setattr(kestrel.Queue, "_mend", None)
+    assert contents(load(tmp_path, max_memory_size=2000)) == [b"after"]
+
+
 @promise(6)
 def test_more_items_wait_than_a_mark_has_bits_for(tmp_path):
     (tmp_path / "q.1").write_bytes(checked_journal(add_records(b"a", b"b")))
@@ -5735,6 +5765,18 @@ def test_dead_letters_that_are_not_taken_stay_open(tmp_path, caplog):
         talk.heard()
     assert items_of(talk.broker, "dead") == [b"a"] and not talk.broker.queues["work"].opens
     assert contents_of(tmp_path / "spool", "work") == []
+
+
+def test_items_expire_to_a_queue_that_only_has_children(tmp_path):
+    """There are none, so they go nowhere: they were tried for ever."""
+    talk = timed_talk(tmp_path, "[queue f]\nfanout_only = true\n"
+                                "[queue q]\nmax_age = 1s\nexpire_to_queue = f\n")
+    put_all(talk, "q", "a")
+    talk.now += 5000
+    assert talk("get q\r\n") == "END\r\n"
+    talk.clock.reach(9000)
+    talk.heard()
+    assert not talk.broker.queues["q"].held() and not talk.broker.queues["q"].count
 
 
 def test_dead_letters_that_wait_for_room_are_tried_one_at_a_time_in_order(tmp_path, monkeypatch):
