@@ -61,8 +61,8 @@ Time is read once a turn and handed down as `now`.
 The path of a set, from recv to send: Server.turn(), Connection.ready(), Session.feed(),
 MemcacheSession._parse() and store(), Queue.add(); Queue.write() with Journal.plan() and write();
 Connection.flush(). A get has do_get(), Queue.remove() and _give() in the place of store() and
-add(). What these do is done for each command: measure what you add. What Kestrel has not goes by
-store_beyond() and get_beyond() instead.
+add(). This code runs for every command, so measure whatever you add to it. Gets with options that
+Kestrel does not have go through get_beyond().
 
 What fails is undone, in memory and in the files, back to the last safe position, before anybody
 is told: a refused command has not happened, and what was acknowledged before stays.
@@ -669,7 +669,7 @@ class Config:
             return None
         for key in ("text_port", "thrift_port"):
             if getattr(self.server, key) is not None:
-                raise self._error("auth_file: clients of %s cannot say who they are; turn it off"
+                raise self._error("auth_file: clients of %s cannot log in there; turn it off"
                                   % key, "server", "auth_file")
         try:
             return _read_users(path)
@@ -885,8 +885,7 @@ class Item:
 PAUSED_IN, PAUSED_OUT = 1, 2
 PAUSES = ("no", "in", "out", "in and out")
 
-# What an item takes of the memory besides its data, in bytes: about that is what CPython 3.8
-# to 3.13 were seen to need.
+# The memory overhead of an item in bytes, as measured with CPython 3.8 to 3.13.
 ITEM_COST = 200
 
 # The opcodes. What this server writes is ADDX, REMOVE, SAVE_XID, OPEN, CONFIRM, UNREMOVE,
@@ -1994,7 +1993,7 @@ class Journal:
         for file in self.files:
             file.size = os.stat(file.path).st_size
         self.directory_changed = False       # it has to be fsynced
-        self.unsynced = {}                   # files written to since the last fsync began
+        self.unsynced = set()                # files written to since the last fsync began
         self.torn = set()                    # files to be cut before anything is written
         self.writes = collections.deque()    # a Write for each that is not safe
         self.passings = collections.deque()  # Passings whose files are still there
@@ -2172,7 +2171,7 @@ class Journal:
             file.ends = plan.ends[file]
             file.size += size
             self.size += size
-            self.unsynced[file] = None
+            self.unsynced.add(file)
         for file, count in plan.waiting.items():
             file.waiting = count
         if plan.passed:
@@ -2222,7 +2221,7 @@ class Journal:
         for file in sorted(self.torn, key=JournalFile.age, reverse=True):
             os.ftruncate(self._open(file), file.size)
             self.torn.discard(file)
-            self.unsynced[file] = None
+            self.unsynced.add(file)
 
     # -- fsync
 
@@ -2253,13 +2252,13 @@ class Journal:
             if file is not self.files[0] and file is not self.files[-1]:
                 self.budget.close(file)      # nothing will be written to it for long
         sync = Sync(position, files, self.directory_changed)
-        self.unsynced = {}
+        self.unsynced = set()
         self.directory_changed = False
         return functools.partial(fsync_all, fds), sync
 
     def sync_failed(self, sync):
         """Schedule the files of a failed fsync for another one."""
-        self.unsynced.update(dict.fromkeys(file for file in sync.files if file.path))
+        self.unsynced.update(file for file in sync.files if file.path)
         self.directory_changed = self.directory_changed or sync.directory
 
     def _sync_directory(self):
@@ -2317,7 +2316,7 @@ class Journal:
         file.size = size
         self._opened(file, fd)
         self.torn.discard(file)
-        self.unsynced.pop(file, None)
+        self.unsynced.discard(file)
 
     def _remove(self, file):
         """A task: delete a file that has been passed."""
@@ -2326,7 +2325,7 @@ class Journal:
             fds = self._unlink(file)
             self.size -= file.size
         file.path = None
-        self.unsynced.pop(file, None)
+        self.unsynced.discard(file)
         self.torn.discard(file)
         self.passed.remove(file)
         if fds:
@@ -2482,12 +2481,13 @@ class Journal:
 
         In their place come records of items that have expired already, as many as may have been
         lost, or put back: each REMOVE of such an item will take one of them, and not a good item.
-        Items that were taken are open reads until the end of the replay, and come back.
+        Items that were taken are open reads until the end of the replay, and come back. Return how
+        many pieces were cut out.
         """
         if not os.path.getsize(file.path):   # which cannot be mapped
             self.size -= file.size
             file.size = 0
-            return
+            return 0
         import mmap
         with open(file.path, "rb") as source, mmap.mmap(
                 source.fileno(), 0, prot=mmap.PROT_READ) as data:
@@ -2515,6 +2515,7 @@ class Journal:
             for opcode, xid, _, _ in read_records(source, checked=file.checked):
                 if opcode == CHECK:
                     file.checked, file.ends = xid[0] > 0 or not file.checked, xid[2]
+        return len(cuts)
 
     def set_aside(self, file, added, count):
         """Add what stands for so many lost items at the end of a file, and let `count` items be
@@ -2598,7 +2599,7 @@ class Journal:
         files = self.passed + self.files
         if len(files) == 1:
             fds = self._unlink(files[0])
-            self.unsynced = {}
+            self.unsynced = set()
             return iter([functools.partial(_close_all, fds)]) if fds else None
         self._number_current()
         number = self.current.number
@@ -2612,7 +2613,7 @@ class Journal:
             raise
         self.passed = files + [JournalFile(pack, number)]
         self.files = []
-        self.unsynced = {}
+        self.unsynced = set()
         return self.clear()
 
     def clear(self):
@@ -2963,7 +2964,7 @@ class History:
             call(error)
 
     def forget(self):
-        """Take the operations so far for safe: they are, and will be, on no disk."""
+        """Treat all operations so far as safe: they will never be written to the disk."""
         self.go_back()
         self.durable = self.safe
         self.settle()
@@ -4183,7 +4184,8 @@ class Queue:
                 item.place = None
         size = file.size
         ends = behind.ends if file is behind.file else None
-        self.journal.repair(file, start, ends)
+        if not self.journal.repair(file, start, ends) and file.size == size:
+            raise OSError(errno.EIO, "cannot be read, though nothing is damaged", file.path)
         lost = 0
         if file not in behind.older and (
                 file is behind.file or behind.file not in files[files.index(file):]):
@@ -5604,7 +5606,7 @@ _LONGEST_DELAY = 36525 * 86400000
 # What a command adds to the load of its session besides its answer.
 _COMMAND_COST = 1 << 10
 
-# The delivery of an item that the log tells of, since the others have failed.
+# An item that is delivered so often is logged, since the earlier deliveries have failed.
 _OFTEN = 5
 
 # When more queues than this have something to write, each session does one more command only.
@@ -5612,9 +5614,9 @@ _MOST_DIRTY = 50
 
 
 class Refused(Exception):
-    """A command that is answered with an error. kind: ERROR, CLIENT_ERROR or SERVER_ERROR. close:
-    the connection is closed then. skip: how many bytes of a data block are thrown away. reason:
-    what it is counted under."""
+    """A command that is answered with an error. kind: ERROR, CLIENT_ERROR or SERVER_ERROR, or
+    NOT_FOUND of the admin port. close: the connection is closed then. skip: how many bytes of a
+    data block are thrown away. reason: what it is counted under."""
 
     def __init__(self, kind, why, close=False, skip=0, reason="client"):
         super().__init__(why)
@@ -5645,7 +5647,7 @@ def _number(word, what, close=False):
 Peer = collections.namedtuple("Peer", "name host local")
 
 
-# What clients speak who want another port: the reason of a refusal -> in words.
+# Protocols of clients that have come to the wrong port: reason of the refusal -> in words.
 _FOREIGN = {"binary memcache": "memcache's binary protocol: it has to use the text protocol",
             "TLS": "TLS to a port without (tls_cert)", "binary": "no protocol that is known here",
             "PROXY": "the PROXY protocol, but is not among those in proxy_protocol"}
@@ -5969,15 +5971,14 @@ class Session:
     # -- what a client may do
 
     def _check_writes(self):
-        if self.broker.refuses_writes:
-            raise Refused("SERVER_ERROR",
-                          "%s: nothing can be written" % self.broker.refuses_writes, close=True,
-                          reason="status")
+        self._check_status(self.broker.refuses_writes, "written")
 
     def _check_reads(self):
-        if self.broker.refuses_reads:
-            raise Refused("SERVER_ERROR",
-                          "%s: nothing can be read" % self.broker.refuses_reads, close=True,
+        self._check_status(self.broker.refuses_reads, "read")
+
+    def _check_status(self, why, what):
+        if why:
+            raise Refused("SERVER_ERROR", "%s: nothing can be %s" % (why, what), close=True,
                           reason="status")
 
     def _check_admin(self, command):
@@ -6133,7 +6134,7 @@ class Session:
                 continue
             stored = True
             for number, queue in enumerate(route.queues):
-                # Never before the first: tasks of a thousand others may come in between.
+                # Not before the first: tasks of a thousand others may run in between.
                 if cost > _STEP_SIZE or cost and len(broker.dirty) > _MOST_DIRTY:
                     cost = 0
                     yield
@@ -8924,7 +8925,7 @@ class Syncs:
 
     def look(self):
         """Look each second how much space is free and, while journals fail, whether they still do.
-        Nobody else may try: load balancers have sent the clients to another server."""
+        The server has to try itself: load balancers have sent the clients elsewhere."""
         broker, mono = self._server.broker, self._server.mono
         self._server.later(RETRY_MS, self.look)
         for queue in list(broker.failing):
@@ -10840,14 +10841,15 @@ class Cluster(Client):
         for client in self._holders(queue):
             client.touch(queue)
 
+    def _connected(self):
+        return [member.client() for member in self._members if member.is_connected()]
+
     def _holders(self, queue):
-        key = self._keys(queue)
-        clients = [member.client() for member in self._members if member.is_connected()]
-        return [client for client in clients if key in client._opened]
+        return [client for client in self._connected() if self._keys(queue) in client._opened]
 
     def _check_closed(self, queue):
-        if self._holders(queue):
-            raise ValueError("an item of %s is open here; use another client" % queue)
+        for client in self._connected():
+            client._check_closed(queue)
 
     def _send(self, command, timeout=0):
         raise TypeError("this has to be asked of one server")
@@ -11016,7 +11018,7 @@ def _argument_parser():
                         help="ask for a password (or read a line), print what an auth_file has "
                              "in its place, and exit")
     parser.add_argument("--convert", metavar="production.scala",
-                        help="print a config file for the one of a Kestrel, and exit")
+                        help="print a Kestrel's production.scala as a kestrel.conf, and exit")
     parser.add_argument("--check", action="store_true",
                         help="check the config file, print the effective settings, and exit")
     parser.add_argument("--version", action="version", version="kestrel.py " + __version__)
@@ -11221,15 +11223,14 @@ def _copy_queue(name, files, dest, have):
     first = files[0][0] if files else None
     gone = sorted(number for number in have - same if number is not None and (
         first is None or number <= first))
-    if gone and first is not None and first not in same:       # it stands for all these
+    is_pack = gone and first is not None and first not in same       # it stands for all these
+    if is_pack:
         copied += _copy_new(files[0][1], files[0][2], path(first) + ".pack")
-        for number in gone:
-            os.unlink(path(number))
+    for number in gone:
+        os.unlink(path(number))
+    if is_pack:
         os.rename(path(first) + ".pack", path(first))
         same.add(first)
-    else:
-        for number in gone:
-            os.unlink(path(number))
     for number, fd, size in files:
         copied += (_copy_rest if number in same else _copy_new)(fd, size, path(number))
     for number in have - set(gone) - {number for number, _, _ in files}:
@@ -11566,7 +11567,7 @@ def _command_drain(client, options):
         stats = client.stats()
         for other in others:
             if _is_same_server(stats, other.stats()):
-                raise ValueError("%s is to be drained itself" % other.address())
+                raise ValueError("%s is the server that is drained" % other.address())
         names = options.queues or client.names(stats)
         for name in names:
             if "queue_%s_items" % name not in stats:
@@ -11723,7 +11724,7 @@ _QUEUE = ("queue", {})
 _COMMANDS = {
     "put": (_command_put, (_QUEUE, ("item", {"nargs": "*"}), ("--whole", {
         "action": "store_true", "help": "all of standard input is one item"}), ("--expiry", {
-            "type": int, "default": 0, "metavar": "SECONDS", "help": "the time it has"}),
+            "type": int, "default": 0, "metavar": "SECONDS", "help": "seconds until it expires"}),
         ("--delay", {"type": _seconds, "default": 0, "metavar": "SECONDS",
                      "help": "when it becomes available"}),
         ("--sync", {"action": "store_true", "help": "wait until it is on the disk"})),
