@@ -10079,6 +10079,20 @@ def test_a_client_of_several_servers(servers):
             assert data is None
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_item_that_is_open_under_several_names_is_not_closed_by_another(servers, number):
+    """The close of the other one would have been for it: it was lost, the other done twice."""
+    started, (client, *_) = servers(*[{}] * number)
+    with cluster_of(started) if number > 1 else kestrel.Client(port=started[0].port) as reader:
+        client.put_many("a", [b"one", b"two"])
+        with pytest.raises(RuntimeError), reader.open(["a", "b"], timeout=5) as data:
+            assert data == b"one"
+            with pytest.raises(ValueError, match="is open here"), reader.open("a"):
+                pass
+            raise RuntimeError
+        assert client.get_many("a", 10) == [b"one", b"two"]
+
+
 def test_a_client_waits_for_several_servers_at_once(servers):
     """Nothing is held while it waits, and what it did not wait for any more takes nothing."""
     started, clients = servers({}, {}, {})
