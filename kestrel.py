@@ -45,10 +45,11 @@ The words used here:
     delayed item    one that is not available before a certain time
     dead letter     an item that came back too often, and is moved to another queue
     passed file     a journal file with no waiting items left
+    pack            a small file in the place of passed ones, with what is kept of them
     check sum       the CRC-32 of what is written at a time, in the CHECK that closes it
     mark            a CHECK of no bytes: check sums begin or end there
     ends            of a file: how many items its checked records added at the tail of the queue,
-                    and took from and put back to its head
+                    and took from and put back to its head, counted on from its first mark
     task            a generator that does long work in bounded steps
     turn            one iteration of the event loop
 
@@ -958,9 +959,9 @@ _SPAN = 1 << 18
 _OPCODE_CHECK = bytes([CHECK])
 _CUT_OUT = 4096                 # how many items may be missing in fewer bytes than they had
 
-# A pack, and a file that is begun while all is written anew, begin with other ends than 0, see
-# Journal.pass_all(): in place of put-backs with one of these bits, so that what follows a damaged
-# first mark tells which kind of file it is, and the last bits of a number in the others.
+# The first mark of a pack, and of a file that is begun while all is written anew, has other ends
+# than 0. In the place of the put-backs it has one of these bits, so that later CHECKs tell which
+# kind of file it is even if that mark is damaged; the bits below are those of a number of items.
 _PACK, _BEGUN_ANEW = 1 << 14, 1 << 15
 
 # Numbers of open reads from _ASIDE on are for items whose REMOVEs are lost, see LostTail and
@@ -986,6 +987,12 @@ def _between(ends, after):
     """Return how many items were (added, taken, put back) between these ends."""
     moves = after - ends & 0xffffffffffffffff
     return moves >> 40, moves >> 16 & 0xffffff, moves & 0xffff
+
+
+def _first_ends(waiting, added):
+    """Return the ends in the first mark of a file that is begun while all is written anew. added:
+    how many items the file before it has added in all."""
+    return _go_on(0, waiting, 0, _BEGUN_ANEW + (added % _PACK if waiting else 0))
 
 
 def _moves(opcode, item=None):
@@ -1940,12 +1947,6 @@ _IN_CURRENT = _APPENDED | {ADD_DELAYED, DROP, PAUSE}
 _AT_HEAD = frozenset((REMOVE, OPEN_NEXT, OPEN, UNREMOVE, PUT_BACK))      # as opcodes
 
 
-def _first_ends(waiting, added):
-    """Return the ends in the first mark of a file that is begun while all is written anew. added:
-    how many items the file before it has added in all."""
-    return _go_on(0, waiting, 0, _BEGUN_ANEW + (added % _PACK if waiting else 0))
-
-
 def _lost_tail(count, begins, added):
     """Return what LostTail tells of a file. count: how many items wait at its end. begins: the ends
     in the first mark of the next file, see _first_ends(). added: how many items it has added, None
@@ -1955,7 +1956,7 @@ def _lost_tail(count, begins, added):
         lost = max(0, -surplus)
     else:
         lost = (begins - added) % _PACK
-        lost = lost if lost < _PACK // 2 else 0
+        lost = lost if lost < _PACK // 2 else 0        # else it is less than none
     return lost, surplus + lost
 
 
@@ -2671,20 +2672,21 @@ def _held_before(held, ops):
 
 class ReadBehind:
     """Reads a queue's items that are not in memory: those after byte `offset` of `file`, but for
-    the first `skip` of them. ends: in the CHECK that ends at `offset`, if there must be check sums
-    from there on, else None.
+    the first `skip` of them. It begins behind the last CHECK of `file` so far, if there are check
+    sums. ends: in the CHECK that ends at `offset`, if there must be check sums from there on, else
+    None.
 
     older: the files in front of those of the journal, for a spool whose newer files take items
     from older ones: the items of all these are accounted to files[0], see Journal.account().
     Kestrel leaves such a spool when it was reading behind.
     """
 
-    def __init__(self, journal, file, offset, skip=0, ends=None):
+    def __init__(self, journal, file, offset, skip):
         self._journal = journal
         self.file = file
         self.offset = offset
         self.skip = skip
-        self.ends = ends
+        self.ends = file.ends if file.checked else None
         self.older = ()
 
     def read(self, most, size):
@@ -4062,8 +4064,7 @@ class Queue:
         cost = len(item.data) + ITEM_COST
         if self._behind is None and self.memory + cost > self._allowance and (
                 self.items or self._allowance < self.config.max_memory_size):
-            self._behind = ReadBehind(self.journal, file, offset, skip,
-                                      file.ends if file.checked else None)
+            self._behind = ReadBehind(self.journal, file, offset, skip)
         if self._behind is None:
             self.items.append(item)
             self.memory += cost
@@ -4108,8 +4109,7 @@ class Queue:
                 ops = history.unsafe[history.written - history.safe:] + ops
             pending = sum(op[0] in _APPENDED for op in ops)
             current = journal.current
-            self._behind = ReadBehind(journal, current, current.size, pending,
-                                      current.ends if current.checked else None)
+            self._behind = ReadBehind(journal, current, current.size, pending)
 
     def _refill(self):
         """Read more of the items that are not in memory. Return whether there are any in
@@ -4935,7 +4935,7 @@ class Broker:
         self._grace = None                # cancels the end of its grace period
         self._buried = 0                  # bytes of items on their way to another queue
         self._moving = {}                 # (queue, setting) -> [(item on its way, since when)]
-        self._stuck = set()               # queues of which some cannot be moved
+        self._stuck = set()               # queues whose expired items cannot be moved for now
         self._read_status()
         self.spool = os.path.abspath(self.settings.queue_path)
         self._unloaded = find_journals(self.spool)
@@ -5434,8 +5434,8 @@ class Broker:
             if not is_added and must_fit:
                 return count, OSError(errno.EDQUOT, "it does not take it", queue.name)
             if not is_added:
-                log.warning("queue %s is full: an expired item of %s is dropped", queue.name,
-                            source.name)
+                log.warning("queue %s is full: an item that moves there from %s is dropped",
+                            queue.name, source.name)
         return len(pairs), None
 
     @staticmethod
