@@ -1562,8 +1562,7 @@ def find_damage(data, start=0, ends=None, begins=0):
 
 def read_good(path):
     """Yield (opcode, xid, item, begin, end) for each good record of a journal file, and a Cut for
-    each damaged piece; records that a CHECK may prove bad come after it. Raises OSError, and Damage
-    where the file changes meanwhile."""
+    each damaged piece; records that a CHECK may prove bad come after it. Raises OSError."""
     cuts, start, checked = None, 0, False
     with open(path, "rb") as file:
         while True:
@@ -1579,14 +1578,17 @@ def read_good(path):
                         yield from pending
                         pending = []
                 return
-            except Damage:
+            except Damage as damage:
+                why = damage.why
                 if cuts is None:
                     import mmap
                     with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
                         cuts = iter(list(find_damage(data)))
-                cut = next(cuts, None)
-                if cut is None:
-                    raise
+            cut = next(cuts, None)
+            if cut is None:                  # what was just being written is there by now
+                yield Cut(pending[0][3] if pending else begin, os.path.getsize(path), why,
+                          0, 0, 0, None, None, False)
+                return
             yield cut
             start, checked = cut.end, cut.checked
 
@@ -11066,20 +11068,19 @@ def verify_file(path: str) -> dict:
     for _ in range(_VERIFY_TRIES):
         found = {"file": path, "bytes": os.path.getsize(path), "checked": 0, "records": 0,
                  "items": 0, "damage": []}
-        with contextlib.suppress(Damage):
-            for record in read_good(path):
-                if type(record) is Cut:
-                    found["damage"].append({"begin": record.begin, "end": record.end,
-                                            "why": record.why})
-                else:
-                    opcode, xid, item, _, end = record
-                    found["bytes"] = max(end, found["bytes"])
-                    found["records"] += 1
-                    found["items"] += item is not None
-                    if opcode == CHECK:
-                        found["checked"] += xid[0] + _CHECK.size
-            if not found["damage"] or found["damage"][0]["end"] < found["bytes"]:
-                break
+        for record in read_good(path):
+            if type(record) is Cut:
+                found["damage"].append({"begin": record.begin, "end": record.end,
+                                        "why": record.why})
+            else:
+                opcode, xid, item, _, end = record
+                found["bytes"] = max(end, found["bytes"])
+                found["records"] += 1
+                found["items"] += item is not None
+                if opcode == CHECK:
+                    found["checked"] += xid[0] + _CHECK.size
+        if not found["damage"] or found["damage"][0]["end"] < found["bytes"]:
+            break
         time.sleep(0.1)                      # perhaps a server is just writing there
     return found
 

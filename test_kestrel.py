@@ -11290,6 +11290,26 @@ def test_verify_says_what_is_good(tmp_path, capsys):
     assert kestrel.main(["--verify", str(tmp_path)]) == 0
 
 
+def test_a_file_that_is_written_to_while_it_is_dumped(tmp_path, monkeypatch):
+    """Its last write was not whole, and is when it is looked at again."""
+    spool_of(tmp_path, q=addx(b"a") + addx(b"b")[:-1])
+    find_damage = kestrel.find_damage
+
+    def written(data):
+        with open(str(tmp_path / "q"), "ab") as file:
+            file.write(b"b")
+        monkeypatch.setattr(kestrel, "find_damage", find_damage)
+        return iter([])
+
+    monkeypatch.setattr(kestrel, "find_damage", written)
+    assert [(record["offset"], record.get("damage")) for record in kestrel.dump_records(
+        str(tmp_path / "q"))] == [(0, None), (22, "record cut short")]
+    spool_of(tmp_path, q=addx(b"a") + addx(b"b")[:-1])
+    monkeypatch.setattr(kestrel, "find_damage", written)
+    found = kestrel.verify_file(str(tmp_path / "q"))
+    assert not found["damage"] and found["items"] == 2
+
+
 def test_a_scrub_tells_of_damage(serve, tmp_path, caplog, monkeypatch):
     server = serve("[server]\nscrub_interval = 50ms\nadmin_port = %d\n" % free_port())
     caplog.set_level(logging.INFO)
