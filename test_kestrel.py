@@ -11435,6 +11435,34 @@ def test_a_copy_that_is_broken_off_can_be_loaded(tmp_path, monkeypatch, failing)
     queue.close()
 
 
+@promise(1)
+def test_a_warm_copy_takes_over_when_a_machine_is_lost(daemon, tmp_path):
+    """As the README has it: a copy again and again; a server on it has what was there by then."""
+    server = daemon()
+    copying = subprocess.Popen(command("--copy", tmp_path / "spool", tmp_path / "warm", "--every",
+                                       "20ms"), stderr=subprocess.DEVNULL)
+    try:
+        with server.client() as client:
+            for number in range(20):
+                assert client.put("q", b"%d" % number) == "STORED\r\n"
+                assert client.put("r", b"%d" % number) == "STORED\r\n"
+            assert client.get("q") == b"0" and client.get("r/open") == b"0"
+            until(lambda: all((tmp_path / "warm" / name).is_file()
+                              and (tmp_path / "warm" / name).read_bytes()
+                              == (tmp_path / "spool" / name).read_bytes() for name in "qr"))
+        server.end(signal.SIGKILL)
+        assert copying.poll() is None
+    finally:
+        copying.kill()
+        copying.wait()
+    os.rename(str(tmp_path / "spool"), str(tmp_path / "lost"))
+    os.rename(str(tmp_path / "warm"), str(tmp_path / "spool"))
+    with daemon().client() as client:
+        assert [client.get("q") for _ in range(20)] == [b"%d" % number for number in range(1, 20)] + [
+            None]
+        assert client.get("r") == b"0"       # it was open
+
+
 def test_a_copy_of_a_server_that_works(serve, tmp_path):
     """Nothing that was stored when the last pass began is missing, but what has been taken."""
     server = serve("[queue]\nmax_memory_size = 20kb\ndefault_journal_size = 4kb\n")
