@@ -899,6 +899,9 @@ ADD, REMOVE, ADDX, OPEN_NEXT, SAVE_XID = 0, 1, 2, 3, 4
 UNREMOVE, CONFIRM, ADD_XID, CONTINUE, OPEN, ADDF = 5, 6, 7, 8, 9, 10
 CHECK, CONTINUEF, DELAY, ADD_DELAYED, PAUSE, PUT_BACK = 11, 12, 13, 14, 15, 16
 
+# What long runs of records consist of, see read_run().
+_IN_RUNS = frozenset([ADDX, ADDF, ADD_DELAYED, CHECK])
+
 # Operations that are no opcodes of their own. FLUSH: as many REMOVEs as there are waiting items.
 # TO_TAIL, DUE_TAIL: CONTINUEF of an open read, or of a delayed item whose time has come. DUE_HEAD:
 # UNREMOVE of such an item. DROP: CONFIRM of all delayed items.
@@ -927,9 +930,11 @@ _HEADS = {
 }
 _ADDX = _HEADS[ADDX]                   # that most items have
 _LONGEST_HEAD = max(head.size for head in _HEADS.values())
+_FLAGS = struct.Struct("<II")          # at the end of a longer head: flags, deliveries
 _XID = struct.Struct("<Bi")
 _DELAY = struct.Struct("<Biq")
 _CHECK = struct.Struct("<BIIQ")
+_SUM = struct.Struct("<II")            # of a CHECK: the bytes, their CRC-32
 
 # An item that is not available before `due`, milliseconds of the epoch; xid: the number that it is
 # known by. Then it goes to the head, from which it came, or to the tail.
@@ -1027,14 +1032,13 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
     Damage at the first byte from which no whole record can be read, or the first of those that
     have not the right check sum, which is known after they have been yielded. checked: whether
     there must be check sums from the beginning of `file` on. take_run: called with (data, pos, the
-    offset of data in the file, the index in data of what the next CHECK covers) where there
-    is an ADDX record at data[pos]. It may take that, and those and the CHECKs that follow, itself,
-    see read_run(), and returns (where what it has not taken begins, where the last of these CHECKs
-    ends or None).
+    offset of data in the file, the index in data of what the next CHECK covers) where several
+    records follow that read_run() may read. It returns (where what it has not read begins, where
+    the last CHECK that it has read ends or None).
     """
     data, pos, base = b"", 0, 0           # data[pos] is the byte base + pos of the file
     span = 0                              # the next CHECK covers data[span:]
-    unpack_addx, unpack_delayed = _ADDX.unpack_from, _HEADS[ADD_DELAYED].unpack_from
+    unpack_addx = _ADDX.unpack_from
     opcode = None
     while True:
         if len(data) - pos < _LONGEST_HEAD:
@@ -1050,21 +1054,17 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
         last, opcode = opcode, data[pos]
         xid = 0
         try:
+            if take_run and opcode in _IN_RUNS and last in _IN_RUNS:       # perhaps very many
+                end, closed = take_run(data, pos, base, span)
+                span = closed or span
+                if end > pos:
+                    pos = end
+                    continue
             if opcode == ADDX:               # as a rule
-                if take_run and last in (ADDX, CHECK):         # several, perhaps very many
-                    end, closed = take_run(data, pos, base, span)
-                    span = closed or span
-                    if end > pos:
-                        pos = end
-                        continue
                 _, size, add_time, expiry = unpack_addx(data, pos)
                 item, start, size = Item(None, add_time, expiry), pos + 21, size - 16
             elif opcode in _HEADS:
-                if opcode == ADD_DELAYED:    # perhaps a million
-                    _, number, due, size, *fields = unpack_delayed(data, pos)
-                    item, xid, start, size = Item(None, *fields), (number, due), pos + 41, size - 24
-                else:
-                    item, xid, start, size = _parse_head(data, pos)
+                item, xid, start, size = _parse_head(data, pos)
                 if item.deliveries > _MOST_DELIVERIES:      # an ADDX with a flipped bit
                     raise Damage(base + pos, "impossible count of deliveries", torn=False)
             else:
@@ -1107,61 +1107,67 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
         yield opcode, xid, item, base + pos
 
 
-def read_run(data, pos, items, room, span):
-    """Append the items of whole ADDX records at data[pos:], which may have CHECKs between them, to
-    `items`, as many as `room` bytes of memory have room for. span: where what the next CHECK covers
-    begins, None if there are none. Return (the end of the last, the size of their data, the last
-    CHECK: (its end, how many items are before it, the ends in it), or None)."""
-    unpack, head, check, crc32 = _ADDX.unpack_from, _ADDX.size, _CHECK.unpack_from, zlib.crc32
-    begin, first = span, len(items)
-    size, closed, ends = 0, first, 0
-    last = len(data) - head
-    while pos <= last:
-        opcode, length, add_time, expiry = unpack(data, pos)
-        if opcode == CHECK:
-            _, covers, crc, after = check(data, pos)
-            if span is None or not 0 < covers == pos - span or crc32(data[span:pos]) != crc:
-                break
-            pos = span = pos + _CHECK.size
-            closed, ends = len(items), after
-            continue
-        length -= 16
-        end = pos + head + length
-        room -= length + ITEM_COST
-        if opcode != ADDX or length < 0 or end > len(data) or room < 0:
-            break
-        items.append(Item(data[pos + head:end], add_time, expiry))
-        size += length
-        pos = end
-    return pos, size, None if span == begin else (span, closed - first, ends)
+def read_run(data, pos, span, items, room, delayed):
+    """Read the whole records at data[pos:] that add items, with the CHECKs between them. Append
+    the items to `items`, as many as `room` bytes of memory have room for, or skip all that follow
+    if it is None; append each Delayed to `delayed`.
 
-
-def skip_run(data, pos, span):
-    """Skip what read_run() would read. Return (the end of the last, the number of items, the size
-    of their data, the last CHECK). Of a CHECK that covers nothing but skipped items the check sum
-    is looked at when they are read, here only how much it covers."""
-    unpack, head, check = _ADDX.unpack_from, _ADDX.size, _CHECK.unpack_from
-    begin = span
+    span: where what the next CHECK covers begins, None if there are none. Return (the end of the
+    last record, the number of items apart from delayed ones, the size of their data, the last
+    CHECK: (its end, how many items are before it, the ends in it), or None). Of a CHECK that covers
+    nothing but skipped items the check sum is looked at when they are read, here only how much it
+    covers.
+    """
+    unpack, unpack_check, crc32 = _ADDX.unpack_from, _SUM.unpack_from, zlib.crc32
+    unpack_flags, unpack_delayed = _FLAGS.unpack_from, _HEADS[ADD_DELAYED].unpack_from
     count = size = closed = 0
-    last = len(data) - head
-    while pos <= last:
-        opcode, length, _, _ = unpack(data, pos)
-        if opcode == ADDX:
-            end = pos + head - 16 + length
-            if length < 16 or end > len(data):
+    first = span
+    skipped = False                      # whether what the next CHECK covers was only skipped
+    whole = len(data)
+    last = whole - _LONGEST_HEAD
+    while pos <= last:                   # the sizes of _HEADS and _CHECK stand as numbers here
+        opcode = data[pos]
+        if opcode == ADDX or opcode == ADDF:
+            _, length, add_time, expiry = unpack(data, pos)
+            start = pos + 21 if opcode == ADDX else pos + 29
+            end = pos + 5 + length
+            if not start <= end <= whole:
                 break
+            if items is not None:
+                room -= end - start + ITEM_COST
+                if room < 0:
+                    break
+                item = Item(data[start:end], add_time, expiry)
+                if opcode == ADDF:
+                    item.flags, item.deliveries = unpack_flags(data, pos + 21)
+                    if item.deliveries > _MOST_DELIVERIES:
+                        break
+                items.append(item)
             count += 1
-            size += length - 16
+            size += end - start
             pos = end
-        elif opcode == CHECK and span is not None and 0 < length == pos - span and (
-                span > begin or zlib.crc32(data[span:pos]) == check(data, pos)[2]):
+        elif opcode == CHECK:
+            covers, crc = unpack_check(data, pos + 1)
+            if span is None or not 0 < covers == pos - span or (
+                    not skipped and crc32(data[span:pos]) != crc):
+                break
+            pos = span = pos + 17
             closed = count
-            pos = span = pos + _CHECK.size
+            skipped = items is None
+        elif opcode == ADD_DELAYED:
+            _, xid, due, length, add_time, expiry, flags, deliveries = unpack_delayed(data, pos)
+            start, end = pos + 41, pos + 17 + length
+            if not start <= end <= whole or deliveries > _MOST_DELIVERIES:
+                break
+            item = Item(data[start:end], add_time, expiry, flags, deliveries)
+            delayed.append(Delayed(due, xid, item, False))
+            skipped = False
+            pos = end
         else:
             break
-    if span == begin:
+    if span == first:
         return pos, count, size, None
-    *_, ends = check(data, span - _CHECK.size)
+    *_, ends = _CHECK.unpack_from(data, span - 17)
     return pos, count, size, (span, closed, ends)
 
 
@@ -2991,16 +2997,29 @@ class Delays:
         self.bytes = self.memory = 0
         self.dying = set()
 
-    def add(self, delayed, put=heapq.heappush):
-        """Add a Delayed, in the place of one of the same number. put: list.append adds many of
-        them faster, when `due` is made a heap again after the last."""
+    def add(self, delayed):
+        """Add a Delayed, in the place of one of the same number."""
         due, xid, item, _ = delayed
         if xid in self.items:
             self.pop(xid)
         self.items[xid] = delayed
-        put(self.due, (due, xid))
+        heapq.heappush(self.due, (due, xid))
         self.bytes += _size(item)
         self.memory += _cost(item)
+
+    def load(self, delayed):
+        """Add several, from the journal; return the highest of their numbers. count() must follow
+        the last."""
+        fresh = {each.xid: each for each in delayed}
+        self.items.update(fresh)
+        return max(fresh)
+
+    def count(self):
+        """Work out what follows from `items`."""
+        self.due = [(each.due, xid) for xid, each in self.items.items()]
+        heapq.heapify(self.due)
+        self.bytes = sum([_size(each.item) for each in self.items.values()])
+        self.memory = sum([_cost(each.item) for each in self.items.values()])
 
     def pop(self, xid):
         """Take the one of that number; None if there is none."""
@@ -3898,12 +3917,14 @@ class Queue:
         look = offset = 0               # where the clock is looked at, where the next record is
 
         def take_run(data, pos, base, span):
-            nonlocal offset
-            count = self.count
-            end, last = self._append_run(data, pos, span if file.checked else None)
+            nonlocal offset, highest
+            delayed = []
+            end, count, last = self._append_run(data, pos, span if file.checked else None, delayed)
             if last:
                 close(base + last[0], added[-1] + last[1], last[2])
-            added[-1] += self.count - count
+            added[-1] += count
+            if delayed:
+                highest = max(highest, delays.load(delayed))
             offset = base + end
             if done + offset > look:
                 tell()
@@ -3953,8 +3974,7 @@ class Queue:
                     file.checked = xid[0] > 0 or not file.checked
                     close(end, added[-1], xid[2])
                 elif opcode == ADD_DELAYED:
-                    highest = max(highest, xid[0])
-                    delays.add(Delayed(xid[1], xid[0], item, False), list.append)
+                    highest = max(highest, delays.load([Delayed(xid[1], xid[0], item, False)]))
                 elif opcode == PAUSE:
                     self.paused = xid
                 elif opcode == SAVE_XID:
@@ -3993,7 +4013,7 @@ class Queue:
         if self._behind:
             self._behind.older = self.journal.passed[:]
             self._catch_up()
-        heapq.heapify(self.delays.due)
+        self.delays.count()
         self.open_memory = sum(map(_cost, self.opens.values())) + self.delays.memory
         self._set_limits()
         self._watch_delays(_now())
@@ -4031,7 +4051,7 @@ class Queue:
         elif opcode == DELAY and xid[0] in opens:
             item = opens.pop(xid[0])
             item.deliveries += 1
-            delays.add(Delayed(xid[1], xid[0], item, True), list.append)
+            delays.load([Delayed(xid[1], xid[0], item, True)])
         else:
             return False
         return True
@@ -4046,19 +4066,17 @@ class Queue:
                 raise
         return self._take()
 
-    def _append_run(self, data, pos, span):
-        """Append the items of whole ADDX records at data[pos:], as long as memory is not used up
-        by one; return where they end, and the last CHECK among them, see read_run()."""
-        if self._behind is None:
-            before = len(self.items)
-            end, size, closed = read_run(data, pos, self.items, self._allowance - self.memory, span)
-            count = len(self.items) - before
+    def _append_run(self, data, pos, span, delayed):
+        """Append the items that read_run() reads at data[pos:], as long as memory is not used up
+        by one. Return (the end of the last, how many there are, the last CHECK among them)."""
+        items = self.items if self._behind is None else None
+        end, count, size, closed = read_run(data, pos, span, items, self._allowance - self.memory,
+                                            delayed)
+        if items is not None:
             self.memory += size + count * ITEM_COST
-        else:
-            end, count, size, closed = skip_run(data, pos, span)
         self.count += count
         self.bytes += size
-        return end, closed
+        return end, count, closed
 
     def _append(self, item, file, offset, skip=0):
         """Append an item that stands in a file of the journal, the first after `offset` but for

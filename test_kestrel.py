@@ -228,6 +228,10 @@ def tls_client(port, path, certificate=None):
 LOGIN = "set any 0 0 12\r\nbob a secret\r\n"
 
 
+def delayed_record(xid, due, data, deliveries=0):
+    return struct.pack("<BiqiqqII", 14, xid, due, len(data) + 24, NOW, 0, 0, deliveries) + data
+
+
 def addx(data, add_time=NOW, expiry=0):
     return ADDX_HEAD.pack(2, len(data) + 16, add_time, expiry) + data
 
@@ -2491,10 +2495,14 @@ def test_runs_of_items_are_loaded_as_single_records_are(tmp_path, monkeypatch, m
                 begin = len(content)
                 continue
             taken = kind < .2 and count
+            if .2 < kind < .3:
+                content += delayed_record(chances.randrange(1, 30), NOW + 1 + chances.randrange(99),
+                                          b"abcd", chances.choice([0, 5]))
+                continue
             if taken:
                 content += b"\1"
-            elif kind < .3:
-                content += struct.pack("<BiqqII", 10, 27, NOW, 0, 7, 0) + b"abc"
+            elif kind < .4:
+                content += struct.pack("<BiqqII", 10, 27, NOW, 0, 7, chances.choice([0, 2])) + b"abc"
             else:
                 content += addx(os.urandom(chances.choice([0, 1, 20, 300])))
             count += -1 if taken else 1
@@ -2509,17 +2517,22 @@ def test_runs_of_items_are_loaded_as_single_records_are(tmp_path, monkeypatch, m
                 patch.setattr(kestrel, "_STEP_SIZE", chances.choice([64, 500, 1 << 17]))
                 if not in_runs:
                     patch.setattr(kestrel.Queue, "_append_run",
-                                  lambda queue, data, pos, span: (pos, None))
+                                  lambda queue, data, pos, span, delayed: (pos, 0, None))
                 path = tmp_path / str(in_runs)
                 path.mkdir(exist_ok=True)
                 shutil.rmtree(path / "lost+found", ignore_errors=True)
                 spool_of(path, q=content)
                 queue = load(path, max_memory_size=memory)
-                found.append((queue.count, queue.bytes, queue.memory,
+                later = queue.delays
+                found.append((queue.count, queue.bytes, queue.memory, queue.xid, later.bytes,
+                              later.memory, sorted(later.due),
                               [file.waiting for file in queue.journal.files],
-                              data_of(iter(lambda: queue.remove(now=NOW), None))))
+                              [(item.data, item.flags, item.deliveries) for item in
+                               iter(lambda: queue.remove(now=NOW), None)],
+                              [(each.due, each.item.data, each.item.deliveries)
+                               for _, each in sorted(later.items.items())]))
                 queue.close()
-        assert found[0][-1] == found[1][-1]
+        assert found[0][-2:] == found[1][-2:]
         assert found[0] == found[1] or is_damaged and checked
 
 
@@ -2690,10 +2703,6 @@ def test_delayed_items_survive_all_that_happens_to_their_files(tmp_path):
     assert contents_of(tmp_path, now=FAR) == []
 
 
-def delayed_record(xid, due, data):
-    return struct.pack("<BiqiqqII", 14, xid, due, len(data) + 24, NOW, 0, 0, 0) + data
-
-
 def test_a_delayed_item_that_is_in_two_files_is_there_once(tmp_path):
     """A pack keeps all that is delayed, also what has been added to the current file."""
     spool_of(tmp_path, q__1=delayed_record(5, NOW + 5, b"late"),
@@ -2701,6 +2710,38 @@ def test_a_delayed_item_that_is_in_two_files_is_there_once(tmp_path):
     queue = load(tmp_path)
     assert queue.delays.bytes == 4 and queue.open_memory == 4 + kestrel.ITEM_COST
     assert data_of(take(queue, 3, NOW + 5)) == [b"x", b"late", None]
+    queue.close()
+
+
+def test_a_delayed_item_among_items_that_stay_on_disk_is_checked_when_it_is_loaded(tmp_path):
+    content, ends = kestrel._mark(True, 0), 0
+    for number in range(9):
+        write = [addx(b"%d" % number * 100), addx(b"y")]
+        if number == 6:
+            write[1:1] = [delayed_record(5, NOW + 5, b"late")]
+        ends = kestrel._go_on(ends, 2, 0, 0)
+        content += kestrel._checked(write, sum(map(len, write)), ends)[0]
+    spool_of(tmp_path, q=content)
+    queue = load(tmp_path, max_memory_size=1)
+    assert queue._behind and data_of(take(queue, 19, NOW + 5)).count(b"late") == 1
+    queue.close()
+    spool_of(tmp_path, q=content.replace(b"late", b"lbte"))
+    queue = load(tmp_path, max_memory_size=1)
+    assert data_of(take(queue, 16, NOW + 5)) == [
+        data for number in range(9) if number != 6 for data in (b"%d" % number * 100, b"y")]
+    assert not queue.delays.items and not queue.count
+    queue.close()
+
+
+@pytest.mark.parametrize("adds", [
+    addx(b"x") * 3 + delayed_record(5, NOW, b"late", 1000001),
+    addx(b"x") * 3 + struct.pack("<BiqqII", 10, 27, NOW, 0, 7, 1000001) + b"abc"],
+    ids=["ADD_DELAYED", "ADDF"])
+def test_an_impossible_count_of_deliveries_is_damage_in_a_run_of_records_too(tmp_path, adds):
+    spool_of(tmp_path, q=adds + addx(b"y") * 9)
+    queue = load(tmp_path)
+    assert set(data_of(take(queue, 13, NOW))) <= {b"x", b"y", None}
+    assert os.listdir(str(tmp_path / "lost+found"))
     queue.close()
 
 
