@@ -1710,6 +1710,17 @@ def _open_journal(path, flags=0):
     return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | flags, 0o600)
 
 
+def _lock(fd, how, path):
+    """Keep other processes out; return the descriptor. Closes it and raises OSError where another
+    one keeps this one out."""
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise OSError(error.errno, "held by another process", path) from None
+    return fd
+
+
 def _identity(status):
     return status.st_dev, status.st_ino
 
@@ -1988,25 +1999,38 @@ class Journal:
     files are those before it, and cut() cuts off what is there beyond. What is committed but
     not safe is remembered in `writes`, so that go_back() can return to any safe position.
 
-    lock: keep other processes out of the current file, for a queue without a server.
+    older: the numbers of the older files, None to look for them. lock: for a queue without a
+    server, the descriptor of the directory, whose lock keeps servers out of it; each file that is
+    open is locked against other queues of the kind.
     """
 
-    def __init__(self, directory, name, older=(), budget=None, lock=False):
+    def __init__(self, directory, name, older=None, budget=None, lock=False):
         self.directory = directory
         self.name = name
         self.path = os.path.join(directory, name)
         self.budget = budget or Budget()
-        self.lock = lock
+        self.lock = None
         self.passed = []
-        self.files = [JournalFile("%s.%d" % (self.path, number), number) for number in older]
-        for file in self.files:
-            file.size = os.stat(file.path).st_size
+        self.files = []
         self.directory_changed = False       # it has to be fsynced
         self.unsynced = set()                # files written to since the last fsync began
         self.torn = set()                    # files to be cut before anything is written
         self.writes = collections.deque()    # a Write for each that is not safe
         self.passings = collections.deque()  # Passings whose files are still there
-        self.add_current()
+        try:
+            if lock:
+                fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                self.lock = _lock(fd, fcntl.LOCK_SH, directory)
+            if older is None:
+                older = find_journals(directory, name).get(name, ())
+            for number in older:
+                file = JournalFile("%s.%d" % (self.path, number), number)
+                file.size = os.stat(file.path).st_size
+                self.files.append(file)
+            self.add_current()
+        except BaseException:
+            self.close()                     # others may open it then
+            raise
         self.size = sum(file.size for file in self.files)      # of all files together
 
     @property
@@ -2026,12 +2050,8 @@ class Journal:
         self.directory_changed = self.directory_changed or not file.size
 
     def _opened(self, file, fd):
-        if self.lock:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                os.close(fd)
-                raise OSError(error.errno, "held by another process", file.path) from None
+        if self.lock is not None:
+            _lock(fd, fcntl.LOCK_EX, file.path)
         file.fd = fd
         file.inode = _identity(os.fstat(fd))
         self.budget.opened(file)
@@ -2052,7 +2072,7 @@ class Journal:
             size = os.fstat(file.fd).st_size
             if file not in self.torn and size != file.size:
                 self.budget.close(file)
-                if self.lock:
+                if self.lock is not None:
                     raise OSError(errno.EBUSY, "changed by another process", file.path)
                 raise Damage(min(size, file.size), "size changed", False, file)
         return file.fd
@@ -2597,6 +2617,12 @@ class Journal:
         """Close the files."""
         for file in self.passed + self.files:
             self.budget.close(file)
+        self._unlock()
+
+    def _unlock(self):
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
     def delete(self):
         """Remove the files: all of them, or none. Return a task that finishes what can be
@@ -2608,6 +2634,7 @@ class Journal:
         files = self.passed + self.files
         if len(files) == 1:
             fds = self._unlink(files[0])
+            self._unlock()
             self.unsynced = set()
             return iter([functools.partial(_close_all, fds)]) if fds else None
         self._number_current()
@@ -2620,6 +2647,7 @@ class Journal:
         except OSError:
             _discard(temporary)
             raise
+        self._unlock()
         self.passed = files + [JournalFile(pack, number)]
         self.files = []
         self.unsynced = set()
@@ -3048,7 +3076,8 @@ class Queue:
     """A durable FIFO queue.
 
     name: see check_name. path: the directory of its journal, None to keep it in memory
-    only. config: a QueueConfig. older: numbers of its older journal files. host: see Alone.
+    only. config: a QueueConfig. older: numbers of its older journal files, None to look for
+    them. host: see Alone.
 
     Every method that takes `now` (milliseconds of the epoch) reads the clock itself when
     it is None. Used alone, each change is in the kernel's hands when the method returns,
@@ -3064,8 +3093,8 @@ class Queue:
     """
 
     def __init__(self, name: str, path: "str | None" = None,
-                 config: "QueueConfig | None" = None, older: "Iterable[int]" = (), host=None,
-                 now: "int | None" = None) -> None:
+                 config: "QueueConfig | None" = None, older: "Iterable[int] | None" = None,
+                 host=None, now: "int | None" = None) -> None:
         self.name = check_name(name)
         self.path = path
         self.host = host or Alone()
@@ -3105,7 +3134,7 @@ class Queue:
                 self._load()
                 self.count_memory()
             except BaseException:
-                self.journal.close()         # others may open it then
+                self.journal.close()
                 raise
 
     def _new_journal(self, older):
@@ -11343,8 +11372,10 @@ def _pack(path, for_kestrel):
             _check_whole("%s.%d" % (path, number))
         if os.path.exists(path):
             _check_whole(path)
+        host = Alone()
+        host.locks_files = False             # the spool is locked
         queue = Queue(name, directory, QueueConfig(
-            max_memory_size=UNLIMITED, check_journal=not for_kestrel), older)
+            max_memory_size=UNLIMITED, check_journal=not for_kestrel), older, host)
         before = queue.journal.size
         for what, count in queue.make_plain() if for_kestrel else ():
             if count:

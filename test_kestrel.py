@@ -1663,8 +1663,39 @@ def test_only_one_process_may_hold_a_journal(tmp_path):
     queue = load(tmp_path)
     with pytest.raises(OSError, match="held by another process"):
         load(tmp_path)
+    other = load(tmp_path, "other")
     queue.close()
     load(tmp_path).close()
+    other.close()
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_queue_without_a_server_and_a_server_keep_each_other_out(tmp_path, files):
+    """Both wrote to the same file."""
+    if files == 2:
+        spool_of(tmp_path, q__1=addx(b"older"))
+    queue = load(tmp_path)
+    with pytest.raises(OSError, match="is held by another server"):
+        kestrel._lock_spool(str(tmp_path))
+    queue.delete()
+    lock = kestrel._lock_spool(str(tmp_path))
+    fds = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="held by another process"):
+        load(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == fds
+    os.close(lock)
+    load(tmp_path).close()
+    os.close(kestrel._lock_spool(str(tmp_path)))
+
+
+def test_a_queue_without_a_server_finds_its_older_files(tmp_path):
+    """They were left out, and what was taken then was taken from them at the next start of a
+    server."""
+    spool_of(tmp_path, q__7=addx(b"1"), q__31=addx(b"2"), q=addx(b"3"))
+    queue = kestrel.Queue("q", str(tmp_path))
+    assert data_of(take(queue, 2)) == [b"1", b"2"]
+    queue.close()
+    assert contents(load(tmp_path)) == [b"3"]
 
 
 def test_what_is_written(tmp_path):
@@ -1987,7 +2018,7 @@ def test_a_journal_that_somebody_else_has_changed_is_not_written_over(tmp_path):
     queue.add(b"1", now=NOW)
     queue.write()
     queue.host.budget.close(queue.journal.current)
-    queue.journal.lock = True                # as of a queue without a server
+    queue.journal.lock = os.open(str(tmp_path), os.O_RDONLY)     # as of a queue without a server
     other = kestrel.Queue("q", str(tmp_path))
     other.add(b"3")
     with pytest.raises(OSError, match="held by another process"):
