@@ -1123,7 +1123,7 @@ def read_run(data, pos, span, items, room, delayed):
     count = size = closed = 0
     first = span
     skipped = False                      # whether what the next CHECK covers was only skipped
-    whole = len(data)
+    view, whole = memoryview(data), len(data)
     last = whole - _LONGEST_HEAD
     while pos <= last:                   # the sizes of _HEADS and _CHECK stand as numbers here
         opcode = data[pos]
@@ -1149,7 +1149,7 @@ def read_run(data, pos, span, items, room, delayed):
         elif opcode == CHECK:
             covers, crc = unpack_check(data, pos + 1)
             if span is None or not 0 < covers == pos - span or (
-                    not skipped and crc32(data[span:pos]) != crc):
+                    not skipped and crc32(view[span:pos]) != crc):
                 break
             pos = span = pos + 17
             closed = count
@@ -1433,6 +1433,12 @@ def _next_check(data, begin, before=()):
     return end, (None, None), False
 
 
+def _is_nearly(data, expected):
+    """Return whether the bytes are those expected but for a few bits."""
+    wrong = int.from_bytes(data, "little") ^ int.from_bytes(expected, "little")
+    return bin(wrong).count("1") <= len(expected)
+
+
 def _may_cover(data, start, at):
     """Return whether the bytes data[start:at] are not too many for a CHECK."""
     if at - start <= 2 * _SPAN or data[start] in (REMOVE, CONFIRM):   # of a flush
@@ -1500,19 +1506,23 @@ def find_damage(data, start=0, ends=None, begins=0):
     # (where the last CHECK ends, the ends in it, and those by the one before it: the last may be
     # damaged).
     sums = None if ends is None else (start, ends, ends)
+    resumed = None                       # the ends where check sums ended, and begin again
     if start > len(data):                    # it has become shorter
         return
     while True:
         plain = start                        # there are no check sums from here on
         last, last_end, plausible, offset, items, size = None, 0, True, start, 0, 0
         counted = sums and sums[1]           # the ends by what has been read
+        recent = collections.deque([start], _CHECK.size)       # where the last records begin
         data.seek(start)
         try:
             for opcode, xid, item, end in read_records(data, checked=sums is not None):
                 end += start
                 if opcode == CHECK:
-                    sums = (end, xid[2], counted if xid[0] else xid[2]) if (
-                        xid[0] or not sums) else None
+                    if xid[0] or not sums:
+                        sums = end, xid[2], counted if xid[0] else xid[2]
+                    else:
+                        sums, resumed = None, xid[2]
                     plain, counted = end, xid[2]
                 elif sums:
                     counted = _go_on(counted, *_moves(opcode, item))
@@ -1525,6 +1535,7 @@ def find_damage(data, start=0, ends=None, begins=0):
                     items += 1
                     size += end - offset
                 offset = end
+                recent.append(offset)
             return
         except Damage as damage:
             failure = _Failure(offset, damage.torn, last, last_end, plausible,
@@ -1533,11 +1544,14 @@ def find_damage(data, start=0, ends=None, begins=0):
         if sums:
             begin, *before = sums
             end, after, is_checked = _next_check(data, begin, before)
-            if after[0] is None and not any(_fit(_between(0, one), begin) for one in before):
+            if any(_is_nearly(data[begin:begin + _CHECK.size], _mark(False, one))
+                   for one in before):       # check sums end here
+                end, after, is_checked = begin + _CHECK.size, before, False
+            elif after[0] is None and not any(_fit(_between(0, one), begin) for one in before):
                 end, after, is_checked = _next_check(data, begin)
             yield Cut(begin, end, why, *_moved_between(data, begin, before, end, after),
                       before[-1], after[0], is_checked)
-            sums = (end, *after) if is_checked else None
+            sums, resumed = ((end, *after), None) if is_checked else (None, after[0])
         else:
             limit, after, is_checked = _next_check(data, plain - 1)
             covered = _covered_by(data, offset)
@@ -1545,11 +1559,14 @@ def find_damage(data, start=0, ends=None, begins=0):
                 begin, end = offset, limit
                 if last is not None and (not plausible or begin >= limit):
                     begin = last
-                if not plain + _CHECK.size <= begin < limit:
+                if limit - _CHECK.size in recent:
+                    begin = limit - _CHECK.size
+                elif not plain + _CHECK.size <= begin < limit:
                     begin = plain
                 if after[0] & 0xffff & -_PACK == _PACK:        # which puts nothing back
                     begins = after[0] & 0xffff
-                moves = _moved_between(data, begin, (0, begins), end, after)
+                before = (0, begins) if resumed is None else (resumed, resumed)
+                moves = _moved_between(data, begin, before, end, after)
                 yield Cut(begin, end, why, *moves, None if begin else (
                     begins if moves == _between(begins, after[0]) else 0), after[0], True)
                 sums = end, *after
@@ -2578,7 +2595,7 @@ class Journal:
     @staticmethod
     def _good_pieces(data, cuts):
         done, aside = 0, _ASIDE
-        for begin, end, _, lost, taken, back, before, after, _ in cuts + [
+        for begin, end, _, lost, taken, back, before, after, checked in cuts + [
                 Cut(len(data), len(data), None, 0, 0, 0, None, None, None)]:
             for offset in range(done, begin, _STEP_SIZE):
                 yield [data[offset:min(begin, offset + _STEP_SIZE)]]
@@ -2593,8 +2610,11 @@ class Journal:
                 yield _encode(stands)[0]
                 if after is not None:
                     yield [_mark(True, after)]
-            elif stands:
-                yield _encode_checked(stands, before)[0]
+            else:
+                if stands:
+                    yield _encode_checked(stands, before)[0]
+                if after is not None and not checked:
+                    yield [_mark(False, after)]
             done, aside = end, aside + taken
 
     def keep(self, file, source, begin, end):

@@ -2979,6 +2979,32 @@ def add_records(*datas):
     return [(kestrel.ADDX, kestrel.Item(data, NOW), 0) for data in datas]
 
 
+@pytest.mark.parametrize("taken", [0, 3])
+def test_a_bit_of_a_mark_costs_no_item(tmp_path, taken):
+    """Where check sums begin or end in the middle of a file, for a setting was changed."""
+    def checked(count, ends):
+        chunks, ends = kestrel._encode_checked(
+            add_records(b"c%d" % count, b"C") + remove_records(taken), ends)
+        return b"".join(chunks), ends
+
+    def unchecked(letter):
+        return b"".join(kestrel._encode(add_records(*[letter * number for number in range(9)]))[0])
+
+    first, ends = checked(1, 0)
+    second, after = checked(2, ends)
+    begin, end, again = kestrel._mark(True, 0), kestrel._mark(False, ends), kestrel._mark(True, ends)
+    parts = [unchecked(b"u"), begin, first, end, unchecked(b"v"), again, second]
+    spool_of(tmp_path, q=b"".join(parts))
+    expected = contents_of(tmp_path)
+    assert len(expected) == 22 - 2 * taken
+    for number, mark in ((1, begin), (3, end), (5, again)):
+        for bit in range(17 * 8):
+            flipped = bytearray(mark)
+            flipped[bit // 8] ^= 1 << bit % 8
+            spool_of(tmp_path, q=b"".join(parts[:number] + [flipped] + parts[number + 1:]))
+            assert contents_of(tmp_path) == expected, (number, bit)
+
+
 @promise(6)
 def test_a_file_of_which_nothing_reached_the_disk(tmp_path):
     """The takes and put-backs in it are lost; the newer one goes on from there."""
