@@ -1129,20 +1129,18 @@ def read_run(data, pos, span, items, room, delayed):
         opcode = data[pos]
         if opcode == ADDX or opcode == ADDF:
             _, length, add_time, expiry = unpack(data, pos)
-            start = pos + 21 if opcode == ADDX else pos + 29
+            start, flags, deliveries = pos + 21, 0, 0
+            if opcode == ADDF:
+                flags, deliveries = unpack_flags(data, start)
+                start += 8
             end = pos + 5 + length
-            if not start <= end <= whole:
+            if not start <= end <= whole or deliveries > _MOST_DELIVERIES:
                 break
             if items is not None:
                 room -= end - start + ITEM_COST
                 if room < 0:
                     break
-                item = Item(data[start:end], add_time, expiry)
-                if opcode == ADDF:
-                    item.flags, item.deliveries = unpack_flags(data, pos + 21)
-                    if item.deliveries > _MOST_DELIVERIES:
-                        break
-                items.append(item)
+                items.append(Item(data[start:end], add_time, expiry, flags, deliveries))
             count += 1
             size += end - start
             pos = end
@@ -1546,7 +1544,7 @@ def find_damage(data, start=0, ends=None, begins=0):
             end, after, is_checked = _next_check(data, begin, before)
             if any(_is_nearly(data[begin:begin + _CHECK.size], _mark(False, one))
                    for one in before):       # check sums end here
-                end, after, is_checked = begin + _CHECK.size, before, False
+                end, after, is_checked = min(begin + _CHECK.size, len(data)), before, False
             elif after[0] is None and not any(_fit(_between(0, one), begin) for one in before):
                 end, after, is_checked = _next_check(data, begin)
             yield Cut(begin, end, why, *_moved_between(data, begin, before, end, after),
