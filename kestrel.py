@@ -5678,6 +5678,7 @@ class Session:
     idle_timeout = None                 # milliseconds, if client_timeout is not shorter
     hangs_up = True                     # after some errors, see Refused
     is_stranger = False                 # the client has still to log in
+    _opened = itertools.count()         # numbers the open reads of all clients
 
     def __init__(self, broker, peer=Peer("a client", "", True)):
         self.broker = broker
@@ -5688,16 +5689,14 @@ class Session:
         self.out = []                   # answers to be sent, in order
         self.load = 0                   # their size, and what else the commands have cost
         self.most_load = broker.settings.max_output_buffer
-        self.touched = []               # (queue, index in out, count, whole), see _rest_on()
+        self.touched = []               # what settle() looks at next, see _rest_on()
         self.holds = 0                  # how many queues have to be safe before answers are sent
-        # queue -> {xid: (when it was opened here, as which of all)}, the oldest first
+        # queue -> {xid: (when it was opened here, its number)}, the oldest first
         self.open_reads = {}
-        self._opened = itertools.count()
         self.command = None             # the generator of the command in hand,
         self.asks = None                # what it has yielded,
         self._given = None              # and what it is given next
         self.timeout = None
-        self._checked = 0               # entries of `touched` that settle() has seen
         self._ended = []                # (queue, xid) closed since answers were sent last
         self._kept = None               # a BytesIO of input that has not been run, if any
         self._needed = 0                # the length from which on it is worth looking at again
@@ -5901,7 +5900,7 @@ class Session:
 
     def take(self):
         """Return what is to be sent; it is the server's from now on."""
-        out, self.out, self.touched, self._checked = self.out, [], [], 0
+        out, self.out, self.touched = self.out, [], []
         if self._ended:
             self._ended.clear()
         return out
@@ -5916,36 +5915,35 @@ class Session:
         """Put errors in the place of answers that rest on a failed journal, and hold those that
         rest on operations which are not safe yet. failed: {queue: OSError}. unsafe: a set of
         queues. It is called in the turn in which these operations were written."""
-        since, self._checked = self._checked, len(self.touched)
-        touched = {entry[0] for entry in self.touched[since:]}
+        entries, self.touched = self.touched, []
+        queues = {entry[0] for entry in entries}
         if failed:
-            if any(isinstance(failed.get(queue), Unclear) for queue in touched):
+            if any(isinstance(failed.get(queue), Unclear) for queue in queues):
                 self.close(self.now)         # nobody knows what has become of them
                 return
-            self.fail(failed, since)
-        touched.intersection_update(unsafe)
-        if touched:
-            self.holds += len(touched)
-            for queue in touched:
-                queue.history.when_safe(
-                    functools.partial(self._release, queue, since, self._checked))
+            self._fail(failed, entries)
+        queues.intersection_update(unsafe)
+        if queues:
+            self.holds += len(queues)
+            for queue in queues:
+                queue.history.when_safe(functools.partial(self._release, queue, entries))
             self._update()
 
-    def _release(self, queue, since, until, error):
+    def _release(self, queue, entries, error):
         """Release the answers that waited for a queue, or fail them."""
         self.holds -= 1
         if isinstance(error, Unclear):
             self.close(self.now)
         elif error:
-            self.fail({queue: error}, since, until)
+            self._fail({queue: error}, entries)
         self._end_if_done()
         if not self.holds:
             self.broker.woken.append(self)   # to be sent, and resumed
 
-    def fail(self, failed, since=0, until=None):
-        """Answer with an error where a journal could not be written or fsynced. since, until:
-        which entries of `touched` to look at."""
-        for queue, index, count, whole in self.touched[since:until]:
+    def _fail(self, failed, entries):
+        """Answer with an error where a journal could not be written or fsynced. entries: of
+        `touched`."""
+        for queue, index, count, whole in entries:
             if not count or queue not in failed or (
                     isinstance(whole, Item) and queue.is_head(whole)):
                 continue
@@ -6504,16 +6502,21 @@ class MemcacheSession(LineSession):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        settings = self.broker.settings
-        self.is_stranger = self.broker.config.users is not None
-        self._most_item = MAX_LOGIN if self.is_stranger else settings.max_item_size
-        self._value_key = 1 if settings.value_key == "queue" else 0      # of a ReadKey
+        # Which field of a ReadKey is given back.
+        self._value_key = 1 if self.broker.settings.value_key == "queue" else 0
         self._skip = 0                  # bytes of a refused data block still to come
-        self._block = None              # (method, Block) of which the data is still to come
+        self._block = None              # the Block whose data is still to come
         self._words = ()                # of the command in hand, if it waits
+
+    @property
+    def is_stranger(self):
+        """Whether the client has still to log in."""
+        return self.user is None and self.broker.config.users is not None
 
     def _parse(self, data):
         pos, end = 0, len(data)
+        is_stranger = self.is_stranger       # to log in takes another turn
+        settings = self.broker.settings
         dirty = self.broker.dirty
         while pos < end and self.state is READY and self.load <= self.most_load:
             if self._skip:
@@ -6532,22 +6535,22 @@ class MemcacheSession(LineSession):
                     break
                 line = data[pos:eol]
                 pos = eol + 1
-                if self.is_stranger:
+                if is_stranger:
                     self._check_stranger(line)
                 if len(line) <= _LINE_CACHED:
                     command, asked, size = _parse_line_cached(line)
-                elif len(line.rstrip(b"\r")) > self.broker.settings.max_line:
+                elif len(line.rstrip(b"\r")) > settings.max_line:
                     raise Refused("CLIENT_ERROR", "line too long", close=True)
                 else:
                     command, asked, size = _parse_line(line)
                 if size is None:
                     waits = command(self, asked)
                 else:
-                    if size > self._most_item:
+                    if size > (MAX_LOGIN if is_stranger else settings.max_item_size):
                         raise Refused("SERVER_ERROR", "object too large for cache", skip=size + 2)
                     stop = pos + size
                     if stop + 2 > end:
-                        self._block = command, asked
+                        self._block = asked
                         self._needed = size + 2
                         break
                     if data[stop:stop + 2] != b"\r\n":
@@ -6574,7 +6577,7 @@ class MemcacheSession(LineSession):
 
     def _finish_block(self):
         """Store a data block whose rest has come, without another copy."""
-        (method, block), self._block = self._block, None
+        block, self._block = self._block, None
         self._kept.seek(block.size)
         rest = self._kept.read()
         self._kept.truncate(block.size)
@@ -6586,7 +6589,7 @@ class MemcacheSession(LineSession):
         try:
             if rest[:2] != b"\r\n":
                 raise Refused("CLIENT_ERROR", "bad data chunk", close=True)
-            waits = method(self, block, item)
+            waits = self.store(block, item)
             if waits:
                 self._begin(waits)
         except (Refused, OSError) as error:
@@ -6601,7 +6604,7 @@ class MemcacheSession(LineSession):
 
     def out_of_memory(self):
         if self.command is None:
-            self._words = self._block[1].words if self._block else ()
+            self._words = self._block.words if self._block else ()
         super().out_of_memory()
 
     def _check_stranger(self, line):
@@ -6676,8 +6679,6 @@ class MemcacheSession(LineSession):
         yield from self._log_in(name, password)
         if self.user is None:
             raise Refused("CLIENT_ERROR", "authentication failure", close=True)
-        self.is_stranger = False
-        self._most_item = self.broker.settings.max_item_size
         self._reply(words, b"STORED\r\n")
 
     # -- reading
@@ -7355,9 +7356,9 @@ class ThriftSession(Session):
         else:
             super().out_of_memory()
 
-    def fail(self, failed, since=0, until=None):
+    def _fail(self, failed, entries):
         ended = [(queue, xid) for queue, xid in self._ended if queue in failed]
-        super().fail(failed, since, until)
+        super()._fail(failed, entries)
         # The items of a get that could not be confirmed: the client knows no ids of them.
         for queue in failed:
             xids = [xid for other, xid in ended if other is queue and xid in queue.opens]

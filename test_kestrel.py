@@ -856,7 +856,7 @@ def ask(talk, *arguments, **options):
 def put_some(talk, name, *items):
     session = kestrel.MemcacheSession(talk.broker, kestrel.Peer("a test", "", True))
     for item in items:
-        session.user, session.is_stranger = "bob", False
+        session.user = "bob"
         session.feed(b"set %b 0 0 %d\r\n%b\r\n" % (os.fsencode(name), len(item), item), talk.now)
         while not session.out:
             session.resume(talk.now)
@@ -3827,7 +3827,7 @@ def test_a_failed_write_leaves_no_cycle(tmp_path, disk):
             disk.failing = {failing: errno.ENOSPC}
             session = kestrel.MemcacheSession(talk.broker)
             session.feed(set_("q", "2").encode(), NOW)
-            session.fail(commit(talk.broker, NOW)[1])
+            session.settle(commit(talk.broker, NOW)[1], set())
             kestrel.fsync_all([os.dup(0)])
             session.close(NOW)
             disk.failing = {}
@@ -5908,7 +5908,7 @@ def test_users_have_no_more_rights_beyond_kestrel(tmp_path):
     text = secured(tmp_path, tls=False) + (
         "[queue a]\nget_users = ann\nput_users = ann\n[queue b]\nget_users = bob\n")
     talk = Talk(tmp_path, text)
-    talk.session().user, talk.session().is_stranger = "bob", False
+    talk.session().user = "bob"
     for said in ("get a/n=2", "get b/or=a", "get a/peek/n=2", "set a/delay=5 0 0 1\r\nx",
                  "set a/sync 0 0 1\r\nx"):
         assert "bob is not among the" in talk(said + "\r\n"), said
@@ -6494,7 +6494,8 @@ def test_a_thrift_client_over_a_failing_disk(thrift, disk):
         + reply(b"get_version", thrift_string(0, b"1.0.0"), number=8))
     session = thrift.session("waits")
     disk.failing = {}
-    session.fail({thrift.broker.queues["q"]: OSError(errno.EIO, "Input/output error", "q")})
+    session.settle(
+        {thrift.broker.queues["q"]: OSError(errno.EIO, "Input/output error", "q")}, set())
     assert b"".join(session.take()) == exception(b"get", b"q: Input/output error", 6)
     assert thrift.heard("waits") == ""
     assert items_of(thrift.broker, "q") == [b"1", b"2"]
@@ -6940,7 +6941,7 @@ def test_nothing_is_done_for_somebody_whose_password_is_still_to_be_checked(door
     door.say(request("POST /flush?queue=q", "Authorization: Basic Ym9iOndyb25n"))
     session = door.session()
     session.holds = 1
-    session._release(door.broker.queues["q"], 0, 0, None)
+    session._release(door.broker.queues["q"], [], None)
     session.resume(NOW)
     assert door.heard() == "" and items_of(door.broker, "q") == [b"y"]
     door.pump()
