@@ -6319,16 +6319,15 @@ class LineSession(Session):
         self.end()
 
 
-# A key of a get. text: as it was sent. queue and name: of the queue, as bytes and as text. wait:
-# milliseconds. more: what Kestrel has not, a More, or None.
-ReadKey = collections.namedtuple("ReadKey", "text queue name wait open close abort peek more")
-
-# How many items; the names of further queues; milliseconds after which the read goes back, or until
-# it is available again; whether it goes to the tail; whether its timeout starts anew; whether the
-# answer tells the time, expiry and deliveries of each item.
-More = collections.namedtuple("More", "count others timeout delay tail touch info",
-                              defaults=(1, (), None, 0, False, False, False))
-_NO_MORE = More()
+# A key of a get. text: as it was sent. name: of the queue. wait: milliseconds. From count on it is
+# what Kestrel does not have. count: how many items. others: the names of further queues. timeout:
+# milliseconds after which the read goes back. delay: milliseconds until an aborted item is
+# available again. tail: whether it goes to the tail. touch: whether the timeout starts anew. info:
+# whether the answer tells the time, expiry and deliveries of each item.
+ReadKey = collections.namedtuple(
+    "ReadKey", "text name wait open close abort peek count others timeout delay tail touch info",
+    defaults=(0, False, False, False, False, 1, (), None, 0, False, False, False))
+_KESTREL_FIELDS = 7
 
 # A get. key: None if there are several. with_cas: it is a gets.
 Get = collections.namedtuple("Get", "key keys with_cas")
@@ -6351,28 +6350,22 @@ def parse_key(text):
             others.append(_name(value))
         else:
             options[name] = value
-    opening, closing, abort, peek, touch = (
-        word in words for word in (b"open", b"close", b"abort", b"peek", b"touch"))
+    opening, closing, abort, peek, tail, touch, info = (
+        word in words
+        for word in (b"open", b"close", b"abort", b"peek", b"tail", b"touch", b"info"))
     if peek + abort + touch + (opening or closing) > 1:
         raise Refused("CLIENT_ERROR", "open, close, abort and peek cannot be combined like this")
     wait = _number(options.get(b"t", b"0"), "timeout")
-    return ReadKey(text, queue, _name(queue), wait, opening, closing, abort, peek,
-                   _more(words, options, others))
-
-
-def _more(words, options, others):
-    """Return the More of a key, None if it says no more than Kestrel knows. Raises Refused."""
+    name = _name(queue)
     count = min(_number(options.get(b"n", b"1"), "number of items (n=)"), UNLIMITED)
     timeout = _number(options[b"timeout"], "timeout") if b"timeout" in options else None
     delay = _number(options.get(b"delay", b"0"), "delay")
     if count < 1 or timeout is not None and timeout < 1 or not 0 <= delay <= _LONGEST_DELAY:
         raise Refused("CLIENT_ERROR", "n= and timeout= need a number from 1, delay= one from 0")
-    tail = b"tail" in words
-    if timeout and b"open" not in words or (delay or tail) and b"abort" not in words or (
-            delay and tail):
+    if timeout and not opening or (delay or tail) and not abort or delay and tail:
         raise Refused("CLIENT_ERROR", "timeout= needs open; delay= or tail needs abort")
-    more = More(count, tuple(others), timeout, delay, tail, b"touch" in words, b"info" in words)
-    return None if more == _NO_MORE else more
+    return ReadKey(text, name, wait, opening, closing, abort, peek, count, tuple(others), timeout,
+                   delay, tail, touch, info)
 
 
 def _parse_get(words):
@@ -6470,7 +6463,7 @@ def _parse_line(line):
     name = words[0].lower()
     if name in (b"get", b"gets"):
         get = _parse_get(words)
-        if any(key.more for key in get.keys):
+        if any(key != ReadKey(*key[:_KESTREL_FIELDS]) for key in get.keys):
             return MemcacheSession.get_beyond, get, None
         return MemcacheSession.do_get, get, None
     if name in _BLOCKS:
@@ -6502,8 +6495,7 @@ class MemcacheSession(LineSession):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        # Which field of a ReadKey is given back.
-        self._value_key = 1 if self.broker.settings.value_key == "queue" else 0
+        self._names_queue = self.broker.settings.value_key == "queue"
         self._skip = 0                  # bytes of a refused data block still to come
         self._block = None              # the Block whose data is still to come
         self._words = ()                # of the command in hand, if it waits
@@ -6690,7 +6682,7 @@ class MemcacheSession(LineSession):
         queue = key and broker.find(key.name)
         if queue is None:
             return self._get_in_steps(get)
-        _, _, _, wait, opening, closing, abort, peek, _ = key
+        wait, opening, closing, abort, peek = key[2:_KESTREL_FIELDS]
         if (closing or abort or broker.refuses_reads or self.open_reads
                 or broker.config.users is not None) and not self._begin_read(key, queue):
             self._say(b"END\r\n")
@@ -6752,33 +6744,32 @@ class MemcacheSession(LineSession):
         rests_on = []
         many = get._replace(key=None)        # how items are given
         for key in get.keys:
-            more = key.more or _NO_MORE
-            names = (key.name, *more.others)
+            names = (key.name, *key.others)
             queues = list(filter(None, map(self.broker.find, names)))
-            if key.close or key.abort or more.touch:
-                rests_on += self._end_beyond(queues, key, more)
-            if more.touch or (key.close or key.abort) and not key.open:
+            if key.close or key.abort or key.touch:
+                rests_on += self._end_beyond(queues, key)
+            if (key.close or key.abort or key.touch) and not key.open:
                 continue
             self._check_reads()
             self._check_user("get_users", *names)
             if key.peek:
-                yield from self._browse(many, key, more, queues)
+                yield from self._browse(many, key, queues)
                 continue
             queues = []
             for name in names:
                 queue = yield from self._queue(name)
                 queues += [queue] if queue and queue not in queues else []
-            yield from self._read_beyond(many, key, more, queues)
+            yield from self._read_beyond(many, key, queues)
             rests_on += queues
         self._say(b"END\r\n", *(dict.fromkeys(rests_on) if get.key else ()))
 
-    def _browse(self, get, key, more, queues):
+    def _browse(self, get, key, queues):
         """Show the first items of the first of these queues that has any."""
         item = None
         for queue in queues:
-            for items in queue.browse(more.count, self.now):
+            for items in queue.browse(key.count, self.now):
                 for item in items:
-                    self._give(get, key._replace(queue=os.fsencode(queue.name)), queue, item)
+                    self._give(get, key, queue, item)
                     if self.load > self.most_load:
                         yield
                 yield
@@ -6788,18 +6779,17 @@ class MemcacheSession(LineSession):
             self.timeout = key.wait
             queue, item = yield from self._next_of(queues, peek=True, wait=True)
             if item is not None:
-                self._give(get, key._replace(queue=os.fsencode(queue.name)), queue, item)
+                self._give(get, key, queue, item)
         self._count_read(None, item, peek=True)
 
-    def _read_beyond(self, get, key, more, queues):
-        """Give up to more.count items of the first of these queues that have any."""
-        count = more.count
+    def _read_beyond(self, get, key, queues):
+        """Give up to key.count items of the first of these queues that have any."""
         for queue in queues:
             if key.open or queue in self.open_reads:
                 self._check_opens(queue, plain=not key.open)
         most = self.broker.settings.max_open_transactions
-        given, last = 0, None
-        while given < count:
+        given = 0
+        while given < key.count:
             if key.open:
                 queues = [queue for queue in queues if len(self.open_reads.get(queue, ())) < most
                           or len(self._reads_of(queue)) < most]
@@ -6817,32 +6807,30 @@ class MemcacheSession(LineSession):
                 break
             given += 1
             self._count_read(queue, item)
-            if more.timeout:
-                limit = queue.config.open_transaction_timeout or more.timeout
-                queue.limit(item.xid, min(more.timeout, limit))
-            if queue is not last:
-                key, last = key._replace(queue=os.fsencode(queue.name)), queue
+            if key.timeout:
+                limit = queue.config.open_transaction_timeout or key.timeout
+                queue.limit(item.xid, min(key.timeout, limit))
             self._give(get, key, queue, item)
             if self.load > self.most_load:
                 yield
         if not given:
             self._count_read(queues[0] if queues else None, None)
 
-    def _end_beyond(self, queues, key, more):
+    def _end_beyond(self, queues, key):
         """Close, abort or touch the oldest open reads of these queues; return the queues."""
         # To touch one that has timed out is too late.
         reads = sorted([(number, queue.name, xid) for queue in set(queues)
                         for xid, (_, number) in self.open_reads.get(queue, {}).items()
-                        if not more.touch or xid in queue.opens])[:more.count]
+                        if not key.touch or xid in queue.opens])[:key.count]
         ended = {}
         for _, name, xid in reads:
             ended.setdefault(self.broker.queues[name], []).append(xid)
         for queue, xids in ended.items():
-            if not more.touch:
-                self._end_reads(queue, len(xids), key.close, False, delay=more.delay,
-                                tail=more.tail)
-            for xid in xids if more.touch else ():
-                queue.touch(xid)
+            if key.touch:
+                for xid in xids:
+                    queue.touch(xid)
+            else:
+                self._end_reads(queue, len(xids), key.close, False, delay=key.delay, tail=key.tail)
         return list(ended)
 
     def _give(self, get, key, queue, item):
@@ -6856,10 +6844,11 @@ class MemcacheSession(LineSession):
             return
         out = self.out
         size = len(item.data)
-        head = b"VALUE %b %d %d\r\n" % (key[self._value_key], item.flags, size)
+        head = b"VALUE %b %d %d\r\n" % (
+            os.fsencode(queue.name) if self._names_queue else key.text, item.flags, size)
         if get.with_cas:
             head = b"%b %d\r\n" % (head[:-2], self.broker.cas(item))
-        elif key.more and key.more.info:
+        elif key.info:
             head = b"%b %d %d %d\r\n" % (head[:-2], item.add_time, item.expiry, item.deliveries)
         self.touched.append((queue, len(out), 3, item if key.peek and whole else whole))
         out += head, item.data, b"\r\nEND\r\n" if whole else b"\r\n"
@@ -6874,7 +6863,7 @@ class MemcacheSession(LineSession):
         count = _number(words[3], "number of items") if len(words) == 4 else UNLIMITED
         self._check_reads()
         self._check_user("get_users", name)
-        key = ReadKey(words[1], words[1], name, 0, True, False, False, False, None)
+        key = ReadKey(words[1], name, open=True)
         self.timeout = max(0, seconds * 1000)
         queue = yield from self._queue(name)
         limit = self.broker.settings.max_open_transactions
