@@ -6436,6 +6436,11 @@ def _when_all_durable(queues, call):
         call(None)
 
 
+def _lines(line, pairs):
+    """Return a line of text for each of some pairs."""
+    return "".join([(line + "\r\n") % tuple(pair) for pair in pairs])
+
+
 def _is_silent(words):
     """Return whether the words of a command line ask for no answer."""
     if not words or words[-1] != b"noreply":
@@ -6503,13 +6508,14 @@ class MemcacheSession(LineSession):
     @property
     def is_stranger(self):
         """Whether the client has still to log in."""
-        return self.user is None and self.broker.config.users is not None
+        return self.broker.config.users is not None and self.user is None
 
     def _parse(self, data):
         pos, end = 0, len(data)
-        is_stranger = self.is_stranger       # to log in takes another turn
-        settings = self.broker.settings
-        dirty = self.broker.dirty
+        broker = self.broker
+        settings, dirty = broker.settings, broker.dirty
+        # No call as a rule; it stays so in this turn, since the answer to a login takes another.
+        is_stranger = broker.config.users is not None and self.is_stranger
         while pos < end and self.state is READY and self.load <= self.most_load:
             if self._skip:
                 skipped = min(self._skip, end - pos)
@@ -6932,15 +6938,11 @@ class MemcacheSession(LineSession):
         """list [<prefix>]"""
         if len(words) > 2:
             raise Refused("CLIENT_ERROR", "list takes one prefix")
-        yield
         prefix = os.fsdecode(words[1]) if len(words) > 1 else ""
-        for number, queue in enumerate(self._queues(), 1):
-            if queue.name.startswith(prefix):
-                self._say(os.fsencode("QUEUE %s %d %d %d %d\r\n" % (
-                    queue.name, queue.count, queue.bytes, len(queue.opens), len(queue.waiters))))
-            if number % QUEUES_STEP == 0:
-                yield
-        self._say(b"END\r\n")
+        return self._report(
+            "QUEUE %s %d %d %d %d\r\n" % (queue.name, queue.count, queue.bytes, len(queue.opens),
+                                        len(queue.waiters))
+            if queue.name.startswith(prefix) else "" for queue in self._queues())
 
     def do_move(self, words):
         """move <queue> <queue> [<items>]"""
@@ -6969,15 +6971,11 @@ class MemcacheSession(LineSession):
     def do_clients(self, words):
         """clients"""
         self._check_admin("clients")
-        yield
-        for count, row in enumerate(self._clients(), 1):
-            del row["oldest_open_seconds"]
-            self._say(os.fsencode("CLIENT %s\r\n" % " ".join(
+        return self._report(
+            "CLIENT %s\r\n" % " ".join(
                 "-" if value is None else str(value).replace(" ", "%20")
-                for value in row.values())))
-            if count % QUEUES_STEP == 0:
-                yield
-        self._say(b"END\r\n")
+                for name, value in row.items() if name != "oldest_open_seconds")
+            for row in self._clients())
 
     def do_kick(self, words):
         """kick <client>"""
@@ -6986,14 +6984,13 @@ class MemcacheSession(LineSession):
         self._reply(words, b"OK\r\n" if self._kick(number) else b"NOT_FOUND\r\n")
 
     def do_stats(self, words):
-        yield
-        self._say_pairs("STAT %s %s", self.broker.server_stats(self.now))
-        for number, queue in enumerate(self._queues(), 1):
-            self._say_pairs("STAT queue_%s_%%s %%s" % queue.name.replace("%", "%%"),
-                            self.broker.queue_stats(queue, self.now))
-            if number % QUEUES_STEP == 0:
-                yield
-        self._say(b"END\r\n")
+        return self._report(self._all_stats())
+
+    def _all_stats(self):
+        yield _lines("STAT %s %s", self.broker.server_stats(self.now))
+        for queue in self._queues():
+            yield _lines("STAT queue_%s_%%s %%s" % queue.name.replace("%", "%%"),
+                         self.broker.queue_stats(queue, self.now))
 
     def do_dump_stats(self, words):
         return self._dump(words, lambda queue: self.broker.queue_stats(queue, self.now))
@@ -7003,18 +7000,20 @@ class MemcacheSession(LineSession):
             line.split(" = ", 1) for line in queue.config.lines()])
 
     def _dump(self, words, pairs):
-        yield
         names = list(dict.fromkeys(map(os.fsdecode, words[1:]))) or None
-        for number, queue in enumerate(self._queues(names), 1):
-            self._say(os.fsencode("queue '%s' {\r\n" % queue.name))
-            self._say_pairs("  %s=%s", pairs(queue))
-            self._say(b"}\r\n")
+        return self._report(
+            "queue '%s' {\r\n%s}\r\n" % (queue.name, _lines("  %s=%s", pairs(queue)))
+            for queue in self._queues(names))
+
+    def _report(self, pieces):
+        """Answer with pieces of text as a generator makes them, some in each turn, and END."""
+        yield
+        for number, piece in enumerate(pieces, 1):
+            if piece:
+                self._say(os.fsencode(piece))
             if number % QUEUES_STEP == 0:
                 yield
         self._say(b"END\r\n")
-
-    def _say_pairs(self, line, pairs):
-        self._say(os.fsencode("".join([(line + "\r\n") % tuple(pair) for pair in pairs])))
 
     def do_reload(self, words):
         yield from self._reload()
