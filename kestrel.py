@@ -7554,6 +7554,11 @@ MAX_BODY = 65536
 _SHOWN = 2000
 _SHOWN_ITEMS = 20
 
+# The statistics in the page's table of queues.
+_SHOWN_STATS = [one for one in QUEUE_STATS if one.name in (
+    "items", "bytes", "logsize", "waiters", "open_transactions", "head_wait", "put_rate",
+    "get_rate")]
+
 _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
 _HTML = "text/html; charset=utf-8"
@@ -7586,25 +7591,58 @@ def _scale(name):
     return _SCALES.get(name.rpartition("_")[2], 1)
 
 
+# A request. query: {parameter: [its values]}. headers: by name in lower case. keep_alive: the
+# connection stays open after the answer. chunked: the client knows HTTP/1.1.
+HttpRequest = collections.namedtuple(
+    "HttpRequest", "method path query headers keep_alive chunked body")
+
+# What is answered when a request cannot be understood.
+_NO_REQUEST = HttpRequest("GET", "", {}, {}, False, False, b"")
+
+
+def _parse_request(head):
+    """Return the HttpRequest of the head of one, its body still to come, and the size of that.
+    Raises ValueError."""
+    first, *lines = head.decode("latin-1").split("\r\n")
+    words = first.split(" ")
+    if len(words) != 3 or not re.fullmatch(r"HTTP/1\.[01]", words[2]):
+        raise ValueError("not a request of HTTP/1.1: %.100r" % first)
+    headers = {}
+    for text in lines:
+        name, colon, value = text.partition(":")
+        if (not colon or not re.fullmatch(r"[!#-'*+.^-z|~A-Z0-9-]+", name)
+                or re.search("[\r\n\0]", value)):
+            raise ValueError("not a header: %.100r" % text)
+        name = name.lower()
+        if name in headers and name in ("content-length", "host", "origin", "sec-fetch-site"):
+            raise ValueError("duplicate %s" % name)
+        headers[name] = value.strip(" \t")
+    if not re.fullmatch("[0-9]{1,18}", headers.get("content-length", "0")):
+        raise ValueError("bad Content-Length")
+    if "transfer-encoding" in headers:
+        raise ValueError("a body must have a Content-Length here")
+    parts = urllib.parse.urlsplit(words[1])
+    # Unquoted bytes arrive as they are; and in no name is a + a blank.
+    query = os.fsdecode(parts.query.encode("latin-1")).replace("+", "%2B")
+    is_new = words[2] == "HTTP/1.1"
+    keep_alive = is_new and "close" not in headers.get("connection", "").lower()
+    return HttpRequest(
+        words[0], parts.path, urllib.parse.parse_qs(query, errors="surrogateescape"), headers,
+        keep_alive, is_new, b""), int(headers.get("content-length", 0))
+
+
 class AdminSession(Session):
     """One client of the admin port: HTTP/1.1 (RFC 9112), as much of it as monitoring, load
     balancers and a browser need. Requests are answered one after the other."""
 
     hangs_up = False
     idle_timeout = 60000
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self._method = "GET"             # of the request in hand
-        self._keep_alive = False         # after the answer to it
-        self._chunked = False            # the client knows HTTP/1.1
-        self._query = {}
-        self._body = b""
+    _request = _NO_REQUEST               # the one in hand
 
     def _parse(self, data):
         pos = 0
         while self.state is READY and self.load <= self.most_load:
-            self._method, self._keep_alive, self._chunked = "GET", False, False
+            self._request = _NO_REQUEST
             try:
                 while data[pos:pos + 2] == b"\r\n":        # RFC 9112, 2.2
                     pos += 2
@@ -7616,73 +7654,36 @@ class AdminSession(Session):
                     if len(data) - pos >= MAX_HEAD:
                         self._respond(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
                     break
-                target, headers = self._parse_head(data[pos:end])
-                size = int(headers.get("content-length", 0))
-                if size > MAX_BODY:
-                    self._keep_alive = False
-                    self._respond(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
-                    break
-                if len(data) < end + 4 + size:
-                    self._needed = end + 4 + size - pos
-                    break
-                self._body = data[end + 4:end + 4 + size]
-                pos = end + 4 + size
-                path = self._parse_target(target)
+                request, size = _parse_request(data[pos:end])
             except ValueError as error:
-                self._keep_alive = False
                 self._respond(HTTPStatus.BAD_REQUEST, str(error))
                 break
-            self._begin(self._request(path, headers))
+            if size > MAX_BODY:
+                self._respond(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+                break
+            stop = end + 4 + size
+            if len(data) < stop:
+                self._needed = stop - pos
+                break
+            self._request = request._replace(body=data[end + 4:stop])
+            pos = stop
+            self._begin(self._serve())
         return pos
 
-    def _parse_head(self, head):
-        """Return the target of a request, and its headers by name in lower case. Raises
-        ValueError."""
-        first, *lines = head.decode("latin-1").split("\r\n")
-        line = first.split(" ")
-        if len(line) != 3 or not re.fullmatch(r"HTTP/1\.[01]", line[2]):
-            raise ValueError("not a request of HTTP/1.1: %.100r" % first)
-        headers = {}
-        for text in lines:
-            name, colon, value = text.partition(":")
-            if (not colon or not re.fullmatch(r"[!#-'*+.^-z|~A-Z0-9-]+", name)
-                    or re.search("[\r\n\0]", value)):
-                raise ValueError("not a header: %.100r" % text)
-            if name.lower() in headers and name.lower() in (
-                    "content-length", "host", "origin", "sec-fetch-site"):
-                raise ValueError("duplicate %s" % name)
-            headers[name.lower()] = value.strip(" \t")
-        if not re.fullmatch("[0-9]{1,18}", headers.get("content-length", "0")):
-            raise ValueError("bad Content-Length")
-        if "transfer-encoding" in headers:
-            raise ValueError("a body must have a Content-Length here")
-        self._method = line[0]
-        self._chunked = line[2] == "HTTP/1.1"
-        self._keep_alive = self._chunked and (
-            "close" not in headers.get("connection", "").lower())
-        return line[1], headers
-
-    def _parse_target(self, target):
-        """Return the path of a target, and set `_query`. Raises ValueError."""
-        parts = urllib.parse.urlsplit(target)
-        # Unquoted bytes arrive as they are; and in no name is a + a blank.
-        query = os.fsdecode(parts.query.encode("latin-1")).replace("+", "%2B")
-        self._query = urllib.parse.parse_qs(query, errors="surrogateescape")
-        return parts.path
-
-    def _request(self, path, headers):
-        """Answer a request: a generator."""
+    def _serve(self):
+        """Answer the request in hand: a generator."""
+        path = self._request.path
         method, call = _ADMIN_PATHS.get(path, (None, None))
         allowed = ("POST",) if method == "POST" else ("GET", "HEAD")
         if call is None:
             self._respond(HTTPStatus.NOT_FOUND)
-        elif self._method not in allowed:
+        elif self._request.method not in allowed:
             self._respond(HTTPStatus.METHOD_NOT_ALLOWED, header="Allow: " + ", ".join(allowed))
-        elif (method == "POST" or path in _READING) and not self._is_from_here(headers):
+        elif (method == "POST" or path in _READING) and not self._is_from_here():
             self._respond(HTTPStatus.FORBIDDEN, "this is taken from pages of this server only, "
                           "under a name of it (admin_hosts)")
         elif self.broker.config.users is not None and path not in _PROBES and not (
-                yield from self._is_known(headers)):
+                yield from self._is_known()):
             self._respond(HTTPStatus.UNAUTHORIZED,
                           header='WWW-Authenticate: Basic realm="kestrel"')
         else:
@@ -7692,10 +7693,11 @@ class AdminSession(Session):
             if told is not None:
                 self._respond(HTTPStatus.OK, told)
 
-    def _is_from_here(self, headers):
+    def _is_from_here(self):
         """Return whether a request comes from a page of this server, or from no page at all. A
         page of elsewhere may be open in the browser of a user who may do what it asks for,
         even under a name that its owner has made lead here (DNS rebinding)."""
+        headers = self._request.headers
         host = headers.get("host", "")
         try:
             name = urllib.parse.urlsplit("//" + host).hostname or "localhost"
@@ -7711,10 +7713,10 @@ class AdminSession(Session):
                 return False
         return headers.get("sec-fetch-site", "none") in ("same-origin", "none") and origin == host
 
-    def _is_known(self, headers):
+    def _is_known(self):
         """Return whether the request has a right name and password (RFC 7617)."""
         self.user = None
-        scheme, _, token = headers.get("authorization", "").partition(" ")
+        scheme, _, token = self._request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "basic":
             try:
                 name, _, password = base64.b64decode(token, validate=True).partition(b":")
@@ -7732,8 +7734,8 @@ class AdminSession(Session):
 
     def _answer(self, status, body, kind, header):
         head = self._head(status, kind, "Content-Length: %d" % len(body), header)
-        self._say(head + (b"" if self._method == "HEAD" else body))
-        if not self._keep_alive:
+        self._say(head + (b"" if self._request.method == "HEAD" else body))
+        if not self._request.keep_alive:
             self.end()
 
     def _head(self, status, kind, *headers):
@@ -7742,7 +7744,7 @@ class AdminSession(Session):
                  *filter(None, headers)]
         if kind == _HTML:
             lines.append("Content-Security-Policy: " + _page_policy())
-        if not self._keep_alive:
+        if not self._request.keep_alive:
             lines.append("Connection: close")
         return "\r\n".join(lines + ["", ""]).encode()
 
@@ -7750,25 +7752,25 @@ class AdminSession(Session):
         """Answer with pieces of text as a generator makes them, some in each turn, so that a
         report is never in memory as a whole."""
         self._say(self._head(HTTPStatus.OK, kind,
-                             "Transfer-Encoding: chunked" if self._chunked else None))
+                             "Transfer-Encoding: chunked" if self._request.chunked else None))
         yield
         lines = []
-        for count, piece in enumerate(pieces if self._method != "HEAD" else (), 1):
+        for count, piece in enumerate(pieces if self._request.method != "HEAD" else (), 1):
             lines.append(piece)
             if count % _LINES_STEP == 0:
                 self._say_piece("".join(lines))
                 lines.clear()
                 yield
         self._say_piece("".join(lines))
-        if self._method != "HEAD" and self._chunked:
+        if self._request.method != "HEAD" and self._request.chunked:
             self._say(b"0\r\n\r\n")
-        if not self._keep_alive:
+        if not self._request.keep_alive:
             self.end()
 
     def _say_piece(self, text):
         data = text.encode("utf-8", "backslashreplace")
         if data:
-            self._say(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+            self._say(b"%x\r\n%b\r\n" % (len(data), data) if self._request.chunked else data)
 
     def _say_error(self, error):
         self._respond(
@@ -7831,94 +7833,68 @@ class AdminSession(Session):
 
     def _metric_lines(self):
         broker, now = self.broker, self.now
-        yield _described("build_info", "gauge", "The version.")
-        yield 'kestrel_build_info{version="%s",python="%s"} 1\n' % (
-            __version__, ".".join(map(str, sys.version_info[:3])))
-        yield _described("status", "gauge", "1 for the status that the server has.")
-        for status in STATUSES:
-            yield 'kestrel_status{status="%s"} %d\n' % (status.lower(), status == broker.status)
-        yield _described("refused_total", "counter", "Commands refused, by the reason.")
-        for reason, count in sorted(broker.refused.items()):
-            yield 'kestrel_refused_total{reason="%s"} %d\n' % (reason, count)
+        yield from _metric("build_info", "gauge", "The version.", [
+            ('{version="%s",python="%s"}' % (
+                __version__, ".".join(map(str, sys.version_info[:3]))), 1)])
+        yield from _metric("status", "gauge", "1 for the status that the server has.", [
+            ('{status="%s"}' % status.lower(), int(status == broker.status))
+            for status in STATUSES])
+        yield from _metric("refused_total", "counter", "Commands refused, by the reason.", [
+            ('{reason="%s"}' % reason, count) for reason, count in sorted(broker.refused.items())])
         if broker.free_space is not None:
-            yield _described("spool_free_bytes", "gauge", "Bytes left for the spool.")
-            yield "kestrel_spool_free_bytes %d\n" % broker.free_space
+            yield from _metric("spool_free_bytes", "gauge", "Bytes left for the spool.",
+                               [("", broker.free_space)])
         if broker.scrubbed:
-            for name, value, what in zip(
-                    ("files", "damaged_files", "timestamp_seconds"), broker.scrubbed,
-                    ("Journal files", "Damaged journal files", "The time")):
-                yield _described("scrub_" + name, "gauge", what + " of the last scrub.")
-                yield "kestrel_scrub_%s %d\n" % (
-                    name, value // 1000 if name == "timestamp_seconds" else value)
-        yield _described("journal_failed", "gauge",
-                         "1 while the journal of a queue cannot be written or read.")
-        for queue in list(broker.failing):
-            yield 'kestrel_journal_failed{queue="%s"} 1\n' % _label(queue.name)
+            files, damaged, when = broker.scrubbed
+            for name, value, what in (("files", files, "Journal files"),
+                                      ("damaged_files", damaged, "Damaged journal files"),
+                                      ("timestamp_seconds", when // 1000, "The time")):
+                yield from _metric("scrub_" + name, "gauge", what + " of the last scrub.",
+                                   [("", value)])
+        yield from _metric(
+            "journal_failed", "gauge", "1 while the journal of a queue cannot be written or read.",
+            (('{queue="%s"}' % _label(queue.name), 1) for queue in list(broker.failing)))
         for one in SERVER_STATS:
             if one.kind:
-                yield _described(one.metric, one.kind, one.help)
-                yield "kestrel_%s %s\n" % (one.metric, one.get(broker, now))
+                yield from _metric(one.metric, one.kind, one.help, [("", one.get(broker, now))])
         for key, (name, what) in METRICS.items():
-            metric, seen, scale = broker.metrics[key], 0, _scale(key)
-            yield _described(name, "histogram", what)
-            for bits, count in enumerate(metric.buckets):
-                seen += count
-                if bits <= metric.longest.bit_length():
-                    yield 'kestrel_%s_bucket{le="%.9g"} %d\n' % (
-                        name, ((1 << bits) - 1) * scale, seen)
-            yield 'kestrel_%s_bucket{le="+Inf"} %d\n' % (name, seen)
-            yield "kestrel_%s_count %d\nkestrel_%s_sum %.9g\n" % (
-                name, seen, name, metric.total * scale)
+            samples = _histogram(broker.metrics[key], _scale(key))
+            yield from _metric(name, "histogram", what, samples)
         for one in QUEUE_STATS:
-            if not one.kind:
-                continue
-            described = _described("queue_" + one.metric, one.kind, one.help)
-            line = "kestrel_queue_%s{queue=\"%%s\"} %%.12g\n" % one.metric
-            get, scale = one.get, _scale(one.ostrich)
-            for queue in self._queues():
-                if described:
-                    yield described
-                    described = None
-                yield line % (_label(queue.name), get(queue, now) * scale)
+            if one.kind:
+                scale = _scale(one.ostrich)
+                yield from _metric("queue_" + one.metric, one.kind, one.help, (
+                    ('{queue="%s"}' % _label(queue.name), "%.12g" % (one.get(queue, now) * scale))
+                    for queue in self._queues()))
 
     # -- for the page
 
     def _page_pieces(self):
-        broker, now = self.broker, self.now
-        totals = broker.totals()
-        yield json.dumps({
+        broker = self.broker
+        head = json.dumps({
             "version": __version__, "uptime": int(broker.uptime()),
             "put_rate": round(broker.put_rate, 1), "get_rate": round(broker.get_rate, 1),
             "status": broker.status, "connections": len(broker.clients),
-            "items": totals.items, "host": os.uname().nodename,
-            "trouble": broker.why_not_readable() or broker.why_not_writable(),
-            "queues": 0})[:-2] + "["
-        shown = [one for one in QUEUE_STATS if one.name in (
-            "items", "bytes", "logsize", "waiters", "open_transactions", "head_wait", "put_rate",
-            "get_rate")]
-        comma = ""
-        for queue in self._queues():
-            row = {one.name: one.get(queue, now) for one in shown}
-            row.update(name=_shown_name(queue.name), key=_key_of(queue.name),
-                       paused=PAUSES[queue.paused], failing=queue in broker.failing,
-                       children=len(broker.children.get(queue.name, ())))
-            yield comma + json.dumps(row)
-            comma = ","
-        yield "]}\n"
+            "items": broker.totals().items, "host": os.uname().nodename,
+            "trouble": broker.why_not_readable() or broker.why_not_writable()})
+        yield head[:-1] + ', "queues": '
+        yield from _json_list(map(self._queue_row, self._queues()))
+        yield "}\n"
 
-    def _client_pieces(self):
-        comma = "["
-        for row in self._clients():
-            yield comma + json.dumps(row)
-            comma = ",\n"
-        yield "]\n"
+    def _queue_row(self, queue):
+        """Return what the page's table shows of a queue."""
+        row = {one.name: one.get(queue, self.now) for one in _SHOWN_STATS}
+        row.update(name=_shown_name(queue.name), key=_key_of(queue.name),
+                   paused=PAUSES[queue.paused], failing=queue in self.broker.failing,
+                   children=len(self.broker.children.get(queue.name, ())))
+        return row
 
     def _connections(self):
         self._check_admin("clients")
-        return self._stream(_JSON, self._client_pieces())
+        return self._stream(_JSON, _json_list(self._clients()))
 
     def _history_json(self):
-        queues = self._queues(self._query.get("queue", [])[:QUEUES_STEP * 4])
+        queues = self._queues(self._request.query.get("queue", [])[:QUEUES_STEP * 4])
         self._respond(HTTPStatus.OK, json.dumps(
             {_key_of(queue.name): self.broker.history(queue) for queue in queues}), _JSON)
 
@@ -7964,7 +7940,7 @@ class AdminSession(Session):
 
     def _item(self):
         """Answer with the data of one of the first items."""
-        number = self._query.get("n", ["0"])[0]
+        number = self._request.query.get("n", ["0"])[0]
         number = int(number) if re.fullmatch("[0-9]{1,4}", number) else _SHOWN_ITEMS
         place = itertools.count()
         _, items = yield from self._first_items(
@@ -7979,9 +7955,9 @@ class AdminSession(Session):
 
     def _asked(self, name):
         """Return a parameter that the request must have. Raises Refused."""
-        if name not in self._query:
+        if name not in self._request.query:
             raise Refused("CLIENT_ERROR", "the parameter %s is missing" % name)
-        return self._query[name][0]
+        return self._request.query[name][0]
 
     def _asked_queue(self):
         """Return the queue that the request names. Raises Refused."""
@@ -8006,7 +7982,7 @@ class AdminSession(Session):
         key = os.fsencode(self._asked("queue"))
         self._check_put(key)
         route = yield from self._route(key)
-        if not (yield from self._put(route, [self._body])):
+        if not (yield from self._put(route, [self._request.body])):
             raise Refused("CLIENT_ERROR", "the queue does not take it", reason="full")
         return "stored"
 
@@ -8016,7 +7992,7 @@ class AdminSession(Session):
 
     def _post_pause(self):
         queue = self._asked_queue()
-        what = self._query.get("what", ["in and out"])[0]
+        what = self._request.query.get("what", ["in and out"])[0]
         if what not in PAUSES:
             raise Refused("CLIENT_ERROR", "what is one of: " + ", ".join(PAUSES))
         self._rest_on(self._pause(queue.name, PAUSES.index(what)))
@@ -8042,13 +8018,39 @@ class AdminSession(Session):
 
     def _post_shutdown(self):
         self._check_admin("shutdown")
-        self._keep_alive = False
+        self._request = self._request._replace(keep_alive=False)
         self._respond(HTTPStatus.OK, "stopping")
         self._shutdown()
 
 
-def _described(name, kind, what):
-    return "# HELP kestrel_%s %s\n# TYPE kestrel_%s %s\n" % (name, what, name, kind)
+def _metric(name, kind, what, samples):
+    """Yield the lines of a metric in the Prometheus text format. samples: (what follows the name,
+    value) pairs."""
+    yield "# HELP kestrel_%s %s\n# TYPE kestrel_%s %s\n" % (name, what, name, kind)
+    for labels, value in samples:
+        yield "kestrel_%s%s %s\n" % (name, labels, value)
+
+
+def _histogram(histogram, scale):
+    """Yield the samples of a Histogram. scale: what makes its values seconds."""
+    seen = 0
+    for bits, count in enumerate(histogram.buckets):
+        seen += count
+        if bits <= histogram.longest.bit_length():
+            yield '_bucket{le="%.9g"}' % (((1 << bits) - 1) * scale), seen
+    yield '_bucket{le="+Inf"}', seen
+    yield "_count", seen
+    yield "_sum", "%.9g" % (histogram.total * scale)
+
+
+def _json_list(rows):
+    """Yield a list in JSON, an element at a time."""
+    yield "["
+    comma = ""
+    for row in rows:
+        yield comma + json.dumps(row)
+        comma = ",\n"
+    yield "]"
 
 
 # What may be asked for: path -> method and what does it.
