@@ -5830,9 +5830,9 @@ class Session:
             if asks is not None and type(asks) is not Waiter:
                 asks(functools.partial(self._wake, command))
         except StopIteration:
-            self.command = self.asks = self.timeout = None
+            self._drop_command()
         except (Refused, OSError) as error:
-            self.command = self.asks = self.timeout = None
+            self._drop_command()
             self._refuse(error)
         self._update()
 
@@ -6009,13 +6009,18 @@ class Session:
 
     def _check_opens(self, queue, plain=False):
         """Check that the client may open one more read of a queue, or read it plainly."""
-        reads = self._reads_of(queue)
-        limit = self.broker.settings.max_open_transactions
-        if reads and plain:
+        if plain and self._reads_of(queue):
             raise Refused("ERROR", "close the open read of %s first" % queue.name, close=True)
-        if len(reads) >= limit:
-            raise Refused("ERROR", "too many open reads of %s; limit=%d" % (queue.name, limit),
-                          close=True)
+        if not self._may_open(queue):
+            raise Refused("ERROR", "too many open reads of %s; limit=%d" % (
+                queue.name, self.broker.settings.max_open_transactions), close=True)
+
+    def _may_open(self, queue):
+        """Return whether the client may open one more read of a queue."""
+        limit = self.broker.settings.max_open_transactions
+        # Those that have timed out do not count, but to look for them takes long.
+        return (len(self.open_reads.get(queue, ())) < limit
+                or len(self._reads_of(queue)) < limit)
 
     def _reads_of(self, queue):
         """Return the xids open here; some may have timed out, which the client cannot know."""
@@ -6218,7 +6223,6 @@ class Session:
 
     def _move(self, name, dest, most=UNLIMITED):
         """Move waiting items of one queue to another; return how many. Raises Refused."""
-        name, dest = _name(os.fsencode(name)), _name(os.fsencode(dest))
         self._check_reads()
         self._check_writes()
         self._check_user("get_users", name)
@@ -6793,12 +6797,10 @@ class MemcacheSession(LineSession):
         for queue in queues:
             if key.open or queue in self.open_reads:
                 self._check_opens(queue, plain=not key.open)
-        most = self.broker.settings.max_open_transactions
         given = 0
         while given < key.count:
             if key.open:
-                queues = [queue for queue in queues if len(self.open_reads.get(queue, ())) < most
-                          or len(self._reads_of(queue)) < most]
+                queues = list(filter(self._may_open, queues))
             wait = not given and key.wait > 0
             if wait:
                 self.timeout = key.wait
@@ -6872,8 +6874,7 @@ class MemcacheSession(LineSession):
         key = ReadKey(words[1], name, open=True)
         self.timeout = max(0, seconds * 1000)
         queue = yield from self._queue(name)
-        limit = self.broker.settings.max_open_transactions
-        while queue and count > 0 and len(self._reads_of(queue)) < limit:
+        while queue and count > 0 and self._may_open(queue):
             item = yield from self._next(queue, True, False, seconds > 0)
             self._count_read(queue, item)
             if item is None:
@@ -6949,7 +6950,7 @@ class MemcacheSession(LineSession):
         if not 3 <= len(words) <= 4:
             raise Refused("CLIENT_ERROR", "move needs two queues")
         most = _number(words[3], "number of items") if len(words) == 4 else UNLIMITED
-        moved = yield from self._move(os.fsdecode(words[1]), os.fsdecode(words[2]), most)
+        moved = yield from self._move(_name(words[1]), _name(words[2]), most)
         self._say(b"%d\r\n" % moved)
 
     def do_pause(self, words):
@@ -7166,14 +7167,14 @@ class TextSession(LineSession):
         queue = self.broker.find(name) if peek else (yield from self._queue(name))
         if queue and not peek and not monitor:
             self._end_reads(queue, 1, True)
-        limit = self.broker.settings.max_open_transactions
         while True:
             item = None
-            if queue and (peek or len(self._reads_of(queue)) < limit):
+            if queue and (peek or self._may_open(queue)):
                 item = yield from self._next(queue, not peek, peek, wait > 0)
                 self._count_read(queue, item, peek)
             elif queue and not monitor:
-                raise Refused("CLIENT_ERROR", "Too many open transactions; limit=%d" % limit)
+                raise Refused("CLIENT_ERROR", "Too many open transactions; limit=%d"
+                              % self.broker.settings.max_open_transactions)
             else:
                 self._count_read(queue, None, peek)
             if item is not None:
@@ -7427,8 +7428,8 @@ class ThriftSession(Session):
 
     def _end_ids(self, name, ids, end):
         queue = self.broker.find(_name(name))
-        self._answer(_i32_field(0, end(queue, list(dict.fromkeys(ids))) if queue else 0),
-                     *filter(None, [queue]))
+        count = end(queue, list(dict.fromkeys(ids))) if queue else 0
+        self._answer(_i32_field(0, count), queue)
 
     def do_peek(self, name):
         self._check_reads()
@@ -7987,7 +7988,8 @@ class AdminSession(Session):
         return "stored"
 
     def _post_move(self):
-        moved = yield from self._move(self._asked_queue().name, self._asked("dest"))
+        dest = _name(os.fsencode(self._asked("dest")))
+        moved = yield from self._move(self._asked_queue().name, dest)
         return "%d moved" % moved
 
     def _post_pause(self):

@@ -5496,6 +5496,22 @@ def test_many_open_reads_are_limited(tmp_path):
     assert items_of(talk.broker, "q") == [b"a", b"b", b"c", b"d", b"e"]
 
 
+@pytest.mark.parametrize("command", ["monitor q 0", "get q/open/n=500"])
+def test_each_of_many_open_reads_is_not_looked_at_again_for_the_next(tmp_path, command):
+    class Opens(dict):
+        looks = 0
+
+        def __contains__(self, xid):
+            self.looks += 1
+            return super().__contains__(xid)
+
+    talk = Talk(tmp_path, "[server]\nmax_open_transactions = 1000\n")
+    put_all(talk, "q", *["x"] * 500)
+    opens = talk.broker.queues["q"].opens = Opens()
+    assert talk(command + "\r\n").count("VALUE") == len(opens) == 500
+    assert opens.looks < 5000
+
+
 def test_a_large_answer_of_many_items_is_given_in_pieces(tmp_path):
     talk = Talk(tmp_path, "[server]\nmax_output_buffer = 5000\n")
     put_all(talk, "q", *["x" * 1000] * 50)
