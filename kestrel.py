@@ -5851,13 +5851,6 @@ class Session:
         if command is not None and not command.gi_running:
             command.close()
 
-    def _wait(self, queues, opening, peek=False):
-        """Return a Waiter for the next item of any of these queues, to be yielded."""
-        waiter = Waiter(self._deliver, opening, peek)
-        for queue in queues:
-            queue.wait(waiter)
-        return waiter
-
     def _deliver(self, queue, item):
         if item is not None:
             self._rest_on(queue)             # in this turn, though the answer may be of the next
@@ -5873,10 +5866,8 @@ class Session:
 
     # -- output
 
-    def _say(self, answer, *queues):
-        """Answer a command that has changed these queues (None: no queue)."""
-        for queue in filter(None, queues):
-            self.touched.append((queue, len(self.out), 1, True))
+    def _say(self, answer):
+        """Answer the command in hand."""
         self.load += len(answer) + _COMMAND_COST
         self.out.append(answer)
 
@@ -6049,7 +6040,10 @@ class Session:
                 yield (self._nap if self.broker.later and self.broker.is_burying_much(queue)
                        else None)
             elif wait and queues:
-                return (yield self._wait(queues, opening, peek))
+                waiter = Waiter(self._deliver, opening, peek)
+                for queue in queues:
+                    queue.wait(waiter)
+                return (yield waiter)
             else:
                 return None, None
 
@@ -6180,13 +6174,13 @@ class Session:
                 if session.state is WAITING else None}
 
     def _flush(self, name):
-        """Flush a queue; return it, or None if there is none."""
+        """Flush the queue of that name, if there is one."""
         queue = self.broker.find(name)
         self._check_writes()
         if queue:
             self._check_user("get_users", name)
             self.broker.flush(queue, self.who)
-        return queue
+            self._rest_on(queue)
 
     def _check_all_queues(self):
         """Check that the client may drop what is in any queue."""
@@ -6209,17 +6203,16 @@ class Session:
                 yield
 
     def _delete(self, name, command="delete"):
-        """Delete a queue; return it, or None if there is none."""
+        """Delete the queue of that name, if there is one."""
         self._check_admin(command)
         self._check_writes()
         queue = self.broker.find(name)
         if queue:
             self._check_user("get_users", name)
             yield
-            if queue.closed:
-                return None
-            self.broker.delete(queue, self.who)
-        return queue
+            if not queue.closed:
+                self.broker.delete(queue, self.who)
+                self._rest_on(queue)
 
     def _move(self, name, dest, most=UNLIMITED):
         """Move waiting items of one queue to another; return how many. Raises Refused."""
@@ -6241,8 +6234,7 @@ class Session:
         return moved
 
     def _pause(self, name, what):
-        """Pause what is given of a queue, and nothing else of it; return the queue. Raises
-        Refused."""
+        """Pause what is given of a queue, and nothing else of it. Raises Refused."""
         self._check_admin("pause")
         self._check_writes()
         self._check_user("get_users", name)
@@ -6253,7 +6245,7 @@ class Session:
         queue.pause(what)
         log.info("queue %s %s by %s", name, "paused (%s)" % PAUSES[what] if what else "resumed",
                  self.who)
-        return queue
+        self._rest_on(queue)
 
     def _kick(self, number):
         """Hang up on a client; return whether there is one of that number."""
@@ -6295,23 +6287,26 @@ class LineSession(Session):
 
     FLUSHED = DELETED = CHANGED = STATUS = VERSION = b""
 
-    def _reply(self, words, answer, *queues):
-        self._say(answer, *queues)
+    def _reply(self, words, answer):
+        self._say(answer)
 
     def do_flush(self, words):
         """flush <queue>"""
-        self._reply(words, self.FLUSHED, self._flush(self._named(words)))
+        self._flush(self._named(words))
+        self._reply(words, self.FLUSHED)
 
     def do_delete(self, words):
         """delete <queue>"""
-        queue = yield from self._delete(self._named(words))
-        self._reply(words, self.DELETED, queue)
+        yield from self._delete(self._named(words))
+        self._reply(words, self.DELETED)
 
     def do_status(self, words):
         """status [<word>]"""
         if len(words) > 1:
             self._set_status(words[1].decode("ascii", "replace"))
-        self._say(self.CHANGED if len(words) > 1 else self.STATUS % self.broker.status.encode())
+            self._say(self.CHANGED)
+        else:
+            self._say(self.STATUS % self.broker.status.encode())
 
     def do_version(self, words):
         self._say(self.VERSION % __version__.encode())
@@ -6614,9 +6609,9 @@ class MemcacheSession(LineSession):
         if line.lower().split()[:1] not in ([b"set"], [b"quit"]):
             raise Refused("CLIENT_ERROR", "unauthenticated", close=True)
 
-    def _reply(self, words, answer, *queues):
+    def _reply(self, words, answer):
         """Answer a command that may have asked for silence."""
-        self._say(b"" if _is_silent(words) else answer, *queues)
+        self._say(b"" if _is_silent(words) else answer)
 
     def _say_error(self, error):
         line = "%s %s" % (error.kind, error.why) if error.why else error.kind
@@ -6771,7 +6766,10 @@ class MemcacheSession(LineSession):
                 queues += [queue] if queue and queue not in queues else []
             yield from self._read_beyond(many, key, queues)
             rests_on += queues
-        self._say(b"END\r\n", *(dict.fromkeys(rests_on) if get.key else ()))
+        if get.key:
+            for queue in dict.fromkeys(rests_on):
+                self._rest_on(queue)
+        self._say(b"END\r\n")
 
     def _browse(self, get, key, queues):
         """Show the first items of the first of these queues that has any."""
@@ -6959,15 +6957,17 @@ class MemcacheSession(LineSession):
             tuple(word.lower() for word in words[2:]))
         if what is None or len(words) < 2:
             raise Refused("CLIENT_ERROR", "pause takes one queue, and in or out")
-        queue = self.broker.find(_name(words[1]))
-        self._say(b"END\r\n", self._pause(
-            _name(words[1]), what | (queue.paused if queue else 0)))
+        name = _name(words[1])
+        queue = self.broker.find(name)
+        self._pause(name, what | (queue.paused if queue else 0))
+        self._say(b"END\r\n")
 
     def do_resume(self, words):
         """resume <queue>"""
         if len(words) != 2:
             raise Refused("CLIENT_ERROR", "resume takes one queue")
-        self._say(b"END\r\n", self._pause(_name(words[1]), 0))
+        self._pause(_name(words[1]), 0)
+        self._say(b"END\r\n")
 
     def do_clients(self, words):
         """clients"""
@@ -7167,22 +7167,19 @@ class TextSession(LineSession):
         queue = self.broker.find(name) if peek else (yield from self._queue(name))
         if queue and not peek and not monitor:
             self._end_reads(queue, 1, True)
-        while True:
+            if not self._may_open(queue):
+                raise Refused("CLIENT_ERROR", "Too many open transactions; limit=%d"
+                              % self.broker.settings.max_open_transactions)
+        while count:
             item = None
             if queue and (peek or self._may_open(queue)):
                 item = yield from self._next(queue, not peek, peek, wait > 0)
-                self._count_read(queue, item, peek)
-            elif queue and not monitor:
-                raise Refused("CLIENT_ERROR", "Too many open transactions; limit=%d"
-                              % self.broker.settings.max_open_transactions)
-            else:
-                self._count_read(queue, None, peek)
-            if item is not None:
-                self._rest_on(queue, item if peek else True)
-                self._say(b":%b\n" % item.data)
-                count -= 1
-            if item is None or not count:
+            self._count_read(queue, item, peek)
+            if item is None:
                 break
+            self._rest_on(queue, item if peek else True)
+            self._say(b":%b\n" % item.data)
+            count -= 1
             if self.load > self.most_load:
                 yield
         if item is None or monitor:
@@ -7318,11 +7315,10 @@ class ThriftSession(Session):
         except (Refused, OSError) as error:
             self._refuse(error)
 
-    def _answer(self, result, *queues):
+    def _answer(self, result):
         """Answer the call in hand with the fields of its result."""
         strict, name, number, oneway = self._head
-        frame = _thrift_frame(strict, name, number, _REPLY, result)
-        self._say(b"" if oneway else frame, *queues)
+        self._say(b"" if oneway else _thrift_frame(strict, name, number, _REPLY, result))
 
     def _except(self, why, kind):
         self._say(self._failure(why, None, kind))
@@ -7402,12 +7398,14 @@ class ThriftSession(Session):
             else:
                 self._ended.append((queue, xid))
                 queue.confirm(xid)
+        if queue:
+            self._rest_on(queue)
         self._count_read(queue, items[0] if items else None)
         self._answer(
             struct.pack(">bhbi", _LIST, 0, _STRUCT, len(items)) + b"".join([
                 _string_field(1, item.data)
                 + struct.pack(">bhqb", _I64, 2, item.xid if auto_abort else 0, 0)
-                for item in items]), queue)
+                for item in items]))
 
     def _room(self, queue):
         """Return how many more items of a queue the client may have that go back by themselves.
@@ -7428,8 +7426,11 @@ class ThriftSession(Session):
 
     def _end_ids(self, name, ids, end):
         queue = self.broker.find(_name(name))
-        count = end(queue, list(dict.fromkeys(ids))) if queue else 0
-        self._answer(_i32_field(0, count), queue)
+        count = 0
+        if queue:
+            count = end(queue, list(dict.fromkeys(ids)))
+            self._rest_on(queue)
+        self._answer(_i32_field(0, count))
 
     def do_peek(self, name):
         self._check_reads()
@@ -7451,16 +7452,16 @@ class ThriftSession(Session):
             + b"\0")
 
     def do_flush_queue(self, name):
-        queue = self._flush(_name(name))
-        self._answer(b"", queue)
+        self._flush(_name(name))
+        self._answer(b"")
 
     def do_flush_all_queues(self):
         yield from self._flush_all("flush_all_queues")
         self._answer(b"")
 
     def do_delete_queue(self, name):
-        queue = yield from self._delete(_name(name), "delete_queue")
-        self._answer(b"", queue)
+        yield from self._delete(_name(name), "delete_queue")
+        self._answer(b"")
 
     def do_current_status(self):
         self._answer(_i32_field(0, _THRIFT_STATUSES[self.broker.status]))
@@ -7968,13 +7969,11 @@ class AdminSession(Session):
         return queue
 
     def _post_flush(self):
-        self._rest_on(self._flush(self._asked_queue().name))
+        self._flush(self._asked_queue().name)
         return "flushed"
 
     def _post_delete(self):
-        queue = self._asked_queue()
-        yield from self._delete(queue.name)
-        self._rest_on(queue)
+        yield from self._delete(self._asked_queue().name)
         return "deleted"
 
     def _post_put(self):
@@ -7997,7 +7996,7 @@ class AdminSession(Session):
         what = self._request.query.get("what", ["in and out"])[0]
         if what not in PAUSES:
             raise Refused("CLIENT_ERROR", "what is one of: " + ", ".join(PAUSES))
-        self._rest_on(self._pause(queue.name, PAUSES.index(what)))
+        self._pause(queue.name, PAUSES.index(what))
         return "paused: %s" % PAUSES[queue.paused]
 
     def _post_kick(self):
