@@ -6035,10 +6035,11 @@ class Session:
                     if opening:
                         self._note_open(queue, item)
                     return queue, item
-            if any([queue.has_more(peek) for queue in queues]):
+            more = [queue for queue in queues if queue.has_more(peek)]
+            if more:
                 # A run of expired items, or a large one is being read.
-                yield (self._nap if self.broker.later and self.broker.is_burying_much(queue)
-                       else None)
+                yield (self._nap if self.broker.later and all(
+                    map(self.broker.is_burying_much, more)) else None)
             elif wait and queues:
                 waiter = Waiter(self._deliver, opening, peek)
                 for queue in queues:
@@ -7692,7 +7693,9 @@ class AdminSession(Session):
             told = call(self)
             if isinstance(told, types.GeneratorType):
                 told = yield from told
-            if told is not None:
+            if isinstance(told, dict):
+                self._respond(HTTPStatus.OK, json.dumps(told), _JSON)
+            elif told is not None:
                 self._respond(HTTPStatus.OK, told)
 
     def _is_from_here(self):
@@ -7788,7 +7791,8 @@ class AdminSession(Session):
 
     # -- what is asked for
 
-    # Each returns the text of its answer, or None if it has answered, at once or as a generator.
+    # Each returns its answer, at once or as a generator: text, a dict that is sent as JSON, or None
+    # if it has answered.
 
     def _probe(self, why):
         if why:
@@ -7897,8 +7901,7 @@ class AdminSession(Session):
 
     def _history_json(self):
         queues = self._queues(self._request.query.get("queue", [])[:QUEUES_STEP * 4])
-        self._respond(HTTPStatus.OK, json.dumps(
-            {_key_of(queue.name): self.broker.history(queue) for queue in queues}), _JSON)
+        return {_key_of(queue.name): self.broker.history(queue) for queue in queues}
 
     def _first_items(self, most, shown):
         """Return the queue that the request names, and what shown() returns of its first items."""
@@ -7916,7 +7919,7 @@ class AdminSession(Session):
 
     def _peek(self):
         _, rows = yield from self._first_items(1, self._item_row)
-        self._respond(HTTPStatus.OK, json.dumps({"item": rows[0] if rows else None}), _JSON)
+        return {"item": rows[0] if rows else None}
 
     def _item_row(self, item):
         """Return what the page shows of an item."""
@@ -7928,17 +7931,17 @@ class AdminSession(Session):
                 "base64": base64.b64encode(begin).decode()}
 
     def _queue_json(self):
-        """Answer with all that the page shows of one queue."""
+        """Return all that the page shows of one queue."""
         queue, rows = yield from self._first_items(_SHOWN_ITEMS, self._item_row)
         readers = [self._client_row(number, session, came, [session.open_reads[queue]])
                    for number, (session, came) in self.broker.clients.items()
                    if session.open_reads.get(queue)]
-        self._respond(HTTPStatus.OK, json.dumps({
+        return {
             "name": _shown_name(queue.name), "key": _key_of(queue.name),
             "paused": PAUSES[queue.paused], "settings": queue.config.lines(),
             "stats": dict(self.broker.queue_stats(queue, self.now)),
             "children": [_shown_name(name) for name in self.broker.children.get(queue.name, ())],
-            "items": rows, "readers": readers, "history": self.broker.history(queue)}), _JSON)
+            "items": rows, "readers": readers, "history": self.broker.history(queue)}
 
     def _item(self):
         """Answer with the data of one of the first items."""

@@ -5815,6 +5815,24 @@ def test_items_expire_to_a_queue_that_only_has_children(tmp_path):
     assert not talk.broker.queues["q"].held() and not talk.broker.queues["q"].count
 
 
+def test_a_read_of_several_queues_waits_for_the_one_whose_expired_items_cannot_be_moved(tmp_path):
+    """It looked at the last of them, and so kept the loop busy."""
+    talk = timed_talk(tmp_path, "[queue work]\nmax_age = 1s\nexpire_to_queue = late\n"
+                                "[queue late]\nmax_items = 1\n")
+    put_all(talk, "late", "full")
+    put_all(talk, "work", *["x"] * 3 * kestrel.SWEEP_STEP)
+    talk("pause late in\r\n")
+    talk.now += 5000
+    session = talk.session()
+    session.feed(b"get work/or=other\r\n", talk.now)
+    turns = 0
+    while session.state == "working" and turns < 100:
+        turns += 1
+        commit(talk.broker, talk.now)
+        session.resume(talk.now)
+    assert turns < 10 and session.state == "held"
+
+
 def test_dead_letters_that_wait_for_room_are_tried_one_at_a_time_in_order(tmp_path, monkeypatch):
     """Each tried for itself, each second: 30,000 of them kept the loop busy, and came in any
     order."""
