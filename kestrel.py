@@ -5577,24 +5577,24 @@ class Broker:
 # It asks the broker, and never touches a socket, a clock or a file, so that every case can be
 # tried without one.
 #
-# A client is in one state, which follows from what it has said and what it waits for:
+# A client is in one state, which follows from what it has sent and what it waits for:
 #
 #   state      input is          goes on when
-#   READY      run as it comes   it says more
+#   READY      run as it comes   it sends more
 #   RECEIVING  kept              the rest of a command comes
 #   WAITING    kept              an item comes, or time_out() is called
 #   WORKING    kept              resume() is called: in a later turn, or for what it asked for
 #   HELD       kept              its answers are safe, or its question (a password) is answered
-#   FULL       kept              sent() is called: it has been told as much as it may at once
+#   FULL       kept              sent() is called: as much as is sent at once waits in `out`
 #   ENDING     thrown away       never; it is closed when `out` has been sent
 #   CLOSED     thrown away       never
 #
 # A command that waits is a generator. It yields None to go on in a later turn, a Waiter to wait
-# for an item, or a function that gets a result later: it is called with a callback, and what that
-# is given is sent into the generator. Once the result is there, the session is in broker.woken.
+# for an item, or a function whose result comes later: it is called with a callback, and what the
+# callback is given is sent into the generator. The session is then put into broker.woken.
 #
-# What grows with the number of queues, or creates or deletes files, begins with a `yield`: it is
-# done as a task, a step at a time, after the other clients have been served.
+# A command whose work grows with the number of queues, or that creates or deletes files, begins
+# with a `yield`: it runs as a task, a step at a time, after the other clients have been served.
 
 READY, RECEIVING, WAITING, WORKING, HELD, FULL, ENDING, CLOSED = (
     "ready", "receiving", "waiting", "working", "held", "full", "ending", "closed")
@@ -5605,13 +5605,13 @@ _LATEST = 1 << 62
 # The longest delay of an item, in milliseconds: a hundred years.
 _LONGEST_DELAY = 36525 * 86400000
 
-# What a command adds to the load of its session besides its answer.
+# What a command adds to the load of its session besides the size of its answer.
 _COMMAND_COST = 1 << 10
 
-# An item that is delivered so often is logged, since the earlier deliveries have failed.
+# The delivery of an item that is logged, since so many earlier ones have failed.
 _OFTEN = 5
 
-# When more queues than this have something to write, each session does one more command only.
+# While more queues than this have something to write, each session runs one command a turn.
 _MOST_DIRTY = 50
 
 
@@ -5666,17 +5666,17 @@ class Session:
     What the server uses: feed(), hang_up(), resume(), time_out(), settle(), take(), sent(),
     out_of_memory(), close(), the attributes that follow and those explained in __init__():
 
-    most_load    with more load the next command waits until all has been sent
+    most_load    with more load, the next command waits until all answers have been sent
     timeout      milliseconds from now at which time_out() is to be called; then set to None
 
     A protocol has _parse(data), which runs the commands in `data` and returns how far it has got,
     _say_error(error), which answers with a Refused, and _failure(why, answer), which returns the
     bytes that take the place of an answer, None for that of the command in hand. An answer that
-    is not to be said is b"".
+    must not be sent is b"".
     """
 
-    idle_timeout = None                 # milliseconds, if client_timeout is not shorter
-    hangs_up = True                     # after some errors, see Refused
+    idle_timeout = None                 # milliseconds; client_timeout may be shorter
+    hangs_up = True                     # after errors that say `close`, see Refused
     is_stranger = False                 # the client has still to log in
     _opened = itertools.count()         # numbers the open reads of all clients
 
@@ -5739,13 +5739,13 @@ class Session:
         nothing left to do."""
         self._update()
         if self.at_end and self.state is WAITING and self._kept is not None:
-            self.time_out()                  # what has been said behind the wait is still done
+            self.time_out()                  # the commands behind the wait are still run
         elif self.at_end and self.state in (READY, RECEIVING, WAITING):
             self.end()
 
     def end(self):
-        """Run nothing more, and put open reads back; the connection is closed when all has been
-        sent."""
+        """Run no more commands, and put open reads back. The connection is closed when all answers
+        have been sent."""
         if self.state is not CLOSED:
             self.state = ENDING
         self._drop_command()
@@ -5775,8 +5775,8 @@ class Session:
                 self._run_kept()
 
     def hang_up(self, now):
-        """Note that the client will send no more. What it has asked for is still done and
-        answered, but it waits for no item any longer."""
+        """Note that the client will send no more. Its commands are still run and answered, but
+        none of them waits for an item."""
         self.now = now
         self.at_end = True
         self._end_if_done()
@@ -5973,7 +5973,7 @@ class Session:
                           reason="status")
 
     def _check_admin(self, command):
-        """Check that a command which is not for everybody may be given from here."""
+        """Check that this client may give a command that is not for everybody."""
         settings = self.broker.settings
         rule = settings.admin_commands
         if rule == "none":
@@ -6014,7 +6014,7 @@ class Session:
                 or len(self._reads_of(queue)) < limit)
 
     def _reads_of(self, queue):
-        """Return the xids open here; some may have timed out, which the client cannot know."""
+        """Return the xids that are open here, without those that have timed out."""
         return [xid for xid in self.open_reads.get(queue, ()) if xid in queue.opens]
 
     # -- reading
@@ -6096,7 +6096,7 @@ class Session:
             if queue:
                 queue.counters.get_misses += 1
 
-    # -- what all protocols have, as generators
+    # -- what all protocols can do, most of it as generators
 
     def _queue(self, name):
         """Return the queue of that name, created if it is new; None for an alias."""
@@ -6163,8 +6163,8 @@ class Session:
             yield self._client_row(number, session, came, list(session.open_reads.values()))
 
     def _client_row(self, number, session, came, reads):
-        """Return what is told of a client. reads: the open reads that are told of, see
-        `open_reads`."""
+        """Return a dict that describes a client. reads: the values of its `open_reads` that are
+        counted."""
         protocol, _, address = session.peer.name.partition(" client ")
         return {"id": number, "address": address, "user": session.user, "protocol": protocol,
                 "state": session.state, "seconds": int(self.broker.uptime() - came),
@@ -6235,7 +6235,7 @@ class Session:
         return moved
 
     def _pause(self, name, what):
-        """Pause what is given of a queue, and nothing else of it. Raises Refused."""
+        """Pause puts, gets, both or neither of a queue. Raises Refused."""
         self._check_admin("pause")
         self._check_writes()
         self._check_user("get_users", name)
@@ -6284,7 +6284,7 @@ class Session:
 
 class LineSession(Session):
     """One client of a protocol whose commands are lines of words. It has a method do_<word> for
-    each command, and the answers of those that all have."""
+    each command; here are those that these protocols share, and a protocol sets their answers."""
 
     FLUSHED = DELETED = CHANGED = STATUS = VERSION = b""
 
@@ -6340,14 +6340,14 @@ Block = collections.namedtuple("Block", "key flags expiry size words delay sync"
 def parse_key(text):
     """Return the ReadKey of `q/t=500/open` and the like. Raises Refused."""
     queue, *given = text.split(b"/")
-    words, options, others = set(), {}, []
+    words, options, others = set(), {}, {}
     for word in given:
         name, is_option, value = word.partition(b"=")
         name = name.lower()
         if not is_option:
             words.add(name)
         elif name == b"or":
-            others.append(_name(value))
+            others[_name(value)] = None
         else:
             options[name] = value
     opening, closing, abort, peek, tail, touch, info = (
@@ -6357,6 +6357,7 @@ def parse_key(text):
         raise Refused("CLIENT_ERROR", "open, close, abort and peek cannot be combined like this")
     wait = _number(options.get(b"t", b"0"), "timeout")
     name = _name(queue)
+    others.pop(name, None)
     count = min(_number(options.get(b"n", b"1"), "number of items (n=)"), UNLIMITED)
     timeout = _number(options[b"timeout"], "timeout") if b"timeout" in options else None
     delay = _number(options.get(b"delay", b"0"), "delay")
@@ -6419,8 +6420,8 @@ _MEMCACHED = (b"incr decr touch gat gats mg md mn ma me slabs lru lru_crawler wa
 
 
 def _when_all_durable(queues, call):
-    """Make a call when all that was done to these queues is durable; with an OSError if any of it
-    was undone."""
+    """Make a call, with None, when all that was done to these queues is durable; or, with an
+    OSError, when any of it has been undone."""
     left, failure = len(queues), None
 
     def settled(error):
@@ -6483,7 +6484,7 @@ def _parse_line(line):
                   reason="PROXY" if words[0] == b"PROXY" else "client")
 
 
-# The same lines come again and again. Longer ones are not kept, or they would fill the memory.
+# Clients send the same lines again and again. Longer ones are not kept: they would fill the memory.
 _parse_line_cached = functools.lru_cache(maxsize=4096)(_parse_line)
 _LINE_CACHED = 120
 
@@ -6746,7 +6747,7 @@ class MemcacheSession(LineSession):
             self._say(b"END\r\n")
 
     def get_beyond(self, get):
-        """get <key> [<key> ...]: with keys that say what Kestrel has not."""
+        """get <key> [<key> ...]: with options that Kestrel does not have."""
         rests_on = []
         many = get._replace(key=None)        # how items are given
         for key in get.keys:
@@ -6764,7 +6765,8 @@ class MemcacheSession(LineSession):
             queues = []
             for name in names:
                 queue = yield from self._queue(name)
-                queues += [queue] if queue and queue not in queues else []
+                if queue:
+                    queues.append(queue)
             yield from self._read_beyond(many, key, queues)
             rests_on += queues
         if get.key:
@@ -6826,7 +6828,7 @@ class MemcacheSession(LineSession):
     def _end_beyond(self, queues, key):
         """Close, abort or touch the oldest open reads of these queues; return the queues."""
         # To touch one that has timed out is too late.
-        reads = sorted([(number, queue.name, xid) for queue in set(queues)
+        reads = sorted([(number, queue.name, xid) for queue in queues
                         for xid, (_, number) in self.open_reads.get(queue, {}).items()
                         if not key.touch or xid in queue.opens])[:key.count]
         ended = {}
@@ -6901,7 +6903,7 @@ class MemcacheSession(LineSession):
         if len(words) < 2:
             raise Refused("CLIENT_ERROR", "%s needs the name of a queue" % words[0].decode())
         rest = words[2:]
-        if rest[:1] == [b"0"]:           # once a time, in memcached
+        if rest[:1] == [b"0"]:           # a time, in old versions of memcached
             del rest[0]
         if rest not in ([], [b"noreply"]):
             raise Refused("CLIENT_ERROR", "%s takes one name" % words[0].decode())
@@ -7025,7 +7027,7 @@ class MemcacheSession(LineSession):
         self._reply(words, b"OK\r\n")
 
 
-# The longest item that can be put as a line of text, how many with one put, and how much.
+# The longest item that can be put as a line of text; the most items, and bytes, of one put.
 MAX_TEXT_ITEM = 1 << 20
 MAX_TEXT_ITEMS = 1024
 MAX_TEXT_PUT = 16 << 20
@@ -7041,9 +7043,9 @@ class TextSession(LineSession):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self._items = None              # the items of a put so far, the words of its command,
-        self._words = []
-        self._size = 0                  # and the size of the items together
+        self._items = None              # the lines that follow a command, as far as they have come
+        self._words = []                # the words of that command
+        self._size = 0                  # the size of these lines
 
     def _parse(self, data):
         pos = 0
@@ -7084,7 +7086,7 @@ class TextSession(LineSession):
         name = words[0].lower().decode("latin-1") if words else ""
         method = getattr(self, "do_" + name, None)
         if method is None:
-            # A page in a browser could send items, or commands, as the body of a POST.
+            # A web page could have a browser send items, or commands, as the body of a POST.
             raise Refused("CLIENT_ERROR", " ".join(["Unknown command:", *map(
                 os.fsdecode, words[:1])]), close=name in ("post", "host:"))
         return method(words)
@@ -7206,14 +7208,14 @@ _THRIFT_NUMBERS = {_BOOL: struct.Struct(">b"), _BYTE: struct.Struct(">b"),
                    _DOUBLE: struct.Struct(">d"), _I16: struct.Struct(">h"),
                    _I32: struct.Struct(">i"), _I64: struct.Struct(">q")}
 
-# How much a frame of a Thrift client may be larger than the largest item, in bytes.
+# By how many bytes a frame of a Thrift client may be larger than the largest item.
 _FRAME_EXTRA = 64 << 10
 
-# How much one get of a Thrift client is given at most.
+# The most items, and the most bytes, that one get of a Thrift client is given.
 _MOST_ITEMS = 2000
 _MOST_BYTES = 16 << 20
 
-# How many values there may be in one call of a Thrift client, and what a call adds to the load.
+# The most values in one call of a Thrift client, and what a call adds to the load.
 _MOST_VALUES = 10100
 _CALL_COST = 4 << 10
 
@@ -7223,8 +7225,8 @@ _THRIFT_STATUSES = {"QUIESCENT": 1, "READONLY": 2, "UP": 3, "WRITEAVOID": 3}
 
 def _thrift_value(kind, data, pos, left, depth=0):
     """Return the value at data[pos] and where it ends. A struct becomes a dict of
-    {field: (kind, value)}. left: a list of how many values there may be still. Raises ValueError
-    and struct.error."""
+    {field: (kind, value)}. left: a list with the number of values that may still come. Raises
+    ValueError and struct.error."""
     left[0] -= 1
     if left[0] < 0:
         raise ValueError("more than %d values in a call" % _MOST_VALUES)
@@ -7546,8 +7548,8 @@ _THRIFT_METHODS = {
 
 # == 8. Admin =============================================================================
 #
-# HTTP for those who watch: figures, metrics, load balancers' checks, a page for a browser. A
-# session like the others: bytes in, bytes out. Knows HTTP and the broker; no sockets.
+# HTTP for those who watch the server: figures, metrics, checks for load balancers, a page for a
+# browser. A session like the others: bytes in, bytes out. Knows HTTP and the broker; no sockets.
 
 # The longest head of an HTTP request, and the longest body, which is not looked at.
 MAX_HEAD = 16384
@@ -7625,7 +7627,7 @@ def _parse_request(head):
     if "transfer-encoding" in headers:
         raise ValueError("a body must have a Content-Length here")
     parts = urllib.parse.urlsplit(words[1])
-    # Unquoted bytes arrive as they are; and in no name is a + a blank.
+    # Unquoted bytes are taken as they are. A + is no blank: it stands before the name of a child.
     query = os.fsdecode(parts.query.encode("latin-1")).replace("+", "%2B")
     is_new = words[2] == "HTTP/1.1"
     keep_alive = is_new and "close" not in headers.get("connection", "").lower()
@@ -7699,15 +7701,16 @@ class AdminSession(Session):
                 self._respond(HTTPStatus.OK, told)
 
     def _is_from_here(self):
-        """Return whether a request comes from a page of this server, or from no page at all. A
-        page of elsewhere may be open in the browser of a user who may do what it asks for,
-        even under a name that its owner has made lead here (DNS rebinding)."""
+        """Return whether the request comes from a page of this server, or from no page at all. A
+        user who may do much may have a page of another site open, which could send requests in
+        the user's name, even under a host name that its owner has made lead here (DNS
+        rebinding)."""
         headers = self._request.headers
         host = headers.get("host", "")
         try:
             name = urllib.parse.urlsplit("//" + host).hostname or "localhost"
             origin = urllib.parse.urlsplit(headers.get("origin", "//" + host)).netloc
-        except ValueError:                   # neither can be from here
+        except ValueError:                   # no page of this server has such an address
             return False
         try:
             ipaddress.ip_address(name)       # no name, so no DNS that could lead here
@@ -7719,7 +7722,7 @@ class AdminSession(Session):
         return headers.get("sec-fetch-site", "none") in ("same-origin", "none") and origin == host
 
     def _is_known(self):
-        """Return whether the request has a right name and password (RFC 7617)."""
+        """Return whether the request has a valid name and password (RFC 7617)."""
         self.user = None
         scheme, _, token = self._request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "basic":
@@ -8057,7 +8060,7 @@ def _json_list(rows):
     yield "]"
 
 
-# What may be asked for: path -> method and what does it.
+# What can be requested: path -> (method, the function that is called with the session).
 _ADMIN_PATHS = {
     "/": ("GET", lambda session: session._respond(HTTPStatus.OK, _PAGE, _HTML)),
     "/ping": ("GET", lambda session: "pong"),
@@ -8085,13 +8088,13 @@ _ADMIN_PATHS = {
     "/shutdown": ("POST", AdminSession._post_shutdown),
 }
 
-# What tells of items: not for the pages of others.
+# Paths that show items: not for pages of other sites.
 _READING = ("/peek", "/queue.json", "/item")
 
-# What load balancers ask for, who have no password.
+# Paths for load balancers, which have no password.
 _PROBES = ("/ping", "/readable", "/writable")
 
-# The page at /: it asks for /queues.json and /history.json, and shows what comes as text only.
+# The page at /. It fetches /queues.json and the like, and shows what it gets as text only.
 _PAGE = """\
 <!DOCTYPE html>
 <html lang="en">
@@ -8217,7 +8220,7 @@ const columns = [["Queue", "name", x => x], ["Items", "items", number.format],
   ["Put/s", "put_rate", number.format], ["Got/s", "get_rate", number.format],
   ["Open", "open_transactions", number.format], ["Waiters", "waiters", number.format],
   ["Journal", "logsize", bytes]]
-// What is looked at stands in the address, so that it can be passed on.
+// The address says what is shown, so that a link to it can be shared.
 const wish = new URLSearchParams(location.search)
 let data = null, charts = {}, answered = 0, stopped = false, turn = 0, pressed = false
 const known = new Map()                  // key of a queue -> its row
