@@ -62,8 +62,8 @@ Time is read once a turn and handed down as `now`.
 The path of a set, from recv to send: Server.turn(), Connection.ready(), Session.feed(),
 MemcacheSession._parse() and store(), Queue.add(); Queue.write() with Journal.plan() and write();
 Connection.flush(). A get has do_get(), Queue.remove() and _give() in the place of store() and
-add(). This code runs for every command, so measure whatever you add to it. Gets with options that
-Kestrel does not have go through get_beyond().
+add(). This code runs for every command, so measure whatever you add to it. Gets of several keys,
+or with options that Kestrel does not have, go through get_beyond().
 
 What fails is undone, in memory and in the files, back to the last safe position, before anybody
 is told: a refused command has not happened, and what was acknowledged before stays.
@@ -6469,9 +6469,9 @@ def _parse_line(line):
     name = words[0].lower()
     if name in (b"get", b"gets"):
         get = _parse_get(words)
-        if any(key != ReadKey(*key[:_KESTREL_FIELDS]) for key in get.keys):
-            return MemcacheSession.get_beyond, get, None
-        return MemcacheSession.do_get, get, None
+        if get.key and get.key == ReadKey(*get.key[:_KESTREL_FIELDS]):
+            return MemcacheSession.do_get, get, None
+        return MemcacheSession.get_beyond, get, None
     if name in _BLOCKS:
         block = _parse_block(words)
         return MemcacheSession.store, block, block.size
@@ -6683,10 +6683,10 @@ class MemcacheSession(LineSession):
     # -- reading
 
     def do_get(self, get):
-        """get <key> [<key> ...]: answered at once if that is possible."""
+        """get <key>: answered at once if that is possible."""
         broker = self.broker
         key = get.key
-        queue = key and broker.find(key.name)
+        queue = broker.find(key.name)
         if queue is None:
             return self._get_in_steps(get)
         wait, opening, closing, abort, peek = key[2:_KESTREL_FIELDS]
@@ -6704,12 +6704,12 @@ class MemcacheSession(LineSession):
         self._give(get, key, queue, item)
         return None
 
-    def _begin_read(self, key, queue, whole=True):
+    def _begin_read(self, key, queue):
         """Do what a key asks for before an item is read; return whether one is to be read.
         queue: None if there is none of that name."""
         if key.close or key.abort:
             if queue:
-                self._end_reads(queue, 1, key.close, whole)
+                self._end_reads(queue, 1, key.close)
             if not key.open:
                 return False
         broker = self.broker
@@ -6722,76 +6722,78 @@ class MemcacheSession(LineSession):
         return True
 
     def _get_in_steps(self, get, begun=False):
+        key = get.key
+        queue = self.broker.find(key.name)
+        if not begun and not self._begin_read(key, queue):
+            self._say(b"END\r\n")
+            return
+        if queue is None and not key.peek:
+            queue = yield from self._queue(key.name)
+        item = None
+        if queue:
+            if key.wait > 0:
+                self.timeout = key.wait
+            item = yield from self._next(queue, key.open, key.peek, key.wait > 0)
+        self._count_read(queue, item, key.peek)
+        self._give(get, key, queue, item)
+
+    def get_beyond(self, get):
+        """get <key> [<key> ...]: several keys, or options that Kestrel does not have."""
+        rests_on = []
+        many = get._replace(key=None)        # how items are given
         for number, key in enumerate(get.keys, 1):
             try:
-                queue = self.broker.find(key.name)
-                if begun or self._begin_read(key, queue, get.key is not None):
-                    if queue is None and not key.peek:
-                        queue = yield from self._queue(key.name)
-                    item = None
-                    if queue:
-                        if key.wait > 0:
-                            self.timeout = key.wait
-                        item = yield from self._next(queue, key.open, key.peek, key.wait > 0)
-                    self._count_read(queue, item, key.peek)
-                    self._give(get, key, queue, item)
-                elif get.key:
-                    self._say(b"END\r\n")
+                rests_on += yield from self._get_key(many, key)
             except OSError as error:
                 if get.key:
                     raise
                 log.error("get of many keys: %s", _why(error))
             if self.load > self.most_load or number % QUEUES_STEP == 0:
                 yield
-        if not get.key:
-            self._say(b"END\r\n")
-
-    def get_beyond(self, get):
-        """get <key> [<key> ...]: with options that Kestrel does not have."""
-        rests_on = []
-        many = get._replace(key=None)        # how items are given
-        for key in get.keys:
-            names = (key.name, *key.others)
-            queues = list(filter(None, map(self.broker.find, names)))
-            if key.close or key.abort or key.touch:
-                rests_on += self._end_beyond(queues, key)
-            if (key.close or key.abort or key.touch) and not key.open:
-                continue
-            self._check_reads()
-            self._check_user("get_users", *names)
-            if key.peek:
-                yield from self._browse(many, key, queues)
-                continue
-            queues = []
-            for name in names:
-                queue = yield from self._queue(name)
-                if queue:
-                    queues.append(queue)
-            yield from self._read_beyond(many, key, queues)
-            rests_on += queues
         if get.key:
             for queue in dict.fromkeys(rests_on):
                 self._rest_on(queue)
         self._say(b"END\r\n")
 
+    def _get_key(self, get, key):
+        """Do what one of several keys asks for; return the queues that this has changed."""
+        names = (key.name, *key.others)
+        queues = list(filter(None, map(self.broker.find, names)))
+        changed = []
+        if key.close or key.abort or key.touch:
+            changed = self._end_beyond(queues, key)
+            if not key.open:
+                return changed
+        self._check_reads()
+        self._check_user("get_users", *names)
+        if key.peek:
+            yield from self._browse(get, key, queues)
+            return changed
+        queues = []
+        for name in names:
+            queue = yield from self._queue(name)
+            if queue:
+                queues.append(queue)
+        yield from self._read_beyond(get, key, queues)
+        return changed + queues
+
     def _browse(self, get, key, queues):
         """Show the first items of the first of these queues that has any."""
-        item = None
-        for queue in queues:
-            for items in queue.browse(key.count, self.now):
-                for item in items:
-                    self._give(get, key, queue, item)
-                    if self.load > self.most_load:
-                        yield
-                yield
-            if item is not None:
-                break
-        if item is None and key.wait > 0:
+        if key.wait > 0:
             self.timeout = key.wait
-            queue, item = yield from self._next_of(queues, peek=True, wait=True)
-            if item is not None:
+        queue, item = yield from self._next_of(queues, False, True, key.wait > 0)
+        self._count_read(queue, item, peek=True)
+        if item is None:
+            return
+        if key.count == 1 or not queue.count:          # taken by another since the wait
+            self._give(get, key, queue, item)
+            return
+        for items in queue.browse(key.count, self.now):
+            for item in items:
                 self._give(get, key, queue, item)
-        self._count_read(None, item, peek=True)
+                if self.load > self.most_load:
+                    yield
+            yield
 
     def _read_beyond(self, get, key, queues):
         """Give up to key.count items of the first of these queues that have any."""
@@ -6843,14 +6845,11 @@ class MemcacheSession(LineSession):
         return list(ended)
 
     def _give(self, get, key, queue, item):
-        """Answer one key with an item, or None."""
-        whole = get.key is not None
+        """Answer a key with an item, or with END if it is None."""
         if item is None:
-            if whole:
-                self._say(b"END\r\n")
-            else:
-                self.load += _COMMAND_COST
+            self._say(b"END\r\n")
             return
+        whole = get.key is not None
         out = self.out
         size = len(item.data)
         head = b"VALUE %b %d %d\r\n" % (

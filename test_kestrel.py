@@ -5496,6 +5496,32 @@ def test_many_open_reads_are_limited(tmp_path):
     assert items_of(talk.broker, "q") == [b"a", b"b", b"c", b"d", b"e"]
 
 
+@pytest.mark.parametrize("key", ["q/peek/n=2", "q/peek/or=r", "r/or=q/peek"])
+def test_a_peek_at_several_passes_over_expired_items(talk, key):
+    put(talk.broker, "q", *[b"late"] * 3, expiry=NOW + 1)
+    put(talk.broker, "q", b"a", b"b")
+    put(talk.broker, "r", b"late", expiry=NOW + 1)
+    talk.now += 10
+    shown = ["a", "b"] if "n=2" in key else ["a"]
+    assert talk("get %s\r\n" % key) == values(*shown, key=key)
+    assert talk("get %s r/peek\r\n" % key) == values(*shown, key=key)
+
+
+def test_a_get_of_several_queues_passes_over_one_that_cannot_be_read(talk, monkeypatch):
+    def fail(self, *arguments):
+        if self.name == "b":
+            raise OSError(errno.EIO, "Input/output error", "b")
+        return remove(self, *arguments)
+
+    for name in "abc":
+        put_all(talk, name, name)
+    remove = kestrel.Queue.remove
+    monkeypatch.setattr(kestrel.Queue, "remove", fail)
+    assert talk("get a/n=2 b/n=2 c\r\n") == (
+        "VALUE a/n=2 0 1\r\na\r\nVALUE c 0 1\r\nc\r\nEND\r\n")
+    assert talk("get b/n=2\r\n") == "SERVER_ERROR b: Input/output error\r\n"
+
+
 @pytest.mark.parametrize("command", ["monitor q 0", "get q/open/n=500"])
 def test_each_of_many_open_reads_is_not_looked_at_again_for_the_next(tmp_path, command):
     class Opens(dict):
@@ -7412,7 +7438,7 @@ EVERY_COMMAND = [
       for name in commands_of(kestrel.MemcacheSession)],
     ("memcache", "store", b"set q 0 0 1\r\nx\r\n"),
     ("memcache", "_store_in_steps", b"set new 0 0 1\r\nx\r\n"),
-    ("memcache", "_get_in_steps", b"get new\r\n"), ("memcache", "_next", b"get a b\r\n"),
+    ("memcache", "_get_in_steps", b"get new\r\n"), ("memcache", "_next_of", b"get a b\r\n"),
     *[("text", name, name[3:].encode() + b" q 1\n") for name in commands_of(kestrel.TextSession)],
     ("text", "_put_items", b"put q:\nx\n\n"),
     *[("thrift", name, None) for name in commands_of(kestrel.ThriftSession)],
