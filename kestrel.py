@@ -5689,7 +5689,7 @@ class Session:
         self.out = []                   # answers to be sent, in order
         self.load = 0                   # their size, and what else the commands have cost
         self.most_load = broker.settings.max_output_buffer
-        self.touched = []               # what settle() looks at next, see _rest_on()
+        self.touched = []               # (queue, index in out, count, whole), see _rest_on()
         self.holds = 0                  # how many queues have to be safe before answers are sent
         # queue -> {xid: (when it was opened here, its number)}, the oldest first
         self.open_reads = {}
@@ -6798,8 +6798,7 @@ class MemcacheSession(LineSession):
     def _read_beyond(self, get, key, queues):
         """Give up to key.count items of the first of these queues that have any."""
         for queue in queues:
-            if key.open or queue in self.open_reads:
-                self._check_opens(queue, plain=not key.open)
+            self._check_opens(queue, plain=not key.open)
         given = 0
         while given < key.count:
             if key.open:
