@@ -62,8 +62,8 @@ Time is read once a turn and handed down as `now`.
 The path of a set, from recv to send: Server.turn(), Connection.ready(), Session.feed(),
 MemcacheSession._parse() and store(), Queue.add(); Queue.write() with Journal.plan() and write();
 Connection.flush(). A get has do_get(), Queue.remove() and _give() in the place of store() and
-add(). This code runs for every command, so measure whatever you add to it. Gets with options that
-Kestrel does not have go through get_beyond().
+add(). This code runs for every command, so measure whatever you add to it. Gets of several keys,
+or with options that Kestrel does not have, go through get_beyond().
 
 What fails is undone, in memory and in the files, back to the last safe position, before anybody
 is told: a refused command has not happened, and what was acknowledged before stays.
@@ -5642,24 +5642,24 @@ class Broker:
 # It asks the broker, and never touches a socket, a clock or a file, so that every case can be
 # tried without one.
 #
-# A client is in one state, which follows from what it has said and what it waits for:
+# A client is in one state, which follows from what it has sent and what it waits for:
 #
 #   state      input is          goes on when
-#   READY      run as it comes   it says more
+#   READY      run as it comes   it sends more
 #   RECEIVING  kept              the rest of a command comes
 #   WAITING    kept              an item comes, or time_out() is called
 #   WORKING    kept              resume() is called: in a later turn, or for what it asked for
 #   HELD       kept              its answers are safe, or its question (a password) is answered
-#   FULL       kept              sent() is called: it has been told as much as it may at once
+#   FULL       kept              sent() is called: as much as is sent at once waits in `out`
 #   ENDING     thrown away       never; it is closed when `out` has been sent
 #   CLOSED     thrown away       never
 #
 # A command that waits is a generator. It yields None to go on in a later turn, a Waiter to wait
-# for an item, or a function that gets a result later: it is called with a callback, and what that
-# is given is sent into the generator. Once the result is there, the session is in broker.woken.
+# for an item, or a function whose result comes later: it is called with a callback, and what the
+# callback is given is sent into the generator. The session is then put into broker.woken.
 #
-# What grows with the number of queues, or creates or deletes files, begins with a `yield`: it is
-# done as a task, a step at a time, after the other clients have been served.
+# A command whose work grows with the number of queues, or that creates or deletes files, begins
+# with a `yield`: it runs as a task, a step at a time, after the other clients have been served.
 
 READY, RECEIVING, WAITING, WORKING, HELD, FULL, ENDING, CLOSED = (
     "ready", "receiving", "waiting", "working", "held", "full", "ending", "closed")
@@ -5670,13 +5670,13 @@ _LATEST = 1 << 62
 # The longest delay of an item, in milliseconds: a hundred years.
 _LONGEST_DELAY = 36525 * 86400000
 
-# What a command adds to the load of its session besides its answer.
+# What a command adds to the load of its session besides the size of its answer.
 _COMMAND_COST = 1 << 10
 
-# An item that is delivered so often is logged, since the earlier deliveries have failed.
+# The delivery of an item that is logged, since so many earlier ones have failed.
 _OFTEN = 5
 
-# When more queues than this have something to write, each session does one more command only.
+# While more queues than this have something to write, each session runs one command a turn.
 _MOST_DIRTY = 50
 
 
@@ -5731,18 +5731,19 @@ class Session:
     What the server uses: feed(), hang_up(), resume(), time_out(), settle(), take(), sent(),
     out_of_memory(), close(), the attributes that follow and those explained in __init__():
 
-    most_load    with more load the next command waits until all has been sent
+    most_load    with more load, the next command waits until all answers have been sent
     timeout      milliseconds from now at which time_out() is to be called; then set to None
 
     A protocol has _parse(data), which runs the commands in `data` and returns how far it has got,
     _say_error(error), which answers with a Refused, and _failure(why, answer), which returns the
     bytes that take the place of an answer, None for that of the command in hand. An answer that
-    is not to be said is b"".
+    must not be sent is b"".
     """
 
-    idle_timeout = None                 # milliseconds, if client_timeout is not shorter
-    hangs_up = True                     # after some errors, see Refused
+    idle_timeout = None                 # milliseconds; client_timeout may be shorter
+    hangs_up = True                     # after errors that say `close`, see Refused
     is_stranger = False                 # the client has still to log in
+    _opened = itertools.count()         # numbers the open reads of all clients
 
     def __init__(self, broker, peer=Peer("a client", "", True)):
         self.broker = broker
@@ -5755,14 +5756,12 @@ class Session:
         self.most_load = broker.settings.max_output_buffer
         self.touched = []               # (queue, index in out, count, whole), see _rest_on()
         self.holds = 0                  # how many queues have to be safe before answers are sent
-        # queue -> {xid: (when it was opened here, as which of all)}, the oldest first
+        # queue -> {xid: (when it was opened here, its number)}, the oldest first
         self.open_reads = {}
-        self._opened = itertools.count()
         self.command = None             # the generator of the command in hand,
         self.asks = None                # what it has yielded,
         self._given = None              # and what it is given next
         self.timeout = None
-        self._checked = 0               # entries of `touched` that settle() has seen
         self._ended = []                # (queue, xid) closed since answers were sent last
         self._kept = None               # a BytesIO of input that has not been run, if any
         self._needed = 0                # the length from which on it is worth looking at again
@@ -5805,13 +5804,13 @@ class Session:
         nothing left to do."""
         self._update()
         if self.at_end and self.state is WAITING and self._kept is not None:
-            self.time_out()                  # what has been said behind the wait is still done
+            self.time_out()                  # the commands behind the wait are still run
         elif self.at_end and self.state in (READY, RECEIVING, WAITING):
             self.end()
 
     def end(self):
-        """Run nothing more, and put open reads back; the connection is closed when all has been
-        sent."""
+        """Run no more commands, and put open reads back. The connection is closed when all answers
+        have been sent."""
         if self.state is not CLOSED:
             self.state = ENDING
         self._drop_command()
@@ -5841,8 +5840,8 @@ class Session:
                 self._run_kept()
 
     def hang_up(self, now):
-        """Note that the client will send no more. What it has asked for is still done and
-        answered, but it waits for no item any longer."""
+        """Note that the client will send no more. Its commands are still run and answered, but
+        none of them waits for an item."""
         self.now = now
         self.at_end = True
         self._end_if_done()
@@ -5896,9 +5895,9 @@ class Session:
             if asks is not None and type(asks) is not Waiter:
                 asks(functools.partial(self._wake, command))
         except StopIteration:
-            self.command = self.asks = self.timeout = None
+            self._drop_command()
         except (Refused, OSError) as error:
-            self.command = self.asks = self.timeout = None
+            self._drop_command()
             self._refuse(error)
         self._update()
 
@@ -5917,13 +5916,6 @@ class Session:
         if command is not None and not command.gi_running:
             command.close()
 
-    def _wait(self, queues, opening, peek=False):
-        """Return a Waiter for the next item of any of these queues, to be yielded."""
-        waiter = Waiter(self._deliver, opening, peek)
-        for queue in queues:
-            queue.wait(waiter)
-        return waiter
-
     def _deliver(self, queue, item):
         if item is not None:
             self._rest_on(queue)             # in this turn, though the answer may be of the next
@@ -5939,10 +5931,8 @@ class Session:
 
     # -- output
 
-    def _say(self, answer, *queues):
-        """Answer a command that has changed these queues (None: no queue)."""
-        for queue in filter(None, queues):
-            self.touched.append((queue, len(self.out), 1, True))
+    def _say(self, answer):
+        """Answer the command in hand."""
         self.load += len(answer) + _COMMAND_COST
         self.out.append(answer)
 
@@ -5966,7 +5956,7 @@ class Session:
 
     def take(self):
         """Return what is to be sent; it is the server's from now on."""
-        out, self.out, self.touched, self._checked = self.out, [], [], 0
+        out, self.out, self.touched = self.out, [], []
         if self._ended:
             self._ended.clear()
         return out
@@ -5981,36 +5971,35 @@ class Session:
         """Put errors in the place of answers that rest on a failed journal, and hold those that
         rest on operations which are not safe yet. failed: {queue: OSError}. unsafe: a set of
         queues. It is called in the turn in which these operations were written."""
-        since, self._checked = self._checked, len(self.touched)
-        touched = {entry[0] for entry in self.touched[since:]}
+        entries, self.touched = self.touched, []
+        queues = {entry[0] for entry in entries}
         if failed:
-            if any(isinstance(failed.get(queue), Unclear) for queue in touched):
+            if any(isinstance(failed.get(queue), Unclear) for queue in queues):
                 self.close(self.now)         # nobody knows what has become of them
                 return
-            self.fail(failed, since)
-        touched.intersection_update(unsafe)
-        if touched:
-            self.holds += len(touched)
-            for queue in touched:
-                queue.history.when_safe(
-                    functools.partial(self._release, queue, since, self._checked))
+            self._fail(failed, entries)
+        queues.intersection_update(unsafe)
+        if queues:
+            self.holds += len(queues)
+            for queue in queues:
+                queue.history.when_safe(functools.partial(self._release, queue, entries))
             self._update()
 
-    def _release(self, queue, since, until, error):
+    def _release(self, queue, entries, error):
         """Release the answers that waited for a queue, or fail them."""
         self.holds -= 1
         if isinstance(error, Unclear):
             self.close(self.now)
         elif error:
-            self.fail({queue: error}, since, until)
+            self._fail({queue: error}, entries)
         self._end_if_done()
         if not self.holds:
             self.broker.woken.append(self)   # to be sent, and resumed
 
-    def fail(self, failed, since=0, until=None):
-        """Answer with an error where a journal could not be written or fsynced. since, until:
-        which entries of `touched` to look at."""
-        for queue, index, count, whole in self.touched[since:until]:
+    def _fail(self, failed, entries):
+        """Answer with an error where a journal could not be written or fsynced. entries: of
+        `touched`."""
+        for queue, index, count, whole in entries:
             if not count or queue not in failed or (
                     isinstance(whole, Item) and queue.is_head(whole)):
                 continue
@@ -6049,7 +6038,7 @@ class Session:
                           reason="status")
 
     def _check_admin(self, command):
-        """Check that a command which is not for everybody may be given from here."""
+        """Check that this client may give a command that is not for everybody."""
         settings = self.broker.settings
         rule = settings.admin_commands
         if rule == "none":
@@ -6076,16 +6065,21 @@ class Session:
 
     def _check_opens(self, queue, plain=False):
         """Check that the client may open one more read of a queue, or read it plainly."""
-        reads = self._reads_of(queue)
-        limit = self.broker.settings.max_open_transactions
-        if reads and plain:
+        if plain and self._reads_of(queue):
             raise Refused("ERROR", "close the open read of %s first" % queue.name, close=True)
-        if len(reads) >= limit:
-            raise Refused("ERROR", "too many open reads of %s; limit=%d" % (queue.name, limit),
-                          close=True)
+        if not self._may_open(queue):
+            raise Refused("ERROR", "too many open reads of %s; limit=%d" % (
+                queue.name, self.broker.settings.max_open_transactions), close=True)
+
+    def _may_open(self, queue):
+        """Return whether the client may open one more read of a queue."""
+        limit = self.broker.settings.max_open_transactions
+        # Those that have timed out do not count, but to look for them takes long.
+        return (len(self.open_reads.get(queue, ())) < limit
+                or len(self._reads_of(queue)) < limit)
 
     def _reads_of(self, queue):
-        """Return the xids open here; some may have timed out, which the client cannot know."""
+        """Return the xids that are open here, without those that have timed out."""
         return [xid for xid in self.open_reads.get(queue, ()) if xid in queue.opens]
 
     # -- reading
@@ -6106,12 +6100,16 @@ class Session:
                     if opening:
                         self._note_open(queue, item)
                     return queue, item
-            if any([queue.has_more(peek) for queue in queues]):
+            more = [queue for queue in queues if queue.has_more(peek)]
+            if more:
                 # A run of expired items, or a large one is being read.
-                yield (self._nap if self.broker.later and self.broker.is_burying_much(queue)
-                       else None)
+                yield (self._nap if self.broker.later and all(
+                    map(self.broker.is_burying_much, more)) else None)
             elif wait and queues:
-                return (yield self._wait(queues, opening, peek))
+                waiter = Waiter(self._deliver, opening, peek)
+                for queue in queues:
+                    queue.wait(waiter)
+                return (yield waiter)
             else:
                 return None, None
 
@@ -6163,7 +6161,7 @@ class Session:
             if queue:
                 queue.counters.get_misses += 1
 
-    # -- what all protocols have, as generators
+    # -- what all protocols can do, most of it as generators
 
     def _queue(self, name):
         """Return the queue of that name, created if it is new; None for an alias."""
@@ -6230,8 +6228,8 @@ class Session:
             yield self._client_row(number, session, came, list(session.open_reads.values()))
 
     def _client_row(self, number, session, came, reads):
-        """Return what is told of a client. reads: the open reads that are told of, see
-        `open_reads`."""
+        """Return a dict that describes a client. reads: the values of its `open_reads` that are
+        counted."""
         protocol, _, address = session.peer.name.partition(" client ")
         return {"id": number, "address": address, "user": session.user, "protocol": protocol,
                 "state": session.state, "seconds": int(self.broker.uptime() - came),
@@ -6242,13 +6240,13 @@ class Session:
                 if session.state is WAITING else None}
 
     def _flush(self, name):
-        """Flush a queue; return it, or None if there is none."""
+        """Flush the queue of that name, if there is one."""
         queue = self.broker.find(name)
         self._check_writes()
         if queue:
             self._check_user("get_users", name)
             self.broker.flush(queue, self.who)
-        return queue
+            self._rest_on(queue)
 
     def _check_all_queues(self):
         """Check that the client may drop what is in any queue."""
@@ -6271,21 +6269,19 @@ class Session:
                 yield
 
     def _delete(self, name, command="delete"):
-        """Delete a queue; return it, or None if there is none."""
+        """Delete the queue of that name, if there is one."""
         self._check_admin(command)
         self._check_writes()
         queue = self.broker.find(name)
         if queue:
             self._check_user("get_users", name)
             yield
-            if queue.closed:
-                return None
-            self.broker.delete(queue, self.who)
-        return queue
+            if not queue.closed:
+                self.broker.delete(queue, self.who)
+                self._rest_on(queue)
 
     def _move(self, name, dest, most=UNLIMITED):
         """Move waiting items of one queue to another; return how many. Raises Refused."""
-        name, dest = _name(os.fsencode(name)), _name(os.fsencode(dest))
         self._check_reads()
         self._check_writes()
         self._check_user("get_users", name)
@@ -6304,8 +6300,7 @@ class Session:
         return moved
 
     def _pause(self, name, what):
-        """Pause what is given of a queue, and nothing else of it; return the queue. Raises
-        Refused."""
+        """Pause puts, gets, both or neither of a queue. Raises Refused."""
         self._check_admin("pause")
         self._check_writes()
         self._check_user("get_users", name)
@@ -6316,7 +6311,7 @@ class Session:
         queue.pause(what)
         log.info("queue %s %s by %s", name, "paused (%s)" % PAUSES[what] if what else "resumed",
                  self.who)
-        return queue
+        self._rest_on(queue)
 
     def _kick(self, number):
         """Hang up on a client; return whether there is one of that number."""
@@ -6354,27 +6349,30 @@ class Session:
 
 class LineSession(Session):
     """One client of a protocol whose commands are lines of words. It has a method do_<word> for
-    each command, and the answers of those that all have."""
+    each command; here are those that these protocols share, and a protocol sets their answers."""
 
     FLUSHED = DELETED = CHANGED = STATUS = VERSION = b""
 
-    def _reply(self, words, answer, *queues):
-        self._say(answer, *queues)
+    def _reply(self, words, answer):
+        self._say(answer)
 
     def do_flush(self, words):
         """flush <queue>"""
-        self._reply(words, self.FLUSHED, self._flush(self._named(words)))
+        self._flush(self._named(words))
+        self._reply(words, self.FLUSHED)
 
     def do_delete(self, words):
         """delete <queue>"""
-        queue = yield from self._delete(self._named(words))
-        self._reply(words, self.DELETED, queue)
+        yield from self._delete(self._named(words))
+        self._reply(words, self.DELETED)
 
     def do_status(self, words):
         """status [<word>]"""
         if len(words) > 1:
             self._set_status(words[1].decode("ascii", "replace"))
-        self._say(self.CHANGED if len(words) > 1 else self.STATUS % self.broker.status.encode())
+            self._say(self.CHANGED)
+        else:
+            self._say(self.STATUS % self.broker.status.encode())
 
     def do_version(self, words):
         self._say(self.VERSION % __version__.encode())
@@ -6386,16 +6384,15 @@ class LineSession(Session):
         self.end()
 
 
-# A key of a get. text: as it was sent. queue and name: of the queue, as bytes and as text. wait:
-# milliseconds. more: what Kestrel has not, a More, or None.
-ReadKey = collections.namedtuple("ReadKey", "text queue name wait open close abort peek more")
-
-# How many items; the names of further queues; milliseconds after which the read goes back, or until
-# it is available again; whether it goes to the tail; whether its timeout starts anew; whether the
-# answer tells the time, expiry and deliveries of each item.
-More = collections.namedtuple("More", "count others timeout delay tail touch info",
-                              defaults=(1, (), None, 0, False, False, False))
-_NO_MORE = More()
+# A key of a get. text: as it was sent. name: of the queue. wait: milliseconds. From count on it is
+# what Kestrel does not have. count: how many items. others: the names of further queues. timeout:
+# milliseconds after which the read goes back. delay: milliseconds until an aborted item is
+# available again. tail: whether it goes to the tail. touch: whether the timeout starts anew. info:
+# whether the answer tells the time, expiry and deliveries of each item.
+ReadKey = collections.namedtuple(
+    "ReadKey", "text name wait open close abort peek count others timeout delay tail touch info",
+    defaults=(0, False, False, False, False, 1, (), None, 0, False, False, False))
+_KESTREL_FIELDS = 7
 
 # A get. key: None if there are several. with_cas: it is a gets.
 Get = collections.namedtuple("Get", "key keys with_cas")
@@ -6408,38 +6405,33 @@ Block = collections.namedtuple("Block", "key flags expiry size words delay sync"
 def parse_key(text):
     """Return the ReadKey of `q/t=500/open` and the like. Raises Refused."""
     queue, *given = text.split(b"/")
-    words, options, others = set(), {}, []
+    words, options, others = set(), {}, {}
     for word in given:
         name, is_option, value = word.partition(b"=")
         name = name.lower()
         if not is_option:
             words.add(name)
         elif name == b"or":
-            others.append(_name(value))
+            others[_name(value)] = None
         else:
             options[name] = value
-    opening, closing, abort, peek, touch = (
-        word in words for word in (b"open", b"close", b"abort", b"peek", b"touch"))
+    opening, closing, abort, peek, tail, touch, info = (
+        word in words
+        for word in (b"open", b"close", b"abort", b"peek", b"tail", b"touch", b"info"))
     if peek + abort + touch + (opening or closing) > 1:
         raise Refused("CLIENT_ERROR", "open, close, abort and peek cannot be combined like this")
     wait = _number(options.get(b"t", b"0"), "timeout")
-    return ReadKey(text, queue, _name(queue), wait, opening, closing, abort, peek,
-                   _more(words, options, others))
-
-
-def _more(words, options, others):
-    """Return the More of a key, None if it says no more than Kestrel knows. Raises Refused."""
+    name = _name(queue)
+    others.pop(name, None)
     count = min(_number(options.get(b"n", b"1"), "number of items (n=)"), UNLIMITED)
     timeout = _number(options[b"timeout"], "timeout") if b"timeout" in options else None
     delay = _number(options.get(b"delay", b"0"), "delay")
     if count < 1 or timeout is not None and timeout < 1 or not 0 <= delay <= _LONGEST_DELAY:
         raise Refused("CLIENT_ERROR", "n= and timeout= need a number from 1, delay= one from 0")
-    tail = b"tail" in words
-    if timeout and b"open" not in words or (delay or tail) and b"abort" not in words or (
-            delay and tail):
+    if timeout and not opening or (delay or tail) and not abort or delay and tail:
         raise Refused("CLIENT_ERROR", "timeout= needs open; delay= or tail needs abort")
-    more = More(count, tuple(others), timeout, delay, tail, b"touch" in words, b"info" in words)
-    return None if more == _NO_MORE else more
+    return ReadKey(text, name, wait, opening, closing, abort, peek, count, tuple(others), timeout,
+                   delay, tail, touch, info)
 
 
 def _parse_get(words):
@@ -6493,8 +6485,8 @@ _MEMCACHED = (b"incr decr touch gat gats mg md mn ma me slabs lru lru_crawler wa
 
 
 def _when_all_durable(queues, call):
-    """Make a call when all that was done to these queues is durable; with an OSError if any of it
-    was undone."""
+    """Make a call, with None, when all that was done to these queues is durable; or, with an
+    OSError, when any of it has been undone."""
     left, failure = len(queues), None
 
     def settled(error):
@@ -6508,6 +6500,11 @@ def _when_all_durable(queues, call):
         queue.history.when_durable(settled)
     if not queues:
         call(None)
+
+
+def _lines(line, pairs):
+    """Return a line of text for each of some pairs."""
+    return "".join([(line + "\r\n") % tuple(pair) for pair in pairs])
 
 
 def _is_silent(words):
@@ -6537,9 +6534,9 @@ def _parse_line(line):
     name = words[0].lower()
     if name in (b"get", b"gets"):
         get = _parse_get(words)
-        if any(key.more for key in get.keys):
-            return MemcacheSession.get_beyond, get, None
-        return MemcacheSession.do_get, get, None
+        if get.key and get.key == ReadKey(*get.key[:_KESTREL_FIELDS]):
+            return MemcacheSession.do_get, get, None
+        return MemcacheSession.get_beyond, get, None
     if name in _BLOCKS:
         block = _parse_block(words)
         return MemcacheSession.store, block, block.size
@@ -6552,7 +6549,7 @@ def _parse_line(line):
                   reason="PROXY" if words[0] == b"PROXY" else "client")
 
 
-# The same lines come again and again. Longer ones are not kept, or they would fill the memory.
+# Clients send the same lines again and again. Longer ones are not kept: they would fill the memory.
 _parse_line_cached = functools.lru_cache(maxsize=4096)(_parse_line)
 _LINE_CACHED = 120
 
@@ -6569,17 +6566,22 @@ class MemcacheSession(LineSession):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        settings = self.broker.settings
-        self.is_stranger = self.broker.config.users is not None
-        self._most_item = MAX_LOGIN if self.is_stranger else settings.max_item_size
-        self._value_key = 1 if settings.value_key == "queue" else 0      # of a ReadKey
+        self._names_queue = self.broker.settings.value_key == "queue"
         self._skip = 0                  # bytes of a refused data block still to come
-        self._block = None              # (method, Block) of which the data is still to come
+        self._block = None              # the Block whose data is still to come
         self._words = ()                # of the command in hand, if it waits
+
+    @property
+    def is_stranger(self):
+        """Whether the client has still to log in."""
+        return self.broker.config.users is not None and self.user is None
 
     def _parse(self, data):
         pos, end = 0, len(data)
-        dirty = self.broker.dirty
+        broker = self.broker
+        settings, dirty = broker.settings, broker.dirty
+        # No call as a rule; it stays so in this turn, since the answer to a login takes another.
+        is_stranger = broker.config.users is not None and self.is_stranger
         while pos < end and self.state is READY and self.load <= self.most_load:
             if self._skip:
                 skipped = min(self._skip, end - pos)
@@ -6597,22 +6599,22 @@ class MemcacheSession(LineSession):
                     break
                 line = data[pos:eol]
                 pos = eol + 1
-                if self.is_stranger:
+                if is_stranger:
                     self._check_stranger(line)
                 if len(line) <= _LINE_CACHED:
                     command, asked, size = _parse_line_cached(line)
-                elif len(line.rstrip(b"\r")) > self.broker.settings.max_line:
+                elif len(line.rstrip(b"\r")) > settings.max_line:
                     raise Refused("CLIENT_ERROR", "line too long", close=True)
                 else:
                     command, asked, size = _parse_line(line)
                 if size is None:
                     waits = command(self, asked)
                 else:
-                    if size > self._most_item:
+                    if size > (MAX_LOGIN if is_stranger else settings.max_item_size):
                         raise Refused("SERVER_ERROR", "object too large for cache", skip=size + 2)
                     stop = pos + size
                     if stop + 2 > end:
-                        self._block = command, asked
+                        self._block = asked
                         self._needed = size + 2
                         break
                     if data[stop:stop + 2] != b"\r\n":
@@ -6639,7 +6641,7 @@ class MemcacheSession(LineSession):
 
     def _finish_block(self):
         """Store a data block whose rest has come, without another copy."""
-        (method, block), self._block = self._block, None
+        block, self._block = self._block, None
         self._kept.seek(block.size)
         rest = self._kept.read()
         self._kept.truncate(block.size)
@@ -6651,7 +6653,7 @@ class MemcacheSession(LineSession):
         try:
             if rest[:2] != b"\r\n":
                 raise Refused("CLIENT_ERROR", "bad data chunk", close=True)
-            waits = method(self, block, item)
+            waits = self.store(block, item)
             if waits:
                 self._begin(waits)
         except (Refused, OSError) as error:
@@ -6666,7 +6668,7 @@ class MemcacheSession(LineSession):
 
     def out_of_memory(self):
         if self.command is None:
-            self._words = self._block[1].words if self._block else ()
+            self._words = self._block.words if self._block else ()
         super().out_of_memory()
 
     def _check_stranger(self, line):
@@ -6674,9 +6676,9 @@ class MemcacheSession(LineSession):
         if line.lower().split()[:1] not in ([b"set"], [b"quit"]):
             raise Refused("CLIENT_ERROR", "unauthenticated", close=True)
 
-    def _reply(self, words, answer, *queues):
+    def _reply(self, words, answer):
         """Answer a command that may have asked for silence."""
-        self._say(b"" if _is_silent(words) else answer, *queues)
+        self._say(b"" if _is_silent(words) else answer)
 
     def _say_error(self, error):
         line = "%s %s" % (error.kind, error.why) if error.why else error.kind
@@ -6741,20 +6743,18 @@ class MemcacheSession(LineSession):
         yield from self._log_in(name, password)
         if self.user is None:
             raise Refused("CLIENT_ERROR", "authentication failure", close=True)
-        self.is_stranger = False
-        self._most_item = self.broker.settings.max_item_size
         self._reply(words, b"STORED\r\n")
 
     # -- reading
 
     def do_get(self, get):
-        """get <key> [<key> ...]: answered at once if that is possible."""
+        """get <key>: answered at once if that is possible."""
         broker = self.broker
         key = get.key
-        queue = key and broker.find(key.name)
+        queue = broker.find(key.name)
         if queue is None:
             return self._get_in_steps(get)
-        _, _, _, wait, opening, closing, abort, peek, _ = key
+        wait, opening, closing, abort, peek = key[2:_KESTREL_FIELDS]
         if (closing or abort or broker.refuses_reads or self.open_reads
                 or broker.config.users is not None) and not self._begin_read(key, queue):
             self._say(b"END\r\n")
@@ -6769,12 +6769,12 @@ class MemcacheSession(LineSession):
         self._give(get, key, queue, item)
         return None
 
-    def _begin_read(self, key, queue, whole=True):
+    def _begin_read(self, key, queue):
         """Do what a key asks for before an item is read; return whether one is to be read.
         queue: None if there is none of that name."""
         if key.close or key.abort:
             if queue:
-                self._end_reads(queue, 1, key.close, whole)
+                self._end_reads(queue, 1, key.close)
             if not key.open:
                 return False
         broker = self.broker
@@ -6787,86 +6787,87 @@ class MemcacheSession(LineSession):
         return True
 
     def _get_in_steps(self, get, begun=False):
+        key = get.key
+        queue = self.broker.find(key.name)
+        if not begun and not self._begin_read(key, queue):
+            self._say(b"END\r\n")
+            return
+        if queue is None and not key.peek:
+            queue = yield from self._queue(key.name)
+        item = None
+        if queue:
+            if key.wait > 0:
+                self.timeout = key.wait
+            item = yield from self._next(queue, key.open, key.peek, key.wait > 0)
+        self._count_read(queue, item, key.peek)
+        self._give(get, key, queue, item)
+
+    def get_beyond(self, get):
+        """get <key> [<key> ...]: several keys, or options that Kestrel does not have."""
+        rests_on = []
+        many = get._replace(key=None)        # how items are given
         for number, key in enumerate(get.keys, 1):
             try:
-                queue = self.broker.find(key.name)
-                if begun or self._begin_read(key, queue, get.key is not None):
-                    if queue is None and not key.peek:
-                        queue = yield from self._queue(key.name)
-                    item = None
-                    if queue:
-                        if key.wait > 0:
-                            self.timeout = key.wait
-                        item = yield from self._next(queue, key.open, key.peek, key.wait > 0)
-                    self._count_read(queue, item, key.peek)
-                    self._give(get, key, queue, item)
-                elif get.key:
-                    self._say(b"END\r\n")
+                rests_on += yield from self._get_key(many, key)
             except OSError as error:
                 if get.key:
                     raise
                 log.error("get of many keys: %s", _why(error))
             if self.load > self.most_load or number % QUEUES_STEP == 0:
                 yield
-        if not get.key:
-            self._say(b"END\r\n")
+        if get.key:
+            for queue in dict.fromkeys(rests_on):
+                self._rest_on(queue)
+        self._say(b"END\r\n")
 
-    def get_beyond(self, get):
-        """get <key> [<key> ...]: with keys that say what Kestrel has not."""
-        rests_on = []
-        many = get._replace(key=None)        # how items are given
-        for key in get.keys:
-            more = key.more or _NO_MORE
-            names = (key.name, *more.others)
-            queues = list(filter(None, map(self.broker.find, names)))
-            if key.close or key.abort or more.touch:
-                rests_on += self._end_beyond(queues, key, more)
-            if more.touch or (key.close or key.abort) and not key.open:
-                continue
-            self._check_reads()
-            self._check_user("get_users", *names)
-            if key.peek:
-                yield from self._browse(many, key, more, queues)
-                continue
-            queues = []
-            for name in names:
-                queue = yield from self._queue(name)
-                queues += [queue] if queue and queue not in queues else []
-            yield from self._read_beyond(many, key, more, queues)
-            rests_on += queues
-        self._say(b"END\r\n", *(dict.fromkeys(rests_on) if get.key else ()))
+    def _get_key(self, get, key):
+        """Do what one of several keys asks for; return the queues that this has changed."""
+        names = (key.name, *key.others)
+        queues = list(filter(None, map(self.broker.find, names)))
+        changed = []
+        if key.close or key.abort or key.touch:
+            changed = self._end_beyond(queues, key)
+            if not key.open:
+                return changed
+        self._check_reads()
+        self._check_user("get_users", *names)
+        if key.peek:
+            yield from self._browse(get, key, queues)
+            return changed
+        queues = []
+        for name in names:
+            queue = yield from self._queue(name)
+            if queue:
+                queues.append(queue)
+        yield from self._read_beyond(get, key, queues)
+        return changed + queues
 
-    def _browse(self, get, key, more, queues):
+    def _browse(self, get, key, queues):
         """Show the first items of the first of these queues that has any."""
-        item = None
-        for queue in queues:
-            for items in queue.browse(more.count, self.now):
-                for item in items:
-                    self._give(get, key._replace(queue=os.fsencode(queue.name)), queue, item)
-                    if self.load > self.most_load:
-                        yield
-                yield
-            if item is not None:
-                break
-        if item is None and key.wait > 0:
+        if key.wait > 0:
             self.timeout = key.wait
-            queue, item = yield from self._next_of(queues, peek=True, wait=True)
-            if item is not None:
-                self._give(get, key._replace(queue=os.fsencode(queue.name)), queue, item)
-        self._count_read(None, item, peek=True)
+        queue, item = yield from self._next_of(queues, False, True, key.wait > 0)
+        self._count_read(queue, item, peek=True)
+        if item is None:
+            return
+        if key.count == 1 or not queue.count:          # taken by another since the wait
+            self._give(get, key, queue, item)
+            return
+        for items in queue.browse(key.count, self.now):
+            for item in items:
+                self._give(get, key, queue, item)
+                if self.load > self.most_load:
+                    yield
+            yield
 
-    def _read_beyond(self, get, key, more, queues):
-        """Give up to more.count items of the first of these queues that have any."""
-        count = more.count
+    def _read_beyond(self, get, key, queues):
+        """Give up to key.count items of the first of these queues that have any."""
         for queue in queues:
-            if key.open or queue in self.open_reads:
-                self._check_opens(queue, plain=not key.open)
-        most = self.broker.settings.max_open_transactions
-        given, last = 0, None
-        while given < count:
+            self._check_opens(queue, plain=not key.open)
+        given = 0
+        while given < key.count:
             if key.open:
-                queues = [queue for queue in queues if len(self.open_reads.get(queue, ())) < most
-                          or len(self._reads_of(queue)) < most]
+                queues = list(filter(self._may_open, queues))
             wait = not given and key.wait > 0
             if wait:
                 self.timeout = key.wait
@@ -6881,49 +6882,45 @@ class MemcacheSession(LineSession):
                 break
             given += 1
             self._count_read(queue, item)
-            if more.timeout:
-                limit = queue.config.open_transaction_timeout or more.timeout
-                queue.limit(item.xid, min(more.timeout, limit))
-            if queue is not last:
-                key, last = key._replace(queue=os.fsencode(queue.name)), queue
+            if key.timeout:
+                limit = queue.config.open_transaction_timeout or key.timeout
+                queue.limit(item.xid, min(key.timeout, limit))
             self._give(get, key, queue, item)
             if self.load > self.most_load:
                 yield
         if not given:
             self._count_read(queues[0] if queues else None, None)
 
-    def _end_beyond(self, queues, key, more):
+    def _end_beyond(self, queues, key):
         """Close, abort or touch the oldest open reads of these queues; return the queues."""
         # To touch one that has timed out is too late.
-        reads = sorted([(number, queue.name, xid) for queue in set(queues)
+        reads = sorted([(number, queue.name, xid) for queue in queues
                         for xid, (_, number) in self.open_reads.get(queue, {}).items()
-                        if not more.touch or xid in queue.opens])[:more.count]
+                        if not key.touch or xid in queue.opens])[:key.count]
         ended = {}
         for _, name, xid in reads:
             ended.setdefault(self.broker.queues[name], []).append(xid)
         for queue, xids in ended.items():
-            if not more.touch:
-                self._end_reads(queue, len(xids), key.close, False, delay=more.delay,
-                                tail=more.tail)
-            for xid in xids if more.touch else ():
-                queue.touch(xid)
+            if key.touch:
+                for xid in xids:
+                    queue.touch(xid)
+            else:
+                self._end_reads(queue, len(xids), key.close, False, delay=key.delay, tail=key.tail)
         return list(ended)
 
     def _give(self, get, key, queue, item):
-        """Answer one key with an item, or None."""
-        whole = get.key is not None
+        """Answer a key with an item, or with END if it is None."""
         if item is None:
-            if whole:
-                self._say(b"END\r\n")
-            else:
-                self.load += _COMMAND_COST
+            self._say(b"END\r\n")
             return
+        whole = get.key is not None
         out = self.out
         size = len(item.data)
-        head = b"VALUE %b %d %d\r\n" % (key[self._value_key], item.flags, size)
+        head = b"VALUE %b %d %d\r\n" % (
+            os.fsencode(queue.name) if self._names_queue else key.text, item.flags, size)
         if get.with_cas:
             head = b"%b %d\r\n" % (head[:-2], self.broker.cas(item))
-        elif key.more and key.more.info:
+        elif key.info:
             head = b"%b %d %d %d\r\n" % (head[:-2], item.add_time, item.expiry, item.deliveries)
         self.touched.append((queue, len(out), 3, item if key.peek and whole else whole))
         out += head, item.data, b"\r\nEND\r\n" if whole else b"\r\n"
@@ -6938,11 +6935,10 @@ class MemcacheSession(LineSession):
         count = _number(words[3], "number of items") if len(words) == 4 else UNLIMITED
         self._check_reads()
         self._check_user("get_users", name)
-        key = ReadKey(words[1], words[1], name, 0, True, False, False, False, None)
+        key = ReadKey(words[1], name, open=True)
         self.timeout = max(0, seconds * 1000)
         queue = yield from self._queue(name)
-        limit = self.broker.settings.max_open_transactions
-        while queue and count > 0 and len(self._reads_of(queue)) < limit:
+        while queue and count > 0 and self._may_open(queue):
             item = yield from self._next(queue, True, False, seconds > 0)
             self._count_read(queue, item)
             if item is None:
@@ -6970,7 +6966,7 @@ class MemcacheSession(LineSession):
         if len(words) < 2:
             raise Refused("CLIENT_ERROR", "%s needs the name of a queue" % words[0].decode())
         rest = words[2:]
-        if rest[:1] == [b"0"]:           # once a time, in memcached
+        if rest[:1] == [b"0"]:           # a time, in old versions of memcached
             del rest[0]
         if rest not in ([], [b"noreply"]):
             raise Refused("CLIENT_ERROR", "%s takes one name" % words[0].decode())
@@ -7007,22 +7003,18 @@ class MemcacheSession(LineSession):
         """list [<prefix>]"""
         if len(words) > 2:
             raise Refused("CLIENT_ERROR", "list takes one prefix")
-        yield
         prefix = os.fsdecode(words[1]) if len(words) > 1 else ""
-        for number, queue in enumerate(self._queues(), 1):
-            if queue.name.startswith(prefix):
-                self._say(os.fsencode("QUEUE %s %d %d %d %d\r\n" % (
-                    queue.name, queue.count, queue.bytes, len(queue.opens), len(queue.waiters))))
-            if number % QUEUES_STEP == 0:
-                yield
-        self._say(b"END\r\n")
+        return self._report(
+            "QUEUE %s %d %d %d %d\r\n" % (queue.name, queue.count, queue.bytes, len(queue.opens),
+                                        len(queue.waiters))
+            if queue.name.startswith(prefix) else "" for queue in self._queues())
 
     def do_move(self, words):
         """move <queue> <queue> [<items>]"""
         if not 3 <= len(words) <= 4:
             raise Refused("CLIENT_ERROR", "move needs two queues")
         most = _number(words[3], "number of items") if len(words) == 4 else UNLIMITED
-        moved = yield from self._move(os.fsdecode(words[1]), os.fsdecode(words[2]), most)
+        moved = yield from self._move(_name(words[1]), _name(words[2]), most)
         self._say(b"%d\r\n" % moved)
 
     def do_pause(self, words):
@@ -7031,28 +7023,26 @@ class MemcacheSession(LineSession):
             tuple(word.lower() for word in words[2:]))
         if what is None or len(words) < 2:
             raise Refused("CLIENT_ERROR", "pause takes one queue, and in or out")
-        queue = self.broker.find(_name(words[1]))
-        self._say(b"END\r\n", self._pause(
-            _name(words[1]), what | (queue.paused if queue else 0)))
+        name = _name(words[1])
+        queue = self.broker.find(name)
+        self._pause(name, what | (queue.paused if queue else 0))
+        self._say(b"END\r\n")
 
     def do_resume(self, words):
         """resume <queue>"""
         if len(words) != 2:
             raise Refused("CLIENT_ERROR", "resume takes one queue")
-        self._say(b"END\r\n", self._pause(_name(words[1]), 0))
+        self._pause(_name(words[1]), 0)
+        self._say(b"END\r\n")
 
     def do_clients(self, words):
         """clients"""
         self._check_admin("clients")
-        yield
-        for count, row in enumerate(self._clients(), 1):
-            del row["oldest_open_seconds"]
-            self._say(os.fsencode("CLIENT %s\r\n" % " ".join(
+        return self._report(
+            "CLIENT %s\r\n" % " ".join(
                 "-" if value is None else str(value).replace(" ", "%20")
-                for value in row.values())))
-            if count % QUEUES_STEP == 0:
-                yield
-        self._say(b"END\r\n")
+                for name, value in row.items() if name != "oldest_open_seconds")
+            for row in self._clients())
 
     def do_kick(self, words):
         """kick <client>"""
@@ -7061,14 +7051,13 @@ class MemcacheSession(LineSession):
         self._reply(words, b"OK\r\n" if self._kick(number) else b"NOT_FOUND\r\n")
 
     def do_stats(self, words):
-        yield
-        self._say_pairs("STAT %s %s", self.broker.server_stats(self.now))
-        for number, queue in enumerate(self._queues(), 1):
-            self._say_pairs("STAT queue_%s_%%s %%s" % queue.name.replace("%", "%%"),
-                            self.broker.queue_stats(queue, self.now))
-            if number % QUEUES_STEP == 0:
-                yield
-        self._say(b"END\r\n")
+        return self._report(self._all_stats())
+
+    def _all_stats(self):
+        yield _lines("STAT %s %s", self.broker.server_stats(self.now))
+        for queue in self._queues():
+            yield _lines("STAT queue_%s_%%s %%s" % queue.name.replace("%", "%%"),
+                         self.broker.queue_stats(queue, self.now))
 
     def do_dump_stats(self, words):
         return self._dump(words, lambda queue: self.broker.queue_stats(queue, self.now))
@@ -7078,18 +7067,20 @@ class MemcacheSession(LineSession):
             line.split(" = ", 1) for line in queue.config.lines()])
 
     def _dump(self, words, pairs):
-        yield
         names = list(dict.fromkeys(map(os.fsdecode, words[1:]))) or None
-        for number, queue in enumerate(self._queues(names), 1):
-            self._say(os.fsencode("queue '%s' {\r\n" % queue.name))
-            self._say_pairs("  %s=%s", pairs(queue))
-            self._say(b"}\r\n")
+        return self._report(
+            "queue '%s' {\r\n%s}\r\n" % (queue.name, _lines("  %s=%s", pairs(queue)))
+            for queue in self._queues(names))
+
+    def _report(self, pieces):
+        """Answer with pieces of text as a generator makes them, some in each turn, and END."""
+        yield
+        for number, piece in enumerate(pieces, 1):
+            if piece:
+                self._say(os.fsencode(piece))
             if number % QUEUES_STEP == 0:
                 yield
         self._say(b"END\r\n")
-
-    def _say_pairs(self, line, pairs):
-        self._say(os.fsencode("".join([(line + "\r\n") % tuple(pair) for pair in pairs])))
 
     def do_reload(self, words):
         yield from self._reload()
@@ -7099,7 +7090,7 @@ class MemcacheSession(LineSession):
         self._reply(words, b"OK\r\n")
 
 
-# The longest item that can be put as a line of text, how many with one put, and how much.
+# The longest item that can be put as a line of text; the most items, and bytes, of one put.
 MAX_TEXT_ITEM = 1 << 20
 MAX_TEXT_ITEMS = 1024
 MAX_TEXT_PUT = 16 << 20
@@ -7115,9 +7106,9 @@ class TextSession(LineSession):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self._items = None              # the items of a put so far, the words of its command,
-        self._words = []
-        self._size = 0                  # and the size of the items together
+        self._items = None              # the lines that follow a command, as far as they have come
+        self._words = []                # the words of that command
+        self._size = 0                  # the size of these lines
 
     def _parse(self, data):
         pos = 0
@@ -7158,7 +7149,7 @@ class TextSession(LineSession):
         name = words[0].lower().decode("latin-1") if words else ""
         method = getattr(self, "do_" + name, None)
         if method is None:
-            # A page in a browser could send items, or commands, as the body of a POST.
+            # A web page could have a browser send items, or commands, as the body of a POST.
             raise Refused("CLIENT_ERROR", " ".join(["Unknown command:", *map(
                 os.fsdecode, words[:1])]), close=name in ("post", "host:"))
         return method(words)
@@ -7242,22 +7233,19 @@ class TextSession(LineSession):
         queue = self.broker.find(name) if peek else (yield from self._queue(name))
         if queue and not peek and not monitor:
             self._end_reads(queue, 1, True)
-        limit = self.broker.settings.max_open_transactions
-        while True:
+            if not self._may_open(queue):
+                raise Refused("CLIENT_ERROR", "Too many open transactions; limit=%d"
+                              % self.broker.settings.max_open_transactions)
+        while count:
             item = None
-            if queue and (peek or len(self._reads_of(queue)) < limit):
+            if queue and (peek or self._may_open(queue)):
                 item = yield from self._next(queue, not peek, peek, wait > 0)
-                self._count_read(queue, item, peek)
-            elif queue and not monitor:
-                raise Refused("CLIENT_ERROR", "Too many open transactions; limit=%d" % limit)
-            else:
-                self._count_read(queue, None, peek)
-            if item is not None:
-                self._rest_on(queue, item if peek else True)
-                self._say(b":%b\n" % item.data)
-                count -= 1
-            if item is None or not count:
+            self._count_read(queue, item, peek)
+            if item is None:
                 break
+            self._rest_on(queue, item if peek else True)
+            self._say(b":%b\n" % item.data)
+            count -= 1
             if self.load > self.most_load:
                 yield
         if item is None or monitor:
@@ -7283,14 +7271,14 @@ _THRIFT_NUMBERS = {_BOOL: struct.Struct(">b"), _BYTE: struct.Struct(">b"),
                    _DOUBLE: struct.Struct(">d"), _I16: struct.Struct(">h"),
                    _I32: struct.Struct(">i"), _I64: struct.Struct(">q")}
 
-# How much a frame of a Thrift client may be larger than the largest item, in bytes.
+# By how many bytes a frame of a Thrift client may be larger than the largest item.
 _FRAME_EXTRA = 64 << 10
 
-# How much one get of a Thrift client is given at most.
+# The most items, and the most bytes, that one get of a Thrift client is given.
 _MOST_ITEMS = 2000
 _MOST_BYTES = 16 << 20
 
-# How many values there may be in one call of a Thrift client, and what a call adds to the load.
+# The most values in one call of a Thrift client, and what a call adds to the load.
 _MOST_VALUES = 10100
 _CALL_COST = 4 << 10
 
@@ -7300,8 +7288,8 @@ _THRIFT_STATUSES = {"QUIESCENT": 1, "READONLY": 2, "UP": 3, "WRITEAVOID": 3}
 
 def _thrift_value(kind, data, pos, left, depth=0):
     """Return the value at data[pos] and where it ends. A struct becomes a dict of
-    {field: (kind, value)}. left: a list of how many values there may be still. Raises ValueError
-    and struct.error."""
+    {field: (kind, value)}. left: a list with the number of values that may still come. Raises
+    ValueError and struct.error."""
     left[0] -= 1
     if left[0] < 0:
         raise ValueError("more than %d values in a call" % _MOST_VALUES)
@@ -7393,11 +7381,10 @@ class ThriftSession(Session):
         except (Refused, OSError) as error:
             self._refuse(error)
 
-    def _answer(self, result, *queues):
+    def _answer(self, result):
         """Answer the call in hand with the fields of its result."""
         strict, name, number, oneway = self._head
-        frame = _thrift_frame(strict, name, number, _REPLY, result)
-        self._say(b"" if oneway else frame, *queues)
+        self._say(b"" if oneway else _thrift_frame(strict, name, number, _REPLY, result))
 
     def _except(self, why, kind):
         self._say(self._failure(why, None, kind))
@@ -7420,9 +7407,9 @@ class ThriftSession(Session):
         else:
             super().out_of_memory()
 
-    def fail(self, failed, since=0, until=None):
+    def _fail(self, failed, entries):
         ended = [(queue, xid) for queue, xid in self._ended if queue in failed]
-        super().fail(failed, since, until)
+        super()._fail(failed, entries)
         # The items of a get that could not be confirmed: the client knows no ids of them.
         for queue in failed:
             xids = [xid for other, xid in ended if other is queue and xid in queue.opens]
@@ -7477,12 +7464,14 @@ class ThriftSession(Session):
             else:
                 self._ended.append((queue, xid))
                 queue.confirm(xid)
+        if queue:
+            self._rest_on(queue)
         self._count_read(queue, items[0] if items else None)
         self._answer(
             struct.pack(">bhbi", _LIST, 0, _STRUCT, len(items)) + b"".join([
                 _string_field(1, item.data)
                 + struct.pack(">bhqb", _I64, 2, item.xid if auto_abort else 0, 0)
-                for item in items]), queue)
+                for item in items]))
 
     def _room(self, queue):
         """Return how many more items of a queue the client may have that go back by themselves.
@@ -7503,8 +7492,11 @@ class ThriftSession(Session):
 
     def _end_ids(self, name, ids, end):
         queue = self.broker.find(_name(name))
-        self._answer(_i32_field(0, end(queue, list(dict.fromkeys(ids))) if queue else 0),
-                     *filter(None, [queue]))
+        count = 0
+        if queue:
+            count = end(queue, list(dict.fromkeys(ids)))
+            self._rest_on(queue)
+        self._answer(_i32_field(0, count))
 
     def do_peek(self, name):
         self._check_reads()
@@ -7526,16 +7518,16 @@ class ThriftSession(Session):
             + b"\0")
 
     def do_flush_queue(self, name):
-        queue = self._flush(_name(name))
-        self._answer(b"", queue)
+        self._flush(_name(name))
+        self._answer(b"")
 
     def do_flush_all_queues(self):
         yield from self._flush_all("flush_all_queues")
         self._answer(b"")
 
     def do_delete_queue(self, name):
-        queue = yield from self._delete(_name(name), "delete_queue")
-        self._answer(b"", queue)
+        yield from self._delete(_name(name), "delete_queue")
+        self._answer(b"")
 
     def do_current_status(self):
         self._answer(_i32_field(0, _THRIFT_STATUSES[self.broker.status]))
@@ -7619,8 +7611,8 @@ _THRIFT_METHODS = {
 
 # == 8. Admin =============================================================================
 #
-# HTTP for those who watch: figures, metrics, load balancers' checks, a page for a browser. A
-# session like the others: bytes in, bytes out. Knows HTTP and the broker; no sockets.
+# HTTP for those who watch the server: figures, metrics, checks for load balancers, a page for a
+# browser. A session like the others: bytes in, bytes out. Knows HTTP and the broker; no sockets.
 
 # The longest head of an HTTP request, and the longest body, which is not looked at.
 MAX_HEAD = 16384
@@ -7629,6 +7621,11 @@ MAX_BODY = 65536
 # How many bytes of an item the page shows, and how many items of a queue.
 _SHOWN = 2000
 _SHOWN_ITEMS = 20
+
+# The statistics in the page's table of queues.
+_SHOWN_STATS = [one for one in QUEUE_STATS if one.name in (
+    "items", "bytes", "logsize", "waiters", "open_transactions", "head_wait", "put_rate",
+    "get_rate")]
 
 _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
@@ -7662,25 +7659,58 @@ def _scale(name):
     return _SCALES.get(name.rpartition("_")[2], 1)
 
 
+# A request. query: {parameter: [its values]}. headers: by name in lower case. keep_alive: the
+# connection stays open after the answer. chunked: the client knows HTTP/1.1.
+HttpRequest = collections.namedtuple(
+    "HttpRequest", "method path query headers keep_alive chunked body")
+
+# What is answered when a request cannot be understood.
+_NO_REQUEST = HttpRequest("GET", "", {}, {}, False, False, b"")
+
+
+def _parse_request(head):
+    """Return the HttpRequest of the head of one, its body still to come, and the size of that.
+    Raises ValueError."""
+    first, *lines = head.decode("latin-1").split("\r\n")
+    words = first.split(" ")
+    if len(words) != 3 or not re.fullmatch(r"HTTP/1\.[01]", words[2]):
+        raise ValueError("not a request of HTTP/1.1: %.100r" % first)
+    headers = {}
+    for text in lines:
+        name, colon, value = text.partition(":")
+        if (not colon or not re.fullmatch(r"[!#-'*+.^-z|~A-Z0-9-]+", name)
+                or re.search("[\r\n\0]", value)):
+            raise ValueError("not a header: %.100r" % text)
+        name = name.lower()
+        if name in headers and name in ("content-length", "host", "origin", "sec-fetch-site"):
+            raise ValueError("duplicate %s" % name)
+        headers[name] = value.strip(" \t")
+    if not re.fullmatch("[0-9]{1,18}", headers.get("content-length", "0")):
+        raise ValueError("bad Content-Length")
+    if "transfer-encoding" in headers:
+        raise ValueError("a body must have a Content-Length here")
+    parts = urllib.parse.urlsplit(words[1])
+    # Unquoted bytes are taken as they are. A + is no blank: it stands before the name of a child.
+    query = os.fsdecode(parts.query.encode("latin-1")).replace("+", "%2B")
+    is_new = words[2] == "HTTP/1.1"
+    keep_alive = is_new and "close" not in headers.get("connection", "").lower()
+    return HttpRequest(
+        words[0], parts.path, urllib.parse.parse_qs(query, errors="surrogateescape"), headers,
+        keep_alive, is_new, b""), int(headers.get("content-length", 0))
+
+
 class AdminSession(Session):
     """One client of the admin port: HTTP/1.1 (RFC 9112), as much of it as monitoring, load
     balancers and a browser need. Requests are answered one after the other."""
 
     hangs_up = False
     idle_timeout = 60000
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self._method = "GET"             # of the request in hand
-        self._keep_alive = False         # after the answer to it
-        self._chunked = False            # the client knows HTTP/1.1
-        self._query = {}
-        self._body = b""
+    _request = _NO_REQUEST               # the one in hand
 
     def _parse(self, data):
         pos = 0
         while self.state is READY and self.load <= self.most_load:
-            self._method, self._keep_alive, self._chunked = "GET", False, False
+            self._request = _NO_REQUEST
             try:
                 while data[pos:pos + 2] == b"\r\n":        # RFC 9112, 2.2
                     pos += 2
@@ -7692,91 +7722,58 @@ class AdminSession(Session):
                     if len(data) - pos >= MAX_HEAD:
                         self._respond(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
                     break
-                target, headers = self._parse_head(data[pos:end])
-                size = int(headers.get("content-length", 0))
-                if size > MAX_BODY:
-                    self._keep_alive = False
-                    self._respond(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
-                    break
-                if len(data) < end + 4 + size:
-                    self._needed = end + 4 + size - pos
-                    break
-                self._body = data[end + 4:end + 4 + size]
-                pos = end + 4 + size
-                path = self._parse_target(target)
+                request, size = _parse_request(data[pos:end])
             except ValueError as error:
-                self._keep_alive = False
                 self._respond(HTTPStatus.BAD_REQUEST, str(error))
                 break
-            self._begin(self._request(path, headers))
+            if size > MAX_BODY:
+                self._respond(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+                break
+            stop = end + 4 + size
+            if len(data) < stop:
+                self._needed = stop - pos
+                break
+            self._request = request._replace(body=data[end + 4:stop])
+            pos = stop
+            self._begin(self._serve())
         return pos
 
-    def _parse_head(self, head):
-        """Return the target of a request, and its headers by name in lower case. Raises
-        ValueError."""
-        first, *lines = head.decode("latin-1").split("\r\n")
-        line = first.split(" ")
-        if len(line) != 3 or not re.fullmatch(r"HTTP/1\.[01]", line[2]):
-            raise ValueError("not a request of HTTP/1.1: %.100r" % first)
-        headers = {}
-        for text in lines:
-            name, colon, value = text.partition(":")
-            if (not colon or not re.fullmatch(r"[!#-'*+.^-z|~A-Z0-9-]+", name)
-                    or re.search("[\r\n\0]", value)):
-                raise ValueError("not a header: %.100r" % text)
-            if name.lower() in headers and name.lower() in (
-                    "content-length", "host", "origin", "sec-fetch-site"):
-                raise ValueError("duplicate %s" % name)
-            headers[name.lower()] = value.strip(" \t")
-        if not re.fullmatch("[0-9]{1,18}", headers.get("content-length", "0")):
-            raise ValueError("bad Content-Length")
-        if "transfer-encoding" in headers:
-            raise ValueError("a body must have a Content-Length here")
-        self._method = line[0]
-        self._chunked = line[2] == "HTTP/1.1"
-        self._keep_alive = self._chunked and (
-            "close" not in headers.get("connection", "").lower())
-        return line[1], headers
-
-    def _parse_target(self, target):
-        """Return the path of a target, and set `_query`. Raises ValueError."""
-        parts = urllib.parse.urlsplit(target)
-        # Unquoted bytes arrive as they are; and in no name is a + a blank.
-        query = os.fsdecode(parts.query.encode("latin-1")).replace("+", "%2B")
-        self._query = urllib.parse.parse_qs(query, errors="surrogateescape")
-        return parts.path
-
-    def _request(self, path, headers):
-        """Answer a request: a generator."""
+    def _serve(self):
+        """Answer the request in hand: a generator."""
+        path = self._request.path
         method, call = _ADMIN_PATHS.get(path, (None, None))
         allowed = ("POST",) if method == "POST" else ("GET", "HEAD")
         if call is None:
             self._respond(HTTPStatus.NOT_FOUND)
-        elif self._method not in allowed:
+        elif self._request.method not in allowed:
             self._respond(HTTPStatus.METHOD_NOT_ALLOWED, header="Allow: " + ", ".join(allowed))
-        elif (method == "POST" or path in _READING) and not self._is_from_here(headers):
+        elif (method == "POST" or path in _READING) and not self._is_from_here():
             self._respond(HTTPStatus.FORBIDDEN, "this is taken from pages of this server only, "
                           "under a name of it (admin_hosts)")
         elif self.broker.config.users is not None and path not in _PROBES and not (
-                yield from self._is_known(headers)):
+                yield from self._is_known()):
             self._respond(HTTPStatus.UNAUTHORIZED,
                           header='WWW-Authenticate: Basic realm="kestrel"')
         else:
             told = call(self)
             if isinstance(told, types.GeneratorType):
                 told = yield from told
-            if told is not None:
+            if isinstance(told, dict):
+                self._respond(HTTPStatus.OK, json.dumps(told), _JSON)
+            elif told is not None:
                 self._respond(HTTPStatus.OK, told)
 
-    def _is_from_here(self, headers):
-        """Return whether a request comes from a page of this server, or from no page at all. A
-        page of elsewhere may be open in the browser of a user who may do what it asks for,
-        even under a name that its owner has made lead here (DNS rebinding)."""
+    def _is_from_here(self):
+        """Return whether the request comes from a page of this server, or from no page at all. A
+        user who may do much may have a page of another site open, which could send requests in
+        the user's name, even under a host name that its owner has made lead here (DNS
+        rebinding)."""
+        headers = self._request.headers
         host = headers.get("host", "")
         try:
             name = urllib.parse.urlsplit("//" + host).hostname or "localhost"
             origin = urllib.parse.urlsplit(headers.get("origin", "//" + host)).netloc
-        except ValueError:                   # neither can be from here
+        except ValueError:                   # no page of this server has such an address
             return False
         try:
             ipaddress.ip_address(name)       # no name, so no DNS that could lead here
@@ -7787,10 +7784,10 @@ class AdminSession(Session):
                 return False
         return headers.get("sec-fetch-site", "none") in ("same-origin", "none") and origin == host
 
-    def _is_known(self, headers):
-        """Return whether the request has a right name and password (RFC 7617)."""
+    def _is_known(self):
+        """Return whether the request has a valid name and password (RFC 7617)."""
         self.user = None
-        scheme, _, token = headers.get("authorization", "").partition(" ")
+        scheme, _, token = self._request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "basic":
             try:
                 name, _, password = base64.b64decode(token, validate=True).partition(b":")
@@ -7808,8 +7805,8 @@ class AdminSession(Session):
 
     def _answer(self, status, body, kind, header):
         head = self._head(status, kind, "Content-Length: %d" % len(body), header)
-        self._say(head + (b"" if self._method == "HEAD" else body))
-        if not self._keep_alive:
+        self._say(head + (b"" if self._request.method == "HEAD" else body))
+        if not self._request.keep_alive:
             self.end()
 
     def _head(self, status, kind, *headers):
@@ -7818,7 +7815,7 @@ class AdminSession(Session):
                  *filter(None, headers)]
         if kind == _HTML:
             lines.append("Content-Security-Policy: " + _page_policy())
-        if not self._keep_alive:
+        if not self._request.keep_alive:
             lines.append("Connection: close")
         return "\r\n".join(lines + ["", ""]).encode()
 
@@ -7826,25 +7823,25 @@ class AdminSession(Session):
         """Answer with pieces of text as a generator makes them, some in each turn, so that a
         report is never in memory as a whole."""
         self._say(self._head(HTTPStatus.OK, kind,
-                             "Transfer-Encoding: chunked" if self._chunked else None))
+                             "Transfer-Encoding: chunked" if self._request.chunked else None))
         yield
         lines = []
-        for count, piece in enumerate(pieces if self._method != "HEAD" else (), 1):
+        for count, piece in enumerate(pieces if self._request.method != "HEAD" else (), 1):
             lines.append(piece)
             if count % _LINES_STEP == 0:
                 self._say_piece("".join(lines))
                 lines.clear()
                 yield
         self._say_piece("".join(lines))
-        if self._method != "HEAD" and self._chunked:
+        if self._request.method != "HEAD" and self._request.chunked:
             self._say(b"0\r\n\r\n")
-        if not self._keep_alive:
+        if not self._request.keep_alive:
             self.end()
 
     def _say_piece(self, text):
         data = text.encode("utf-8", "backslashreplace")
         if data:
-            self._say(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+            self._say(b"%x\r\n%b\r\n" % (len(data), data) if self._request.chunked else data)
 
     def _say_error(self, error):
         self._respond(
@@ -7860,7 +7857,8 @@ class AdminSession(Session):
 
     # -- what is asked for
 
-    # Each returns the text of its answer, or None if it has answered, at once or as a generator.
+    # Each returns its answer, at once or as a generator: text, a dict that is sent as JSON, or None
+    # if it has answered.
 
     def _probe(self, why):
         if why:
@@ -7907,96 +7905,69 @@ class AdminSession(Session):
 
     def _metric_lines(self):
         broker, now = self.broker, self.now
-        yield _described("build_info", "gauge", "The version.")
-        yield 'kestrel_build_info{version="%s",python="%s"} 1\n' % (
-            __version__, ".".join(map(str, sys.version_info[:3])))
-        yield _described("status", "gauge", "1 for the status that the server has.")
-        for status in STATUSES:
-            yield 'kestrel_status{status="%s"} %d\n' % (status.lower(), status == broker.status)
-        yield _described("refused_total", "counter", "Commands refused, by the reason.")
-        for reason, count in sorted(broker.refused.items()):
-            yield 'kestrel_refused_total{reason="%s"} %d\n' % (reason, count)
+        yield from _metric("build_info", "gauge", "The version.", [
+            ('{version="%s",python="%s"}' % (
+                __version__, ".".join(map(str, sys.version_info[:3]))), 1)])
+        yield from _metric("status", "gauge", "1 for the status that the server has.", [
+            ('{status="%s"}' % status.lower(), int(status == broker.status))
+            for status in STATUSES])
+        yield from _metric("refused_total", "counter", "Commands refused, by the reason.", [
+            ('{reason="%s"}' % reason, count) for reason, count in sorted(broker.refused.items())])
         if broker.free_space is not None:
-            yield _described("spool_free_bytes", "gauge", "Bytes left for the spool.")
-            yield "kestrel_spool_free_bytes %d\n" % broker.free_space
+            yield from _metric("spool_free_bytes", "gauge", "Bytes left for the spool.",
+                               [("", broker.free_space)])
         if broker.scrubbed:
-            for name, value, what in zip(
-                    ("files", "damaged_files", "timestamp_seconds"), broker.scrubbed,
-                    ("Journal files", "Damaged journal files", "The time")):
-                yield _described("scrub_" + name, "gauge", what + " of the last scrub.")
-                yield "kestrel_scrub_%s %d\n" % (
-                    name, value // 1000 if name == "timestamp_seconds" else value)
-        yield _described("journal_failed", "gauge",
-                         "1 while the journal of a queue cannot be written or read.")
-        for queue in list(broker.failing):
-            yield 'kestrel_journal_failed{queue="%s"} 1\n' % _label(queue.name)
+            files, damaged, when = broker.scrubbed
+            for name, value, what in (("files", files, "Journal files"),
+                                      ("damaged_files", damaged, "Damaged journal files"),
+                                      ("timestamp_seconds", when // 1000, "The time")):
+                yield from _metric("scrub_" + name, "gauge", what + " of the last scrub.",
+                                   [("", value)])
+        yield from _metric(
+            "journal_failed", "gauge", "1 while the journal of a queue cannot be written or read.",
+            (('{queue="%s"}' % _label(queue.name), 1) for queue in list(broker.failing)))
         for one in SERVER_STATS:
             if one.kind:
-                yield _described(one.metric, one.kind, one.help)
-                yield "kestrel_%s %s\n" % (one.metric, one.get(broker, now))
+                yield from _metric(one.metric, one.kind, one.help, [("", one.get(broker, now))])
         for key, (name, what) in METRICS.items():
-            metric, seen, scale = broker.metrics[key], 0, _scale(key)
-            yield _described(name, "histogram", what)
-            for bits, count in enumerate(metric.buckets):
-                seen += count
-                if bits <= metric.longest.bit_length():
-                    yield 'kestrel_%s_bucket{le="%.9g"} %d\n' % (
-                        name, ((1 << bits) - 1) * scale, seen)
-            yield 'kestrel_%s_bucket{le="+Inf"} %d\n' % (name, seen)
-            yield "kestrel_%s_count %d\nkestrel_%s_sum %.9g\n" % (
-                name, seen, name, metric.total * scale)
+            samples = _histogram(broker.metrics[key], _scale(key))
+            yield from _metric(name, "histogram", what, samples)
         for one in QUEUE_STATS:
-            if not one.kind:
-                continue
-            described = _described("queue_" + one.metric, one.kind, one.help)
-            line = "kestrel_queue_%s{queue=\"%%s\"} %%.12g\n" % one.metric
-            get, scale = one.get, _scale(one.ostrich)
-            for queue in self._queues():
-                if described:
-                    yield described
-                    described = None
-                yield line % (_label(queue.name), get(queue, now) * scale)
+            if one.kind:
+                scale = _scale(one.ostrich)
+                yield from _metric("queue_" + one.metric, one.kind, one.help, (
+                    ('{queue="%s"}' % _label(queue.name), "%.12g" % (one.get(queue, now) * scale))
+                    for queue in self._queues()))
 
     # -- for the page
 
     def _page_pieces(self):
-        broker, now = self.broker, self.now
-        totals = broker.totals()
-        yield json.dumps({
+        broker = self.broker
+        head = json.dumps({
             "version": __version__, "uptime": int(broker.uptime()),
             "put_rate": round(broker.put_rate, 1), "get_rate": round(broker.get_rate, 1),
             "status": broker.status, "connections": len(broker.clients),
-            "items": totals.items, "host": os.uname().nodename,
-            "trouble": broker.why_not_readable() or broker.why_not_writable(),
-            "queues": 0})[:-2] + "["
-        shown = [one for one in QUEUE_STATS if one.name in (
-            "items", "bytes", "logsize", "waiters", "open_transactions", "head_wait", "put_rate",
-            "get_rate")]
-        comma = ""
-        for queue in self._queues():
-            row = {one.name: one.get(queue, now) for one in shown}
-            row.update(name=_shown_name(queue.name), key=_key_of(queue.name),
-                       paused=PAUSES[queue.paused], failing=queue in broker.failing,
-                       children=len(broker.children.get(queue.name, ())))
-            yield comma + json.dumps(row)
-            comma = ","
-        yield "]}\n"
+            "items": broker.totals().items, "host": os.uname().nodename,
+            "trouble": broker.why_not_readable() or broker.why_not_writable()})
+        yield head[:-1] + ', "queues": '
+        yield from _json_list(map(self._queue_row, self._queues()))
+        yield "}\n"
 
-    def _client_pieces(self):
-        comma = "["
-        for row in self._clients():
-            yield comma + json.dumps(row)
-            comma = ",\n"
-        yield "]\n"
+    def _queue_row(self, queue):
+        """Return what the page's table shows of a queue."""
+        row = {one.name: one.get(queue, self.now) for one in _SHOWN_STATS}
+        row.update(name=_shown_name(queue.name), key=_key_of(queue.name),
+                   paused=PAUSES[queue.paused], failing=queue in self.broker.failing,
+                   children=len(self.broker.children.get(queue.name, ())))
+        return row
 
     def _connections(self):
         self._check_admin("clients")
-        return self._stream(_JSON, self._client_pieces())
+        return self._stream(_JSON, _json_list(self._clients()))
 
     def _history_json(self):
-        queues = self._queues(self._query.get("queue", [])[:QUEUES_STEP * 4])
-        self._respond(HTTPStatus.OK, json.dumps(
-            {_key_of(queue.name): self.broker.history(queue) for queue in queues}), _JSON)
+        queues = self._queues(self._request.query.get("queue", [])[:QUEUES_STEP * 4])
+        return {_key_of(queue.name): self.broker.history(queue) for queue in queues}
 
     def _first_items(self, most, shown):
         """Return the queue that the request names, and what shown() returns of its first items."""
@@ -8014,7 +7985,7 @@ class AdminSession(Session):
 
     def _peek(self):
         _, rows = yield from self._first_items(1, self._item_row)
-        self._respond(HTTPStatus.OK, json.dumps({"item": rows[0] if rows else None}), _JSON)
+        return {"item": rows[0] if rows else None}
 
     def _item_row(self, item):
         """Return what the page shows of an item."""
@@ -8026,21 +7997,21 @@ class AdminSession(Session):
                 "base64": base64.b64encode(begin).decode()}
 
     def _queue_json(self):
-        """Answer with all that the page shows of one queue."""
+        """Return all that the page shows of one queue."""
         queue, rows = yield from self._first_items(_SHOWN_ITEMS, self._item_row)
         readers = [self._client_row(number, session, came, [session.open_reads[queue]])
                    for number, (session, came) in self.broker.clients.items()
                    if session.open_reads.get(queue)]
-        self._respond(HTTPStatus.OK, json.dumps({
+        return {
             "name": _shown_name(queue.name), "key": _key_of(queue.name),
             "paused": PAUSES[queue.paused], "settings": queue.config.lines(),
             "stats": dict(self.broker.queue_stats(queue, self.now)),
             "children": [_shown_name(name) for name in self.broker.children.get(queue.name, ())],
-            "items": rows, "readers": readers, "history": self.broker.history(queue)}), _JSON)
+            "items": rows, "readers": readers, "history": self.broker.history(queue)}
 
     def _item(self):
         """Answer with the data of one of the first items."""
-        number = self._query.get("n", ["0"])[0]
+        number = self._request.query.get("n", ["0"])[0]
         number = int(number) if re.fullmatch("[0-9]{1,4}", number) else _SHOWN_ITEMS
         place = itertools.count()
         _, items = yield from self._first_items(
@@ -8055,9 +8026,9 @@ class AdminSession(Session):
 
     def _asked(self, name):
         """Return a parameter that the request must have. Raises Refused."""
-        if name not in self._query:
+        if name not in self._request.query:
             raise Refused("CLIENT_ERROR", "the parameter %s is missing" % name)
-        return self._query[name][0]
+        return self._request.query[name][0]
 
     def _asked_queue(self):
         """Return the queue that the request names. Raises Refused."""
@@ -8067,13 +8038,11 @@ class AdminSession(Session):
         return queue
 
     def _post_flush(self):
-        self._rest_on(self._flush(self._asked_queue().name))
+        self._flush(self._asked_queue().name)
         return "flushed"
 
     def _post_delete(self):
-        queue = self._asked_queue()
-        yield from self._delete(queue.name)
-        self._rest_on(queue)
+        yield from self._delete(self._asked_queue().name)
         return "deleted"
 
     def _post_put(self):
@@ -8082,20 +8051,21 @@ class AdminSession(Session):
         key = os.fsencode(self._asked("queue"))
         self._check_put(key)
         route = yield from self._route(key)
-        if not (yield from self._put(route, [self._body])):
+        if not (yield from self._put(route, [self._request.body])):
             raise Refused("CLIENT_ERROR", "the queue does not take it", reason="full")
         return "stored"
 
     def _post_move(self):
-        moved = yield from self._move(self._asked_queue().name, self._asked("dest"))
+        dest = _name(os.fsencode(self._asked("dest")))
+        moved = yield from self._move(self._asked_queue().name, dest)
         return "%d moved" % moved
 
     def _post_pause(self):
         queue = self._asked_queue()
-        what = self._query.get("what", ["in and out"])[0]
+        what = self._request.query.get("what", ["in and out"])[0]
         if what not in PAUSES:
             raise Refused("CLIENT_ERROR", "what is one of: " + ", ".join(PAUSES))
-        self._rest_on(self._pause(queue.name, PAUSES.index(what)))
+        self._pause(queue.name, PAUSES.index(what))
         return "paused: %s" % PAUSES[queue.paused]
 
     def _post_kick(self):
@@ -8118,16 +8088,42 @@ class AdminSession(Session):
 
     def _post_shutdown(self):
         self._check_admin("shutdown")
-        self._keep_alive = False
+        self._request = self._request._replace(keep_alive=False)
         self._respond(HTTPStatus.OK, "stopping")
         self._shutdown()
 
 
-def _described(name, kind, what):
-    return "# HELP kestrel_%s %s\n# TYPE kestrel_%s %s\n" % (name, what, name, kind)
+def _metric(name, kind, what, samples):
+    """Yield the lines of a metric in the Prometheus text format. samples: (what follows the name,
+    value) pairs."""
+    yield "# HELP kestrel_%s %s\n# TYPE kestrel_%s %s\n" % (name, what, name, kind)
+    for labels, value in samples:
+        yield "kestrel_%s%s %s\n" % (name, labels, value)
 
 
-# What may be asked for: path -> method and what does it.
+def _histogram(histogram, scale):
+    """Yield the samples of a Histogram. scale: what makes its values seconds."""
+    seen = 0
+    for bits, count in enumerate(histogram.buckets):
+        seen += count
+        if bits <= histogram.longest.bit_length():
+            yield '_bucket{le="%.9g"}' % (((1 << bits) - 1) * scale), seen
+    yield '_bucket{le="+Inf"}', seen
+    yield "_count", seen
+    yield "_sum", "%.9g" % (histogram.total * scale)
+
+
+def _json_list(rows):
+    """Yield a list in JSON, an element at a time."""
+    yield "["
+    comma = ""
+    for row in rows:
+        yield comma + json.dumps(row)
+        comma = ",\n"
+    yield "]"
+
+
+# What can be requested: path -> (method, the function that is called with the session).
 _ADMIN_PATHS = {
     "/": ("GET", lambda session: session._respond(HTTPStatus.OK, _PAGE, _HTML)),
     "/ping": ("GET", lambda session: "pong"),
@@ -8155,13 +8151,13 @@ _ADMIN_PATHS = {
     "/shutdown": ("POST", AdminSession._post_shutdown),
 }
 
-# What tells of items: not for the pages of others.
+# Paths that show items: not for pages of other sites.
 _READING = ("/peek", "/queue.json", "/item")
 
-# What load balancers ask for, who have no password.
+# Paths for load balancers, which have no password.
 _PROBES = ("/ping", "/readable", "/writable")
 
-# The page at /: it asks for /queues.json and /history.json, and shows what comes as text only.
+# The page at /. It fetches /queues.json and the like, and shows what it gets as text only.
 _PAGE = """\
 <!DOCTYPE html>
 <html lang="en">
@@ -8287,7 +8283,7 @@ const columns = [["Queue", "name", x => x], ["Items", "items", number.format],
   ["Put/s", "put_rate", number.format], ["Got/s", "get_rate", number.format],
   ["Open", "open_transactions", number.format], ["Waiters", "waiters", number.format],
   ["Journal", "logsize", bytes]]
-// What is looked at stands in the address, so that it can be passed on.
+// The address says what is shown, so that a link to it can be shared.
 const wish = new URLSearchParams(location.search)
 let data = null, charts = {}, answered = 0, stopped = false, turn = 0, pressed = false
 const known = new Map()                  // key of a queue -> its row

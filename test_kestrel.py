@@ -860,7 +860,7 @@ def ask(talk, *arguments, **options):
 def put_some(talk, name, *items):
     session = kestrel.MemcacheSession(talk.broker, kestrel.Peer("a test", "", True))
     for item in items:
-        session.user, session.is_stranger = "bob", False
+        session.user = "bob"
         session.feed(b"set %b 0 0 %d\r\n%b\r\n" % (os.fsencode(name), len(item), item), talk.now)
         while not session.out:
             session.resume(talk.now)
@@ -3925,7 +3925,7 @@ def test_a_failed_write_leaves_no_cycle(tmp_path, disk):
             disk.failing = {failing: errno.ENOSPC}
             session = kestrel.MemcacheSession(talk.broker)
             session.feed(set_("q", "2").encode(), NOW)
-            session.fail(commit(talk.broker, NOW)[1])
+            session.settle(commit(talk.broker, NOW)[1], set())
             kestrel.fsync_all([os.dup(0)])
             session.close(NOW)
             disk.failing = {}
@@ -5594,6 +5594,48 @@ def test_many_open_reads_are_limited(tmp_path):
     assert items_of(talk.broker, "q") == [b"a", b"b", b"c", b"d", b"e"]
 
 
+@pytest.mark.parametrize("key", ["q/peek/n=2", "q/peek/or=r", "r/or=q/peek"])
+def test_a_peek_at_several_passes_over_expired_items(talk, key):
+    put(talk.broker, "q", *[b"late"] * 3, expiry=NOW + 1)
+    put(talk.broker, "q", b"a", b"b")
+    put(talk.broker, "r", b"late", expiry=NOW + 1)
+    talk.now += 10
+    shown = ["a", "b"] if "n=2" in key else ["a"]
+    assert talk("get %s\r\n" % key) == values(*shown, key=key)
+    assert talk("get %s r/peek\r\n" % key) == values(*shown, key=key)
+
+
+def test_a_get_of_several_queues_passes_over_one_that_cannot_be_read(talk, monkeypatch):
+    def fail(self, *arguments):
+        if self.name == "b":
+            raise OSError(errno.EIO, "Input/output error", "b")
+        return remove(self, *arguments)
+
+    for name in "abc":
+        put_all(talk, name, name)
+    remove = kestrel.Queue.remove
+    monkeypatch.setattr(kestrel.Queue, "remove", fail)
+    assert talk("get a/n=2 b/n=2 c\r\n") == (
+        "VALUE a/n=2 0 1\r\na\r\nVALUE c 0 1\r\nc\r\nEND\r\n")
+    assert talk("get b/n=2\r\n") == "SERVER_ERROR b: Input/output error\r\n"
+
+
+@pytest.mark.parametrize("command", ["monitor q 0", "get q/open/n=500"])
+def test_each_of_many_open_reads_is_not_looked_at_again_for_the_next(tmp_path, command):
+    class Opens(dict):
+        looks = 0
+
+        def __contains__(self, xid):
+            self.looks += 1
+            return super().__contains__(xid)
+
+    talk = Talk(tmp_path, "[server]\nmax_open_transactions = 1000\n")
+    put_all(talk, "q", *["x"] * 500)
+    opens = talk.broker.queues["q"].opens = Opens()
+    assert talk(command + "\r\n").count("VALUE") == len(opens) == 500
+    assert opens.looks < 5000
+
+
 def test_a_large_answer_of_many_items_is_given_in_pieces(tmp_path):
     talk = Talk(tmp_path, "[server]\nmax_output_buffer = 5000\n")
     put_all(talk, "q", *["x" * 1000] * 50)
@@ -5897,6 +5939,24 @@ def test_items_expire_to_a_queue_that_only_has_children(tmp_path):
     assert not talk.broker.queues["q"].held() and not talk.broker.queues["q"].count
 
 
+def test_a_read_of_several_queues_waits_for_the_one_whose_expired_items_cannot_be_moved(tmp_path):
+    """It looked at the last of them, and so kept the loop busy."""
+    talk = timed_talk(tmp_path, "[queue work]\nmax_age = 1s\nexpire_to_queue = late\n"
+                                "[queue late]\nmax_items = 1\n")
+    put_all(talk, "late", "full")
+    put_all(talk, "work", *["x"] * 3 * kestrel.SWEEP_STEP)
+    talk("pause late in\r\n")
+    talk.now += 5000
+    session = talk.session()
+    session.feed(b"get work/or=other\r\n", talk.now)
+    turns = 0
+    while session.state == "working" and turns < 100:
+        turns += 1
+        commit(talk.broker, talk.now)
+        session.resume(talk.now)
+    assert turns < 10 and session.state == "held"
+
+
 def test_dead_letters_that_wait_for_room_are_tried_one_at_a_time_in_order(tmp_path, monkeypatch):
     """Each tried for itself, each second: 30,000 of them kept the loop busy, and came in any
     order."""
@@ -6006,7 +6066,7 @@ def test_users_have_no_more_rights_beyond_kestrel(tmp_path):
     text = secured(tmp_path, tls=False) + (
         "[queue a]\nget_users = ann\nput_users = ann\n[queue b]\nget_users = bob\n")
     talk = Talk(tmp_path, text)
-    talk.session().user, talk.session().is_stranger = "bob", False
+    talk.session().user = "bob"
     for said in ("get a/n=2", "get b/or=a", "get a/peek/n=2", "set a/delay=5 0 0 1\r\nx",
                  "set a/sync 0 0 1\r\nx"):
         assert "bob is not among the" in talk(said + "\r\n"), said
@@ -6592,7 +6652,8 @@ def test_a_thrift_client_over_a_failing_disk(thrift, disk):
         + reply(b"get_version", thrift_string(0, b"1.0.0"), number=8))
     session = thrift.session("waits")
     disk.failing = {}
-    session.fail({thrift.broker.queues["q"]: OSError(errno.EIO, "Input/output error", "q")})
+    session.settle(
+        {thrift.broker.queues["q"]: OSError(errno.EIO, "Input/output error", "q")}, set())
     assert b"".join(session.take()) == exception(b"get", b"q: Input/output error", 6)
     assert thrift.heard("waits") == ""
     assert items_of(thrift.broker, "q") == [b"1", b"2"]
@@ -7038,7 +7099,7 @@ def test_nothing_is_done_for_somebody_whose_password_is_still_to_be_checked(door
     door.say(request("POST /flush?queue=q", "Authorization: Basic Ym9iOndyb25n"))
     session = door.session()
     session.holds = 1
-    session._release(door.broker.queues["q"], 0, 0, None)
+    session._release(door.broker.queues["q"], [], None)
     session.resume(NOW)
     assert door.heard() == "" and items_of(door.broker, "q") == [b"y"]
     door.pump()
@@ -7475,7 +7536,7 @@ EVERY_COMMAND = [
       for name in commands_of(kestrel.MemcacheSession)],
     ("memcache", "store", b"set q 0 0 1\r\nx\r\n"),
     ("memcache", "_store_in_steps", b"set new 0 0 1\r\nx\r\n"),
-    ("memcache", "_get_in_steps", b"get new\r\n"), ("memcache", "_next", b"get a b\r\n"),
+    ("memcache", "_get_in_steps", b"get new\r\n"), ("memcache", "_next_of", b"get a b\r\n"),
     *[("text", name, name[3:].encode() + b" q 1\n") for name in commands_of(kestrel.TextSession)],
     ("text", "_put_items", b"put q:\nx\n\n"),
     *[("thrift", name, None) for name in commands_of(kestrel.ThriftSession)],
