@@ -150,7 +150,8 @@ STATUSES = {
 }
 
 class ConfigError(Exception):
-    """A setting that cannot be used. Its text says where and why: `file:line: why`."""
+    """Settings that cannot be used. Its text says where and why, a line for each mistake:
+    `file:line: why`."""
 
 
 def check_name(name):
@@ -260,7 +261,7 @@ def _parse_mode(text):
 
 _SIZE = "a size such as 512, 64kb, 16mb or 1gb"
 _TIME = "a time such as 100ms, 30s, 5m, 1h or 1d"
-_COUNT = "a whole number from 1"
+_WHOLE = "a whole number from 1"
 SIZE = _number_of(_SIZE, _SIZES)
 SIZE_LIMIT = _number_of(_SIZE, _SIZES, 1, unlimited=UNLIMITED)
 ITEM_SIZE = _number_of(_SIZE, _SIZES, 1, 1 << 30)
@@ -271,8 +272,8 @@ SHORT_TIME = _number_of("a time such as 100us or 1ms", {"us": 1, "ms": 1000})
 TIME_OR_NEVER = _number_of(_TIME, _TIMES, never=None)
 # Kestrel's older configurations say 0 where they mean that a thing never times out.
 TIMEOUT = _number_of(_TIME, _TIMES, **{"never": None, "0": None})
-COUNT = _number_of(_COUNT, {"": 1}, 1)
-COUNT_LIMIT = _number_of(_COUNT, {"": 1}, 1, unlimited=UNLIMITED)
+COUNT = _number_of(_WHOLE, {"": 1}, 1)
+COUNT_LIMIT = _number_of(_WHOLE, {"": 1}, 1, unlimited=UNLIMITED)
 PORT = _number_of("a port", {"": 1}, 0, 65535)
 PORT_OR_OFF = _number_of("a port", {"": 1}, 0, 65535, off=None)
 ADMIN_PORT = _number_of("a port", {"": 1}, 0, 65535, **{"off": None, "0": None})
@@ -374,21 +375,6 @@ RELOADED = ("allow", "proxy_protocol", "tls_cert", "tls_key", "tls_client_ca", "
 
 
 _USER = re.compile(r"([^\s,:]+):(pbkdf2\$[1-9][0-9]{0,6}\$(?:[0-9a-f]{2})+\$[0-9a-f]{64})")
-
-
-def _read_users(path):
-    """Return {name: password hash} of an auth_file. Raises ConfigError, OSError and
-    UnicodeDecodeError."""
-    users = {}
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(map(str.strip, file), 1):
-            match = _USER.fullmatch(line)
-            if match and match[1] not in users:
-                users[match[1]] = match[2]
-            elif line and not line.startswith("#"):
-                raise ConfigError("%s:%d: not NAME:HASH with a new name, and what "
-                                  "--hash-password prints" % (path, number))
-    return users
 
 
 def _defaults(settings):
@@ -493,48 +479,43 @@ class Config:
         self.aliases = {}
         self._queues = {}
         self._lines = []
+        self._mistakes = []              # (why, header, key or None)
         server = {}
-        for header, values in self._sections():
+        for header, texts in self._sections():
             kind, _, name = header.partition(" ")
             name = name.strip()
             if header == "server":
-                server = self._values(header, SERVER_SETTINGS, values)
+                server = self._values(header, SERVER_SETTINGS, texts)
             elif kind == "queue":
                 self._add(header, self._queues, name,
-                          self._values(header, QUEUE_SETTINGS, values))
+                          self._values(header, QUEUE_SETTINGS, texts))
             elif kind == "alias" and name:
-                alias = self._values(header, ALIAS_SETTINGS, values)
-                if not alias:
-                    raise self._error("destination_queues is missing", header)
-                self._add(header, self.aliases, name, alias["destination_queues"])
+                alias = self._values(header, ALIAS_SETTINGS, texts)
+                if not texts:
+                    self._note("destination_queues is missing", header)
+                self._add(header, self.aliases, name, alias.get("destination_queues"))
             else:
-                raise self._error("unknown section [%s]; there are [server], [queue], "
-                                  "[queue NAME] and [alias NAME]" % header, header)
-        for name, destinations in self.aliases.items():
-            if name in self._queues:
-                raise self._error("%s is both an alias and a queue" % name, "alias " + name)
-            for other in destinations:
-                if other in self.aliases:
-                    raise self._error("destination_queues: %s is an alias itself" % other,
-                                      "alias " + name, "destination_queues")
-        for key, text in self.overrides.items():
-            try:
-                server[key] = SERVER_SETTINGS[key][0].parse(text)
-            except ValueError as error:
-                raise ConfigError("command line: %s: %s" % (key, error)) from None
+                self._note("unknown section [%s]; there are [server], [queue], [queue NAME] "
+                           "and [alias NAME]" % header, header)
+        server.update(self._values("command line", SERVER_SETTINGS, self.overrides))
+        # The checks that follow look at several settings: with a default in the place of what was
+        # meant they would find mistakes that are none.
+        self._raise_mistakes()
         self.given = server.keys()       # the [server] settings that are not just defaults
         self.server = Values(**{**_defaults(SERVER_SETTINGS), **server})
+        self._check_aliases()
         self._check_server()
         self._check_moves()
         self.tls = self._read_tls()
         self.users = self._read_auth_file()
         self._check_users()
+        self._raise_mistakes()
 
     def queue(self, name):
         """Return the QueueConfig of `name`: built-in, then [queue], [queue q], [queue q+child]."""
-        values = dict(self._queues.get("", {}))
-        for prefix in {name.partition("+")[0]: 1, name: 2}:
-            values.update(self._queues.get(prefix, {}))
+        values = {}
+        for section in ("", name.partition("+")[0], name):
+            values.update(self._queues.get(section, {}))
         return QueueConfig(**values)
 
     def lines(self):
@@ -555,59 +536,71 @@ class Config:
         parser = configparser.ConfigParser(
             interpolation=None, default_section="", inline_comment_prefixes=("#",),
             empty_lines_in_values=False)
+        bad = {}                         # number of a line -> why
         try:
             with open(self.path, encoding="utf-8-sig") as file:
                 self._lines = file.read().split("\n")
-            for number, line in enumerate(self._lines, 1):
-                if "\0" in line:
-                    raise self._error("a NUL in the file", line=number)
-            parser.read_file(iter(line + "\n" for line in self._lines), self.path)
-            return [(header, dict(parser[header])) for header in parser.sections()]
+            bad = {number: "a NUL in the file"
+                   for number, line in enumerate(self._lines, 1) if "\0" in line}
+            if not bad:
+                parser.read_file(iter(line + "\n" for line in self._lines), self.path)
+                return [(header, dict(parser[header])) for header in parser.sections()]
         except OSError as error:
             raise ConfigError("%s: %s" % (self.path, error.strerror)) from None
         except UnicodeDecodeError as error:
             raise ConfigError("%s: not UTF-8 text: %s" % (self.path, error)) from None
         except configparser.DuplicateSectionError as error:
-            raise self._error("duplicate section [%s]" % error.section,
-                              line=error.lineno) from None
+            bad[error.lineno] = "duplicate section [%s]" % error.section
         except configparser.DuplicateOptionError as error:
-            raise self._error("%s is set twice in [%s]" % (error.option, error.section),
-                              line=error.lineno) from None
+            bad[error.lineno] = "%s is set twice in [%s]" % (error.option, error.section)
         except configparser.MissingSectionHeaderError as error:
-            raise self._error("neither a [section] nor a setting in one",
-                              line=error.lineno) from None
+            bad[error.lineno] = "neither a [section] nor a setting in one"
         except configparser.ParsingError as error:
-            raise self._error("neither [section] nor key = value",
-                              line=error.errors[0][0]) from None
+            bad = dict.fromkeys([number for number, _ in error.errors],
+                                "neither [section] nor key = value")
         finally:
             # A parser and its sections are cycles, and there is no garbage collector.
             for one in [*parser.values(), parser]:
                 vars(one).clear()
+        raise ConfigError("\n".join("%s:%d: %s" % (self.path, *line) for line in bad.items()))
 
     def _values(self, header, settings, texts):
+        """Return {name: value} of the settings in a section."""
         values = {}
         for key, text in texts.items():
             name = _OLD_NAMES.get(key, key)
             if name not in settings:
-                raise self._error("unknown setting %s in [%s]%s" % (
-                    key, header, _hint(key, settings)), header, key)
-            if name in values:
-                raise self._error("%s is the same as %s: set one of them" % tuple(
-                    *_OLD_NAMES.items()), header, key)
-            try:
-                values[name] = settings[name][0].parse(text)
-            except ValueError as error:
-                raise self._error("%s: %s" % (key, error), header, key) from None
+                self._note("unknown setting %s in [%s]%s" % (key, header, _hint(key, settings)),
+                           header, name)
+            elif name in values:
+                self._note("%s is the same as %s: set one of them" % tuple(
+                    *_OLD_NAMES.items()), header, name)
+            else:
+                try:
+                    values[name] = settings[name][0].parse(text)
+                except ValueError as error:
+                    self._note("%s: %s" % (key, error), header, name)
         return values
 
+    def _check_aliases(self):
+        """Note aliases that lead nowhere."""
+        for name, destinations in self.aliases.items():
+            header = "alias " + name
+            if name in self._queues:
+                self._note("%s is both an alias and a queue" % name, header)
+            for other in destinations:
+                if other in self.aliases:
+                    self._note("destination_queues: %s is an alias itself" % other, header,
+                               "destination_queues")
+
     def _check_server(self):
-        """Raise ConfigError for [server] settings that can only be mistakes together, or here."""
+        """Note [server] settings that can only be mistakes together, or on this machine."""
         settings = self.server
         ports = {}
         for key in ("memcache_port", "text_port", "thrift_port", "admin_port"):
             port = getattr(settings, key)
             if port and port in ports and (key != "admin_port" or key in self.given):
-                raise self._error("%s: %d is the %s too" % (key, port, ports[port]), "server", key)
+                self._note("%s: %d is the %s too" % (key, port, ports[port]), "server", key)
             ports[port] = key
         paths = [(key, getattr(settings, key)) for key in ("log_file", "status_file")]
         paths += [("listen", address[5:]) for address in settings.listen
@@ -615,21 +608,21 @@ class Config:
         for key, path in paths:
             directory = os.path.dirname(path) or "."
             if path and not os.path.isdir(directory):
-                raise self._error("%s: there is no directory %s" % (key, directory), "server", key)
+                self._note("%s: there is no directory %s" % (key, directory),
+                           "command line" if key in self.overrides else "server", key)
 
     def _check_moves(self):
-        """Raise ConfigError for a queue whose items would be moved to itself, or nowhere."""
+        """Note queues whose items would be moved to themselves, or nowhere."""
         for name, values in self._queues.items():
             header = ("queue " + name).strip()
             for key in ("expire_to_queue", "dead_letter_queue"):
                 target = values.get(key)
                 if target and name and name in self.aliases.get(target, (target,)):
-                    raise self._error("%s: items of %s would go to itself" % (key, name), header,
-                                      key)
+                    self._note("%s: items of %s would go to itself" % (key, name), header, key)
             if values.get("max_deliveries", UNLIMITED) != UNLIMITED and not (
                     self.queue(name).dead_letter_queue):
-                raise self._error("max_deliveries: it needs a dead_letter_queue", header,
-                                  "max_deliveries")
+                self._note("max_deliveries: it needs a dead_letter_queue", header,
+                           "max_deliveries")
 
     def _read_tls(self):
         """Return the ssl.SSLContext of the ports, None without a tls_cert."""
@@ -658,58 +651,78 @@ class Config:
                     # Without a password it asks for one, at the terminal.
                     context.load_cert_chain(settings.tls_cert, path, password=lambda: "")
             except ssl.SSLError as error:
-                raise self._error("%s: %s has no %s: %s" % (key, path, lacks, error), "server",
-                                  key) from None
+                return self._note("%s: %s has no %s: %s" % (key, path, lacks, error), "server",
+                                  key)
             except (OSError, ValueError) as error:
-                raise self._error("%s: %s" % (key, error), "server", key) from None
+                return self._note("%s: %s" % (key, error), "server", key)
         return context
 
     def _read_auth_file(self):
+        """Return {name: password hash} of the auth_file, None without one, or if it is bad."""
         path = self.server.auth_file
         if not path:
             return None
         for key in ("text_port", "thrift_port"):
             if getattr(self.server, key) is not None:
-                raise self._error("auth_file: clients of %s cannot log in there; turn it off"
-                                  % key, "server", "auth_file")
+                self._note("auth_file: clients of %s cannot log in there; turn it off" % key,
+                           "server", "auth_file")
+        users = {}
         try:
-            return _read_users(path)
+            with open(path, encoding="utf-8-sig") as file:
+                for number, line in enumerate(map(str.strip, file), 1):
+                    match = _USER.fullmatch(line)
+                    if match and match[1] not in users:
+                        users[match[1]] = match[2]
+                    elif line and not line.startswith("#"):
+                        return self._note(
+                            "auth_file %s:%d: not NAME:HASH with a new name, and what "
+                            "--hash-password prints" % (path, number), "server", "auth_file")
         except (OSError, UnicodeDecodeError) as error:
-            raise self._error("auth_file %s: %s" % (path, error), "server", "auth_file") from None
+            return self._note("auth_file %s: %s" % (path, error), "server", "auth_file")
+        return users
 
     def _check_users(self):
-        """Raise ConfigError if the settings of a queue name unknown users."""
+        """Note users in the settings of queues that the auth_file does not have."""
+        if self.users is None and self.server.auth_file:       # it is bad itself
+            return
         for name, values in self._queues.items():
             header = ("queue " + name).strip()
             for key in ("put_users", "get_users"):
                 for user in values.get(key, ()):
                     if user not in (self.users or ()):
-                        raise self._error("%s: there is no %s" % (
+                        self._note("%s: there is no %s" % (
                             key, "auth_file" if self.users is None
                             else "%s in the auth_file" % user), header, key)
 
     def _add(self, header, known, name, values):
-        """Note what a [queue NAME] or [alias NAME] says, once for each name."""
+        """Take what a [queue NAME] or [alias NAME] says, once for each name."""
         if name in known:
-            raise self._error("duplicate section [%s]" % header, header)
+            self._note("duplicate section [%s]" % header, header)
         if name:
             try:
                 check_name(name)
             except ValueError as error:
-                raise self._error(str(error), header) from None
+                self._note(str(error), header)
         known[name] = values
 
-    def _error(self, why, header=None, key=None, line=None):
-        """Return a ConfigError that names the file and the line of `header`, or of its `key`."""
-        section = None
+    def _note(self, why, header, key=None):
+        """Note a mistake in a section, or in one of its settings."""
+        self._mistakes.append((why, header, key))
+
+    def _raise_mistakes(self):
+        """Raise ConfigError if mistakes have been noted."""
+        if not self._mistakes:
+            return
+        places, section = {}, ""
         for number, text in enumerate(self._lines, 1):
             match = re.match(r"\[(.+)\]", text.strip())
             section = match[1] if match else section
-            if line is None and section and header in (section, " ".join(section.split())) and (
-                    match if key is None
-                    else re.split("[=:]", text)[0].strip().lower() == key):
-                line = number
-        return ConfigError("%s:%s: %s" % (self.path, line, why))
+            key = None if match else re.split("[=:]", text)[0].strip().lower()
+            key = _OLD_NAMES.get(key, key)
+            for header in (section, " ".join(section.split())):
+                places.setdefault((header, key), "%s:%d" % (self.path, number))
+        raise ConfigError("\n".join("%s: %s" % (places.get((header, key), header), why)
+                                    for why, header, key in self._mistakes))
 
 
 # == 2. Access ============================================================================
@@ -5163,7 +5176,8 @@ class Broker:
                         log.info("%s reloaded by %s", config.path or "the default settings",
                                  ", ".join(dict.fromkeys(who for who, _ in asked)))
                     else:
-                        log.error("reload: %s; nothing has been changed", error)
+                        for mistake in str(error).split("\n"):
+                            log.error("reload: %s; nothing has been changed", mistake)
                 finally:
                     for _, call in asked:
                         call(error)
@@ -6272,8 +6286,8 @@ class Session:
     def _reload(self):
         self._check_admin("reload")
         error = yield functools.partial(self.broker.reload, self.who)
-        if error:
-            raise Refused("SERVER_ERROR", str(error))
+        if error:                            # the log has the other mistakes
+            raise Refused("SERVER_ERROR", str(error).partition("\n")[0])
 
     def _log_in(self, name, password):
         """Set `user` to the name if that is its password (both bytes), else to None."""

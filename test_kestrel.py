@@ -1090,6 +1090,54 @@ def test_config_errors_name_file_line_and_key(tmp_path, text, line, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("text, mistakes", [
+    # Each setting and each section by itself,
+    ("[server]\nmemcache_prot = 5\ntext_port = many\n[queues]\n[alias a]\n[queue a/b]\nmax_age = 5\n",
+     [(2, "unknown setting memcache_prot in [server]; did you mean memcache_port?"),
+      (3, "text_port: 'many' is not a port"), (4, "unknown section [queues]"),
+      (5, "destination_queues is missing"), (7, "max_age: '5' is not a time"),
+      (6, "'/' in the name of a queue")]),
+    # then what several of them make a mistake of; only then, since text_port may be meant well.
+    ("[server]\nthrift_port = 2222\ntext_port = 2222\nlog_file = /no/such/log\n"
+     "listen_address = unix:/no/way\ntls_key = x\nauth_file = /no/users\n"
+     "[queue a]\nput_users = eve\nexpire_to_queue = a\nmax_deliveries = 2\n"
+     "[alias a]\ndestination_queues = b\n[alias c]\ndestination_queues = b a\n",
+     [(12, "a is both an alias and a queue"), (15, "destination_queues: a is an alias itself"),
+      (2, "thrift_port: 2222 is the text_port too"), (4, "log_file: there is no directory /no/such"),
+      (5, "listen: there is no directory /no"), (11, "max_deliveries: it needs a dead_letter_queue"),
+      (6, "tls_key: it needs a tls_cert"), (7, "auth_file: clients of text_port cannot log in"),
+      (7, "auth_file: clients of thrift_port cannot log in"), (7, "auth_file /no/users: ")]),
+    ("[server]\nthrift_port = 2222\ntext_port = 2222\nmax_lines = 5\n",
+     [(4, "unknown setting max_lines in [server]; did you mean max_line?")]),
+    ("[queue]\nput_users = ann, eve\nget_users = eve\n",
+     [(2, "put_users: there is no auth_file"), (2, "put_users: there is no auth_file"),
+      (3, "get_users: there is no auth_file")]),
+    # Where there are no settings to be read:
+    ("[queue]\nwhat\nmax_age = 1h\nelse\n", [(2, "neither [section]"), (4, "neither [section]")]),
+    ("[queue]\nmax_age = \0\n\0\n", [(2, "a NUL in the file"), (3, "a NUL in the file")]),
+])
+def test_all_mistakes_of_a_config_file_are_told(tmp_path, text, mistakes):
+    with pytest.raises(kestrel.ConfigError) as caught:
+        config_of(tmp_path, text)
+    lines = str(caught.value).split("\n")
+    assert len(lines) == len(mistakes), lines
+    for line, (number, why) in zip(lines, mistakes):
+        assert line.startswith("%s:%d: %s" % (tmp_path / "kestrel.conf", number, why))
+
+
+def test_a_mistake_of_the_command_line_is_not_looked_for_in_the_file(tmp_path):
+    for text in "", "[server]\nlisten = ::1\n":
+        with pytest.raises(kestrel.ConfigError) as caught:
+            config_of(tmp_path, text, listen="unix:/no/such/sock")
+        assert str(caught.value) == "command line: listen: there is no directory /no/such"
+    with pytest.raises(kestrel.ConfigError) as caught:
+        config_of(tmp_path, "[server]\nlisten = *\n", listen="::/0", memcache_port="many")
+    file, *command = str(caught.value).split("\n")
+    assert file.startswith("%s:2: listen: '*' is not" % (tmp_path / "kestrel.conf"))
+    assert [line.partition(" '")[0] for line in command] == [
+        "command line: listen:", "command line: memcache_port:"]
+
+
 def test_config_that_is_no_text(tmp_path):
     (tmp_path / "bad").write_bytes(b"[server]\n\xff\xfe")
     with pytest.raises(kestrel.ConfigError, match="UTF-8"):
@@ -4155,6 +4203,11 @@ def test_reload_changes_queues_at_once(tmp_path, caplog):
         tmp_path / "kestrel.conf").write_text("[queue]\nmax_items = x\n")
     assert isinstance(reload(broker), kestrel.ConfigError)
     assert put(broker, "a", b"2") == [False]
+    caplog.clear()
+    (tmp_path / "kestrel.conf").write_text("[queue]\nmax_items = x\nmax_age = y\n")
+    reload(broker)
+    assert [re.sub(".*kestrel.conf", "", line)[:13] for line in caplog.messages] == [
+        ":2: max_items", ":3: max_age: "]
 
 
 def test_a_spool_is_loaded_again(tmp_path):
@@ -10337,6 +10390,12 @@ def test_check(tmp_path):
     assert (status, out) == (78, "")
     assert err.startswith("%s:3: max_items: 'many'" % (tmp_path / "bad"))
     assert run("-c", tmp_path / "bad")[0] == 78
+    (tmp_path / "bad").write_text("[queue q]\nmax_items = many\nmax_age = old\n[server]\nport = 5\n")
+    for check in ["--check"], []:
+        status, out, err = run("-c", tmp_path / "bad", "--port", "many", *check)
+        assert (status, out) == (78, "")
+        assert [line.split(": ")[0] for line in err.splitlines()] == [
+            "%s:%d" % (tmp_path / "bad", number) for number in (2, 3, 5)] + ["command line"]
 
 
 def test_client_puts_many(tmp_path):
