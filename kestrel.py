@@ -4936,7 +4936,7 @@ class Broker:
         self._accounts = {}               # queue -> Account
         self._uncounted = set()           # queues that have changed since totals()
         self._totals = Totals(0, 0, 0, 0)
-        self.clients = {}                 # number -> (session, when it came)
+        self.clients = {}                 # session -> (its number, when it came)
         self.reloaded = []                # calls to be made after each reload
         self.failing = {}                 # queue -> Failure, while its journal fails
         self.refused = collections.Counter()      # reason -> commands refused for it
@@ -5092,16 +5092,14 @@ class Broker:
         self.update_refusals(at_once=self._grace is None)
 
     def admit(self, session):
-        """Note that a client has come; return the number that it is known by."""
+        """Note that a client has come."""
         self.stats.total_connections += 1
-        number = self.stats.total_connections
-        self.clients[number] = session, self.uptime()
+        self.clients[session] = self.stats.total_connections, self.uptime()
         self.update_refusals(at_once=False)
-        return number
 
-    def dismiss(self, number):
-        """Note that a client has gone; number: what admit() has returned."""
-        del self.clients[number]
+    def dismiss(self, session):
+        """Note that a client has gone."""
+        del self.clients[session]
         self.update_refusals(at_once=False)
 
     def note_stranger(self, peer, why):
@@ -5284,7 +5282,7 @@ class Broker:
     def timed_out(self, queue, xids):
         """Log whose open reads go back, since their time is over."""
         overdue = set(xids)
-        for session, _ in self.clients.values():
+        for session in self.clients:
             count = len(overdue.intersection(session.open_reads.get(queue, ())))
             if count:
                 log.warning("%s: %d open reads of %s have timed out", session.who, count,
@@ -6175,10 +6173,10 @@ class Session:
 
     def _clients(self):
         """Yield a dict for each client that is connected."""
-        for number, (session, came) in list(self.broker.clients.items()):
-            yield self._client_row(number, session, came, list(session.open_reads.values()))
+        for session, (number, came) in list(self.broker.clients.items()):
+            yield self._client_row(session, number, came, list(session.open_reads.values()))
 
-    def _client_row(self, number, session, came, reads):
+    def _client_row(self, session, number, came, reads):
         """Return what is told of a client. reads: the open reads that are told of, see
         `open_reads`."""
         protocol, _, address = session.peer.name.partition(" client ")
@@ -6269,7 +6267,8 @@ class Session:
 
     def _kick(self, number):
         """Hang up on a client; return whether there is one of that number."""
-        session, _ = self.broker.clients.get(number, (None, 0))
+        session = next((session for session, (known, _) in self.broker.clients.items()
+                        if known == number), None)
         if session:
             log.info("%s: kicked by %s", session.who, self.who)
             session.end()
@@ -7977,8 +7976,8 @@ class AdminSession(Session):
     def _queue_json(self):
         """Answer with all that the page shows of one queue."""
         queue, rows = yield from self._first_items(_SHOWN_ITEMS, self._item_row)
-        readers = [self._client_row(number, session, came, [session.open_reads[queue]])
-                   for number, (session, came) in self.broker.clients.items()
+        readers = [self._client_row(session, number, came, [session.open_reads[queue]])
+                   for session, (number, came) in self.broker.clients.items()
                    if session.open_reads.get(queue)]
         self._respond(HTTPStatus.OK, json.dumps({
             "name": _shown_name(queue.name), "key": _key_of(queue.name),
@@ -8793,7 +8792,7 @@ class Poller:
 
     def __init__(self, busy_poll):
         self._selector = selectors.DefaultSelector()
-        self._watched = {}               # descriptor -> what was registered for it
+        self._watched = {}               # descriptor -> (what was registered for it, events)
         self._epoll = None
         if hasattr(select, "epoll"):
             self._epoll = select.epoll.fromfd(os.dup(self._selector.fileno()))
@@ -8802,17 +8801,17 @@ class Poller:
         self._left, self._right = socket.socketpair()
         self._left.setblocking(False)
         self._right.setblocking(False)
-        self.watch(self._left, 0, _READ, self)
+        self.watch(self._left, _READ, self)
 
     def poll(self, timeout):
         """Return the events that there are, or that come within `timeout` seconds (None: for
         ever)."""
         watched = self._watched
         if self._epoll is None:          # not on every system
-            return [(watched[key.fd], bool(mask & _READ))
+            return [(watched[key.fd][0], bool(mask & _READ))
                     for key, mask in self._selector.select(timeout)]
         # An error, or the end of the connection, is there to be read.
-        return [(watched[fd], mask != select.EPOLLOUT)
+        return [(watched[fd][0], mask != select.EPOLLOUT)
                 for fd, mask in self._epoll.poll(timeout, len(watched))]
 
     def wait(self, timeout):
@@ -8834,16 +8833,21 @@ class Poller:
         self._short_waits = self._short_waits + 1 if is_short else 0
         return events
 
-    def watch(self, sock, before, mask, data):
-        """Watch a socket for other events than before (0 for none)."""
+    def watch(self, sock, mask, data=None):
+        """Watch a socket for these events, 0 for none any more."""
+        fd = sock.fileno()
+        _, before = self._watched.get(fd, (None, 0))
+        if mask == before:
+            return
         if not mask:
             self._selector.unregister(sock)
-            del self._watched[sock.fileno()]
-        elif before:
+            del self._watched[fd]
+            return
+        if before:
             self._selector.modify(sock, mask)
         else:
             self._selector.register(sock, mask)
-            self._watched[sock.fileno()] = data
+        self._watched[fd] = data, mask
 
     def interrupt(self):
         """End a wait, or the next one. From any thread, or a signal handler."""
@@ -9052,7 +9056,7 @@ class Connection:
         self.server = server
         self.sock = sock
         self.session = session
-        self.number = server.broker.admit(session)
+        server.broker.admit(session)
         self.since = server.mono
         self.last_active = server.mono   # when it said something, or took some of its answers
         self.is_greeting = hasattr(sock, "do_handshake")       # which is not done yet
@@ -9060,7 +9064,6 @@ class Connection:
         self.state = READY               # what place() has arranged; HELD may be READY for it
         self.buffered = 0                # bytes of input and output that server.buffered counts
         self._unsent = []
-        self._watched = 0
         self._deadline = 0               # when a wait, or the lingering, ends
         self._looked = 0                 # when _look() was called last
         self._alarm = None               # the entry of tick() in server.timers
@@ -9069,12 +9072,12 @@ class Connection:
         self.set_trace()
         if self.is_traced:
             trace.info("%s: connected", session.who)
-        self._watch(_READ)
+        server.poller.watch(sock, _READ, self)
         self._set_alarm()
 
     def set_trace(self):
         """Trace what is said, if enable_session_trace says so."""
-        wanted = self.server.config.server.enable_session_trace
+        wanted = self.server.broker.settings.enable_session_trace
         address = self.session.peer.name.partition(" client ")[2].rpartition(":")[0].strip("[]")
         self.is_traced = wanted is True or bool(wanted) and not address.startswith("unix") and any(
             _ip_of(address) in network for network in wanted)
@@ -9219,14 +9222,19 @@ class Connection:
         self.count_buffers()
         if session.state is CLOSED:          # it was the greediest
             return
-        is_listening = not session.at_end and (
-            session.state in (READY, RECEIVING, ENDING) or session.unparsed <= _CHUNK)
-        self._watch((_READ if is_listening else 0) | (_WRITE if self._unsent else 0))
+        server.poller.watch(self.sock, (_READ if self._is_read() else 0)
+                            | (_WRITE if self._unsent else 0), self)
         self._set_alarm()
+
+    def _is_read(self):
+        """Return whether the socket is to be read."""
+        session = self.session
+        return not session.at_end and (
+            session.state in (READY, RECEIVING, ENDING) or session.unparsed <= _CHUNK)
 
     def _deadlines(self):
         """Yield (when, what is done then) for each time that matters in this state."""
-        session, settings = self.session, self.server.config.server
+        session, settings = self.session, self.server.broker.settings
         timeout = settings.send_timeout
         if self._unsent:
             if timeout:
@@ -9245,7 +9253,7 @@ class Connection:
             yield self.since + LOGIN_MS / 1000, self.close
         if session.state is WAITING:
             yield self._deadline, session.time_out
-            if not self._watched & _READ:
+            if not self._is_read():
                 yield self._looked + _LOOK_SECONDS, self._look
 
     def _set_alarm(self):
@@ -9325,19 +9333,14 @@ class Connection:
             self._unsent = []
             session.take()
             self.count_buffers()
-            self._watch(0)
+            server.poller.watch(self.sock, 0)
             if self._alarm:
                 server.timers.cancel(self._alarm)
             self.sock.close()
             server.waiting.discard(self)
-            server.broker.dismiss(self.number)
+            server.broker.dismiss(session)
             if self.is_traced:
                 trace.info("%s: closed", session.who)
-
-    def _watch(self, mask):
-        if mask != self._watched:
-            self.server.poller.watch(self.sock, self._watched, mask, self)
-            self._watched = mask
 
 
 def _parse_proxy_header(data):
@@ -9386,7 +9389,7 @@ class Introduction:
         self._head = b""                 # what has come of it
         server = listener.server
         server.introductions.add(self)
-        server.poller.watch(sock, 0, _READ, self)
+        server.poller.watch(sock, _READ, self)
         self._alarm = server.timers.at(server.mono + LOGIN_MS / 1000, self.close)
 
     def ready(self, readable):
@@ -9414,7 +9417,7 @@ class Introduction:
         server = self._listener.server
         server.introductions.discard(self)
         server.timers.cancel(self._alarm)
-        server.poller.watch(self._sock, _READ, 0, self)
+        server.poller.watch(self._sock, 0)
 
     def close(self):
         """Hang up."""
@@ -9427,10 +9430,11 @@ class Listener:
 
     is_greeting = False                  # as a Connection may be
 
-    def __init__(self, server, sock, protocol):
+    def __init__(self, server, sock, protocol, is_inherited):
         self.server = server
         self.sock = sock
         self.protocol = protocol
+        self._is_inherited = is_inherited
         self.address = sock.getsockname()
         self.name = _name_of(self.address)
         self._refused = 0                # connections refused since the log told of it,
@@ -9438,7 +9442,7 @@ class Listener:
         if isinstance(self.address, tuple):
             _keep_alive(sock)
         try:
-            sock.listen(server.config.server.connection_backlog)
+            sock.listen(server.broker.settings.connection_backlog)
         except OSError as error:         # another one has come first since
             raise _cannot_listen(error, self.name) from None
         self._start()
@@ -9460,11 +9464,11 @@ class Listener:
                 continue
             except OSError as error:
                 log.error("cannot accept connections for a moment: %s", error.strerror)
-                server.poller.watch(self.sock, _READ, 0, self)
+                server.poller.watch(self.sock, 0)
                 server.timers.at(server.mono + _ACCEPT_AGAIN_SECONDS, self._start)
                 return
             sock.setblocking(False)
-            proxies = server.broker.config.server.proxy_protocol
+            proxies = server.broker.settings.proxy_protocol
             if proxies and isinstance(address, tuple) and any(
                     _ip_of(address[0]) in network for network in proxies):
                 if not self._is_full(sock):
@@ -9512,7 +9516,7 @@ class Listener:
         """Refuse a socket if there are too many connections, and return whether that is so."""
         server = self.server
         count = len(server.connections) + len(server.introductions)
-        if count >= server.broker.config.server.max_connections:
+        if count >= server.broker.settings.max_connections:
             self._refuse(sock, "max_connections")
         elif count >= server.most_connections:
             self._refuse(sock, "the limit of open files")
@@ -9531,14 +9535,13 @@ class Listener:
 
     def _start(self):
         if self.sock.fileno() >= 0:
-            self.server.poller.watch(self.sock, 0, _READ, self)
+            self.server.poller.watch(self.sock, _READ, self)
 
     def close(self):
         """Take no more clients."""
-        with contextlib.suppress(KeyError):            # out of descriptors at the moment
-            self.server.poller.watch(self.sock, _READ, 0, self)
+        self.server.poller.watch(self.sock, 0)
         self.sock.close()
-        if isinstance(self.address, str) and self.protocol not in self.server.inherited:
+        if isinstance(self.address, str) and not self._is_inherited:
             with contextlib.suppress(OSError):
                 os.unlink(self.address)
 
@@ -9551,9 +9554,7 @@ class Server:
     """
 
     def __init__(self, config, given=(), notify=lambda text: None):
-        self.config = config
         self.notify = notify
-        self.inherited = dict(given)
         self.timers = Timers()
         self.connections = {}            # Session -> Connection
         self.introductions = set()       # of proxies
@@ -9565,74 +9566,59 @@ class Server:
         self.now = _now()
         self.reload_wanted = False
         self._events = []                # those that the last turn had no time for
-        self._sampled_at = self.mono
         self._unsafe = set()             # queues with operations that are not safe
         self._announced = None           # the status that the status_command was run with last
         with contextlib.ExitStack() as stack:          # what is open when the rest fails
-            self._open(stack)
+            self._open(config, dict(given), stack)
             stack.pop_all()
         self._plan_sweep()
-        self.later(SAMPLE_SECONDS * 1000, self._sample)
+        self._plan_sample()
         self.syncs.look()
 
-    def _open(self, stack):
-        """Open the spool and the ports, load the queues, start the threads."""
-        settings = self.config.server
+    def _open(self, config, given, stack):
+        """Open the spool and the ports, load the queues, start the threads. stack: an ExitStack
+        that undoes it."""
+        settings = config.server
         spool = os.path.abspath(settings.queue_path)
         self._spool = _lock_spool(spool)
         with contextlib.suppress(OSError):
             os.rmdir(os.path.join(spool, COPY_MARK))   # it is no copy any more
         stack.callback(os.close, self._spool)
-        sockets = self._bind_all(stack)
+        sockets = _bind_all(config, given, stack)
         log.info("kestrel.py %s, journals in %s", __version__, spool)
         self.most_connections, most_files = _share_descriptors()
         most_memory = settings.max_memory or _usable_memory() * 3 // 4
         started = self.mono
-        self.broker = Broker(self.config, self.later, self.now, Budget(most_memory, most_files),
+        self.broker = Broker(config, self.later, self.now, Budget(most_memory, most_files),
                              lambda: self.mono - started)
         self.poller = Poller(0 if _cores() == 1 else settings.busy_poll / 1e6)
         stack.callback(self.poller.close)
         self.syncs = Syncs(self)
-        self.listeners = [Listener(self, sock, protocol) for sock, protocol in sockets]
-        self.worker = Worker(self.interrupt)
+        self.listeners = [Listener(self, sock, protocol, protocol in given)
+                          for sock, protocol in sockets]
+        self._workers = {}               # Worker -> how long its last work is waited for
+        self.worker = self._start_worker(_LAST_SECONDS)
         self.broker.work = lambda call, done: self.worker.submit(
             call, lambda error, seconds: done(error))
         self.broker.reloaded.append(self._set_traces)
-        self._workers = [self.worker]    # what takes the processor long delays no fsync
-        if self.config.users is not None:
-            self._workers.append(Worker(self.interrupt))
-            self.broker.aside = self._workers[-1].submit
-        self._announcer = Worker(self.interrupt) if settings.status_command else None
-        self._scrubber = Worker(self.interrupt) if settings.scrub_interval else None
-        self._slow = list(filter(None, (self._announcer, self._scrubber)))
-        if self._scrubber:
-            self.later(settings.scrub_interval, self._scrub)
+        if config.users is not None:     # what takes the processor long delays no fsync
+            self.broker.aside = self._start_worker(_LAST_SECONDS).submit
+        # The commands of these may take long: they are not waited for.
+        self._announcer = self._start_worker(0) if settings.status_command else None
+        if settings.scrub_interval:
+            self.later(settings.scrub_interval,
+                       functools.partial(self._scrub, self._start_worker(0)))
+
+    def _start_worker(self, last_seconds):
+        worker = Worker(self.interrupt)
+        self._workers[worker] = last_seconds
+        return worker
 
     @property
     def port(self):
         """The memcache port, None if there are UNIX sockets only."""
         return next((one.address[1] for one in self.listeners if one.protocol == "memcache"
                      and isinstance(one.address, tuple)), None)
-
-    def _bind_all(self, stack):
-        """Open all ports; return (socket, protocol) of each. stack: an ExitStack that closes
-        them."""
-        settings = self.config.server
-        bound = []
-        for protocol in _PROTOCOLS:
-            setting = protocol + "_port"
-            try:
-                socks = self.inherited.get(protocol) or _bind_each(
-                    settings, protocol == "memcache", getattr(settings, setting))
-            except OSError as error:
-                if setting != "admin_port" or setting in self.config.given:
-                    raise
-                log.warning("no admin port: %s", error.strerror)
-                continue
-            for sock in socks:
-                stack.callback(sock.close)
-                bound.append((sock, protocol))
-        return bound
 
     # -- one turn of the loop
 
@@ -9641,7 +9627,7 @@ class Server:
         for listener in self.listeners:
             log.info("listening on %s for %s clients; %d queues, %d items", listener.name,
                      listener.protocol, len(self.broker.queues), self.broker.totals().items)
-        settings = self.config.server
+        settings = self.broker.settings
         if any(STATUSES[self.broker.status]):
             log.warning("the status is %s, by status_file or default_status: `status up` ends that",
                         self.broker.status)
@@ -9686,7 +9672,7 @@ class Server:
             if first:
                 events = first + [event for event in events if event[0] not in self.waiting]
         # The more there are, the less is done for each.
-        self.share = self.config.server.max_output_buffer // max(
+        self.share = broker.settings.max_output_buffer // max(
             1, len(events) + len(broker.woken) + len(broker.tasks) - 1)
         end = self.mono + _FEED_SECONDS
         greetings = count = 0
@@ -9803,7 +9789,7 @@ class Server:
             connection.set_trace()
 
     def _plan_sweep(self):
-        frequency = self.config.server.expiration_timer_frequency
+        frequency = self.broker.settings.expiration_timer_frequency
         if frequency:
             self.later(frequency, lambda: self.broker.start(self._sweep()))
 
@@ -9813,10 +9799,12 @@ class Server:
         finally:
             self._plan_sweep()
 
-    def _sample(self):
-        self.broker.start(self.broker.sample(self.mono - self._sampled_at))
-        self._sampled_at = self.mono
-        self.later(SAMPLE_SECONDS * 1000, self._sample)
+    def _plan_sample(self):
+        self.later(SAMPLE_SECONDS * 1000, functools.partial(self._sample, self.mono))
+
+    def _sample(self, since):
+        self.broker.start(self.broker.sample(self.mono - since))
+        self._plan_sample()
         self.notify(self._summary())
 
     def keep_watch(self, delay_ms):
@@ -9835,18 +9823,18 @@ class Server:
         if not worker.unfinished and status != self._announced:
             self._announced = status
             worker.submit(functools.partial(
-                _run_status_command, self.config.server.status_command, status,
+                _run_status_command, self.broker.settings.status_command, status,
                 ["%s=%s" % (one.protocol, one.name) for one in self.listeners]),
                 lambda error, seconds: None)
 
-    def _scrub(self):
+    def _scrub(self, worker):
         """Have all journals read and their check sums looked at."""
         found = []
         log.info("reading all journals (scrub_interval)")
-        self._scrubber.submit(functools.partial(_scrub, self.broker.spool, found),
-                              functools.partial(self._scrubbed, found))
+        worker.submit(functools.partial(_scrub, self.broker.spool, found),
+                      functools.partial(self._scrubbed, worker, found))
 
-    def _scrubbed(self, found, error, seconds):
+    def _scrubbed(self, worker, found, error, seconds):
         damaged = [one for one in found if one["damage"]]
         for one in damaged:
             log.error("%s: %d damaged pieces, the first at byte %d (%s); --verify tells more",
@@ -9855,12 +9843,12 @@ class Server:
         log.info("%d journal files read in %d s, %d are damaged%s", len(found), seconds,
                  len(damaged), ": %s" % error if error else "")
         self.broker.scrubbed = len(found), len(damaged), self.now
-        self.later(self.config.server.scrub_interval, self._scrub)
+        self.later(self.broker.settings.scrub_interval, functools.partial(self._scrub, worker))
 
     # -- writing, fsyncing, answering
 
     def _commit(self):
-        for worker in self._workers + self._slow:
+        for worker in self._workers:
             if worker.done:
                 worker.take_results()
         written, failed = self.broker.write()
@@ -9901,10 +9889,8 @@ class Server:
                 break
             if self.worker.unfinished:
                 self.poller.wait_for_interrupt(1)
-        for worker in self._workers:
-            worker.stop(_LAST_SECONDS)
-        for worker in self._slow:
-            worker.stop(0)                             # its command may take half a minute
+        for worker, seconds in self._workers.items():
+            worker.stop(seconds)
         self.broker.work = None                        # from here on all is done at once
         self._commit()                                 # what they had still to say
         for queue in self.broker.queues.values():
@@ -10031,6 +10017,26 @@ def _process(pid):
     with contextlib.suppress(OSError), open("/proc/%s/comm" % pid) as file:
         name = ", " + file.read().strip()
     return " (process %s%s)" % (pid, name)
+
+
+def _bind_all(config, given, stack):
+    """Open all ports; return (socket, protocol) of each. given: see Server. stack: an ExitStack
+    that closes them."""
+    bound = []
+    for protocol in _PROTOCOLS:
+        setting = protocol + "_port"
+        try:
+            socks = given.get(protocol) or _bind_each(
+                config.server, protocol == "memcache", getattr(config.server, setting))
+        except OSError as error:
+            if setting != "admin_port" or setting in config.given:
+                raise
+            log.warning("no admin port: %s", error.strerror)
+            continue
+        for sock in socks:
+            stack.callback(sock.close)
+            bound.append((sock, protocol))
+    return bound
 
 
 def _bind_each(settings, with_unix, port):

@@ -4270,14 +4270,14 @@ def test_the_status_is_kept_in_a_file(tmp_path, caplog):
 def test_connection_limits(tmp_path):
     talk = Talk(tmp_path, "[server]\nconnection_limit_refuse_writes = 2\n"
                           "connection_limit_refuse_reads = 3\n")
-    numbers = []
-    for expected in ((False, False), (False, False), (False, True), (True, True)):
-        numbers.append(talk.broker.admit(talk.session()))
+    for number, expected in enumerate((
+            (False, False), (False, False), (False, True), (True, True))):
+        talk.broker.admit(talk.session(number))
         assert refusals(talk.broker) == expected
     assert talk("get q\r\n") == (
         "SERVER_ERROR there are more than 3 connections: nothing can be read\r\n✂")
-    talk.broker.dismiss(numbers[0])
-    talk.broker.dismiss(numbers[2])
+    talk.broker.dismiss(talk.session(0))
+    talk.broker.dismiss(talk.session(2))
     assert refusals(talk.broker) == (False, False)
     assert talk(set_("q", "1"), "other") == "STORED\r\n"
 
@@ -9759,7 +9759,7 @@ def test_who_goes_while_it_waits_and_has_said_too_much_is_found_out(serve, monke
     server = serve()
     client, gone = server.client(), server.client()
     gone.send(b"get q/t=100000\r\n" + b"version\r\n" * 9000)
-    until(lambda: any(one.state == "waiting" and not one._watched & 1
+    until(lambda: any(one.state == "waiting" and not one._is_read()
                       for one in list(server.server.connections.values())))
     if how == "reset":
         gone.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -10487,17 +10487,21 @@ def test_a_client_connects_anew_where_nothing_can_be_lost(serve, monkeypatch):
     monkeypatch.setattr(kestrel, "_LINGER_SECONDS", 0.02)
     server = serve()
     client = kestrel.Client(port=server.port)
+
+    def numbers():
+        return [number for number, _ in server.server.broker.clients.copy().values()]
+
     client.put("q", b"1")
-    number = max(server.server.broker.clients)
+    number = max(numbers())
     kick = server.client()
     kick.ask("kick %d\r\n" % number)
-    until(lambda: number not in server.server.broker.clients)
+    until(lambda: number not in numbers())
     assert client.get("q") == b"1"           # it was idle: nothing has been lost
     client.put("q", b"2")
     with pytest.raises(ConnectionError, match="what was open goes back"), client.open("q"):
-        number = max(server.server.broker.clients)
+        number = max(numbers())
         kick.ask("kick %d\r\n" % number)
-        until(lambda: number not in server.server.broker.clients)
+        until(lambda: number not in numbers())
         client.put("r", b"x")
     assert client.get("q") == b"2" and client.queues("r") == []
     client.close()
