@@ -760,6 +760,10 @@ def is_password(password, stored):
 _NOBODY = "pbkdf2$200000$%032d$%064d" % (0, 0)
 
 
+# A password to be checked, see Logins.check().
+_Login = collections.namedtuple("_Login", "client name password done")
+
+
 class Logins:
     """Checks names and passwords on a worker thread: those of a host one after the other, and at
     most one wrong one per host and second. Right passwords are cached.
@@ -772,26 +776,26 @@ class Logins:
         self._broker = broker
         self._key = os.urandom(32)
         self._known = set()              # keyed digests of what has been right
-        self._lines = {}                 # host -> deque of (client, name, password, done)
+        self._lines = {}                 # host -> deque of _Logins, the first is being checked
 
     def check(self, client, name, password, done):
         """Call done(user): the name as text if that is its password (both bytes), else None.
         client: has `who`, `peer.host`, `at_end` once it will say no more, and `is_over()` when
         nobody waits for the answer."""
-        host = client.peer.host
+        host, login = client.peer.host, _Login(client, name, password, done)
         line = self._lines.get(host)
         if self._digest(name, password) in self._known:
             done(os.fsdecode(name))
         elif line is None:
-            self._lines[host] = collections.deque([(client, name, password, done)])
+            self._lines[host] = collections.deque([login])
             self._go_on(host)
         else:
-            line.append((client, name, password, done))
+            line.append(login)
             if len(line) > _LOGINS:          # the last that has hung up gives way, or this one
-                gone = [entry for entry in itertools.islice(line, 1, None) if entry[0].at_end]
-                last = gone[-1] if gone else line[-1]
+                gone = [one for one in itertools.islice(line, 1, None) if one.client.at_end]
+                last = gone[-1] if gone else login
                 line.remove(last)
-                last[3](None)
+                last.done(None)
 
     def _stored(self, name):
         return self._broker.config.users.get(os.fsdecode(name), _NOBODY)
@@ -805,31 +809,32 @@ class Logins:
         """Check the next password of a host."""
         # Those that have hung up come last: most of them do not wait for the answer.
         line = self._lines[host] = collections.deque(sorted(
-            (entry for entry in self._lines[host] if not entry[0].is_over()),
-            key=lambda entry: entry[0].at_end))
+            (one for one in self._lines[host] if not one.client.is_over()),
+            key=lambda one: one.client.at_end))
         if not line:
             del self._lines[host]
             return
-        _, name, password, _ = line[0]
-        digest, stored = self._digest(name, password), self._stored(name)
+        login = line[0]
+        digest = self._digest(login.name, login.password)
         if digest in self._known:
             self._finish(host, digest)
         else:
-            self._broker.aside(functools.partial(self._learn, digest, password, stored),
-                               lambda error, seconds: self._finish(host, digest))
+            self._broker.aside(
+                functools.partial(self._learn, digest, login.password, self._stored(login.name)),
+                lambda error, seconds: self._finish(host, digest))
 
     def _learn(self, digest, password, stored):
         if is_password(password, stored):
             self._known.add(digest)
 
     def _finish(self, host, digest):
-        client, name, _, done = self._lines[host].popleft()
-        is_right = digest in self._known
+        login = self._lines[host].popleft()
+        name, is_right = os.fsdecode(login.name), digest in self._known
         if not is_right:
             # Only known names are logged: a client that has not logged in may have sent an item.
-            log.warning("%s: wrong password for %s", client.who, os.fsdecode(name)
-                        if self._stored(name) != _NOBODY else "an unknown user")
-        done(os.fsdecode(name) if is_right else None)
+            log.warning("%s: wrong password for %s", login.client.who,
+                        name if self._stored(login.name) != _NOBODY else "an unknown user")
+        login.done(name if is_right else None)
         self._broker.later(0 if is_right else _LOGIN_REST_MS,
                            functools.partial(self._go_on, host))
 
@@ -10152,7 +10157,7 @@ def _lock_spool(path):
 # of several. (A queue without any server is Queue itself, see section 5.)
 
 
-# How many items put_many() sends before it reads the answers.
+# How many items are put before the answers are read, and taken before they are closed.
 _PUT_AT_ONCE = 50
 
 
@@ -10175,6 +10180,12 @@ def _word(text):
     if re.search(r"\s", text):
         raise ValueError("%r is not one word" % text)
     return text
+
+
+def _batches(items):
+    """Yield the items in lists of _PUT_AT_ONCE; the last one may be shorter."""
+    items = iter(items)
+    return iter(lambda: list(itertools.islice(items, _PUT_AT_ONCE)), [])
 
 
 def _many(count):
@@ -10268,12 +10279,8 @@ class Client:
                  flags: int = 0) -> int:
         """Put items without waiting for the answer to each; return how many the queue has taken.
         Raises ServerError for the first that was refused, when all have been answered."""
-        items = iter(items)
         taken, refused = 0, None
-        while True:
-            batch = list(itertools.islice(items, _PUT_AT_ONCE))
-            if not batch:
-                break
+        for batch in _batches(items):
             answers, error, failure = self._put_batch(queue, batch, expiry, flags)
             taken += sum(answers)
             refused = refused or error
@@ -10601,11 +10608,14 @@ class Client:
         return self._ask(os.fsencode(command) + b"\r\n", read)
 
 
-# How long a server of several may take to let a Client in; how long one that failed is left alone,
-# and how many times as long as the failure has taken.
+# How long a server of several may take to let a Client in; how long a peek at one waits for an
+# item; how often they are asked instead over TLS.
 _CONNECT_SECONDS = 1
-_WATCH_SECONDS = 30                      # how long a peek waits
-_TLS_POLL_SECONDS = 0.05                 # how often servers are asked over TLS
+_WATCH_SECONDS = 30
+_TLS_POLL_SECONDS = 0.05
+
+# How long a server that has failed is left alone: at least so long, and so many times as long as
+# the failure has taken.
 _REST_SECONDS, _REST_FACTOR = 1, 10
 
 
@@ -10667,9 +10677,8 @@ class _Member:
 
     def close(self):
         """Hang up."""
-        self.stop_watching()
-        if False in self._clients:
-            self._clients.pop(False).close()
+        while self._clients:
+            self._clients.popitem()[1].close()
 
 
 class Cluster(Client):
@@ -10704,11 +10713,8 @@ class Cluster(Client):
     def put_many(self, queue: str, items: "Iterable[bytes]", expiry: int = 0,
                  flags: int = 0) -> int:
         """Put items, a batch on a server; return how many were taken."""
-        items, taken = iter(items), 0
-        while True:
-            batch = list(itertools.islice(items, _PUT_AT_ONCE))
-            if not batch:
-                return taken
+        taken = 0
+        for batch in _batches(items):
             rest = batch
 
             def put(client):
@@ -10724,6 +10730,7 @@ class Cluster(Client):
 
             self._put(put)
             taken += len(batch) - len(rest)
+        return taken
 
     def _put(self, put):
         """Try servers until put(client) is true. Return whether it was."""
@@ -11008,7 +11015,7 @@ def _argument_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="A tiny, durable queue that speaks memcache: without a command, the daemon.",
         epilog="commands (COMMAND --help says more):\n" + "\n".join(
-            "  %-8s %s" % (name, what) for name, (_, _, what) in _COMMANDS.items()))
+            "  %-8s %s" % (name, what) for name, (_, what, _) in _COMMANDS.items()))
     parser.add_argument("-c", metavar="FILE", dest="config", help="the config file to read")
     parser.add_argument("--listen", metavar="ADDRESSES",
                         help="the addresses to listen on (default 127.0.0.1)")
@@ -11445,27 +11452,33 @@ def _command_import(client, options):
                 row = json.loads(line)
                 data = (row["data"].encode() if "data" in row
                         else base64.b64decode(row["base64"], validate=True))
-                read = data, int(row.get("flags", 0)), -(-int(row.get("expiry", 0)) // 1000)
+                row = {"data": data, "flags": int(row.get("flags", 0)),
+                       "expiry": int(row.get("expiry", 0))}
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError,
                     RecursionError):
                 bad = number
                 return                       # what comes before it is put
-            yield read
+            yield row
 
     show = _progress(None)
-    for (flags, expiry), same in itertools.groupby(rows(), operator.itemgetter(1, 2)):
-        datas = (row[0] for row in same)
-        for batch in iter(lambda: list(itertools.islice(datas, _PUT_AT_ONCE)), []):
-            taken = client.put_many(options.queue, batch, expiry, flags)
-            done += taken
-            if taken < len(batch):
-                raise ValueError("%s is full or paused; %d items were put" % (
-                    options.queue, done))
-            show(done)
+    for taken, count in _put_exported(client, options.queue, rows()):
+        done += taken
+        if taken < count:
+            raise ValueError("%s is full or paused; %d items were put" % (options.queue, done))
+        show(done)
     show(done, True)
     if bad:
         raise ValueError("line %d is not what export prints; the %d items before it were put" % (
             bad, done))
+
+
+def _put_exported(client, queue, rows):
+    """Put items as export() tells of them, with their flags and expiries; yield (how many were
+    taken, of how many) for each batch."""
+    for (flags, expiry), same in itertools.groupby(
+            rows, lambda row: (row["flags"], -(-row["expiry"] // 1000))):
+        for batch in _batches(row["data"] for row in same):
+            yield client.put_many(queue, batch, expiry, flags), len(batch)
 
 
 def _waiting(client, queue):
@@ -11644,11 +11657,8 @@ def _drained(client, name, other, count):
         if not rows:
             break
         with client._holding(name, rows):
-            for (flags, expiry), same in itertools.groupby(
-                    rows, lambda row: (row["flags"], -(-row["expiry"] // 1000))):
-                datas = [row["data"] for row in same]
-                taken = other.put_many(name, datas, expiry, flags)
-                if taken < len(datas):
+            for taken, most in _put_exported(other, name, rows):
+                if taken < most:
                     raise ValueError("it is full or paused at %s; what it has taken of the last "
                                      "%d items will be there twice" % (
                                          other.address(), len(rows)))
@@ -11658,23 +11668,21 @@ def _drained(client, name, other, count):
 
 def _command_flush(client, options):
     waiting = _waiting(client, options.queue)
-    if not _is_sure(options, "Drop all %d items of %s?" % (waiting, options.queue)):
-        return 1
-    client.flush(options.queue)
-    return 0
+    return _if_sure(options, "Drop all %d items of %s?" % (waiting, options.queue), client.flush)
 
 
 def _command_delete(client, options):
-    _waiting(client, options.queue)
-    if not _is_sure(options, "Delete %s and all its items?" % options.queue):
-        return 1
-    client.delete(options.queue)
-    return 0
+    _waiting(client, options.queue)          # is there such a queue?
+    return _if_sure(options, "Delete %s and all its items?" % options.queue, client.delete)
 
 
-def _is_sure(options, question):
-    """Ask at a terminal, unless --yes says so."""
-    return options.yes or not sys.stdin.isatty() or input(question + " [y/N] ").lower() == "y"
+def _if_sure(options, question, call):
+    """Make a call for the queue, but ask first at a terminal, unless --yes says so; return the exit
+    status."""
+    if options.yes or not sys.stdin.isatty() or input(question + " [y/N] ").lower() == "y":
+        call(options.queue)
+        return 0
+    return 1
 
 
 def _command_ping(client, options):
@@ -11731,62 +11739,69 @@ _PING_SECONDS = 5
 # How many items are moved before the progress is shown.
 _MOVED_AT_ONCE = 10000
 
-# The options of commands.
-_N = ("-n", {"type": _count, "default": 1, "metavar": "N", "help": "at most so many items (1)"})
-_COUNT = ("-n", {"type": _count, "dest": "count", "metavar": "N", "help": "so many items (all)"})
-_WAIT = ("--wait", {"type": _seconds, "default": 0, "metavar": "SECONDS",
-                    "help": "wait so long for an item"})
-_YES = ("--yes", {"action": "store_true", "help": "do not ask"})
-_JSON_ROWS = ("--json", {"action": "store_true", "help": "print JSON objects, not a table"})
-_QUEUE = ("queue", {})
 
-# What can be asked of a server: name -> (function, its arguments, what it does). A function is
+def _argument(name, **how):
+    """Return what a command tells argparse of an argument."""
+    return name, how
+
+
+_QUEUE = _argument("queue")
+_N = _argument("-n", type=_count, default=1, metavar="N", help="at most so many items (1)")
+_COUNT = _argument("-n", type=_count, dest="count", metavar="N", help="so many items (all)")
+_YES = _argument("--yes", action="store_true", help="do not ask")
+_JSON_ROWS = _argument("--json", action="store_true", help="print JSON objects, not a table")
+
+# What can be asked of a server: name -> (function, what it does, its arguments). A function is
 # given a Client and the options, and returns the exit status, None for 0.
 _COMMANDS = {
-    "put": (_command_put, (_QUEUE, ("item", {"nargs": "*"}), ("--whole", {
-        "action": "store_true", "help": "all of standard input is one item"}), ("--expiry", {
-            "type": int, "default": 0, "metavar": "SECONDS", "help": "seconds until it expires"}),
-        ("--delay", {"type": _seconds, "default": 0, "metavar": "SECONDS",
-                     "help": "when it becomes available"}),
-        ("--sync", {"action": "store_true", "help": "wait until it is on the disk"})),
-            "put items, or each line of standard input"),
-    "get": (_command_get, (_QUEUE, _N, _WAIT), "take items, and print each with a newline"),
-    "peek": (_command_peek, (_QUEUE, _N), "print the first items, which stay"),
-    "list": (_command_list, (("prefix", {"nargs": "?"}), _JSON_ROWS),
-             "the queues, or those that begin so"),
-    "stats": (_command_stats, (("queue", {"nargs": "?"}), _JSON_ROWS),
-              "figures of the server, or of a queue"),
-    "top": (_command_top, (("--by", {"choices": ["depth", "rate"], "default": "depth",
-                                     "help": "sort by items (depth), or by gets a second"}),),
-            "the queues, anew each second"),
-    "move": (_command_move, (_QUEUE, ("dest", {}), _COUNT), "move items to another queue"),
-    "drain": (_command_drain, (("queues", {"nargs": "*"}), ("--to", {
-        "action": "append", "required": True, "type": _server, "metavar": "HOST:PORT",
-        "help": "where to; each queue goes to one of several"})),
-              "move all items, or those of some queues, to other servers"),
+    "put": (_command_put, "put items, or each line of standard input", [
+        _QUEUE, _argument("item", nargs="*"),
+        _argument("--whole", action="store_true", help="all of standard input is one item"),
+        _argument("--expiry", type=int, default=0, metavar="SECONDS",
+                  help="seconds until it expires"),
+        _argument("--delay", type=_seconds, default=0, metavar="SECONDS",
+                  help="when it becomes available"),
+        _argument("--sync", action="store_true", help="wait until it is on the disk")]),
+    "get": (_command_get, "take items, and print each with a newline", [
+        _QUEUE, _N, _argument("--wait", type=_seconds, default=0, metavar="SECONDS",
+                              help="wait so long for an item")]),
+    "peek": (_command_peek, "print the first items, which stay", [_QUEUE, _N]),
+    "list": (_command_list, "the queues, or those that begin so", [
+        _argument("prefix", nargs="?"), _JSON_ROWS]),
+    "stats": (_command_stats, "figures of the server, or of a queue", [
+        _argument("queue", nargs="?"), _JSON_ROWS]),
+    "top": (_command_top, "the queues, anew each second", [
+        _argument("--by", choices=["depth", "rate"], default="depth",
+                  help="sort by items (depth), or by gets a second")]),
+    "move": (_command_move, "move items to another queue", [_QUEUE, _argument("dest"), _COUNT]),
+    "drain": (_command_drain, "move all items, or those of some queues, to other servers", [
+        _argument("queues", nargs="*"),
+        _argument("--to", action="append", required=True, type=_server, metavar="HOST:PORT",
+                  help="where to; each queue goes to one of several")]),
     "pause": (lambda client, options: client.pause(options.queue, options.what or ""),
-              (_QUEUE, ("what", {"nargs": "?", "choices": ["in", "out"]})),
-              "stop puts (in), gets (out), or both"),
-    "resume": (lambda client, options: client.resume(options.queue), (_QUEUE,), "end a pause"),
-    "export": (_command_export, (_QUEUE, _COUNT, ("--take", {
-        "action": "store_true", "help": "take the items, each once it is printed"})),
-               "print items as JSON, a line each"),
-    "import": (_command_import, (_QUEUE,), "put what export has printed, from standard input"),
-    "flush": (_command_flush, (_QUEUE, _YES), "drop all items of a queue"),
-    "delete": (_command_delete, (_QUEUE, _YES), "delete a queue"),
-    "status": (lambda client, options: print(client.status(options.word)), (("word", {
-        "nargs": "?", "type": str.lower, "choices": [name.lower() for name in STATUSES]}),),
-               "what the server lets in; set it"),
-    "ping": (_command_ping, (), "whether it answers, for health checks"),
-    "clients": (_command_clients, (_JSON_ROWS,), "who is connected"),
-    "kick": (_command_kick, (("id", {"type": int}),), "hang up on a client"),
+              "stop puts (in), gets (out), or both", [
+                  _QUEUE, _argument("what", nargs="?", choices=["in", "out"])]),
+    "resume": (lambda client, options: client.resume(options.queue), "end a pause", [_QUEUE]),
+    "export": (_command_export, "print items as JSON, a line each", [
+        _QUEUE, _COUNT, _argument("--take", action="store_true",
+                                  help="take the items, each once it is printed")]),
+    "import": (_command_import, "put what export has printed, from standard input", [_QUEUE]),
+    "flush": (_command_flush, "drop all items of a queue", [_QUEUE, _YES]),
+    "delete": (_command_delete, "delete a queue", [_QUEUE, _YES]),
+    "status": (lambda client, options: print(client.status(options.word)),
+               "what the server lets in; set it", [
+                   _argument("word", nargs="?", type=str.lower,
+                             choices=[name.lower() for name in STATUSES])]),
+    "ping": (_command_ping, "whether it answers, for health checks", []),
+    "clients": (_command_clients, "who is connected", [_JSON_ROWS]),
+    "kick": (_command_kick, "hang up on a client", [_argument("id", type=int)]),
 }
 
 
 def _run_command(name, *arguments):
     """Run a command; return the exit status: 0 done, 1 refused or not found, 2 usage, 3 no
     connection."""
-    function, wanted, what = _COMMANDS[name]
+    function, what, wanted = _COMMANDS[name]
     if sys.stdout is None:                # it is closed: what is taken could not be printed
         print("kestrel.py: there is no standard output", file=sys.stderr)
         return 2
