@@ -5662,8 +5662,8 @@ def _number(word, what, close=False):
 
 
 # The other side of a connection. name: for the log. host: its limits are shared by all clients of
-# a host. local: it is on this machine.
-Peer = collections.namedtuple("Peer", "name host local")
+# a host. local: it is on this machine. ip: its ipaddress, None on a UNIX socket.
+Peer = collections.namedtuple("Peer", "name host local ip", defaults=[None])
 
 
 # Protocols of clients that have come to the wrong port: reason of the refusal -> in words.
@@ -8666,11 +8666,11 @@ _ANNOUNCE_SECONDS = 30
 _CALM_SECONDS = 3
 _REMIND_SECONDS = 60
 
-# After how long a disk that does not answer is one that fails.
+# After how long a disk that does not answer counts as failing.
 _HANG_SECONDS = 10
 
-# How many queues are being fsynced at once, each of which takes descriptors; and after how many
-# milliseconds it is tried again if there were none.
+# How many queues are fsynced at once, since each takes descriptors; and after how many milliseconds
+# an fsync is tried again for which there were none.
 _SYNCS = 64
 _SYNC_AGAIN_MS = 50
 
@@ -8682,7 +8682,7 @@ _LAST_SECONDS = 30
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
-# What is spoken at a port, which is set by memcache_port and so on.
+# The protocols; the port of each is set by memcache_port and so on.
 _PROTOCOLS = {"memcache": MemcacheSession, "text": TextSession, "thrift": ThriftSession,
               "admin": AdminSession}
 
@@ -9050,7 +9050,7 @@ class Connection:
         WORKING    likewise
         HELD       likewise
         FULL       likewise
-        ENDING     yes, for nothing                   all has been sent: after _LINGER_SECONDS
+        ENDING     yes, what comes is thrown away     all has been sent: after _LINGER_SECONDS
         CLOSED     no
 
     While the client does not take its answers, tick() comes after send_timeout. While it waits
@@ -9083,9 +9083,8 @@ class Connection:
     def set_trace(self):
         """Trace what is said, if enable_session_trace says so."""
         wanted = self.server.broker.settings.enable_session_trace
-        address = self.session.peer.name.partition(" client ")[2].rpartition(":")[0].strip("[]")
-        self.is_traced = wanted is True or bool(wanted) and not address.startswith("unix") and any(
-            _ip_of(address) in network for network in wanted)
+        self.is_traced = wanted if isinstance(wanted, bool) else (
+            _is_among(self.session.peer.ip, wanted))
 
     def is_sending(self):
         """Return whether there are answers that the kernel has not taken yet."""
@@ -9170,7 +9169,7 @@ class Connection:
                 self.last_active = self.server.mono
             except BlockingIOError:
                 pass
-            except OSError:              # gone: the next read would have told
+            except OSError:              # it has gone: the next read would have said so
                 self.close()
                 return
         state = session.state
@@ -9225,7 +9224,7 @@ class Connection:
         else:
             server.waiting.discard(self)
         self.count_buffers()
-        if session.state is CLOSED:          # it was the greediest
+        if session.state is CLOSED:          # it was the greediest client
             return
         server.poller.watch(self.sock, (_READ if self._is_read() else 0)
                             | (_WRITE if self._unsent else 0), self)
@@ -9448,7 +9447,7 @@ class Listener:
             _keep_alive(sock)
         try:
             sock.listen(server.broker.settings.connection_backlog)
-        except OSError as error:         # another one has come first since
+        except OSError as error:         # another process was faster
             raise _cannot_listen(error, self.name) from None
         self._start()
 
@@ -9474,8 +9473,7 @@ class Listener:
                 return
             sock.setblocking(False)
             proxies = server.broker.settings.proxy_protocol
-            if proxies and isinstance(address, tuple) and any(
-                    _ip_of(address[0]) in network for network in proxies):
+            if isinstance(address, tuple) and _is_among(_ip_of(address[0]), proxies):
                 if not self._is_full(sock):
                     Introduction(self, sock, address)
             else:
@@ -9488,33 +9486,33 @@ class Listener:
         client, if the other side is a proxy that has told it."""
         server = self.server
         config = server.broker.config
-        settings = config.server
-        name, host, local = self.name, self.name, True           # of a UNIX socket
+        allow = config.server.allow
+        name, host, local, ip = self.name, self.name, True, None         # of a UNIX socket
         if isinstance(address, tuple):
             ip = _ip_of(address[0])
-            # One that comes from the address to which it comes is on this machine.
+            # A client that comes from the very address that it connects to is on this machine.
             local = ip.is_loopback or ip == _ip_of(sock.getsockname()[0])
             if client:
                 ip, address = _ip_of(client[0]), client
                 local = local and ip.is_loopback
-            if settings.allow and not any(ip in network for network in settings.allow):
+            if allow and not _is_among(ip, allow):
                 self._refuse(sock, "%s is not among those in allow" % ip)
                 return
             host = _host_of(ip)
             name = _name_of(address)
         if self._is_full(sock):
             return
-        if config.tls and isinstance(address, tuple):
+        if config.tls and ip:
             try:
                 sock = config.tls.wrap_socket(sock, True, do_handshake_on_connect=False)
             except OSError:                            # gone already
                 sock.close()
                 return
         session = _PROTOCOLS[self.protocol](
-            server.broker, Peer("%s client %s" % (self.protocol, name), host, local))
+            server.broker, Peer("%s client %s" % (self.protocol, name), host, local, ip))
         connection = server.connections[session] = Connection(server, sock, session)
         if not connection.is_greeting:
-            # Its first word is there as a rule: saves a turn.
+            # As a rule its first command is there already: this saves a turn.
             server.visit(connection, Connection.ready, True)
 
     def _is_full(self, sock):
@@ -9693,7 +9691,7 @@ class Server:
             if not count % _EVENTS_STEP and (clock() > end or len(broker.dirty) > _MOST_WRITES):
                 break
         self._events = events[count:]
-        if not self._events:             # who has spoken before its time was over is heard first
+        if not self._events:             # a client that spoke in time is heard before its timer
             self.timers.run(self.mono)
         if self.reload_wanted:
             self.reload_wanted = False
@@ -9720,7 +9718,7 @@ class Server:
         return events
 
     def later(self, delay_ms, call):
-        """Make a call in that time; return what cancels it."""
+        """Make a call after so many milliseconds; return a function that cancels it."""
         entry = self.timers.at(self.mono + delay_ms / 1000, call)
         return functools.partial(self.timers.cancel, entry)
 
@@ -9896,11 +9894,11 @@ class Server:
                 self.poller.wait_for_interrupt(1)
         for worker, seconds in self._workers.items():
             worker.stop(seconds)
-        self.broker.work = None                        # from here on all is done at once
-        self._commit()                                 # what they had still to say
+        self.broker.work = None              # from here on blocking calls are made at once
+        self._commit()                       # takes the last results of the workers
         for queue in self.broker.queues.values():
             queue.abort(*queue.opens)        # in the order of all, not connection by connection
-        end = time.monotonic() + 1                     # for those who have answers still to take
+        end = time.monotonic() + 1           # for clients that have not taken all answers
         while time.monotonic() < end:
             sending = [one for one in self.connections.values() if one.is_sending()]
             if not sending:
@@ -9967,6 +9965,11 @@ def _ip_of(host):
     """Return the ipaddress of a host as sockets name it, an IPv4-mapped one as IPv4."""
     ip = ipaddress.ip_address(host.partition("%")[0])
     return getattr(ip, "ipv4_mapped", None) or ip
+
+
+def _is_among(ip, networks):
+    """Return whether an ipaddress is in one of the networks. None, of a UNIX socket, is not."""
+    return ip is not None and any(ip in network for network in networks)
 
 
 def _host_of(ip):
@@ -10130,7 +10133,7 @@ COPY_MARK = ".copy"
 
 
 def _lock_spool(path):
-    """Make the spool directory if need be and lock it; returns its descriptor."""
+    """Make the spool directory if need be and lock it; return its descriptor."""
     try:
         os.makedirs(path, 0o700, exist_ok=True)
         if os.statvfs(path).f_flag & os.ST_RDONLY:
@@ -10689,7 +10692,7 @@ class Cluster(Client):
     on all of them, and only roughly in order. put() and put_many() put an item twice only if a
     connection is lost before the answer; `perhaps_twice` counts these, and the log names them.
     Gets ask all, in any order, and wait for all at once. A server that has failed is left alone for
-    a while. What else there is to ask has to be asked of one server, by a Client of its own.
+    a while. Everything else has to be asked of one server, by a Client of that one.
 
     Raises OSError when no server can be reached; ServerError where all have refused.
     """
@@ -12031,8 +12034,8 @@ def _repeats():
 
 
 def _inherited(config):
-    """{protocol: [socket]} of the sockets that systemd passes on, see sd_listen_fds(3). Raises
-    ConfigError."""
+    """Return {protocol: [socket]} of the sockets that systemd passes on, see sd_listen_fds(3).
+    Raises ConfigError."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
