@@ -10955,9 +10955,12 @@ def main(arguments=None):
     if first in ("--server", "--user", "--tls", "--cafile"):
         parser.error("%s comes after the command" % first)
     options = parser.parse_args(arguments)
-    if bool(options.dump) != bool(options.journals):
-        parser.error("--dump needs journal files" if options.dump else
-                     "there is no command %s" % options.journals[0])
+    if options.dump and not options.journals:
+        parser.error("--dump needs journal files")
+    if options.journals and not options.dump:
+        name = options.journals[0]
+        parser.error(("%s takes options of its own, after it; these are the server's"
+                      if name in _COMMANDS else "there is no command %s") % name)
     overrides = {key: value for key, value in vars(options).items()
                  if key in SERVER_SETTINGS and value is not None}
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=[LogStream()])

@@ -7061,6 +7061,17 @@ def test_what_connections_say_can_be_logged(serve, caplog):
                 "connected", "says b'get q\\r\\n'", "is told b'END\\r\\n'", "closed")]
 
 
+def test_clients_of_a_unix_socket_are_in_no_network_that_is_traced(serve, short_path, caplog):
+    caplog.set_level("INFO")
+    server = serve("[server]\nlisten = 127.0.0.1, unix:%s\nenable_session_trace = 0.0.0.0/0\n" % (
+        short_path / "sock"))
+    for host in "127.0.0.1", "unix:%s" % (short_path / "sock"):
+        with kestrel.Client(host, server.port) as client:
+            assert client.get("q-" + host[:3]) is None
+    until(lambda: not server.server.connections)
+    assert "says b'get q-127" in caplog.text and "says b'get q-uni" not in caplog.text
+
+
 def test_a_status_command_is_told_of_each_change(serve, tmp_path, caplog):
     script = tmp_path / "publish"
     script.write_text("#!/bin/sh\necho \"$*\" >> %s/told\n[ $2 != QUIESCENT ]\n" % tmp_path)
@@ -10755,13 +10766,14 @@ def test_commands_tell_what_is_wrong(ask_server, monkeypatch, capfd):
     for words in (["get"], ["get", "q", "-n", "x"], ["move", "q"], ["lst"], ["--dump"], ["kick", "x"],
                   ["status", "--json"], ["get", "q", "-n", "0"], ["status", "foo"],
                   ["list", "--server", "host:port"], ["list", "--cafile", "/none"],
-                  ["--server", "localhost", "list"]):
+                  ["--server", "localhost", "list"], ["-c", "kestrel.conf", "list"]):
         with pytest.raises(SystemExit) as stopped:
             kestrel.main(words)
         assert stopped.value.code == 2
     told = capfd.readouterr().err
     for words in ("there is no command lst", "'0' is no number from 1", "'port' is not a port",
-                  "--cafile: /none: No such file", "--server comes after the command"):
+                  "--cafile: /none: No such file", "--server comes after the command",
+                  "list takes options of its own, after it"):
         assert words in told
     monkeypatch.setenv("KESTREL_SERVER", "127.0.0.1:%d" % free_port())
     assert ask_server.errors(["list"])[0] == 3
