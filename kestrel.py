@@ -11603,11 +11603,13 @@ def _command_move(client, options):
 def _command_drain(client, options):
     """Move all that waits to other servers, each queue to one of them."""
     with contextlib.ExitStack() as stack:
-        others = [stack.enter_context(_connect(options, server=one)) for one in options.to]
-        stats = client.stats()
-        for other in others:
-            if _is_same_server(stats, other.stats()):
+        others, stats = [], client.stats()
+        for server in options.to:
+            other = stack.enter_context(_connect(options, server=server))
+            before, between, stats = stats, other.stats(), client.stats()
+            if _is_same_server(before, between, stats):
                 raise ValueError("%s is the server that is drained" % other.address())
+            others.append(other)
         names = options.queues or client.names(stats)
         for name in names:
             if "queue_%s_items" % name not in stats:
@@ -11649,10 +11651,16 @@ def _command_drain(client, options):
         raise ValueError("left behind: %s" % "; ".join(still))
 
 
-def _is_same_server(stats, others):
-    """Return whether two answers to `stats` are of one server, whatever its addresses."""
-    return abs(int(stats.get("uptime", 0)) - int(others.get("uptime", 0))) <= 1 and all(
-        stats.get(key) == others.get(key) for key in ("total_items", "bytes", "curr_items"))
+def _is_same_server(before, between, after):
+    """Return whether three answers to `stats` are of one server, whatever its addresses: what it
+    counts only grows. The second one came over a connection made since the first."""
+    def counts(key):
+        return [int(stats.get(key, 0)) for stats in (before, between, after)]
+
+    connections = counts("total_connections")
+    return connections[0] < connections[1] and all(
+        numbers == sorted(numbers)
+        for numbers in (connections, counts("total_items"), counts("bytes_read")))
 
 
 def _drained(client, name, other, count):

@@ -10577,6 +10577,23 @@ def test_drain_moves_everything_to_others(servers, capfd):
     assert "is the server that is drained" in capfd.readouterr().err
 
 
+def test_drain_knows_the_server_that_it_drains_while_others_put(servers, monkeypatch, capfd):
+    """It would move items to the tail of their own queue for ever. (Servers that have been started
+    and asked alike are two.)"""
+    started, (client, _) = servers({}, {})
+    drain = ["drain", "--server", "127.0.0.1:%d" % started[0].port, "--to"]
+    assert kestrel.main(drain + ["127.0.0.1:%d" % started[1].port]) == 0
+    stats = kestrel.Client.stats
+
+    def busy(self):
+        client.put("q", b"x")
+        return stats(self)
+
+    monkeypatch.setattr(kestrel.Client, "stats", busy)
+    assert kestrel.main(drain + ["localhost:%d" % started[0].port]) == 1
+    assert "is the server that is drained" in capfd.readouterr().err
+
+
 class OldKestrel(socketserver.StreamRequestHandler):
     """As much of Kestrel 2.4 as there is to empty a queue: it passes over options it does not know,
     and has no `list`."""
