@@ -583,7 +583,7 @@ class Config:
         return values
 
     def _check_aliases(self):
-        """Note aliases that lead nowhere."""
+        """Note aliases of aliases, and names that are those of queues too."""
         for name, destinations in self.aliases.items():
             header = "alias " + name
             if name in self._queues:
@@ -10538,7 +10538,10 @@ class Client:
     def _send(self, command, timeout=0):
         self._connect_again()
         self._sock.settimeout(self._timeout + timeout)
-        self._try(lambda: self._sock.sendall(command))
+        try:
+            self._try(lambda: self._sock.sendall(command))
+        except BrokenPipeError:              # which is what a command calls its standard output's
+            raise ConnectionError("the server has closed the connection") from None
 
     def _connect_again(self):
         """Connect anew if the connection was lost."""
@@ -10995,9 +10998,8 @@ def main(arguments=None):
         sys.stdout = None
         return 0
     except OSError as error:
-        print("kestrel.py: %s%s" % (error.filename + ": " if error.filename else "",
-                                    error.strerror or error), file=sys.stderr)
-        return 1
+        return _fail(1, "%s%s" % (error.filename + ": " if error.filename else "",
+                                  error.strerror or error))
     server.broker.reloaded.append(functools.partial(_set_up_log_again, config.server))
     _handle_signals(server)
     watchdog = int(os.environ.get("WATCHDOG_USEC", 0))
@@ -11005,6 +11007,12 @@ def main(arguments=None):
         server.keep_watch(watchdog // 2000)            # twice as often as it wants it
     server.run()
     return 0
+
+
+def _fail(status, why):
+    """Tell why on standard error; return the exit status."""
+    print("kestrel.py: %s" % why, file=sys.stderr)
+    return status
 
 
 def _every(text):
@@ -11817,8 +11825,7 @@ def _run_command(name, *arguments):
     connection."""
     function, what, wanted = _COMMANDS[name]
     if sys.stdout is None:                # it is closed: what is taken could not be printed
-        print("kestrel.py: there is no standard output", file=sys.stderr)
-        return 2
+        return _fail(2, "there is no standard output")
     parser = argparse.ArgumentParser(prog="kestrel.py " + name, description=what)
     for word, how in wanted:
         parser.add_argument(word, **how)
@@ -11839,14 +11846,12 @@ def _run_command(name, *arguments):
         sys.stdout = None
         return 0
     except (ServerError, ValueError) as error:
-        print("kestrel.py: %s" % error, file=sys.stderr)
-        return 1
+        return _fail(1, error)
     except EOFError:                     # of the password
-        print("kestrel.py: there is no terminal to ask at: set $KESTREL_PASSWORD", file=sys.stderr)
-        return 2
+        return _fail(2, "there is no terminal to ask at: set $KESTREL_PASSWORD")
     except OSError as error:
-        print("kestrel.py: %s: %s" % (options.server, error.strerror or error), file=sys.stderr)
-        return 1 if name == "ping" else 3
+        return _fail(1 if name == "ping" else 3,
+                     "%s: %s" % (options.server, error.strerror or error))
 
 
 # -- without a server
@@ -11895,8 +11900,7 @@ def _convert(path):
             if not settings and kind not in ("KestrelConfig", "QueueBuilder", "AliasBuilder"):
                 sections["server"].append("# not taken over: %s" % kind)
     if not any(sections.values()):
-        print("kestrel.py: %s: no settings of Kestrel are in it" % path, file=sys.stderr)
-        return 1
+        return _fail(1, "%s: no settings of Kestrel are in it" % path)
     for header, lines in sections.items():
         print("\n".join(["[%s]" % header, *lines, ""]))
     return 0
@@ -11929,8 +11933,7 @@ def _hash_password():
     except (EOFError, KeyboardInterrupt):
         password = ""
     if not password:
-        print("kestrel.py: there is no password", file=sys.stderr)
-        return 1
+        return _fail(1, "there is no password")
     print(hash_password(os.fsencode(password)))
     return 0
 

@@ -10799,6 +10799,25 @@ def test_commands_tell_what_is_wrong(ask_server, monkeypatch, capfd):
         3, "kestrel.py: unix:/none: No such file or directory\n")
 
 
+def test_a_put_that_breaks_off_is_not_taken_for_a_pipe_that_nobody_reads(short_path, capfd):
+    def server(listener):
+        sock, _ = listener.accept()
+        sock.recv(1000)
+        sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
+
+    path = str(short_path / "sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        thread = threading.Thread(target=server, args=(listener,))
+        thread.start()
+        status = kestrel.main(["put", "--server", "unix:" + path, "q", "x" * 3000000])
+        thread.join()
+    assert status == 3 and capfd.readouterr().err == (
+        "kestrel.py: unix:%s: the server has closed the connection\n" % path)
+
+
 def test_clients_tell_that_it_is_the_wrong_port(serve):
     admin = free_port()
     server = serve("[server]\nadmin_port = %d\n" % admin)
