@@ -11970,15 +11970,18 @@ def _log_file(path):
     from logging import handlers
 
     class LogFile(handlers.WatchedFileHandler):
-        """A log file that falls back to standard error while it cannot be reopened."""
+        """A log file that falls back to standard error while it cannot be reopened or written."""
 
         _stream = LogStream()
 
         def emit(self, record):
             try:
                 super().emit(record)
-            except OSError as error:
-                self._stream.write("log_file: %s: %s" % (error, self.format(record)))
+            except OSError:
+                self.handleError(record)
+
+        def handleError(self, record):
+            self._stream.write("log_file: %s: %s" % (sys.exc_info()[1], self.format(record)))
 
         def _open(self):
             # Names of queues are any bytes.
@@ -12013,10 +12016,11 @@ def _set_up_log(settings):
         text = "<%(priority)d>%(levelname)s %(message)s"       # see sd-daemon(3)
     handler.setFormatter(logging.Formatter(text))
     handler.addFilter(_repeats())
-    for old in root.handlers:
-        old.close()
-    root.handlers[:] = [handler]
+    before, root.handlers[:] = root.handlers[:], [handler]
     root.setLevel(settings.log_level.upper())
+    for old in before:
+        with contextlib.suppress(OSError):   # its disk is full
+            old.close()
 
 
 def _set_up_log_again(settings):

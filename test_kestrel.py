@@ -11223,6 +11223,30 @@ def test_a_log_file_that_cannot_be_opened_anew_harms_nothing(daemon, tmp_path):
     assert "Traceback" not in (tmp_path / "moved" / "k").read_text()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_log_file_on_a_full_disk_harms_nothing_and_is_changed_by_a_reload(tmp_path):
+    port, conf, errors = free_port(), tmp_path / "conf", tmp_path / "errors"
+    text = "[server]\nadmin_port = off\nlog_file = %s\n"
+    conf.write_text(text % "/dev/full")
+    with open(str(errors), "wb") as stderr:
+        process = subprocess.Popen(command("-c", conf, "--port", port, "--spool",
+                                           tmp_path / "spool"), stderr=stderr)
+    try:
+        until(lambda: "listening on" in errors.read_text())
+        with contextlib.closing(Client(port)) as client:
+            assert client.put("a", b"x") == "STORED\r\n"
+            conf.write_text(text % (tmp_path / "log"))
+            assert client.ask("reload\r\n") == "Reloaded config.\r\n"
+            assert client.put("b", b"x") == "STORED\r\n"
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+    told, log = errors.read_text(), (tmp_path / "log").read_text()
+    assert re.search("log_file: .*No space left on device: .* queue a created", told)
+    assert "Traceback" not in told and "queue b created" not in told
+    assert "queue b created" in log
+
+
 def test_a_log_that_nobody_reads_stops_nothing(tmp_path):
     port = free_port()
     (tmp_path / "conf").write_text("[server]\nenable_session_trace = true\nadmin_port = off\n")
