@@ -12129,4 +12129,6 @@ def _handle_signals(server):
 
 
 if __name__ == "__main__":
+    if sys.stdout is not None:           # names of queues are any bytes
+        sys.stdout.reconfigure(errors="surrogateescape")
     sys.exit(main())

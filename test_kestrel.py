@@ -10799,6 +10799,17 @@ def test_commands_tell_what_is_wrong(ask_server, monkeypatch, capfd):
         3, "kestrel.py: unix:/none: No such file or directory\n")
 
 
+def test_commands_print_names_that_are_no_text_as_they_are(serve, tmp_path):
+    """Python does so by itself only where the locale is C."""
+    server = serve()
+    assert server.client().ask(b"set \xff 0 0 1\r\nx\r\n") == "STORED\r\n"
+    ask = ["--server", "127.0.0.1:%d" % server.port]
+    for words in ["list", *ask], ["stats", *ask], ["--verify", str(tmp_path / "spool")]:
+        done = subprocess.run(command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, timeout=60)
+        assert (done.returncode, done.stderr) == (0, b"") and b"\xff" in done.stdout, words
+
+
 def test_a_put_that_breaks_off_is_not_taken_for_a_pipe_that_nobody_reads(short_path, capfd):
     def server(listener):
         sock, _ = listener.accept()
