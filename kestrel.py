@@ -12128,7 +12128,19 @@ def _handle_signals(server):
     signal.signal(signal.SIGHUP, reload)
 
 
-if __name__ == "__main__":
-    if sys.stdout is not None:           # names of queues are any bytes
+def _prepare_streams():
+    """Open /dev/null in the place of standard streams that are closed, lest a file or a socket is
+    opened there. There is still no sys.stdout then: what cannot be printed must not be taken."""
+    fd = 0
+    while fd <= 2:
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+    sys.stdin = sys.stdin or open(0)
+    sys.stderr = sys.stderr or open(2, "w")
+    if sys.stdout:                       # names of queues are any bytes
         sys.stdout.reconfigure(errors="surrogateescape")
+
+
+if __name__ == "__main__":
+    _prepare_streams()
     sys.exit(main())

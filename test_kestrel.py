@@ -10810,6 +10810,34 @@ def test_commands_print_names_that_are_no_text_as_they_are(serve, tmp_path):
         assert (done.returncode, done.stderr) == (0, b"") and b"\xff" in done.stdout, words
 
 
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_as_dev_null(closed, tmp_path):
+    def start(*words):
+        return subprocess.Popen("exec %s %s" % (" ".join(map(str, command(*words))), closed),
+                                shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    port = free_port()
+    (tmp_path / "conf").write_text("[server]\nadmin_port = off\n")
+    server = start("-c", tmp_path / "conf", "--port", port, "--spool", tmp_path / "spool")
+    def is_up():
+        with contextlib.suppress(ConnectionError), Client(port):
+            return True
+        return server.poll() is not None
+
+    until(is_up)
+    with kestrel.Client(port=port) as client:
+        client.put_many("q", [b"1", b"2"])
+        ask = ["--server", "127.0.0.1:%d" % port]
+        status = 2 if ">&- 2" in closed else 0   # without a standard output
+        assert start("move", "q", "r", *ask).wait(60) == status
+        assert start("flush", "r", *ask).wait(60) == status
+        assert sum(row[1] for row in client.queues()) == status
+        if "<" in closed:
+            assert start("--hash-password").wait(60) == 1
+    server.terminate()
+    assert server.wait(20) == 0
+
+
 def test_a_put_that_breaks_off_is_not_taken_for_a_pipe_that_nobody_reads(short_path, capfd):
     def server(listener):
         sock, _ = listener.accept()
