@@ -9068,7 +9068,7 @@ class Connection:
         self.is_traced = False
         self.state = READY               # what place() has arranged; HELD may be READY for it
         self.buffered = 0                # bytes of input and output that server.buffered counts
-        self._unsent = []
+        self.unsent = []                 # answers that the kernel has not taken yet
         self._deadline = 0               # when a wait, or the lingering, ends
         self._looked = 0                 # when _look() was called last
         self._alarm = None               # the entry of tick() in server.timers
@@ -9085,10 +9085,6 @@ class Connection:
         wanted = self.server.broker.settings.enable_session_trace
         self.is_traced = wanted if isinstance(wanted, bool) else (
             _is_among(self.session.peer.ip, wanted))
-
-    def is_sending(self):
-        """Return whether there are answers that the kernel has not taken yet."""
-        return bool(self._unsent)
 
     def ready(self, readable):
         """Read the socket, or have answers sent: it can be read or written."""
@@ -9113,7 +9109,7 @@ class Connection:
             session.hang_up(server.now)
             return
         server.broker.stats.bytes_read += len(data)
-        if not self._unsent:             # else it is up to the client to take that
+        if not self.unsent:             # else it is up to the client to take that
             self.last_active = server.mono
         self.is_greeting = False
         if self.is_traced:
@@ -9151,7 +9147,7 @@ class Connection:
         if session.state is CLOSED:
             self.close()
             return
-        unsent = self._unsent
+        unsent = self.unsent
         if session.out and not session.holds:
             if self.is_traced:
                 trace.info("%s: is told %r", session.who, b"".join(session.out)[:200])
@@ -9184,7 +9180,7 @@ class Connection:
 
     def _send_much(self):
         """Send as much as the kernel takes, and as is fair to the others; return how much."""
-        unsent = self._unsent
+        unsent = self.unsent
         left = _MOST_SENT
         while unsent and left:
             # Joining small answers is cheaper than a vector of them.
@@ -9212,7 +9208,7 @@ class Connection:
         if session.timeout is not None:
             self._deadline = server.mono + session.timeout / 1000
             session.timeout = None
-        if state is ENDING and not (session.out or self._unsent):
+        if state is ENDING and not (session.out or self.unsent):
             self._finish()
             if session.state is CLOSED:
                 return
@@ -9227,7 +9223,7 @@ class Connection:
         if session.state is CLOSED:          # it was the greediest client
             return
         server.poller.watch(self.sock, (_READ if self._is_read() else 0)
-                            | (_WRITE if self._unsent else 0), self)
+                            | (_WRITE if self.unsent else 0), self)
         self._set_alarm()
 
     def _is_read(self):
@@ -9240,7 +9236,7 @@ class Connection:
         """Yield (when, what is done then) for each time that matters in this state."""
         session, settings = self.session, self.server.broker.settings
         timeout = settings.send_timeout
-        if self._unsent:
+        if self.unsent:
             if timeout:
                 yield self.last_active + timeout / 1000, functools.partial(
                     self._give_up, "is not reading its answers")
@@ -9298,7 +9294,7 @@ class Connection:
     def count_buffers(self):
         """Tell the server how much memory the input and output of the client take."""
         session = self.session
-        size = session.unparsed + sum(map(len, session.out)) + sum(map(len, self._unsent))
+        size = session.unparsed + sum(map(len, session.out)) + sum(map(len, self.unsent))
         change = size - self.buffered
         if change:
             self.buffered = size
@@ -9307,7 +9303,7 @@ class Connection:
     def refuse(self):
         """Hang up on the client, since there is no memory left for its input and output."""
         log.error("%s: out of memory", self.session.who)
-        if self._unsent or self.session.out:
+        if self.unsent or self.session.out:
             self.close()
         else:
             self.session.out_of_memory()
@@ -9334,7 +9330,7 @@ class Connection:
         session, server = self.session, self.server
         session.close(server.now)
         if server.connections.pop(session, None):
-            self._unsent = []
+            self.unsent = []
             session.take()
             self.count_buffers()
             server.poller.watch(self.sock, 0)
@@ -9900,7 +9896,7 @@ class Server:
             queue.abort(*queue.opens)        # in the order of all, not connection by connection
         end = time.monotonic() + 1           # for clients that have not taken all answers
         while time.monotonic() < end:
-            sending = [one for one in self.connections.values() if one.is_sending()]
+            sending = [one for one in self.connections.values() if one.unsent]
             if not sending:
                 break
             self.poller.poll(.1)

@@ -7513,7 +7513,7 @@ def test_a_turn_reports_on_so_many_queues(tmp_path, monkeypatch):
         for client in clients[:-1]:
             client.send("stats\r\n")
         pinged = turns = 0
-        while sum(connection.session.state == "ready" and not connection._unsent
+        while sum(connection.session.state == "ready" and not connection.unsent
                   for connection in server.connections.values()) < 20 or not pinged:
             clients[-1].send("version\r\n")
             time.sleep(0.001)
@@ -7614,7 +7614,7 @@ def test_answers_that_nobody_reads_count_as_memory(serve, caplog):
         one.send(call(b"peek", thrift_string(1, b"q")))
     until(lambda: "out of memory" in caplog.text)
     until(lambda: client.stats() and all(       # the kernel takes no more for these
-        one.last_active < server.server.mono - 0.05 or not one._unsent
+        one.last_active < server.server.mono - 0.05 or not one.unsent
         for one in list(server.server.connections.values())))
     assert client.get("q") == b"x" * (5 << 20)
     assert server.server.buffered < 31 << 20
@@ -8555,7 +8555,7 @@ def test_the_loop_rests_while_answers_are_held(serve, monkeypatch):
     slow.connect(("127.0.0.1", server.port))
     answer = b"VALUE q/peek 0 50000\r\n" + data + b"\r\nEND\r\n"
     owed = 0
-    while not any(one._unsent for one in list(server.server.connections.values())):
+    while not any(one.unsent for one in list(server.server.connections.values())):
         slow.sendall(b"get q/peek\r\n")                # until the socket takes no more
         client.stats()
         owed += len(answer)
@@ -9421,7 +9421,7 @@ def test_a_client_that_speaks_but_takes_nothing_is_closed(tmp_path, monkeypatch)
                 server.interrupt()
                 server.turn()
             time.sleep(0.005)
-            left = sum(map(len, connection._unsent))
+            left = sum(map(len, connection.unsent))
         for number in range(8):
             assert number > 5 or len(server.connections) == 1
             clock.now += 10
