@@ -150,7 +150,8 @@ STATUSES = {
 }
 
 class ConfigError(Exception):
-    """A setting that cannot be used. Its text says where and why: `file:line: why`."""
+    """Settings that cannot be used. Its text says where and why, a line for each mistake:
+    `file:line: why`."""
 
 
 def check_name(name):
@@ -260,7 +261,7 @@ def _parse_mode(text):
 
 _SIZE = "a size such as 512, 64kb, 16mb or 1gb"
 _TIME = "a time such as 100ms, 30s, 5m, 1h or 1d"
-_COUNT = "a whole number from 1"
+_WHOLE = "a whole number from 1"
 SIZE = _number_of(_SIZE, _SIZES)
 SIZE_LIMIT = _number_of(_SIZE, _SIZES, 1, unlimited=UNLIMITED)
 ITEM_SIZE = _number_of(_SIZE, _SIZES, 1, 1 << 30)
@@ -271,8 +272,8 @@ SHORT_TIME = _number_of("a time such as 100us or 1ms", {"us": 1, "ms": 1000})
 TIME_OR_NEVER = _number_of(_TIME, _TIMES, never=None)
 # Kestrel's older configurations say 0 where they mean that a thing never times out.
 TIMEOUT = _number_of(_TIME, _TIMES, **{"never": None, "0": None})
-COUNT = _number_of(_COUNT, {"": 1}, 1)
-COUNT_LIMIT = _number_of(_COUNT, {"": 1}, 1, unlimited=UNLIMITED)
+COUNT = _number_of(_WHOLE, {"": 1}, 1)
+COUNT_LIMIT = _number_of(_WHOLE, {"": 1}, 1, unlimited=UNLIMITED)
 PORT = _number_of("a port", {"": 1}, 0, 65535)
 PORT_OR_OFF = _number_of("a port", {"": 1}, 0, 65535, off=None)
 ADMIN_PORT = _number_of("a port", {"": 1}, 0, 65535, **{"off": None, "0": None})
@@ -374,21 +375,6 @@ RELOADED = ("allow", "proxy_protocol", "tls_cert", "tls_key", "tls_client_ca", "
 
 
 _USER = re.compile(r"([^\s,:]+):(pbkdf2\$[1-9][0-9]{0,6}\$(?:[0-9a-f]{2})+\$[0-9a-f]{64})")
-
-
-def _read_users(path):
-    """Return {name: password hash} of an auth_file. Raises ConfigError, OSError and
-    UnicodeDecodeError."""
-    users = {}
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(map(str.strip, file), 1):
-            match = _USER.fullmatch(line)
-            if match and match[1] not in users:
-                users[match[1]] = match[2]
-            elif line and not line.startswith("#"):
-                raise ConfigError("%s:%d: not NAME:HASH with a new name, and what "
-                                  "--hash-password prints" % (path, number))
-    return users
 
 
 def _defaults(settings):
@@ -493,48 +479,43 @@ class Config:
         self.aliases = {}
         self._queues = {}
         self._lines = []
+        self._mistakes = []              # (why, header, key or None)
         server = {}
-        for header, values in self._sections():
+        for header, texts in self._sections():
             kind, _, name = header.partition(" ")
             name = name.strip()
             if header == "server":
-                server = self._values(header, SERVER_SETTINGS, values)
+                server = self._values(header, SERVER_SETTINGS, texts)
             elif kind == "queue":
                 self._add(header, self._queues, name,
-                          self._values(header, QUEUE_SETTINGS, values))
+                          self._values(header, QUEUE_SETTINGS, texts))
             elif kind == "alias" and name:
-                alias = self._values(header, ALIAS_SETTINGS, values)
-                if not alias:
-                    raise self._error("destination_queues is missing", header)
-                self._add(header, self.aliases, name, alias["destination_queues"])
+                alias = self._values(header, ALIAS_SETTINGS, texts)
+                if not texts:
+                    self._note("destination_queues is missing", header)
+                self._add(header, self.aliases, name, alias.get("destination_queues"))
             else:
-                raise self._error("unknown section [%s]; there are [server], [queue], "
-                                  "[queue NAME] and [alias NAME]" % header, header)
-        for name, destinations in self.aliases.items():
-            if name in self._queues:
-                raise self._error("%s is both an alias and a queue" % name, "alias " + name)
-            for other in destinations:
-                if other in self.aliases:
-                    raise self._error("destination_queues: %s is an alias itself" % other,
-                                      "alias " + name, "destination_queues")
-        for key, text in self.overrides.items():
-            try:
-                server[key] = SERVER_SETTINGS[key][0].parse(text)
-            except ValueError as error:
-                raise ConfigError("command line: %s: %s" % (key, error)) from None
+                self._note("unknown section [%s]; there are [server], [queue], [queue NAME] "
+                           "and [alias NAME]" % header, header)
+        server.update(self._values("command line", SERVER_SETTINGS, self.overrides))
+        # The checks that follow look at several settings: with a default in the place of what was
+        # meant they would find mistakes that are none.
+        self._raise_mistakes()
         self.given = server.keys()       # the [server] settings that are not just defaults
         self.server = Values(**{**_defaults(SERVER_SETTINGS), **server})
+        self._check_aliases()
         self._check_server()
         self._check_moves()
         self.tls = self._read_tls()
         self.users = self._read_auth_file()
         self._check_users()
+        self._raise_mistakes()
 
     def queue(self, name):
         """Return the QueueConfig of `name`: built-in, then [queue], [queue q], [queue q+child]."""
-        values = dict(self._queues.get("", {}))
-        for prefix in {name.partition("+")[0]: 1, name: 2}:
-            values.update(self._queues.get(prefix, {}))
+        values = {}
+        for section in ("", name.partition("+")[0], name):
+            values.update(self._queues.get(section, {}))
         return QueueConfig(**values)
 
     def lines(self):
@@ -555,59 +536,71 @@ class Config:
         parser = configparser.ConfigParser(
             interpolation=None, default_section="", inline_comment_prefixes=("#",),
             empty_lines_in_values=False)
+        bad = {}                         # number of a line -> why
         try:
             with open(self.path, encoding="utf-8-sig") as file:
                 self._lines = file.read().split("\n")
-            for number, line in enumerate(self._lines, 1):
-                if "\0" in line:
-                    raise self._error("a NUL in the file", line=number)
-            parser.read_file(iter(line + "\n" for line in self._lines), self.path)
-            return [(header, dict(parser[header])) for header in parser.sections()]
+            bad = {number: "a NUL in the file"
+                   for number, line in enumerate(self._lines, 1) if "\0" in line}
+            if not bad:
+                parser.read_file(iter(line + "\n" for line in self._lines), self.path)
+                return [(header, dict(parser[header])) for header in parser.sections()]
         except OSError as error:
             raise ConfigError("%s: %s" % (self.path, error.strerror)) from None
         except UnicodeDecodeError as error:
             raise ConfigError("%s: not UTF-8 text: %s" % (self.path, error)) from None
         except configparser.DuplicateSectionError as error:
-            raise self._error("duplicate section [%s]" % error.section,
-                              line=error.lineno) from None
+            bad[error.lineno] = "duplicate section [%s]" % error.section
         except configparser.DuplicateOptionError as error:
-            raise self._error("%s is set twice in [%s]" % (error.option, error.section),
-                              line=error.lineno) from None
+            bad[error.lineno] = "%s is set twice in [%s]" % (error.option, error.section)
         except configparser.MissingSectionHeaderError as error:
-            raise self._error("neither a [section] nor a setting in one",
-                              line=error.lineno) from None
+            bad[error.lineno] = "neither a [section] nor a setting in one"
         except configparser.ParsingError as error:
-            raise self._error("neither [section] nor key = value",
-                              line=error.errors[0][0]) from None
+            bad = dict.fromkeys([number for number, _ in error.errors],
+                                "neither [section] nor key = value")
         finally:
             # A parser and its sections are cycles, and there is no garbage collector.
             for one in [*parser.values(), parser]:
                 vars(one).clear()
+        raise ConfigError("\n".join("%s:%d: %s" % (self.path, *line) for line in bad.items()))
 
     def _values(self, header, settings, texts):
+        """Return {name: value} of the settings in a section."""
         values = {}
         for key, text in texts.items():
             name = _OLD_NAMES.get(key, key)
             if name not in settings:
-                raise self._error("unknown setting %s in [%s]%s" % (
-                    key, header, _hint(key, settings)), header, key)
-            if name in values:
-                raise self._error("%s is the same as %s: set one of them" % tuple(
-                    *_OLD_NAMES.items()), header, key)
-            try:
-                values[name] = settings[name][0].parse(text)
-            except ValueError as error:
-                raise self._error("%s: %s" % (key, error), header, key) from None
+                self._note("unknown setting %s in [%s]%s" % (key, header, _hint(key, settings)),
+                           header, name)
+            elif name in values:
+                self._note("%s is the same as %s: set one of them" % tuple(
+                    *_OLD_NAMES.items()), header, name)
+            else:
+                try:
+                    values[name] = settings[name][0].parse(text)
+                except ValueError as error:
+                    self._note("%s: %s" % (key, error), header, name)
         return values
 
+    def _check_aliases(self):
+        """Note aliases of aliases, and names that are those of queues too."""
+        for name, destinations in self.aliases.items():
+            header = "alias " + name
+            if name in self._queues:
+                self._note("%s is both an alias and a queue" % name, header)
+            for other in destinations:
+                if other in self.aliases:
+                    self._note("destination_queues: %s is an alias itself" % other, header,
+                               "destination_queues")
+
     def _check_server(self):
-        """Raise ConfigError for [server] settings that can only be mistakes together, or here."""
+        """Note [server] settings that can only be mistakes together, or on this machine."""
         settings = self.server
         ports = {}
         for key in ("memcache_port", "text_port", "thrift_port", "admin_port"):
             port = getattr(settings, key)
             if port and port in ports and (key != "admin_port" or key in self.given):
-                raise self._error("%s: %d is the %s too" % (key, port, ports[port]), "server", key)
+                self._note("%s: %d is the %s too" % (key, port, ports[port]), "server", key)
             ports[port] = key
         paths = [(key, getattr(settings, key)) for key in ("log_file", "status_file")]
         paths += [("listen", address[5:]) for address in settings.listen
@@ -615,21 +608,21 @@ class Config:
         for key, path in paths:
             directory = os.path.dirname(path) or "."
             if path and not os.path.isdir(directory):
-                raise self._error("%s: there is no directory %s" % (key, directory), "server", key)
+                self._note("%s: there is no directory %s" % (key, directory),
+                           "command line" if key in self.overrides else "server", key)
 
     def _check_moves(self):
-        """Raise ConfigError for a queue whose items would be moved to itself, or nowhere."""
+        """Note queues whose items would be moved to themselves, or nowhere."""
         for name, values in self._queues.items():
             header = ("queue " + name).strip()
             for key in ("expire_to_queue", "dead_letter_queue"):
                 target = values.get(key)
                 if target and name and name in self.aliases.get(target, (target,)):
-                    raise self._error("%s: items of %s would go to itself" % (key, name), header,
-                                      key)
+                    self._note("%s: items of %s would go to itself" % (key, name), header, key)
             if values.get("max_deliveries", UNLIMITED) != UNLIMITED and not (
                     self.queue(name).dead_letter_queue):
-                raise self._error("max_deliveries: it needs a dead_letter_queue", header,
-                                  "max_deliveries")
+                self._note("max_deliveries: it needs a dead_letter_queue", header,
+                           "max_deliveries")
 
     def _read_tls(self):
         """Return the ssl.SSLContext of the ports, None without a tls_cert."""
@@ -658,58 +651,78 @@ class Config:
                     # Without a password it asks for one, at the terminal.
                     context.load_cert_chain(settings.tls_cert, path, password=lambda: "")
             except ssl.SSLError as error:
-                raise self._error("%s: %s has no %s: %s" % (key, path, lacks, error), "server",
-                                  key) from None
+                return self._note("%s: %s has no %s: %s" % (key, path, lacks, error), "server",
+                                  key)
             except (OSError, ValueError) as error:
-                raise self._error("%s: %s" % (key, error), "server", key) from None
+                return self._note("%s: %s" % (key, error), "server", key)
         return context
 
     def _read_auth_file(self):
+        """Return {name: password hash} of the auth_file, None without one, or if it is bad."""
         path = self.server.auth_file
         if not path:
             return None
         for key in ("text_port", "thrift_port"):
             if getattr(self.server, key) is not None:
-                raise self._error("auth_file: clients of %s cannot log in there; turn it off"
-                                  % key, "server", "auth_file")
+                self._note("auth_file: clients of %s cannot log in there; turn it off" % key,
+                           "server", "auth_file")
+        users = {}
         try:
-            return _read_users(path)
+            with open(path, encoding="utf-8-sig") as file:
+                for number, line in enumerate(map(str.strip, file), 1):
+                    match = _USER.fullmatch(line)
+                    if match and match[1] not in users:
+                        users[match[1]] = match[2]
+                    elif line and not line.startswith("#"):
+                        return self._note(
+                            "auth_file %s:%d: not NAME:HASH with a new name, and what "
+                            "--hash-password prints" % (path, number), "server", "auth_file")
         except (OSError, UnicodeDecodeError) as error:
-            raise self._error("auth_file %s: %s" % (path, error), "server", "auth_file") from None
+            return self._note("auth_file %s: %s" % (path, error), "server", "auth_file")
+        return users
 
     def _check_users(self):
-        """Raise ConfigError if the settings of a queue name unknown users."""
+        """Note users in the settings of queues that the auth_file does not have."""
+        if self.users is None and self.server.auth_file:       # it is bad itself
+            return
         for name, values in self._queues.items():
             header = ("queue " + name).strip()
             for key in ("put_users", "get_users"):
                 for user in values.get(key, ()):
                     if user not in (self.users or ()):
-                        raise self._error("%s: there is no %s" % (
+                        self._note("%s: there is no %s" % (
                             key, "auth_file" if self.users is None
                             else "%s in the auth_file" % user), header, key)
 
     def _add(self, header, known, name, values):
-        """Note what a [queue NAME] or [alias NAME] says, once for each name."""
+        """Take what a [queue NAME] or [alias NAME] says, once for each name."""
         if name in known:
-            raise self._error("duplicate section [%s]" % header, header)
+            self._note("duplicate section [%s]" % header, header)
         if name:
             try:
                 check_name(name)
             except ValueError as error:
-                raise self._error(str(error), header) from None
+                self._note(str(error), header)
         known[name] = values
 
-    def _error(self, why, header=None, key=None, line=None):
-        """Return a ConfigError that names the file and the line of `header`, or of its `key`."""
-        section = None
+    def _note(self, why, header, key=None):
+        """Note a mistake in a section, or in one of its settings."""
+        self._mistakes.append((why, header, key))
+
+    def _raise_mistakes(self):
+        """Raise ConfigError if mistakes have been noted."""
+        if not self._mistakes:
+            return
+        places, section = {}, ""
         for number, text in enumerate(self._lines, 1):
             match = re.match(r"\[(.+)\]", text.strip())
             section = match[1] if match else section
-            if line is None and section and header in (section, " ".join(section.split())) and (
-                    match if key is None
-                    else re.split("[=:]", text)[0].strip().lower() == key):
-                line = number
-        return ConfigError("%s:%s: %s" % (self.path, line, why))
+            key = None if match else re.split("[=:]", text)[0].strip().lower()
+            key = _OLD_NAMES.get(key, key)
+            for header in (section, " ".join(section.split())):
+                places.setdefault((header, key), "%s:%d" % (self.path, number))
+        raise ConfigError("\n".join("%s: %s" % (places.get((header, key), header), why)
+                                    for why, header, key in self._mistakes))
 
 
 # == 2. Access ============================================================================
@@ -747,6 +760,10 @@ def is_password(password, stored):
 _NOBODY = "pbkdf2$200000$%032d$%064d" % (0, 0)
 
 
+# A password to be checked, see Logins.check().
+_Login = collections.namedtuple("_Login", "client name password done")
+
+
 class Logins:
     """Checks names and passwords on a worker thread: those of a host one after the other, and at
     most one wrong one per host and second. Right passwords are cached.
@@ -759,26 +776,26 @@ class Logins:
         self._broker = broker
         self._key = os.urandom(32)
         self._known = set()              # keyed digests of what has been right
-        self._lines = {}                 # host -> deque of (client, name, password, done)
+        self._lines = {}                 # host -> deque of _Logins, the first is being checked
 
     def check(self, client, name, password, done):
         """Call done(user): the name as text if that is its password (both bytes), else None.
         client: has `who`, `peer.host`, `at_end` once it will say no more, and `is_over()` when
         nobody waits for the answer."""
-        host = client.peer.host
+        host, login = client.peer.host, _Login(client, name, password, done)
         line = self._lines.get(host)
         if self._digest(name, password) in self._known:
             done(os.fsdecode(name))
         elif line is None:
-            self._lines[host] = collections.deque([(client, name, password, done)])
+            self._lines[host] = collections.deque([login])
             self._go_on(host)
         else:
-            line.append((client, name, password, done))
+            line.append(login)
             if len(line) > _LOGINS:          # the last that has hung up gives way, or this one
-                gone = [entry for entry in itertools.islice(line, 1, None) if entry[0].at_end]
-                last = gone[-1] if gone else line[-1]
+                gone = [one for one in itertools.islice(line, 1, None) if one.client.at_end]
+                last = gone[-1] if gone else login
                 line.remove(last)
-                last[3](None)
+                last.done(None)
 
     def _stored(self, name):
         return self._broker.config.users.get(os.fsdecode(name), _NOBODY)
@@ -792,31 +809,32 @@ class Logins:
         """Check the next password of a host."""
         # Those that have hung up come last: most of them do not wait for the answer.
         line = self._lines[host] = collections.deque(sorted(
-            (entry for entry in self._lines[host] if not entry[0].is_over()),
-            key=lambda entry: entry[0].at_end))
+            (one for one in self._lines[host] if not one.client.is_over()),
+            key=lambda one: one.client.at_end))
         if not line:
             del self._lines[host]
             return
-        _, name, password, _ = line[0]
-        digest, stored = self._digest(name, password), self._stored(name)
+        login = line[0]
+        digest = self._digest(login.name, login.password)
         if digest in self._known:
             self._finish(host, digest)
         else:
-            self._broker.aside(functools.partial(self._learn, digest, password, stored),
-                               lambda error, seconds: self._finish(host, digest))
+            self._broker.aside(
+                functools.partial(self._learn, digest, login.password, self._stored(login.name)),
+                lambda error, seconds: self._finish(host, digest))
 
     def _learn(self, digest, password, stored):
         if is_password(password, stored):
             self._known.add(digest)
 
     def _finish(self, host, digest):
-        client, name, _, done = self._lines[host].popleft()
-        is_right = digest in self._known
+        login = self._lines[host].popleft()
+        name, is_right = os.fsdecode(login.name), digest in self._known
         if not is_right:
             # Only known names are logged: a client that has not logged in may have sent an item.
-            log.warning("%s: wrong password for %s", client.who, os.fsdecode(name)
-                        if self._stored(name) != _NOBODY else "an unknown user")
-        done(os.fsdecode(name) if is_right else None)
+            log.warning("%s: wrong password for %s", login.client.who,
+                        name if self._stored(login.name) != _NOBODY else "an unknown user")
+        login.done(name if is_right else None)
         self._broker.later(0 if is_right else _LOGIN_REST_MS,
                            functools.partial(self._go_on, host))
 
@@ -4988,7 +5006,7 @@ class Broker:
         self._accounts = {}               # queue -> Account
         self._uncounted = set()           # queues that have changed since totals()
         self._totals = Totals(0, 0, 0, 0)
-        self.clients = {}                 # number -> (session, when it came)
+        self.clients = {}                 # session -> (its number, when it came)
         self.reloaded = []                # calls to be made after each reload
         self.failing = {}                 # queue -> Failure, while its journal fails
         self.refused = collections.Counter()      # reason -> commands refused for it
@@ -5144,16 +5162,14 @@ class Broker:
         self.update_refusals(at_once=self._grace is None)
 
     def admit(self, session):
-        """Note that a client has come; return the number that it is known by."""
+        """Note that a client has come."""
         self.stats.total_connections += 1
-        number = self.stats.total_connections
-        self.clients[number] = session, self.uptime()
+        self.clients[session] = self.stats.total_connections, self.uptime()
         self.update_refusals(at_once=False)
-        return number
 
-    def dismiss(self, number):
-        """Note that a client has gone; number: what admit() has returned."""
-        del self.clients[number]
+    def dismiss(self, session):
+        """Note that a client has gone."""
+        del self.clients[session]
         self.update_refusals(at_once=False)
 
     def note_stranger(self, peer, why):
@@ -5228,7 +5244,8 @@ class Broker:
                         log.info("%s reloaded by %s", config.path or "the default settings",
                                  ", ".join(dict.fromkeys(who for who, _ in asked)))
                     else:
-                        log.error("reload: %s; nothing has been changed", error)
+                        for mistake in str(error).split("\n"):
+                            log.error("reload: %s; nothing has been changed", mistake)
                 finally:
                     for _, call in asked:
                         call(error)
@@ -5335,7 +5352,7 @@ class Broker:
     def timed_out(self, queue, xids):
         """Log whose open reads go back, since their time is over."""
         overdue = set(xids)
-        for session, _ in self.clients.values():
+        for session in self.clients:
             count = len(overdue.intersection(session.open_reads.get(queue, ())))
             if count:
                 log.warning("%s: %d open reads of %s have timed out", session.who, count,
@@ -5710,8 +5727,8 @@ def _number(word, what, close=False):
 
 
 # The other side of a connection. name: for the log. host: its limits are shared by all clients of
-# a host. local: it is on this machine.
-Peer = collections.namedtuple("Peer", "name host local")
+# a host. local: it is on this machine. ip: its ipaddress, None on a UNIX socket.
+Peer = collections.namedtuple("Peer", "name host local ip", defaults=[None])
 
 
 # Protocols of clients that have come to the wrong port: reason of the refusal -> in words.
@@ -6224,10 +6241,10 @@ class Session:
 
     def _clients(self):
         """Yield a dict for each client that is connected."""
-        for number, (session, came) in list(self.broker.clients.items()):
-            yield self._client_row(number, session, came, list(session.open_reads.values()))
+        for session, (number, came) in list(self.broker.clients.items()):
+            yield self._client_row(session, number, came, list(session.open_reads.values()))
 
-    def _client_row(self, number, session, came, reads):
+    def _client_row(self, session, number, came, reads):
         """Return a dict that describes a client. reads: the values of its `open_reads` that are
         counted."""
         protocol, _, address = session.peer.name.partition(" client ")
@@ -6315,7 +6332,8 @@ class Session:
 
     def _kick(self, number):
         """Hang up on a client; return whether there is one of that number."""
-        session, _ = self.broker.clients.get(number, (None, 0))
+        session = next((session for session, (known, _) in self.broker.clients.items()
+                        if known == number), None)
         if session:
             log.info("%s: kicked by %s", session.who, self.who)
             session.end()
@@ -6332,8 +6350,8 @@ class Session:
     def _reload(self):
         self._check_admin("reload")
         error = yield functools.partial(self.broker.reload, self.who)
-        if error:
-            raise Refused("SERVER_ERROR", str(error))
+        if error:                            # the log has the other mistakes
+            raise Refused("SERVER_ERROR", str(error).partition("\n")[0])
 
     def _log_in(self, name, password):
         """Set `user` to the name if that is its password (both bytes), else to None."""
@@ -7999,8 +8017,8 @@ class AdminSession(Session):
     def _queue_json(self):
         """Return all that the page shows of one queue."""
         queue, rows = yield from self._first_items(_SHOWN_ITEMS, self._item_row)
-        readers = [self._client_row(number, session, came, [session.open_reads[queue]])
-                   for number, (session, came) in self.broker.clients.items()
+        readers = [self._client_row(session, number, came, [session.open_reads[queue]])
+                   for session, (number, came) in self.broker.clients.items()
                    if session.open_reads.get(queue)]
         return {
             "name": _shown_name(queue.name), "key": _key_of(queue.name),
@@ -8709,11 +8727,11 @@ _ANNOUNCE_SECONDS = 30
 _CALM_SECONDS = 3
 _REMIND_SECONDS = 60
 
-# After how long a disk that does not answer is one that fails.
+# After how long a disk that does not answer counts as failing.
 _HANG_SECONDS = 10
 
-# How many queues are being fsynced at once, each of which takes descriptors; and after how many
-# milliseconds it is tried again if there were none.
+# How many queues are fsynced at once, since each takes descriptors; and after how many milliseconds
+# an fsync is tried again for which there were none.
 _SYNCS = 64
 _SYNC_AGAIN_MS = 50
 
@@ -8725,7 +8743,7 @@ _LAST_SECONDS = 30
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
-# What is spoken at a port, which is set by memcache_port and so on.
+# The protocols; the port of each is set by memcache_port and so on.
 _PROTOCOLS = {"memcache": MemcacheSession, "text": TextSession, "thrift": ThriftSession,
               "admin": AdminSession}
 
@@ -8840,7 +8858,7 @@ class Poller:
 
     def __init__(self, busy_poll):
         self._selector = selectors.DefaultSelector()
-        self._watched = {}               # descriptor -> what was registered for it
+        self._watched = {}               # descriptor -> (what was registered for it, events)
         self._epoll = None
         if hasattr(select, "epoll"):
             self._epoll = select.epoll.fromfd(os.dup(self._selector.fileno()))
@@ -8849,17 +8867,17 @@ class Poller:
         self._left, self._right = socket.socketpair()
         self._left.setblocking(False)
         self._right.setblocking(False)
-        self.watch(self._left, 0, _READ, self)
+        self.watch(self._left, _READ, self)
 
     def poll(self, timeout):
         """Return the events that there are, or that come within `timeout` seconds (None: for
         ever)."""
         watched = self._watched
         if self._epoll is None:          # not on every system
-            return [(watched[key.fd], bool(mask & _READ))
+            return [(watched[key.fd][0], bool(mask & _READ))
                     for key, mask in self._selector.select(timeout)]
         # An error, or the end of the connection, is there to be read.
-        return [(watched[fd], mask != select.EPOLLOUT)
+        return [(watched[fd][0], mask != select.EPOLLOUT)
                 for fd, mask in self._epoll.poll(timeout, len(watched))]
 
     def wait(self, timeout):
@@ -8881,16 +8899,21 @@ class Poller:
         self._short_waits = self._short_waits + 1 if is_short else 0
         return events
 
-    def watch(self, sock, before, mask, data):
-        """Watch a socket for other events than before (0 for none)."""
+    def watch(self, sock, mask, data=None):
+        """Watch a socket for these events, 0 for none any more."""
+        fd = sock.fileno()
+        _, before = self._watched.get(fd, (None, 0))
+        if mask == before:
+            return
         if not mask:
             self._selector.unregister(sock)
-            del self._watched[sock.fileno()]
-        elif before:
+            del self._watched[fd]
+            return
+        if before:
             self._selector.modify(sock, mask)
         else:
             self._selector.register(sock, mask)
-            self._watched[sock.fileno()] = data
+        self._watched[fd] = data, mask
 
     def interrupt(self):
         """End a wait, or the next one. From any thread, or a signal handler."""
@@ -9088,7 +9111,7 @@ class Connection:
         WORKING    likewise
         HELD       likewise
         FULL       likewise
-        ENDING     yes, for nothing                   all has been sent: after _LINGER_SECONDS
+        ENDING     yes, what comes is thrown away     all has been sent: after _LINGER_SECONDS
         CLOSED     no
 
     While the client does not take its answers, tick() comes after send_timeout. While it waits
@@ -9099,15 +9122,14 @@ class Connection:
         self.server = server
         self.sock = sock
         self.session = session
-        self.number = server.broker.admit(session)
+        server.broker.admit(session)
         self.since = server.mono
         self.last_active = server.mono   # when it said something, or took some of its answers
         self.is_greeting = hasattr(sock, "do_handshake")       # which is not done yet
         self.is_traced = False
         self.state = READY               # what place() has arranged; HELD may be READY for it
         self.buffered = 0                # bytes of input and output that server.buffered counts
-        self._unsent = []
-        self._watched = 0
+        self.unsent = []                 # answers that the kernel has not taken yet
         self._deadline = 0               # when a wait, or the lingering, ends
         self._looked = 0                 # when _look() was called last
         self._alarm = None               # the entry of tick() in server.timers
@@ -9116,19 +9138,14 @@ class Connection:
         self.set_trace()
         if self.is_traced:
             trace.info("%s: connected", session.who)
-        self._watch(_READ)
+        server.poller.watch(sock, _READ, self)
         self._set_alarm()
 
     def set_trace(self):
         """Trace what is said, if enable_session_trace says so."""
-        wanted = self.server.config.server.enable_session_trace
-        address = self.session.peer.name.partition(" client ")[2].rpartition(":")[0].strip("[]")
-        self.is_traced = wanted is True or bool(wanted) and not address.startswith("unix") and any(
-            _ip_of(address) in network for network in wanted)
-
-    def is_sending(self):
-        """Return whether there are answers that the kernel has not taken yet."""
-        return bool(self._unsent)
+        wanted = self.server.broker.settings.enable_session_trace
+        self.is_traced = wanted if isinstance(wanted, bool) else (
+            _is_among(self.session.peer.ip, wanted))
 
     def ready(self, readable):
         """Read the socket, or have answers sent: it can be read or written."""
@@ -9153,7 +9170,7 @@ class Connection:
             session.hang_up(server.now)
             return
         server.broker.stats.bytes_read += len(data)
-        if not self._unsent:             # else it is up to the client to take that
+        if not self.unsent:             # else it is up to the client to take that
             self.last_active = server.mono
         self.is_greeting = False
         if self.is_traced:
@@ -9191,7 +9208,7 @@ class Connection:
         if session.state is CLOSED:
             self.close()
             return
-        unsent = self._unsent
+        unsent = self.unsent
         if session.out and not session.holds:
             if self.is_traced:
                 trace.info("%s: is told %r", session.who, b"".join(session.out)[:200])
@@ -9209,7 +9226,7 @@ class Connection:
                 self.last_active = self.server.mono
             except BlockingIOError:
                 pass
-            except OSError:              # gone: the next read would have told
+            except OSError:              # it has gone: the next read would have said so
                 self.close()
                 return
         state = session.state
@@ -9224,7 +9241,7 @@ class Connection:
 
     def _send_much(self):
         """Send as much as the kernel takes, and as is fair to the others; return how much."""
-        unsent = self._unsent
+        unsent = self.unsent
         left = _MOST_SENT
         while unsent and left:
             # Joining small answers is cheaper than a vector of them.
@@ -9252,7 +9269,7 @@ class Connection:
         if session.timeout is not None:
             self._deadline = server.mono + session.timeout / 1000
             session.timeout = None
-        if state is ENDING and not (session.out or self._unsent):
+        if state is ENDING and not (session.out or self.unsent):
             self._finish()
             if session.state is CLOSED:
                 return
@@ -9264,18 +9281,23 @@ class Connection:
         else:
             server.waiting.discard(self)
         self.count_buffers()
-        if session.state is CLOSED:          # it was the greediest
+        if session.state is CLOSED:          # it was the greediest client
             return
-        is_listening = not session.at_end and (
-            session.state in (READY, RECEIVING, ENDING) or session.unparsed <= _CHUNK)
-        self._watch((_READ if is_listening else 0) | (_WRITE if self._unsent else 0))
+        server.poller.watch(self.sock, (_READ if self._is_read() else 0)
+                            | (_WRITE if self.unsent else 0), self)
         self._set_alarm()
+
+    def _is_read(self):
+        """Return whether the socket is to be read."""
+        session = self.session
+        return not session.at_end and (
+            session.state in (READY, RECEIVING, ENDING) or session.unparsed <= _CHUNK)
 
     def _deadlines(self):
         """Yield (when, what is done then) for each time that matters in this state."""
-        session, settings = self.session, self.server.config.server
+        session, settings = self.session, self.server.broker.settings
         timeout = settings.send_timeout
-        if self._unsent:
+        if self.unsent:
             if timeout:
                 yield self.last_active + timeout / 1000, functools.partial(
                     self._give_up, "is not reading its answers")
@@ -9292,7 +9314,7 @@ class Connection:
             yield self.since + LOGIN_MS / 1000, self.close
         if session.state is WAITING:
             yield self._deadline, session.time_out
-            if not self._watched & _READ:
+            if not self._is_read():
                 yield self._looked + _LOOK_SECONDS, self._look
 
     def _set_alarm(self):
@@ -9333,7 +9355,7 @@ class Connection:
     def count_buffers(self):
         """Tell the server how much memory the input and output of the client take."""
         session = self.session
-        size = session.unparsed + sum(map(len, session.out)) + sum(map(len, self._unsent))
+        size = session.unparsed + sum(map(len, session.out)) + sum(map(len, self.unsent))
         change = size - self.buffered
         if change:
             self.buffered = size
@@ -9342,7 +9364,7 @@ class Connection:
     def refuse(self):
         """Hang up on the client, since there is no memory left for its input and output."""
         log.error("%s: out of memory", self.session.who)
-        if self._unsent or self.session.out:
+        if self.unsent or self.session.out:
             self.close()
         else:
             self.session.out_of_memory()
@@ -9369,22 +9391,17 @@ class Connection:
         session, server = self.session, self.server
         session.close(server.now)
         if server.connections.pop(session, None):
-            self._unsent = []
+            self.unsent = []
             session.take()
             self.count_buffers()
-            self._watch(0)
+            server.poller.watch(self.sock, 0)
             if self._alarm:
                 server.timers.cancel(self._alarm)
             self.sock.close()
             server.waiting.discard(self)
-            server.broker.dismiss(self.number)
+            server.broker.dismiss(session)
             if self.is_traced:
                 trace.info("%s: closed", session.who)
-
-    def _watch(self, mask):
-        if mask != self._watched:
-            self.server.poller.watch(self.sock, self._watched, mask, self)
-            self._watched = mask
 
 
 def _parse_proxy_header(data):
@@ -9433,7 +9450,7 @@ class Introduction:
         self._head = b""                 # what has come of it
         server = listener.server
         server.introductions.add(self)
-        server.poller.watch(sock, 0, _READ, self)
+        server.poller.watch(sock, _READ, self)
         self._alarm = server.timers.at(server.mono + LOGIN_MS / 1000, self.close)
 
     def ready(self, readable):
@@ -9461,7 +9478,7 @@ class Introduction:
         server = self._listener.server
         server.introductions.discard(self)
         server.timers.cancel(self._alarm)
-        server.poller.watch(self._sock, _READ, 0, self)
+        server.poller.watch(self._sock, 0)
 
     def close(self):
         """Hang up."""
@@ -9474,10 +9491,11 @@ class Listener:
 
     is_greeting = False                  # as a Connection may be
 
-    def __init__(self, server, sock, protocol):
+    def __init__(self, server, sock, protocol, is_inherited):
         self.server = server
         self.sock = sock
         self.protocol = protocol
+        self._is_inherited = is_inherited
         self.address = sock.getsockname()
         self.name = _name_of(self.address)
         self._refused = 0                # connections refused since the log told of it,
@@ -9485,8 +9503,8 @@ class Listener:
         if isinstance(self.address, tuple):
             _keep_alive(sock)
         try:
-            sock.listen(server.config.server.connection_backlog)
-        except OSError as error:         # another one has come first since
+            sock.listen(server.broker.settings.connection_backlog)
+        except OSError as error:         # another process was faster
             raise _cannot_listen(error, self.name) from None
         self._start()
 
@@ -9507,13 +9525,12 @@ class Listener:
                 continue
             except OSError as error:
                 log.error("cannot accept connections for a moment: %s", error.strerror)
-                server.poller.watch(self.sock, _READ, 0, self)
+                server.poller.watch(self.sock, 0)
                 server.timers.at(server.mono + _ACCEPT_AGAIN_SECONDS, self._start)
                 return
             sock.setblocking(False)
-            proxies = server.broker.config.server.proxy_protocol
-            if proxies and isinstance(address, tuple) and any(
-                    _ip_of(address[0]) in network for network in proxies):
+            proxies = server.broker.settings.proxy_protocol
+            if isinstance(address, tuple) and _is_among(_ip_of(address[0]), proxies):
                 if not self._is_full(sock):
                     Introduction(self, sock, address)
             else:
@@ -9526,40 +9543,40 @@ class Listener:
         client, if the other side is a proxy that has told it."""
         server = self.server
         config = server.broker.config
-        settings = config.server
-        name, host, local = self.name, self.name, True           # of a UNIX socket
+        allow = config.server.allow
+        name, host, local, ip = self.name, self.name, True, None         # of a UNIX socket
         if isinstance(address, tuple):
             ip = _ip_of(address[0])
-            # One that comes from the address to which it comes is on this machine.
+            # A client that comes from the very address that it connects to is on this machine.
             local = ip.is_loopback or ip == _ip_of(sock.getsockname()[0])
             if client:
                 ip, address = _ip_of(client[0]), client
                 local = local and ip.is_loopback
-            if settings.allow and not any(ip in network for network in settings.allow):
+            if allow and not _is_among(ip, allow):
                 self._refuse(sock, "%s is not among those in allow" % ip)
                 return
             host = _host_of(ip)
             name = _name_of(address)
         if self._is_full(sock):
             return
-        if config.tls and isinstance(address, tuple):
+        if config.tls and ip:
             try:
                 sock = config.tls.wrap_socket(sock, True, do_handshake_on_connect=False)
             except OSError:                            # gone already
                 sock.close()
                 return
         session = _PROTOCOLS[self.protocol](
-            server.broker, Peer("%s client %s" % (self.protocol, name), host, local))
+            server.broker, Peer("%s client %s" % (self.protocol, name), host, local, ip))
         connection = server.connections[session] = Connection(server, sock, session)
         if not connection.is_greeting:
-            # Its first word is there as a rule: saves a turn.
+            # As a rule its first command is there already: this saves a turn.
             server.visit(connection, Connection.ready, True)
 
     def _is_full(self, sock):
         """Refuse a socket if there are too many connections, and return whether that is so."""
         server = self.server
         count = len(server.connections) + len(server.introductions)
-        if count >= server.broker.config.server.max_connections:
+        if count >= server.broker.settings.max_connections:
             self._refuse(sock, "max_connections")
         elif count >= server.most_connections:
             self._refuse(sock, "the limit of open files")
@@ -9578,14 +9595,13 @@ class Listener:
 
     def _start(self):
         if self.sock.fileno() >= 0:
-            self.server.poller.watch(self.sock, 0, _READ, self)
+            self.server.poller.watch(self.sock, _READ, self)
 
     def close(self):
         """Take no more clients."""
-        with contextlib.suppress(KeyError):            # out of descriptors at the moment
-            self.server.poller.watch(self.sock, _READ, 0, self)
+        self.server.poller.watch(self.sock, 0)
         self.sock.close()
-        if isinstance(self.address, str) and self.protocol not in self.server.inherited:
+        if isinstance(self.address, str) and not self._is_inherited:
             with contextlib.suppress(OSError):
                 os.unlink(self.address)
 
@@ -9598,9 +9614,7 @@ class Server:
     """
 
     def __init__(self, config, given=(), notify=lambda text: None):
-        self.config = config
         self.notify = notify
-        self.inherited = dict(given)
         self.timers = Timers()
         self.connections = {}            # Session -> Connection
         self.introductions = set()       # of proxies
@@ -9612,74 +9626,59 @@ class Server:
         self.now = _now()
         self.reload_wanted = False
         self._events = []                # those that the last turn had no time for
-        self._sampled_at = self.mono
         self._unsafe = set()             # queues with operations that are not safe
         self._announced = None           # the status that the status_command was run with last
         with contextlib.ExitStack() as stack:          # what is open when the rest fails
-            self._open(stack)
+            self._open(config, dict(given), stack)
             stack.pop_all()
         self._plan_sweep()
-        self.later(SAMPLE_SECONDS * 1000, self._sample)
+        self._plan_sample()
         self.syncs.look()
 
-    def _open(self, stack):
-        """Open the spool and the ports, load the queues, start the threads."""
-        settings = self.config.server
+    def _open(self, config, given, stack):
+        """Open the spool and the ports, load the queues, start the threads. stack: an ExitStack
+        that undoes it."""
+        settings = config.server
         spool = os.path.abspath(settings.queue_path)
         self._spool = _lock_spool(spool)
         with contextlib.suppress(OSError):
             os.rmdir(os.path.join(spool, COPY_MARK))   # it is no copy any more
         stack.callback(os.close, self._spool)
-        sockets = self._bind_all(stack)
+        sockets = _bind_all(config, given, stack)
         log.info("kestrel.py %s, journals in %s", __version__, spool)
         self.most_connections, most_files = _share_descriptors()
         most_memory = settings.max_memory or _usable_memory() * 3 // 4
         started = self.mono
-        self.broker = Broker(self.config, self.later, self.now, Budget(most_memory, most_files),
+        self.broker = Broker(config, self.later, self.now, Budget(most_memory, most_files),
                              lambda: self.mono - started)
         self.poller = Poller(0 if _cores() == 1 else settings.busy_poll / 1e6)
         stack.callback(self.poller.close)
         self.syncs = Syncs(self)
-        self.listeners = [Listener(self, sock, protocol) for sock, protocol in sockets]
-        self.worker = Worker(self.interrupt)
+        self.listeners = [Listener(self, sock, protocol, protocol in given)
+                          for sock, protocol in sockets]
+        self._workers = {}               # Worker -> how long its last work is waited for
+        self.worker = self._start_worker(_LAST_SECONDS)
         self.broker.work = lambda call, done: self.worker.submit(
             call, lambda error, seconds: done(error))
         self.broker.reloaded.append(self._set_traces)
-        self._workers = [self.worker]    # what takes the processor long delays no fsync
-        if self.config.users is not None:
-            self._workers.append(Worker(self.interrupt))
-            self.broker.aside = self._workers[-1].submit
-        self._announcer = Worker(self.interrupt) if settings.status_command else None
-        self._scrubber = Worker(self.interrupt) if settings.scrub_interval else None
-        self._slow = list(filter(None, (self._announcer, self._scrubber)))
-        if self._scrubber:
-            self.later(settings.scrub_interval, self._scrub)
+        if config.users is not None:     # what takes the processor long delays no fsync
+            self.broker.aside = self._start_worker(_LAST_SECONDS).submit
+        # The commands of these may take long: they are not waited for.
+        self._announcer = self._start_worker(0) if settings.status_command else None
+        if settings.scrub_interval:
+            self.later(settings.scrub_interval,
+                       functools.partial(self._scrub, self._start_worker(0)))
+
+    def _start_worker(self, last_seconds):
+        worker = Worker(self.interrupt)
+        self._workers[worker] = last_seconds
+        return worker
 
     @property
     def port(self):
         """The memcache port, None if there are UNIX sockets only."""
         return next((one.address[1] for one in self.listeners if one.protocol == "memcache"
                      and isinstance(one.address, tuple)), None)
-
-    def _bind_all(self, stack):
-        """Open all ports; return (socket, protocol) of each. stack: an ExitStack that closes
-        them."""
-        settings = self.config.server
-        bound = []
-        for protocol in _PROTOCOLS:
-            setting = protocol + "_port"
-            try:
-                socks = self.inherited.get(protocol) or _bind_each(
-                    settings, protocol == "memcache", getattr(settings, setting))
-            except OSError as error:
-                if setting != "admin_port" or setting in self.config.given:
-                    raise
-                log.warning("no admin port: %s", error.strerror)
-                continue
-            for sock in socks:
-                stack.callback(sock.close)
-                bound.append((sock, protocol))
-        return bound
 
     # -- one turn of the loop
 
@@ -9688,7 +9687,7 @@ class Server:
         for listener in self.listeners:
             log.info("listening on %s for %s clients; %d queues, %d items", listener.name,
                      listener.protocol, len(self.broker.queues), self.broker.totals().items)
-        settings = self.config.server
+        settings = self.broker.settings
         if any(STATUSES[self.broker.status]):
             log.warning("the status is %s, by status_file or default_status: `status up` ends that",
                         self.broker.status)
@@ -9733,7 +9732,7 @@ class Server:
             if first:
                 events = first + [event for event in events if event[0] not in self.waiting]
         # The more there are, the less is done for each.
-        self.share = self.config.server.max_output_buffer // max(
+        self.share = broker.settings.max_output_buffer // max(
             1, len(events) + len(broker.woken) + len(broker.tasks) - 1)
         end = self.mono + _FEED_SECONDS
         greetings = count = 0
@@ -9749,7 +9748,7 @@ class Server:
             if not count % _EVENTS_STEP and (clock() > end or len(broker.dirty) > _MOST_WRITES):
                 break
         self._events = events[count:]
-        if not self._events:             # who has spoken before its time was over is heard first
+        if not self._events:             # a client that spoke in time is heard before its timer
             self.timers.run(self.mono)
         if self.reload_wanted:
             self.reload_wanted = False
@@ -9776,7 +9775,7 @@ class Server:
         return events
 
     def later(self, delay_ms, call):
-        """Make a call in that time; return what cancels it."""
+        """Make a call after so many milliseconds; return a function that cancels it."""
         entry = self.timers.at(self.mono + delay_ms / 1000, call)
         return functools.partial(self.timers.cancel, entry)
 
@@ -9850,7 +9849,7 @@ class Server:
             connection.set_trace()
 
     def _plan_sweep(self):
-        frequency = self.config.server.expiration_timer_frequency
+        frequency = self.broker.settings.expiration_timer_frequency
         if frequency:
             self.later(frequency, lambda: self.broker.start(self._sweep()))
 
@@ -9860,10 +9859,12 @@ class Server:
         finally:
             self._plan_sweep()
 
-    def _sample(self):
-        self.broker.start(self.broker.sample(self.mono - self._sampled_at))
-        self._sampled_at = self.mono
-        self.later(SAMPLE_SECONDS * 1000, self._sample)
+    def _plan_sample(self):
+        self.later(SAMPLE_SECONDS * 1000, functools.partial(self._sample, self.mono))
+
+    def _sample(self, since):
+        self.broker.start(self.broker.sample(self.mono - since))
+        self._plan_sample()
         self.notify(self._summary())
 
     def keep_watch(self, delay_ms):
@@ -9882,18 +9883,18 @@ class Server:
         if not worker.unfinished and status != self._announced:
             self._announced = status
             worker.submit(functools.partial(
-                _run_status_command, self.config.server.status_command, status,
+                _run_status_command, self.broker.settings.status_command, status,
                 ["%s=%s" % (one.protocol, one.name) for one in self.listeners]),
                 lambda error, seconds: None)
 
-    def _scrub(self):
+    def _scrub(self, worker):
         """Have all journals read and their check sums looked at."""
         found = []
         log.info("reading all journals (scrub_interval)")
-        self._scrubber.submit(functools.partial(_scrub, self.broker.spool, found),
-                              functools.partial(self._scrubbed, found))
+        worker.submit(functools.partial(_scrub, self.broker.spool, found),
+                      functools.partial(self._scrubbed, worker, found))
 
-    def _scrubbed(self, found, error, seconds):
+    def _scrubbed(self, worker, found, error, seconds):
         damaged = [one for one in found if one["damage"]]
         for one in damaged:
             log.error("%s: %d damaged pieces, the first at byte %d (%s); --verify tells more",
@@ -9902,12 +9903,12 @@ class Server:
         log.info("%d journal files read in %d s, %d are damaged%s", len(found), seconds,
                  len(damaged), ": %s" % error if error else "")
         self.broker.scrubbed = len(found), len(damaged), self.now
-        self.later(self.config.server.scrub_interval, self._scrub)
+        self.later(self.broker.settings.scrub_interval, functools.partial(self._scrub, worker))
 
     # -- writing, fsyncing, answering
 
     def _commit(self):
-        for worker in self._workers + self._slow:
+        for worker in self._workers:
             if worker.done:
                 worker.take_results()
         written, failed = self.broker.write()
@@ -9948,17 +9949,15 @@ class Server:
                 break
             if self.worker.unfinished:
                 self.poller.wait_for_interrupt(1)
-        for worker in self._workers:
-            worker.stop(_LAST_SECONDS)
-        for worker in self._slow:
-            worker.stop(0)                             # its command may take half a minute
-        self.broker.work = None                        # from here on all is done at once
-        self._commit()                                 # what they had still to say
+        for worker, seconds in self._workers.items():
+            worker.stop(seconds)
+        self.broker.work = None              # from here on blocking calls are made at once
+        self._commit()                       # takes the last results of the workers
         for queue in self.broker.queues.values():
             queue.abort(*queue.opens)        # in the order of all, not connection by connection
-        end = time.monotonic() + 1                     # for those who have answers still to take
+        end = time.monotonic() + 1           # for clients that have not taken all answers
         while time.monotonic() < end:
-            sending = [one for one in self.connections.values() if one.is_sending()]
+            sending = [one for one in self.connections.values() if one.unsent]
             if not sending:
                 break
             self.poller.poll(.1)
@@ -10025,6 +10024,11 @@ def _ip_of(host):
     return getattr(ip, "ipv4_mapped", None) or ip
 
 
+def _is_among(ip, networks):
+    """Return whether an ipaddress is in one of the networks. None, of a UNIX socket, is not."""
+    return ip is not None and any(ip in network for network in networks)
+
+
 def _host_of(ip):
     """Return the key of limits per host: the IPv4 address, or the /64 of an IPv6 address."""
     if ip.is_loopback:
@@ -10078,6 +10082,26 @@ def _process(pid):
     with contextlib.suppress(OSError), open("/proc/%s/comm" % pid) as file:
         name = ", " + file.read().strip()
     return " (process %s%s)" % (pid, name)
+
+
+def _bind_all(config, given, stack):
+    """Open all ports; return (socket, protocol) of each. given: see Server. stack: an ExitStack
+    that closes them."""
+    bound = []
+    for protocol in _PROTOCOLS:
+        setting = protocol + "_port"
+        try:
+            socks = given.get(protocol) or _bind_each(
+                config.server, protocol == "memcache", getattr(config.server, setting))
+        except OSError as error:
+            if setting != "admin_port" or setting in config.given:
+                raise
+            log.warning("no admin port: %s", error.strerror)
+            continue
+        for sock in socks:
+            stack.callback(sock.close)
+            bound.append((sock, protocol))
+    return bound
 
 
 def _bind_each(settings, with_unix, port):
@@ -10166,7 +10190,7 @@ COPY_MARK = ".copy"
 
 
 def _lock_spool(path):
-    """Make the spool directory if need be and lock it; returns its descriptor."""
+    """Make the spool directory if need be and lock it; return its descriptor."""
     try:
         os.makedirs(path, 0o700, exist_ok=True)
         if os.statvfs(path).f_flag & os.ST_RDONLY:
@@ -10193,7 +10217,7 @@ def _lock_spool(path):
 # of several. (A queue without any server is Queue itself, see section 5.)
 
 
-# How many items put_many() sends before it reads the answers.
+# How many items are put before the answers are read, and taken before they are closed.
 _PUT_AT_ONCE = 50
 
 
@@ -10216,6 +10240,12 @@ def _word(text):
     if re.search(r"\s", text):
         raise ValueError("%r is not one word" % text)
     return text
+
+
+def _batches(items):
+    """Yield the items in lists of _PUT_AT_ONCE; the last one may be shorter."""
+    items = iter(items)
+    return iter(lambda: list(itertools.islice(items, _PUT_AT_ONCE)), [])
 
 
 def _many(count):
@@ -10309,12 +10339,8 @@ class Client:
                  flags: int = 0) -> int:
         """Put items without waiting for the answer to each; return how many the queue has taken.
         Raises ServerError for the first that was refused, when all have been answered."""
-        items = iter(items)
         taken, refused = 0, None
-        while True:
-            batch = list(itertools.islice(items, _PUT_AT_ONCE))
-            if not batch:
-                break
+        for batch in _batches(items):
             answers, error, failure = self._put_batch(queue, batch, expiry, flags)
             taken += sum(answers)
             refused = refused or error
@@ -10569,7 +10595,10 @@ class Client:
     def _send(self, command, timeout=0):
         self._connect_again()
         self._sock.settimeout(self._timeout + timeout)
-        self._try(lambda: self._sock.sendall(command))
+        try:
+            self._try(lambda: self._sock.sendall(command))
+        except BrokenPipeError:              # which is what a command calls its standard output's
+            raise ConnectionError("the server has closed the connection") from None
 
     def _connect_again(self):
         """Connect anew if the connection was lost."""
@@ -10642,11 +10671,14 @@ class Client:
         return self._ask(os.fsencode(command) + b"\r\n", read)
 
 
-# How long a server of several may take to let a Client in; how long one that failed is left alone,
-# and how many times as long as the failure has taken.
+# How long a server of several may take to let a Client in; how long a peek at one waits for an
+# item; how often they are asked instead over TLS.
 _CONNECT_SECONDS = 1
-_WATCH_SECONDS = 30                      # how long a peek waits
-_TLS_POLL_SECONDS = 0.05                 # how often servers are asked over TLS
+_WATCH_SECONDS = 30
+_TLS_POLL_SECONDS = 0.05
+
+# How long a server that has failed is left alone: at least so long, and so many times as long as
+# the failure has taken.
 _REST_SECONDS, _REST_FACTOR = 1, 10
 
 
@@ -10708,9 +10740,8 @@ class _Member:
 
     def close(self):
         """Hang up."""
-        self.stop_watching()
-        if False in self._clients:
-            self._clients.pop(False).close()
+        while self._clients:
+            self._clients.popitem()[1].close()
 
 
 class Cluster(Client):
@@ -10721,7 +10752,7 @@ class Cluster(Client):
     on all of them, and only roughly in order. put() and put_many() put an item twice only if a
     connection is lost before the answer; `perhaps_twice` counts these, and the log names them.
     Gets ask all, in any order, and wait for all at once. A server that has failed is left alone for
-    a while. What else there is to ask has to be asked of one server, by a Client of its own.
+    a while. Everything else has to be asked of one server, by a Client of that one.
 
     Raises OSError when no server can be reached; ServerError where all have refused.
     """
@@ -10745,11 +10776,8 @@ class Cluster(Client):
     def put_many(self, queue: str, items: "Iterable[bytes]", expiry: int = 0,
                  flags: int = 0) -> int:
         """Put items, a batch on a server; return how many were taken."""
-        items, taken = iter(items), 0
-        while True:
-            batch = list(itertools.islice(items, _PUT_AT_ONCE))
-            if not batch:
-                return taken
+        taken = 0
+        for batch in _batches(items):
             rest = batch
 
             def put(client):
@@ -10765,6 +10793,7 @@ class Cluster(Client):
 
             self._put(put)
             taken += len(batch) - len(rest)
+        return taken
 
     def _put(self, put):
         """Try servers until put(client) is true. Return whether it was."""
@@ -10986,9 +11015,12 @@ def main(arguments=None):
     if first in ("--server", "--user", "--tls", "--cafile"):
         parser.error("%s comes after the command" % first)
     options = parser.parse_args(arguments)
-    if bool(options.dump) != bool(options.journals):
-        parser.error("--dump needs journal files" if options.dump else
-                     "there is no command %s" % options.journals[0])
+    if options.dump and not options.journals:
+        parser.error("--dump needs journal files")
+    if options.journals and not options.dump:
+        name = options.journals[0]
+        parser.error(("%s takes options of its own, after it; these are the server's"
+                      if name in _COMMANDS else "there is no command %s") % name)
     overrides = {key: value for key, value in vars(options).items()
                  if key in SERVER_SETTINGS and value is not None}
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=[LogStream()])
@@ -11023,9 +11055,8 @@ def main(arguments=None):
         sys.stdout = None
         return 0
     except OSError as error:
-        print("kestrel.py: %s%s" % (error.filename + ": " if error.filename else "",
-                                    error.strerror or error), file=sys.stderr)
-        return 1
+        return _fail(1, "%s%s" % (error.filename + ": " if error.filename else "",
+                                  error.strerror or error))
     server.broker.reloaded.append(functools.partial(_set_up_log_again, config.server))
     _handle_signals(server)
     watchdog = int(os.environ.get("WATCHDOG_USEC", 0))
@@ -11033,6 +11064,12 @@ def main(arguments=None):
         server.keep_watch(watchdog // 2000)            # twice as often as it wants it
     server.run()
     return 0
+
+
+def _fail(status, why):
+    """Tell why on standard error; return the exit status."""
+    print("kestrel.py: %s" % why, file=sys.stderr)
+    return status
 
 
 def _every(text):
@@ -11049,7 +11086,7 @@ def _argument_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="A tiny, durable queue that speaks memcache: without a command, the daemon.",
         epilog="commands (COMMAND --help says more):\n" + "\n".join(
-            "  %-8s %s" % (name, what) for name, (_, _, what) in _COMMANDS.items()))
+            "  %-8s %s" % (name, what) for name, (_, what, _) in _COMMANDS.items()))
     parser.add_argument("-c", metavar="FILE", dest="config", help="the config file to read")
     parser.add_argument("--listen", metavar="ADDRESSES",
                         help="the addresses to listen on (default 127.0.0.1)")
@@ -11488,27 +11525,33 @@ def _command_import(client, options):
                 row = json.loads(line)
                 data = (row["data"].encode() if "data" in row
                         else base64.b64decode(row["base64"], validate=True))
-                read = data, int(row.get("flags", 0)), -(-int(row.get("expiry", 0)) // 1000)
+                row = {"data": data, "flags": int(row.get("flags", 0)),
+                       "expiry": int(row.get("expiry", 0))}
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError,
                     RecursionError):
                 bad = number
                 return                       # what comes before it is put
-            yield read
+            yield row
 
     show = _progress(None)
-    for (flags, expiry), same in itertools.groupby(rows(), operator.itemgetter(1, 2)):
-        datas = (row[0] for row in same)
-        for batch in iter(lambda: list(itertools.islice(datas, _PUT_AT_ONCE)), []):
-            taken = client.put_many(options.queue, batch, expiry, flags)
-            done += taken
-            if taken < len(batch):
-                raise ValueError("%s is full or paused; %d items were put" % (
-                    options.queue, done))
-            show(done)
+    for taken, count in _put_exported(client, options.queue, rows()):
+        done += taken
+        if taken < count:
+            raise ValueError("%s is full or paused; %d items were put" % (options.queue, done))
+        show(done)
     show(done, True)
     if bad:
         raise ValueError("line %d is not what export prints; the %d items before it were put" % (
             bad, done))
+
+
+def _put_exported(client, queue, rows):
+    """Put items as export() tells of them, with their flags and expiries; yield (how many were
+    taken, of how many) for each batch."""
+    for (flags, expiry), same in itertools.groupby(
+            rows, lambda row: (row["flags"], -(-row["expiry"] // 1000))):
+        for batch in _batches(row["data"] for row in same):
+            yield client.put_many(queue, batch, expiry, flags), len(batch)
 
 
 def _waiting(client, queue):
@@ -11627,11 +11670,13 @@ def _command_move(client, options):
 def _command_drain(client, options):
     """Move all that waits to other servers, each queue to one of them."""
     with contextlib.ExitStack() as stack:
-        others = [stack.enter_context(_connect(options, server=one)) for one in options.to]
-        stats = client.stats()
-        for other in others:
-            if _is_same_server(stats, other.stats()):
+        others, stats = [], client.stats()
+        for server in options.to:
+            other = stack.enter_context(_connect(options, server=server))
+            before, between, stats = stats, other.stats(), client.stats()
+            if _is_same_server(before, between, stats):
                 raise ValueError("%s is the server that is drained" % other.address())
+            others.append(other)
         names = options.queues or client.names(stats)
         for name in names:
             if "queue_%s_items" % name not in stats:
@@ -11673,10 +11718,16 @@ def _command_drain(client, options):
         raise ValueError("left behind: %s" % "; ".join(still))
 
 
-def _is_same_server(stats, others):
-    """Return whether two answers to `stats` are of one server, whatever its addresses."""
-    return abs(int(stats.get("uptime", 0)) - int(others.get("uptime", 0))) <= 1 and all(
-        stats.get(key) == others.get(key) for key in ("total_items", "bytes", "curr_items"))
+def _is_same_server(before, between, after):
+    """Return whether three answers to `stats` are of one server, whatever its addresses: what it
+    counts only grows. The second one came over a connection made since the first."""
+    def counts(key):
+        return [int(stats.get(key, 0)) for stats in (before, between, after)]
+
+    connections = counts("total_connections")
+    return connections[0] < connections[1] and all(
+        numbers == sorted(numbers)
+        for numbers in (connections, counts("total_items"), counts("bytes_read")))
 
 
 def _drained(client, name, other, count):
@@ -11687,11 +11738,8 @@ def _drained(client, name, other, count):
         if not rows:
             break
         with client._holding(name, rows):
-            for (flags, expiry), same in itertools.groupby(
-                    rows, lambda row: (row["flags"], -(-row["expiry"] // 1000))):
-                datas = [row["data"] for row in same]
-                taken = other.put_many(name, datas, expiry, flags)
-                if taken < len(datas):
+            for taken, most in _put_exported(other, name, rows):
+                if taken < most:
                     raise ValueError("it is full or paused at %s; what it has taken of the last "
                                      "%d items will be there twice" % (
                                          other.address(), len(rows)))
@@ -11701,23 +11749,21 @@ def _drained(client, name, other, count):
 
 def _command_flush(client, options):
     waiting = _waiting(client, options.queue)
-    if not _is_sure(options, "Drop all %d items of %s?" % (waiting, options.queue)):
-        return 1
-    client.flush(options.queue)
-    return 0
+    return _if_sure(options, "Drop all %d items of %s?" % (waiting, options.queue), client.flush)
 
 
 def _command_delete(client, options):
-    _waiting(client, options.queue)
-    if not _is_sure(options, "Delete %s and all its items?" % options.queue):
-        return 1
-    client.delete(options.queue)
-    return 0
+    _waiting(client, options.queue)          # is there such a queue?
+    return _if_sure(options, "Delete %s and all its items?" % options.queue, client.delete)
 
 
-def _is_sure(options, question):
-    """Ask at a terminal, unless --yes says so."""
-    return options.yes or not sys.stdin.isatty() or input(question + " [y/N] ").lower() == "y"
+def _if_sure(options, question, call):
+    """Make a call for the queue, but ask first at a terminal, unless --yes says so; return the exit
+    status."""
+    if options.yes or not sys.stdin.isatty() or input(question + " [y/N] ").lower() == "y":
+        call(options.queue)
+        return 0
+    return 1
 
 
 def _command_ping(client, options):
@@ -11774,65 +11820,71 @@ _PING_SECONDS = 5
 # How many items are moved before the progress is shown.
 _MOVED_AT_ONCE = 10000
 
-# The options of commands.
-_N = ("-n", {"type": _count, "default": 1, "metavar": "N", "help": "at most so many items (1)"})
-_COUNT = ("-n", {"type": _count, "dest": "count", "metavar": "N", "help": "so many items (all)"})
-_WAIT = ("--wait", {"type": _seconds, "default": 0, "metavar": "SECONDS",
-                    "help": "wait so long for an item"})
-_YES = ("--yes", {"action": "store_true", "help": "do not ask"})
-_JSON_ROWS = ("--json", {"action": "store_true", "help": "print JSON objects, not a table"})
-_QUEUE = ("queue", {})
 
-# What can be asked of a server: name -> (function, its arguments, what it does). A function is
+def _argument(name, **how):
+    """Return what a command tells argparse of an argument."""
+    return name, how
+
+
+_QUEUE = _argument("queue")
+_N = _argument("-n", type=_count, default=1, metavar="N", help="at most so many items (1)")
+_COUNT = _argument("-n", type=_count, dest="count", metavar="N", help="so many items (all)")
+_YES = _argument("--yes", action="store_true", help="do not ask")
+_JSON_ROWS = _argument("--json", action="store_true", help="print JSON objects, not a table")
+
+# What can be asked of a server: name -> (function, what it does, its arguments). A function is
 # given a Client and the options, and returns the exit status, None for 0.
 _COMMANDS = {
-    "put": (_command_put, (_QUEUE, ("item", {"nargs": "*"}), ("--whole", {
-        "action": "store_true", "help": "all of standard input is one item"}), ("--expiry", {
-            "type": int, "default": 0, "metavar": "SECONDS", "help": "seconds until it expires"}),
-        ("--delay", {"type": _seconds, "default": 0, "metavar": "SECONDS",
-                     "help": "when it becomes available"}),
-        ("--sync", {"action": "store_true", "help": "wait until it is on the disk"})),
-            "put items, or each line of standard input"),
-    "get": (_command_get, (_QUEUE, _N, _WAIT), "take items, and print each with a newline"),
-    "peek": (_command_peek, (_QUEUE, _N), "print the first items, which stay"),
-    "list": (_command_list, (("prefix", {"nargs": "?"}), _JSON_ROWS),
-             "the queues, or those that begin so"),
-    "stats": (_command_stats, (("queue", {"nargs": "?"}), _JSON_ROWS),
-              "figures of the server, or of a queue"),
-    "top": (_command_top, (("--by", {"choices": ["depth", "rate"], "default": "depth",
-                                     "help": "sort by items (depth), or by gets a second"}),),
-            "the queues, anew each second"),
-    "move": (_command_move, (_QUEUE, ("dest", {}), _COUNT), "move items to another queue"),
-    "drain": (_command_drain, (("queues", {"nargs": "*"}), ("--to", {
-        "action": "append", "required": True, "type": _server, "metavar": "HOST:PORT",
-        "help": "where to; each queue goes to one of several"})),
-              "move all items, or those of some queues, to other servers"),
+    "put": (_command_put, "put items, or each line of standard input", [
+        _QUEUE, _argument("item", nargs="*"),
+        _argument("--whole", action="store_true", help="all of standard input is one item"),
+        _argument("--expiry", type=int, default=0, metavar="SECONDS",
+                  help="seconds until it expires"),
+        _argument("--delay", type=_seconds, default=0, metavar="SECONDS",
+                  help="when it becomes available"),
+        _argument("--sync", action="store_true", help="wait until it is on the disk")]),
+    "get": (_command_get, "take items, and print each with a newline", [
+        _QUEUE, _N, _argument("--wait", type=_seconds, default=0, metavar="SECONDS",
+                              help="wait so long for an item")]),
+    "peek": (_command_peek, "print the first items, which stay", [_QUEUE, _N]),
+    "list": (_command_list, "the queues, or those that begin so", [
+        _argument("prefix", nargs="?"), _JSON_ROWS]),
+    "stats": (_command_stats, "figures of the server, or of a queue", [
+        _argument("queue", nargs="?"), _JSON_ROWS]),
+    "top": (_command_top, "the queues, anew each second", [
+        _argument("--by", choices=["depth", "rate"], default="depth",
+                  help="sort by items (depth), or by gets a second")]),
+    "move": (_command_move, "move items to another queue", [_QUEUE, _argument("dest"), _COUNT]),
+    "drain": (_command_drain, "move all items, or those of some queues, to other servers", [
+        _argument("queues", nargs="*"),
+        _argument("--to", action="append", required=True, type=_server, metavar="HOST:PORT",
+                  help="where to; each queue goes to one of several")]),
     "pause": (lambda client, options: client.pause(options.queue, options.what or ""),
-              (_QUEUE, ("what", {"nargs": "?", "choices": ["in", "out"]})),
-              "stop puts (in), gets (out), or both"),
-    "resume": (lambda client, options: client.resume(options.queue), (_QUEUE,), "end a pause"),
-    "export": (_command_export, (_QUEUE, _COUNT, ("--take", {
-        "action": "store_true", "help": "take the items, each once it is printed"})),
-               "print items as JSON, a line each"),
-    "import": (_command_import, (_QUEUE,), "put what export has printed, from standard input"),
-    "flush": (_command_flush, (_QUEUE, _YES), "drop all items of a queue"),
-    "delete": (_command_delete, (_QUEUE, _YES), "delete a queue"),
-    "status": (lambda client, options: print(client.status(options.word)), (("word", {
-        "nargs": "?", "type": str.lower, "choices": [name.lower() for name in STATUSES]}),),
-               "what the server lets in; set it"),
-    "ping": (_command_ping, (), "whether it answers, for health checks"),
-    "clients": (_command_clients, (_JSON_ROWS,), "who is connected"),
-    "kick": (_command_kick, (("id", {"type": int}),), "hang up on a client"),
+              "stop puts (in), gets (out), or both", [
+                  _QUEUE, _argument("what", nargs="?", choices=["in", "out"])]),
+    "resume": (lambda client, options: client.resume(options.queue), "end a pause", [_QUEUE]),
+    "export": (_command_export, "print items as JSON, a line each", [
+        _QUEUE, _COUNT, _argument("--take", action="store_true",
+                                  help="take the items, each once it is printed")]),
+    "import": (_command_import, "put what export has printed, from standard input", [_QUEUE]),
+    "flush": (_command_flush, "drop all items of a queue", [_QUEUE, _YES]),
+    "delete": (_command_delete, "delete a queue", [_QUEUE, _YES]),
+    "status": (lambda client, options: print(client.status(options.word)),
+               "what the server lets in; set it", [
+                   _argument("word", nargs="?", type=str.lower,
+                             choices=[name.lower() for name in STATUSES])]),
+    "ping": (_command_ping, "whether it answers, for health checks", []),
+    "clients": (_command_clients, "who is connected", [_JSON_ROWS]),
+    "kick": (_command_kick, "hang up on a client", [_argument("id", type=int)]),
 }
 
 
 def _run_command(name, *arguments):
     """Run a command; return the exit status: 0 done, 1 refused or not found, 2 usage, 3 no
     connection."""
-    function, wanted, what = _COMMANDS[name]
+    function, what, wanted = _COMMANDS[name]
     if sys.stdout is None:                # it is closed: what is taken could not be printed
-        print("kestrel.py: there is no standard output", file=sys.stderr)
-        return 2
+        return _fail(2, "there is no standard output")
     parser = argparse.ArgumentParser(prog="kestrel.py " + name, description=what)
     for word, how in wanted:
         parser.add_argument(word, **how)
@@ -11853,14 +11905,12 @@ def _run_command(name, *arguments):
         sys.stdout = None
         return 0
     except (ServerError, ValueError) as error:
-        print("kestrel.py: %s" % error, file=sys.stderr)
-        return 1
+        return _fail(1, error)
     except EOFError:                     # of the password
-        print("kestrel.py: there is no terminal to ask at: set $KESTREL_PASSWORD", file=sys.stderr)
-        return 2
+        return _fail(2, "there is no terminal to ask at: set $KESTREL_PASSWORD")
     except OSError as error:
-        print("kestrel.py: %s: %s" % (options.server, error.strerror or error), file=sys.stderr)
-        return 1 if name == "ping" else 3
+        return _fail(1 if name == "ping" else 3,
+                     "%s: %s" % (options.server, error.strerror or error))
 
 
 # -- without a server
@@ -11909,8 +11959,7 @@ def _convert(path):
             if not settings and kind not in ("KestrelConfig", "QueueBuilder", "AliasBuilder"):
                 sections["server"].append("# not taken over: %s" % kind)
     if not any(sections.values()):
-        print("kestrel.py: %s: no settings of Kestrel are in it" % path, file=sys.stderr)
-        return 1
+        return _fail(1, "%s: no settings of Kestrel are in it" % path)
     for header, lines in sections.items():
         print("\n".join(["[%s]" % header, *lines, ""]))
     return 0
@@ -11943,8 +11992,7 @@ def _hash_password():
     except (EOFError, KeyboardInterrupt):
         password = ""
     if not password:
-        print("kestrel.py: there is no password", file=sys.stderr)
-        return 1
+        return _fail(1, "there is no password")
     print(hash_password(os.fsencode(password)))
     return 0
 
@@ -11981,15 +12029,18 @@ def _log_file(path):
     from logging import handlers
 
     class LogFile(handlers.WatchedFileHandler):
-        """A log file that falls back to standard error while it cannot be reopened."""
+        """A log file that falls back to standard error while it cannot be reopened or written."""
 
         _stream = LogStream()
 
         def emit(self, record):
             try:
                 super().emit(record)
-            except OSError as error:
-                self._stream.write("log_file: %s: %s" % (error, self.format(record)))
+            except OSError:
+                self.handleError(record)
+
+        def handleError(self, record):
+            self._stream.write("log_file: %s: %s" % (sys.exc_info()[1], self.format(record)))
 
         def _open(self):
             # Names of queues are any bytes.
@@ -12024,10 +12075,11 @@ def _set_up_log(settings):
         text = "<%(priority)d>%(levelname)s %(message)s"       # see sd-daemon(3)
     handler.setFormatter(logging.Formatter(text))
     handler.addFilter(_repeats())
-    for old in root.handlers:
-        old.close()
-    root.handlers[:] = [handler]
+    before, root.handlers[:] = root.handlers[:], [handler]
     root.setLevel(settings.log_level.upper())
+    for old in before:
+        with contextlib.suppress(OSError):   # its disk is full
+            old.close()
 
 
 def _set_up_log_again(settings):
@@ -12059,8 +12111,8 @@ def _repeats():
 
 
 def _inherited(config):
-    """{protocol: [socket]} of the sockets that systemd passes on, see sd_listen_fds(3). Raises
-    ConfigError."""
+    """Return {protocol: [socket]} of the sockets that systemd passes on, see sd_listen_fds(3).
+    Raises ConfigError."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
@@ -12135,5 +12187,19 @@ def _handle_signals(server):
     signal.signal(signal.SIGHUP, reload)
 
 
+def _prepare_streams():
+    """Open /dev/null in the place of standard streams that are closed, lest a file or a socket is
+    opened there. There is still no sys.stdout then: what cannot be printed must not be taken."""
+    fd = 0
+    while fd <= 2:
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+    sys.stdin = sys.stdin or open(0)
+    sys.stderr = sys.stderr or open(2, "w")
+    if sys.stdout:                       # names of queues are any bytes
+        sys.stdout.reconfigure(errors="surrogateescape")
+
+
 if __name__ == "__main__":
+    _prepare_streams()
     sys.exit(main())

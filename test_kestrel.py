@@ -1094,6 +1094,54 @@ def test_config_errors_name_file_line_and_key(tmp_path, text, line, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("text, mistakes", [
+    # Each setting and each section by itself,
+    ("[server]\nmemcache_prot = 5\ntext_port = many\n[queues]\n[alias a]\n[queue a/b]\nmax_age = 5\n",
+     [(2, "unknown setting memcache_prot in [server]; did you mean memcache_port?"),
+      (3, "text_port: 'many' is not a port"), (4, "unknown section [queues]"),
+      (5, "destination_queues is missing"), (7, "max_age: '5' is not a time"),
+      (6, "'/' in the name of a queue")]),
+    # then what several of them make a mistake of; only then, since text_port may be meant well.
+    ("[server]\nthrift_port = 2222\ntext_port = 2222\nlog_file = /no/such/log\n"
+     "listen_address = unix:/no/way\ntls_key = x\nauth_file = /no/users\n"
+     "[queue a]\nput_users = eve\nexpire_to_queue = a\nmax_deliveries = 2\n"
+     "[alias a]\ndestination_queues = b\n[alias c]\ndestination_queues = b a\n",
+     [(12, "a is both an alias and a queue"), (15, "destination_queues: a is an alias itself"),
+      (2, "thrift_port: 2222 is the text_port too"), (4, "log_file: there is no directory /no/such"),
+      (5, "listen: there is no directory /no"), (11, "max_deliveries: it needs a dead_letter_queue"),
+      (6, "tls_key: it needs a tls_cert"), (7, "auth_file: clients of text_port cannot log in"),
+      (7, "auth_file: clients of thrift_port cannot log in"), (7, "auth_file /no/users: ")]),
+    ("[server]\nthrift_port = 2222\ntext_port = 2222\nmax_lines = 5\n",
+     [(4, "unknown setting max_lines in [server]; did you mean max_line?")]),
+    ("[queue]\nput_users = ann, eve\nget_users = eve\n",
+     [(2, "put_users: there is no auth_file"), (2, "put_users: there is no auth_file"),
+      (3, "get_users: there is no auth_file")]),
+    # Where there are no settings to be read:
+    ("[queue]\nwhat\nmax_age = 1h\nelse\n", [(2, "neither [section]"), (4, "neither [section]")]),
+    ("[queue]\nmax_age = \0\n\0\n", [(2, "a NUL in the file"), (3, "a NUL in the file")]),
+])
+def test_all_mistakes_of_a_config_file_are_told(tmp_path, text, mistakes):
+    with pytest.raises(kestrel.ConfigError) as caught:
+        config_of(tmp_path, text)
+    lines = str(caught.value).split("\n")
+    assert len(lines) == len(mistakes), lines
+    for line, (number, why) in zip(lines, mistakes):
+        assert line.startswith("%s:%d: %s" % (tmp_path / "kestrel.conf", number, why))
+
+
+def test_a_mistake_of_the_command_line_is_not_looked_for_in_the_file(tmp_path):
+    for text in "", "[server]\nlisten = ::1\n":
+        with pytest.raises(kestrel.ConfigError) as caught:
+            config_of(tmp_path, text, listen="unix:/no/such/sock")
+        assert str(caught.value) == "command line: listen: there is no directory /no/such"
+    with pytest.raises(kestrel.ConfigError) as caught:
+        config_of(tmp_path, "[server]\nlisten = *\n", listen="::/0", memcache_port="many")
+    file, *command = str(caught.value).split("\n")
+    assert file.startswith("%s:2: listen: '*' is not" % (tmp_path / "kestrel.conf"))
+    assert [line.partition(" '")[0] for line in command] == [
+        "command line: listen:", "command line: memcache_port:"]
+
+
 def test_config_that_is_no_text(tmp_path):
     (tmp_path / "bad").write_bytes(b"[server]\n\xff\xfe")
     with pytest.raises(kestrel.ConfigError, match="UTF-8"):
@@ -4253,6 +4301,11 @@ def test_reload_changes_queues_at_once(tmp_path, caplog):
         tmp_path / "kestrel.conf").write_text("[queue]\nmax_items = x\n")
     assert isinstance(reload(broker), kestrel.ConfigError)
     assert put(broker, "a", b"2") == [False]
+    caplog.clear()
+    (tmp_path / "kestrel.conf").write_text("[queue]\nmax_items = x\nmax_age = y\n")
+    reload(broker)
+    assert [re.sub(".*kestrel.conf", "", line)[:13] for line in caplog.messages] == [
+        ":2: max_items", ":3: max_age: "]
 
 
 def test_a_spool_is_loaded_again(tmp_path):
@@ -4315,14 +4368,14 @@ def test_the_status_is_kept_in_a_file(tmp_path, caplog):
 def test_connection_limits(tmp_path):
     talk = Talk(tmp_path, "[server]\nconnection_limit_refuse_writes = 2\n"
                           "connection_limit_refuse_reads = 3\n")
-    numbers = []
-    for expected in ((False, False), (False, False), (False, True), (True, True)):
-        numbers.append(talk.broker.admit(talk.session()))
+    for number, expected in enumerate((
+            (False, False), (False, False), (False, True), (True, True))):
+        talk.broker.admit(talk.session(number))
         assert refusals(talk.broker) == expected
     assert talk("get q\r\n") == (
         "SERVER_ERROR there are more than 3 connections: nothing can be read\r\n✂")
-    talk.broker.dismiss(numbers[0])
-    talk.broker.dismiss(numbers[2])
+    talk.broker.dismiss(talk.session(0))
+    talk.broker.dismiss(talk.session(2))
     assert refusals(talk.broker) == (False, False)
     assert talk(set_("q", "1"), "other") == "STORED\r\n"
 
@@ -7167,6 +7220,17 @@ def test_what_connections_say_can_be_logged(serve, caplog):
                 "connected", "says b'get q\\r\\n'", "is told b'END\\r\\n'", "closed")]
 
 
+def test_clients_of_a_unix_socket_are_in_no_network_that_is_traced(serve, short_path, caplog):
+    caplog.set_level("INFO")
+    server = serve("[server]\nlisten = 127.0.0.1, unix:%s\nenable_session_trace = 0.0.0.0/0\n" % (
+        short_path / "sock"))
+    for host in "127.0.0.1", "unix:%s" % (short_path / "sock"):
+        with kestrel.Client(host, server.port) as client:
+            assert client.get("q-" + host[:3]) is None
+    until(lambda: not server.server.connections)
+    assert "says b'get q-127" in caplog.text and "says b'get q-uni" not in caplog.text
+
+
 def test_a_status_command_is_told_of_each_change(serve, tmp_path, caplog):
     script = tmp_path / "publish"
     script.write_text("#!/bin/sh\necho \"$*\" >> %s/told\n[ $2 != QUIESCENT ]\n" % tmp_path)
@@ -7608,7 +7672,7 @@ def test_a_turn_reports_on_so_many_queues(tmp_path, monkeypatch):
         for client in clients[:-1]:
             client.send("stats\r\n")
         pinged = turns = 0
-        while sum(connection.session.state == "ready" and not connection._unsent
+        while sum(connection.session.state == "ready" and not connection.unsent
                   for connection in server.connections.values()) < 20 or not pinged:
             clients[-1].send("version\r\n")
             time.sleep(0.001)
@@ -7709,7 +7773,7 @@ def test_answers_that_nobody_reads_count_as_memory(serve, caplog):
         one.send(call(b"peek", thrift_string(1, b"q")))
     until(lambda: "out of memory" in caplog.text)
     until(lambda: client.stats() and all(       # the kernel takes no more for these
-        one.last_active < server.server.mono - 0.05 or not one._unsent
+        one.last_active < server.server.mono - 0.05 or not one.unsent
         for one in list(server.server.connections.values())))
     assert client.get("q") == b"x" * (5 << 20)
     assert server.server.buffered < 31 << 20
@@ -8650,7 +8714,7 @@ def test_the_loop_rests_while_answers_are_held(serve, monkeypatch):
     slow.connect(("127.0.0.1", server.port))
     answer = b"VALUE q/peek 0 50000\r\n" + data + b"\r\nEND\r\n"
     owed = 0
-    while not any(one._unsent for one in list(server.server.connections.values())):
+    while not any(one.unsent for one in list(server.server.connections.values())):
         slow.sendall(b"get q/peek\r\n")                # until the socket takes no more
         client.stats()
         owed += len(answer)
@@ -9516,7 +9580,7 @@ def test_a_client_that_speaks_but_takes_nothing_is_closed(tmp_path, monkeypatch)
                 server.interrupt()
                 server.turn()
             time.sleep(0.005)
-            left = sum(map(len, connection._unsent))
+            left = sum(map(len, connection.unsent))
         for number in range(8):
             assert number > 5 or len(server.connections) == 1
             clock.now += 10
@@ -9865,7 +9929,7 @@ def test_who_goes_while_it_waits_and_has_said_too_much_is_found_out(serve, monke
     server = serve()
     client, gone = server.client(), server.client()
     gone.send(b"get q/t=100000\r\n" + b"version\r\n" * 9000)
-    until(lambda: any(one.state == "waiting" and not one._watched & 1
+    until(lambda: any(one.state == "waiting" and not one._is_read()
                       for one in list(server.server.connections.values())))
     if how == "reset":
         gone.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -10496,6 +10560,12 @@ def test_check(tmp_path):
     assert (status, out) == (78, "")
     assert err.startswith("%s:3: max_items: 'many'" % (tmp_path / "bad"))
     assert run("-c", tmp_path / "bad")[0] == 78
+    (tmp_path / "bad").write_text("[queue q]\nmax_items = many\nmax_age = old\n[server]\nport = 5\n")
+    for check in ["--check"], []:
+        status, out, err = run("-c", tmp_path / "bad", "--port", "many", *check)
+        assert (status, out) == (78, "")
+        assert [line.split(": ")[0] for line in err.splitlines()] == [
+            "%s:%d" % (tmp_path / "bad", number) for number in (2, 3, 5)] + ["command line"]
 
 
 def test_client_puts_many(tmp_path):
@@ -10587,17 +10657,21 @@ def test_a_client_connects_anew_where_nothing_can_be_lost(serve, monkeypatch):
     monkeypatch.setattr(kestrel, "_LINGER_SECONDS", 0.02)
     server = serve()
     client = kestrel.Client(port=server.port)
+
+    def numbers():
+        return [number for number, _ in server.server.broker.clients.copy().values()]
+
     client.put("q", b"1")
-    number = max(server.server.broker.clients)
+    number = max(numbers())
     kick = server.client()
     kick.ask("kick %d\r\n" % number)
-    until(lambda: number not in server.server.broker.clients)
+    until(lambda: number not in numbers())
     assert client.get("q") == b"1"           # it was idle: nothing has been lost
     client.put("q", b"2")
     with pytest.raises(ConnectionError, match="what was open goes back"), client.open("q"):
-        number = max(server.server.broker.clients)
+        number = max(numbers())
         kick.ask("kick %d\r\n" % number)
-        until(lambda: number not in server.server.broker.clients)
+        until(lambda: number not in numbers())
         client.put("r", b"x")
     assert client.get("q") == b"2" and client.queues("r") == []
     client.close()
@@ -10659,6 +10733,23 @@ def test_drain_moves_everything_to_others(servers, capfd):
     assert out == "120\n" and others[0].get_many("a", 500) == items
     assert "left behind: delayed items of d: 1; open reads of e: 1" in err
     assert kestrel.main(drain[:4] + [names[0], "a"]) == 1      # that is itself
+    assert "is the server that is drained" in capfd.readouterr().err
+
+
+def test_drain_knows_the_server_that_it_drains_while_others_put(servers, monkeypatch, capfd):
+    """It would move items to the tail of their own queue for ever. (Servers that have been started
+    and asked alike are two.)"""
+    started, (client, _) = servers({}, {})
+    drain = ["drain", "--server", "127.0.0.1:%d" % started[0].port, "--to"]
+    assert kestrel.main(drain + ["127.0.0.1:%d" % started[1].port]) == 0
+    stats = kestrel.Client.stats
+
+    def busy(self):
+        client.put("q", b"x")
+        return stats(self)
+
+    monkeypatch.setattr(kestrel.Client, "stats", busy)
+    assert kestrel.main(drain + ["localhost:%d" % started[0].port]) == 1
     assert "is the server that is drained" in capfd.readouterr().err
 
 
@@ -10851,19 +10942,78 @@ def test_commands_tell_what_is_wrong(ask_server, monkeypatch, capfd):
     for words in (["get"], ["get", "q", "-n", "x"], ["move", "q"], ["lst"], ["--dump"], ["kick", "x"],
                   ["status", "--json"], ["get", "q", "-n", "0"], ["status", "foo"],
                   ["list", "--server", "host:port"], ["list", "--cafile", "/none"],
-                  ["--server", "localhost", "list"]):
+                  ["--server", "localhost", "list"], ["-c", "kestrel.conf", "list"]):
         with pytest.raises(SystemExit) as stopped:
             kestrel.main(words)
         assert stopped.value.code == 2
     told = capfd.readouterr().err
     for words in ("there is no command lst", "'0' is no number from 1", "'port' is not a port",
-                  "--cafile: /none: No such file", "--server comes after the command"):
+                  "--cafile: /none: No such file", "--server comes after the command",
+                  "list takes options of its own, after it"):
         assert words in told
     monkeypatch.setenv("KESTREL_SERVER", "127.0.0.1:%d" % free_port())
     assert ask_server.errors(["list"])[0] == 3
     assert ask_server.errors(["ping"])[0] == 1
     assert ask_server.errors(["list", "--server", "unix:/none"]) == (
         3, "kestrel.py: unix:/none: No such file or directory\n")
+
+
+def test_commands_print_names_that_are_no_text_as_they_are(serve, tmp_path):
+    """Python does so by itself only where the locale is C."""
+    server = serve()
+    assert server.client().ask(b"set \xff 0 0 1\r\nx\r\n") == "STORED\r\n"
+    ask = ["--server", "127.0.0.1:%d" % server.port]
+    for words in ["list", *ask], ["stats", *ask], ["--verify", str(tmp_path / "spool")]:
+        done = subprocess.run(command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, timeout=60)
+        assert (done.returncode, done.stderr) == (0, b"") and b"\xff" in done.stdout, words
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_as_dev_null(closed, tmp_path):
+    def start(*words):
+        return subprocess.Popen("exec %s %s" % (" ".join(map(str, command(*words))), closed),
+                                shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    port = free_port()
+    (tmp_path / "conf").write_text("[server]\nadmin_port = off\n")
+    server = start("-c", tmp_path / "conf", "--port", port, "--spool", tmp_path / "spool")
+    def is_up():
+        with contextlib.suppress(ConnectionError), Client(port):
+            return True
+        return server.poll() is not None
+
+    until(is_up)
+    with kestrel.Client(port=port) as client:
+        client.put_many("q", [b"1", b"2"])
+        ask = ["--server", "127.0.0.1:%d" % port]
+        status = 2 if ">&- 2" in closed else 0   # without a standard output
+        assert start("move", "q", "r", *ask).wait(60) == status
+        assert start("flush", "r", *ask).wait(60) == status
+        assert sum(row[1] for row in client.queues()) == status
+        if "<" in closed:
+            assert start("--hash-password").wait(60) == 1
+    server.terminate()
+    assert server.wait(20) == 0
+
+
+def test_a_put_that_breaks_off_is_not_taken_for_a_pipe_that_nobody_reads(short_path, capfd):
+    def server(listener):
+        sock, _ = listener.accept()
+        sock.recv(1000)
+        sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
+
+    path = str(short_path / "sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        thread = threading.Thread(target=server, args=(listener,))
+        thread.start()
+        status = kestrel.main(["put", "--server", "unix:" + path, "q", "x" * 3000000])
+        thread.join()
+    assert status == 3 and capfd.readouterr().err == (
+        "kestrel.py: unix:%s: the server has closed the connection\n" % path)
 
 
 def test_clients_tell_that_it_is_the_wrong_port(serve):
@@ -11269,6 +11419,30 @@ def test_a_log_file_that_cannot_be_opened_anew_harms_nothing(daemon, tmp_path):
     assert "queue \\udcff created" in (tmp_path / "logs" / "k").read_text()
     assert one.end(signal.SIGTERM) == 0
     assert "Traceback" not in (tmp_path / "moved" / "k").read_text()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_log_file_on_a_full_disk_harms_nothing_and_is_changed_by_a_reload(tmp_path):
+    port, conf, errors = free_port(), tmp_path / "conf", tmp_path / "errors"
+    text = "[server]\nadmin_port = off\nlog_file = %s\n"
+    conf.write_text(text % "/dev/full")
+    with open(str(errors), "wb") as stderr:
+        process = subprocess.Popen(command("-c", conf, "--port", port, "--spool",
+                                           tmp_path / "spool"), stderr=stderr)
+    try:
+        until(lambda: "listening on" in errors.read_text())
+        with contextlib.closing(Client(port)) as client:
+            assert client.put("a", b"x") == "STORED\r\n"
+            conf.write_text(text % (tmp_path / "log"))
+            assert client.ask("reload\r\n") == "Reloaded config.\r\n"
+            assert client.put("b", b"x") == "STORED\r\n"
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+    told, log = errors.read_text(), (tmp_path / "log").read_text()
+    assert re.search("log_file: .*No space left on device: .* queue a created", told)
+    assert "Traceback" not in told and "queue b created" not in told
+    assert "queue b created" in log
 
 
 def test_a_log_that_nobody_reads_stops_nothing(tmp_path):
