@@ -1621,6 +1621,8 @@ def read_good(path):
                 why = damage.why
                 if cuts is None:
                     import mmap
+                    if not os.fstat(file.fileno()).st_size:
+                        return               # it has been emptied meanwhile
                     with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
                         cuts = iter(list(find_damage(data)))
             cut = next(cuts, None)
@@ -11379,18 +11381,28 @@ def _copy_rest(fd, size, path):
 
 
 def _copy(source, dest, every):
-    """Copy a spool once, or again and again."""
+    """Copy a spool once, or again and again. Only the first pass must succeed."""
     if not os.path.isdir(source):
         raise OSError(errno.ENOENT, "%s: there is no such spool" % source)
     lock = _lock_spool(dest)
+    trouble = None                       # why the last pass failed
     try:
+        copied = copy_spool(source, dest)
         while True:
-            copied = copy_spool(source, dest)
             if copied or every is None:
                 log.info("%s: %d bytes copied to %s", source, copied, dest)
             if every is None:
                 return 0
             time.sleep(every / 1000)
+            copied = 0
+            try:
+                copied = copy_spool(source, dest)
+                trouble = None
+            except OSError as error:
+                if str(error) != trouble:
+                    trouble = str(error)
+                    log.error("%s: not copied to %s: %s; this is tried again", source, dest,
+                              trouble)
     except KeyboardInterrupt:
         return 0
     finally:

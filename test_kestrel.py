@@ -11796,6 +11796,32 @@ def test_a_warm_copy_takes_over_when_a_machine_is_lost(daemon, tmp_path):
         assert client.get("r") == b"0"       # it was open
 
 
+def test_a_pass_of_a_copy_that_fails_is_made_again(tmp_path, monkeypatch, caplog):
+    """A full disk for a moment ended `--copy --every`."""
+    queue = load(tmp_path)
+    (tmp_path / "warm").mkdir()
+    passes, copy = [], kestrel.copy_spool
+
+    def copy_spool(source, dest):
+        passes.append(None)
+        if len(passes) in (2, 3):
+            raise OSError(errno.ENOSPC, "No space left on device", dest)
+        return copy(source, dest)
+
+    def sleep(seconds):
+        if len(passes) == 4:
+            raise KeyboardInterrupt
+        queue.add(b"%d" % len(passes), now=NOW)
+
+    monkeypatch.setattr(kestrel, "copy_spool", copy_spool)
+    monkeypatch.setattr(kestrel.time, "sleep", sleep)
+    assert kestrel.main(["--copy", str(tmp_path), str(tmp_path / "warm"), "--every", "1s"]) == 0
+    queue.close()
+    assert contents_of(tmp_path / "warm") == [b"1", b"2", b"3"]
+    told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(told) == 1 and "No space left" in told[0] and "tried again" in told[0]
+
+
 def test_a_copy_of_a_server_that_works(serve, tmp_path):
     """Nothing that was stored when the last pass began is missing, but what has been taken."""
     server = serve("[queue]\nmax_memory_size = 20kb\ndefault_journal_size = 4kb\n")
