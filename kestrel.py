@@ -3185,6 +3185,7 @@ class Queue:
             return
         for item in self._in_memory():
             self.data_of(item)
+            item.place = None                # it cannot be read again later
         task = self.journal.delete()
         self.upkeep.stop()
         self.history.forget()

@@ -4374,6 +4374,20 @@ def test_a_deep_queue_keeps_its_journal(tmp_path, caplog):
     assert contents_of(tmp_path / "spool") == [b"x" * 100 + b"%d" % one for one in range(20)]
 
 
+def test_items_that_were_read_behind_are_kept_whole_without_a_journal(tmp_path):
+    """One that was opened while memory was short was left to a file that was gone."""
+    deep = Deep(tmp_path)
+    queue = deep.queue
+    while queue._behind:
+        queue.remove(now=NOW)
+    left = data_of(queue.items)
+    queue.configure(kestrel.QueueConfig(keep_journal=False, max_memory_size=2000))
+    assert queue.journal is None
+    fill(queue, *deep.items)                 # more than there is memory for
+    queue.abort(queue.remove(open=True, now=NOW).xid, now=NOW)
+    assert contents(queue) == left + deep.items
+
+
 @promise(3)
 def test_keep_journal_turned_on_is_safe_at_each_moment(tmp_path):
     """Nothing is acknowledged before the first file is complete; and then it is in it."""
