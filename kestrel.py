@@ -5547,6 +5547,8 @@ class Broker:
                 break
             stored = []
             try:
+                if dest.closed:
+                    raise OSError(errno.ESTALE, "it was deleted", dest.name)
                 for item in batch:
                     if not dest.add(item.data, item.flags, item.expiry, now):
                         is_full = True
@@ -5555,7 +5557,7 @@ class Broker:
                     for queue in copies:
                         if not queue.closed:
                             queue.add(item.data, item.flags, item.expiry, now)
-            except OSError as failure:       # there is no memory left
+            except OSError as failure:       # or there is no memory left
                 error = failure
             source.abort(*[item.xid for item in batch[len(stored):]], orphaned=True, counted=False)
             failure = yield dest

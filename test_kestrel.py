@@ -4475,6 +4475,32 @@ def test_a_move_is_made_once_though_fsyncs_fail(tmp_path, failing):
     assert (contents_of(spool, "work"), contents_of(spool, "late")) == ([], [b"1"])
 
 
+@promise(2)
+@pytest.mark.parametrize("sync_journal", ["never", "0"])
+def test_a_move_ends_when_the_other_queue_is_deleted_meanwhile(tmp_path, sync_journal):
+    """It put the items into the deleted queue and waited for these to be safe, for good."""
+    broker = broker_of(tmp_path, "[queue]\nsync_journal = %s\n" % sync_journal)
+    put(broker, "work", b"a", b"b")
+    put(broker, "other", b"c")
+    queues = [broker.queues["work"], broker.queues["other"]]
+
+    def turn():
+        commit(broker, NOW)
+        for queue in queues:
+            if sync_journal == "0" and queue.needs_sync():
+                sync(queue)
+
+    turn()
+    told = []
+    broker.move(*queues, 10, NOW, told.append)
+    broker.delete(queues[1])
+    for _ in range(5):
+        turn()
+    (moved, error), = told
+    assert moved == 0 and error.errno == errno.ESTALE
+    assert items_of(broker, "work") == [b"a", b"b"] and not queues[0].opens
+
+
 def test_samples_are_bounded_and_cost_nothing_where_nothing_happens(admin):
     broker = admin.broker
     broker.queue("idle", NOW)
