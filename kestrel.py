@@ -6266,7 +6266,8 @@ class Session:
         self._check_writes()
         yield from self._check_all_queues()
         for number, queue in enumerate(self._queues(), 1):
-            if queue.count or queue.history.safe < queue.history.logged or (
+            if queue.count or queue.delays.items or (
+                    queue.history.safe < queue.history.logged) or (
                     queue.journal and queue.journal.torn):
                 self.broker.flush(queue, self.who)
                 self._rest_on(queue)

@@ -5052,6 +5052,13 @@ def test_flush_all_reply(tmp_path):
     assert items_of(talk.broker, "a") == items_of(talk.broker, "b") == []
 
 
+def test_flush_all_drops_delayed_items_too(talk):
+    """A queue that had nothing else was left out."""
+    assert talk("set q/delay=1000 0 0 1\r\na\r\nflush_all\r\n").endswith("queues.\r\n")
+    talk.now += 1000
+    assert talk("get q\r\n") == "END\r\n"
+
+
 def test_flush_and_delete(talk):
     talk(set_("q", "a") + set_("q", "b"))
     assert talk("flush q\r\nget q\r\n") == "END\r\nEND\r\n"
