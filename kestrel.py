@@ -3843,7 +3843,10 @@ class Queue:
 
     def state(self):
         """Return what a pack has to keep besides items, see Journal.pack()."""
-        return Kept(self.xid, self.paused, self.config.max_deliveries != UNLIMITED,
+        history = self.history
+        paused = next((before for opcode, before, _ in itertools.chain(history.unsafe, history.ops)
+                       if opcode == PAUSE), self.paused)       # as is safe: others may be refused
+        return Kept(self.xid, paused, self.config.max_deliveries != UNLIMITED,
                     self.config.check_journal)
 
     def recover(self, now=None):

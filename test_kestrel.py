@@ -3509,6 +3509,36 @@ def test_a_failed_fsync_takes_back_that_a_file_was_passed(tmp_path):
     queue.close()
 
 
+@promise(2)
+@pytest.mark.parametrize("before, after", [(0, kestrel.PAUSED_OUT), (kestrel.PAUSED_OUT, 0)])
+def test_a_pause_that_is_refused_is_in_no_pack(tmp_path, before, after):
+    """A pack that was written meanwhile had it, and so had the queue after a restart."""
+    deep = Deep(tmp_path, sync_journal=0)
+    queue = deep.queue
+    with_pause = queue.journal.current
+    queue.pause(before)
+    for item in deep.items:
+        queue.add(item, now=NOW)
+        queue.write()
+        deep.bench.run()
+    queue.remove(True, NOW, even_paused=True)         # so that there is something to pack
+    while with_pause in queue.journal.files:
+        queue.remove(False, NOW, even_paused=True)
+        queue.write()
+    call, under_way = queue.begin_sync()
+    call()
+    queue.pause(after)
+    queue.write()
+    queue.synced(under_way)
+    deep.bench.run()
+    assert queue.journal.passed              # the pack
+    fail_sync(queue)
+    deep.bench.run()
+    assert queue.paused == before
+    queue.close()
+    assert load(tmp_path).paused == before
+
+
 def test_a_failed_fsync_has_every_file_in_doubt_written_anew(tmp_path):
     deep = Deep(tmp_path)
     queue = deep.queue
