@@ -2822,6 +2822,8 @@ class ReadBehind:
                 source.seek(self.offset + start + size)
                 check = source.read(_CHECK.size)
             if len(check) < _CHECK.size or _CHECK.unpack(check)[:2] != (CHECK, start + size):
+                if size <= _SPAN:
+                    return False             # others may be closed together with it
                 raise Damage(self.offset, "wrong check sum", torn=False)
             head = start
             _, _, crc, self.ends = _CHECK.unpack(check)

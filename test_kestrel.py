@@ -3330,6 +3330,17 @@ def test_items_larger_than_a_piece_are_read_behind(tmp_path):
     queue.close()
 
 
+@promise(5)
+def test_items_larger_than_a_piece_that_were_written_together_are_read_behind(tmp_path):
+    """The first one was taken for damaged, as it has no check sum of its own, and was in the way."""
+    queue = turn_queue(tmp_path, max_memory_size=kestrel.MEMORY_FLOOR)
+    items = [bytes([65 + number]) * 100000 for number in range(8)]
+    fill(queue, *items)
+    queue.write()
+    assert data_of(take(queue, 8)) == items
+    queue.close()
+
+
 def turn_queue(path, **settings):
     """A queue as a server holds it: nothing is written before write()."""
     settings.setdefault("sync_journal", None)
