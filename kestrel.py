@@ -2109,6 +2109,8 @@ class Journal:
         """Return the call that gives a stub its data back. Raises OSError, as does the call."""
         # By the time of the call the file may have another name, and the data another place.
         place = item.place
+        if place.file.path is None:
+            raise WrongSum(errno.EIO, "damaged, and dropped by a pack", self.path)
         fd = os.open(place.file.path, os.O_RDONLY | os.O_CLOEXEC)
         return functools.partial(_load, item, fd, place.offset, place.size, place.head, place.crc)
 
@@ -3617,7 +3619,11 @@ class Queue:
                     self.host.is_burying_much(self))):
                 break                        # it comes back in another turn
             count += 1
-            item = self._pop(moves)
+            try:
+                item = self._pop(moves)
+            except WrongSum:
+                self._lose_head()
+                continue
             size += _size(item)
             if moves and not is_lost(item):
                 # Open until it is safe elsewhere, so that a crash cannot lose it.
@@ -4363,14 +4369,14 @@ class Queue:
 
     def _lose_head(self):
         """Drop the head item, a stub whose data is damaged. Raises OSError."""
-        item = self._take()
-        place = item.place
-        with open(place.file.path, "rb") as source:
-            kept = self.journal.keep(place.file, source, place.offset - place.head,
-                                     place.offset + place.size)
-        log.warning("%s: the item of %d bytes at byte %d has the wrong check sum; it is dropped "
-                    "and kept in %s", place.file.path, place.size, place.offset, kept)
-        self._log(REMOVE, item)
+        place = self.items[0].place
+        if place.file.path:                  # else a pack has dropped it
+            with open(place.file.path, "rb") as source:
+                kept = self.journal.keep(place.file, source, place.offset - place.head,
+                                         place.offset + place.size)
+            log.warning("%s: the item of %d bytes at byte %d has the wrong check sum; it is "
+                        "dropped and kept in %s", place.file.path, place.size, place.offset, kept)
+        self._log(REMOVE, self._take())
 
     # -- single steps
 
@@ -5455,8 +5461,9 @@ class Broker:
                         self._stuck.add(source)
                     yield RETRY_MS           # so that a failing disk does not make the loop spin
                     self._stuck.discard(source)
-                    if setting == "expire_to_queue" or not getattr(source.config, setting):
-                        break
+                    if setting == "expire_to_queue" or isinstance(error, WrongSum) or not getattr(
+                            source.config, setting):
+                        break                # the next read drops what is damaged
                 elif self.later:
                     yield 0                  # others come in between
         finally:

@@ -371,7 +371,7 @@ class FailingDisk:
         self.failing = {}
         self.once = False
         self.good = 0
-        for name in ("pwrite", "fsync", "ftruncate", "rename", "unlink", "open", "pread"):
+        for name in ("pwrite", "fsync", "ftruncate", "rename", "unlink", "open", "pread", "mkdir"):
             monkeypatch.setattr(kestrel.os, name, self._wrap(name, getattr(os, name)))
 
     def _wrap(self, name, real):
@@ -420,6 +420,13 @@ def put(broker, name, *data, expiry=0, now=NOW):
         except StopIteration as stop:
             taken.append(stop.value == 1)
     return taken
+
+
+def damage_item(queue, data):
+    """Change a byte of an item in the journal of a queue."""
+    for file in queue.journal.files:
+        path = pathlib.Path(file.path)
+        path.write_bytes(path.read_bytes().replace(data, b"#" + data[1:]))
 
 
 def items_of(broker, name):
@@ -3341,6 +3348,24 @@ def test_items_larger_than_a_piece_that_were_written_together_are_read_behind(tm
     queue.close()
 
 
+@promise(2)
+def test_a_damaged_item_that_cannot_be_kept_stays(tmp_path, disk):
+    """It was gone from memory but not from the journal: the item behind it came back."""
+    queue = turn_queue(tmp_path, max_memory_size=5000)
+    fill(queue, b"a", b"b" * 300000, b"c", b"d")
+    queue.write()
+    damage_item(queue, b"b" * 300000)
+    assert queue.remove(now=NOW).data == b"a"
+    disk.failing = {"mkdir": errno.ENOSPC}
+    with pytest.raises(OSError):
+        queue.remove(now=NOW)
+    disk.failing = {}
+    assert queue.remove(now=NOW).data == b"c"
+    queue.write()
+    assert contents_of(tmp_path) == [b"d"]
+    queue.close()
+
+
 def turn_queue(path, **settings):
     """A queue as a server holds it: nothing is written before write()."""
     settings.setdefault("sync_journal", None)
@@ -4168,6 +4193,48 @@ destination_queues = late, only
     assert [items_of(broker, name) for name in ("late", "late+copy", "only+copy", "work")] == [
         [b"1"], [b"1"], [b"1"], []]
     assert "only" not in broker.queues or items_of(broker, "only") == []
+
+
+@promise(6)
+def test_a_damaged_item_that_expires_is_dropped_and_holds_nothing_up(tmp_path):
+    """It was to be moved, which failed with each read of the queue."""
+    broker = broker_of(tmp_path, "[queue work]\nmax_memory_size = 20000\nexpire_to_queue = late\n")
+    put(broker, "work", *[letter * 300000 for letter in (b"a", b"b", b"c")], expiry=NOW + 10)
+    put(broker, "work", b"last")
+    settle(broker)
+    work = broker.queues["work"]
+    damage_item(work, b"b" * 300000)
+    assert work.remove(now=NOW).data == b"a" * 300000
+    assert work.remove(now=NOW + 10).data == b"last"
+    settle(broker, NOW + 10)
+    assert items_of(broker, "late") == [b"c" * 300000]
+    assert len(os.listdir(str(tmp_path / "spool" / "lost+found"))) == 1
+
+
+@promise(6)
+def test_a_damaged_dead_letter_is_dropped_and_holds_nothing_up(tmp_path):
+    """It was only on disk while it was open, and its move was tried again and again."""
+    clock = Clock()
+    broker = broker_of(tmp_path, "[queue work]\nmax_memory_size = 20000\nmax_deliveries = 1\n"
+                                 "dead_letter_queue = dead\n", later=clock)
+    put(broker, "work", *[letter * 300000 for letter in (b"a", b"b", b"c")])
+    settle(broker)
+    work = broker.queues["work"]
+    xids = [item.xid for item in take(work, 3, open=True)]
+    assert work.opens[xids[1]].data is None
+    damage_item(work, b"b" * 300000)
+    work.abort(*xids, now=NOW)
+    for _ in range(3):
+        settle(broker)
+        run_tasks(broker)
+        clock.reach(clock.time + 1000)
+    assert items_of(broker, "dead") == [b"a" * 300000]
+    last = work.remove(open=True, now=NOW)
+    assert last.data == b"c" * 300000
+    work.abort(last.xid, now=NOW)
+    run_tasks(broker)
+    settle(broker)
+    assert broker.queues["dead"].count == 2 and not work.count and not work.opens
 
 
 def test_a_delay_queue(tmp_path):
