@@ -5496,10 +5496,10 @@ class Broker:
             left = pairs[:count]
             while left and not queue.closed:
                 added, problem = self._add_moved(source, queue, left, False)
-                if (yield queue) or problem:
+                failure = yield queue
+                left = left if failure else left[added:]
+                if failure or problem:
                     yield RETRY_MS
-                else:
-                    left = left[added:]
         return count, error
 
     @staticmethod

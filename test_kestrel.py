@@ -4237,6 +4237,28 @@ def test_a_damaged_dead_letter_is_dropped_and_holds_nothing_up(tmp_path):
     assert broker.queues["dead"].count == 2 and not work.count and not work.opens
 
 
+def test_a_child_that_takes_a_part_of_what_moves_gets_the_rest_later(tmp_path):
+    """It was given all of it again each second, as long as it could not take the rest."""
+    clock = Clock()
+    budget = kestrel.Budget(most_memory=300000)
+    broker = broker_of(tmp_path, "[queue work]\nexpire_to_queue = late\n"
+                                 "[queue late+child]\nkeep_journal = false\n",
+                       later=clock, budget=budget)
+    put(broker, "late+child", b"1")
+    put(broker, "work", b"2", b"x" * 400000, expiry=NOW + 10)
+    settle(broker)
+    broker.queues["work"].discard_expired(NOW + 10)
+    for _ in range(5):
+        settle(broker)
+        clock.reach(clock.time + 1000)
+    assert items_of(broker, "late+child") == [b"1", b"2"]
+    budget.most_memory = kestrel.UNLIMITED
+    clock.reach(clock.time + 1000)
+    settle(broker)
+    assert items_of(broker, "late+child") == [b"1", b"2", b"x" * 400000]
+    assert broker.queues["late"].count == 2 and not broker.queues["work"].opens
+
+
 def test_a_delay_queue(tmp_path):
     """Items that expire wait their time in another queue and come back from there."""
     broker = broker_of(tmp_path, "[queue work]\nexpire_to_queue = delay\n"
