@@ -2228,9 +2228,10 @@ class Journal:
         del self.files[:count]
         self.passings.append(Passing(position, self.passed[-1].number, held, counts, items))
 
-    def pass_all(self, position, safe, held, items):
+    def pass_all(self, position, safe, held, counts, items):
         """Have everything written anew: pack() will put what is held, and the items, which are
-        all that wait, into one file in place of all but the current one, which is empty."""
+        all that wait, into one file in place of all but the current one, which is empty. counts:
+        see _counts()."""
         if not safe:
             self.writes.append(Write(position, [(self.current, 0, 0, False, 0)],
                                      len(self.files) - 1))
@@ -2240,7 +2241,7 @@ class Journal:
         # Its first mark says how many wait, and how many the file before it has added in all.
         self.current.begins = self.current.ends = _first_ends(
             len(items), (self.passed + self.files)[-2].ends >> 40)
-        self._pass(len(self.files) - 1, position, held, _counts(held, items), items)
+        self._pass(len(self.files) - 1, position, held, counts, items)
 
     def forget(self, safe):
         """Drop what go_back() would need for the operations up to `safe`."""
@@ -4595,10 +4596,10 @@ class Upkeep:
     """Keeps the journal of a queue small, and writes it anew after a failed fsync: one task
     at a time.
 
-    error: what ended the last task; it is tried again in a while. renewing: None, or (what is
-    held, the items) of a journal that has to be written anew before anything else is written to
-    it; () if the queue is behind, so that its files have to be copied. failure: a failed fsync, to
-    be seen to after the write that is under way.
+    error: what ended the last task; it is tried again in a while. renewing: None, or what _all()
+    said of a journal that has to be written anew before anything else is written to it; () if the
+    queue is behind, so that its files have to be copied. failure: a failed fsync, to be seen to
+    after the write that is under way.
     """
 
     def __init__(self, queue):
@@ -4705,8 +4706,14 @@ class Upkeep:
         yield from self._open_fresh()
         history = queue.history
         if queue._behind is None:
-            queue.journal.pass_all(history.written, history.safe >= history.written,
-                                   queue.held(), list(queue.items))
+            queue.journal.pass_all(
+                history.written, history.safe >= history.written, *self._all())
+
+    def _all(self):
+        """Return all that there is: what is held, the counts of deliveries, which go on changing,
+        and the items."""
+        held, items = self.queue.held(), list(self.queue.items)
+        return held, _counts(held, items), items
 
     def _compact(self):
         """A task: rewrite a journal that has grown too large, once for each doubling, and at most
@@ -4727,7 +4734,7 @@ class Upkeep:
         may not be on the disk, or not be what is in memory. No operation may be unwritten."""
         self.stop()
         queue = self.queue
-        self.renewing = () if queue._behind else (queue.held(), list(queue.items))
+        self.renewing = () if queue._behind else self._all()
         queue.counters.journal_rewrites += 1
         self.check()
 

@@ -3591,6 +3591,20 @@ def test_a_failed_fsync_has_every_file_in_doubt_written_anew(tmp_path):
     queue.close()
 
 
+def test_an_abort_while_everything_is_written_anew_is_counted_once(tmp_path):
+    """The new file had counted it already when its record came: after a restart it was two."""
+    queue = turn_queue(tmp_path, sync_journal=100, max_deliveries=3)
+    fill(queue, b"a")
+    xid = queue.remove(open=True, now=NOW).xid
+    queue.write()
+    fail_sync(queue)
+    queue.abort(xid, now=NOW)
+    queue.host.run()
+    queue.write()
+    queue.journal.close()
+    assert load(tmp_path, max_deliveries=3).items[0].deliveries == queue.items[0].deliveries == 1
+
+
 def test_a_change_is_undone_though_nothing_can_be_read(tmp_path, disk):
     deep = Deep(tmp_path)
     queue = deep.queue
