@@ -2746,6 +2746,13 @@ class ReadBehind:
         self.ends = file.ends if file.checked else None
         self.older = ()
 
+    def go_back(self):
+        """Go back to the end of the file if that is where it was cut off. Nothing had been left to
+        be read of what followed."""
+        if self.offset > self.file.size:
+            self.offset = self.file.size
+            self.ends = self.file.ends if self.file.checked else None
+
     def read(self, most, size):
         """Return the next items, at most `most` of them, from a piece of about `size` bytes of
         the journal; none at its end. Raises OSError, and Damage where `file` is damaged."""
@@ -3807,6 +3814,8 @@ class Queue:
         safe = self.history.safe
         self._undo(self.history.go_back())
         self.journal.go_back(safe)
+        if self._behind:
+            self._behind.go_back()
         error = type(error)(error.errno, error.strerror, error.filename or self.journal.path)
         if error.errno == errno.ESTALE:      # what is in a file without a name does not matter
             if self.upkeep.renewing is None:

@@ -3511,11 +3511,11 @@ def test_a_failed_fsync_undoes_what_waited_for_it_in_memory_and_in_the_file(tmp_
 class Deep:
     """A queue of several files most of which is not in memory, as a server holds it."""
 
-    def __init__(self, path, **settings):
+    def __init__(self, path, max_memory_size=2000, **settings):
         self.bench = Bench()
         self.items = [b"%d" % number * 30 for number in range(100, 160)]
         self.queue = kestrel.Queue(
-            "q", str(path), kestrel.QueueConfig(max_memory_size=2000, **settings),
+            "q", str(path), kestrel.QueueConfig(max_memory_size=max_memory_size, **settings),
             host=self.bench, now=NOW)
         for item in self.items:
             self.queue.add(item, now=NOW)
@@ -3543,6 +3543,28 @@ def test_a_failed_fsync_takes_back_that_a_file_was_passed(tmp_path):
     deep.bench.run()
     assert contents_of(tmp_path) == []
     queue.close()
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_failed_fsync_takes_back_what_was_read_behind(tmp_path, checked):
+    """It was read up to records that were cut off, and went on amid those that came in their
+    place."""
+    deep = Deep(tmp_path, sync_journal=0, max_memory_size=2400, check_journal=checked)
+    queue = deep.queue
+    sizes = {file: file.size for file in queue.journal.files}
+    while queue._behind.offset <= sizes[queue._behind.file]:
+        queue.remove(now=NOW)
+        queue.write()
+    fail_sync(queue)
+    for expected in deep.items:
+        deep.bench.run()
+        item = queue.remove(open=True, now=NOW)
+        assert item.data == expected
+        queue.write()
+        queue.confirm(item.xid)
+        queue.write()
+        sync(queue)
+    assert contents_of(tmp_path) == [] and not (tmp_path / "lost+found").exists()
 
 
 @promise(2)
