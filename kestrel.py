@@ -2238,9 +2238,11 @@ class Journal:
         if not self.passed and len(self.files) == 1:           # there is nothing yet
             self.passed.append(JournalFile(None, self._next_number()))
         self.current.waiting = len(items)
-        # Its first mark says how many wait, and how many the file before it has added in all.
+        # Its first mark says how many wait, and how many the file before it has added in all: none
+        # if that is empty, without its own mark.
+        older = (self.passed + self.files)[-2]
         self.current.begins = self.current.ends = _first_ends(
-            len(items), (self.passed + self.files)[-2].ends >> 40)
+            len(items), older.ends >> 40 if older.size else 0)
         self._pass(len(self.files) - 1, position, held, counts, items)
 
     def forget(self, safe):

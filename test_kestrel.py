@@ -3627,6 +3627,30 @@ def test_an_abort_while_everything_is_written_anew_is_counted_once(tmp_path):
     assert load(tmp_path, max_deliveries=3).items[0].deliveries == queue.items[0].deliveries == 1
 
 
+@promise(3)
+def test_a_journal_that_was_written_anew_is_rewritten_at_once(tmp_path):
+    """Nothing was written in between: after a crash amid the second time the end of a file seemed
+    to be lost, and what had been taken came back."""
+    unfinished = 0
+    for steps in range(25):
+        path = tmp_path / str(steps)
+        path.mkdir()
+        queue = turn_queue(path, sync_journal=100, max_journal_size=4000)
+        fill(queue, *[b"%d" % number * 600 for number in range(10)])
+        queue.write()
+        fail_sync(queue)
+        for _ in range(steps):
+            queue.host.step()
+        if queue.upkeep.renewing is None:
+            unfinished += queue.host.step()
+            take(queue, 3)
+            queue.write()
+            sync(queue)
+            assert contents_of(path) == data_of(queue.items)
+        queue.close()
+    assert unfinished > 5
+
+
 def test_a_change_is_undone_though_nothing_can_be_read(tmp_path, disk):
     deep = Deep(tmp_path)
     queue = deep.queue
