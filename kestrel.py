@@ -4040,7 +4040,7 @@ class Queue:
                             lost, surplus = _lost_tail(
                                 self.count, xid[2], None if packed == number - 1
                                 else older.ends >> 40)
-                    elif not file.checked and last_head == number:
+                    elif not file.checked:         # nobody can know how it was begun
                         lost, surplus = 0, None
                     file.checked = xid[0] > 0 or not file.checked
                     close(end, added[-1], xid[2])

@@ -3144,6 +3144,26 @@ def test_a_restart_while_all_is_written_anew(tmp_path):
         assert contents_of(tmp_path) == [b"d"]
 
 
+@promise(3)
+def test_check_sums_begin_again_while_all_is_written_anew(tmp_path):
+    """After a crash amid that the end of the older file seemed to be lost, and what had been taken
+    came back."""
+    queue = turn_queue(tmp_path, sync_journal=100)
+    fill(queue, *[b"%d" % number * 600 for number in range(10)])
+    queue.write()
+    queue.configure(kestrel.QueueConfig(check_journal=False, max_journal_size=4000))
+    while not queue.journal.passings:
+        queue.write()
+        queue.host.step()
+    fill(queue, b"last")
+    queue.write()
+    queue.configure(kestrel.QueueConfig(check_journal=True, max_journal_size=4000))
+    take(queue, 3)
+    queue.write()
+    assert contents_of(tmp_path) == data_of(queue.items)
+    queue.close()
+
+
 def test_a_bit_of_where_check_sums_begin_costs_nothing(tmp_path):
     """Each write was damaged without it, and cut out of its own."""
     checked_file(tmp_path, one_of_each(seeded()))
