@@ -4593,11 +4593,6 @@ def _size(item):
     return item.place.size if item.data is None else len(item.data)
 
 
-def _sizes(pairs):
-    """Return the size of all items in pairs (item, anything)."""
-    return sum(_size(item) for item, _ in pairs)
-
-
 def _cost(item):
     """Return what an item takes of the memory."""
     return ITEM_COST + (0 if item.data is None else len(item.data))
@@ -4795,6 +4790,10 @@ class Upkeep:
 # children, which get what they can take; `queues` are both, each once. only: the one target, if
 # there are no other queues.
 Route = collections.namedtuple("Route", "targets copies queues only")
+
+# An item that was opened as `xid`, to be moved to another queue, since it expired or came back too
+# often at `now`.
+Leaving = collections.namedtuple("Leaving", "item xid now")
 
 # How many items are moved from one queue to another at a time, and how many bytes; how long a move
 # waits for a large item that is being read, in milliseconds.
@@ -5031,7 +5030,7 @@ class Broker:
         self._strangers = set()           # (host, what it did) that the log has told of
         self._grace = None                # cancels the end of its grace period
         self._buried = 0                  # bytes of items on their way to another queue
-        self._moving = {}                 # (queue, setting) -> [(item on its way, since when)]
+        self._moving = {}                 # (queue, setting) -> [the Leaving that are on their way]
         self._stuck = set()               # queues whose expired items cannot be moved for now
         self._read_status()
         self.spool = os.path.abspath(self.settings.queue_path)
@@ -5424,10 +5423,11 @@ class Broker:
         """Move an item that is open to the queue that a setting names, behind those that are on
         their way there already."""
         self._buried += _size(item)
+        leaving = Leaving(item, item.xid, now)
         if (queue, setting) in self._moving:
-            self._moving[queue, setting].append((item, now))
+            self._moving[queue, setting].append(leaving)
         else:
-            self._moving[queue, setting] = [(item, now)]
+            self._moving[queue, setting] = [leaving]
             self._advance(self._move(queue, setting))
 
     def is_burying_much(self, queue):
@@ -5459,17 +5459,16 @@ class Broker:
             yield source                     # more of them come in this turn
             while moving:
                 batch, size = [], 0
-                for pair in moving[:_MOVE_STEP]:
+                for leaving in moving[:_MOVE_STEP]:
                     if size < _MOVE_SIZE:
-                        batch.append(pair)
-                        size += _size(pair[0])
+                        batch.append(leaving)
+                        size += _size(leaving.item)
                 yield source
-                # Else the OPEN of it was undone.
-                still = [pair for pair in batch if source.opens.get(pair[0].xid) is pair[0]]
+                still = self._still_open(source, batch)
                 count, error = yield from self._put_moved(source, still, setting)
-                yield from self._confirm_moved(source, [item.xid for item, _ in still[:count]])
+                yield from self._confirm_moved(source, [leaving.xid for leaving in still[:count]])
                 moving[:len(batch)] = still[count:]
-                self._buried -= size - _sizes(still[count:])
+                self._buried -= size - self._size_of(still[count:])
                 if error:
                     if not is_told:
                         log.error("queue %s: items cannot be moved (%s): %s", source.name, setting,
@@ -5486,32 +5485,42 @@ class Broker:
                     yield 0                  # others come in between
         finally:
             del self._moving[source, setting]
-            self._buried -= _sizes(moving)
-        xids = [item.xid for item, _ in moving if source.opens.get(item.xid) is item]
+            self._buried -= self._size_of(moving)
+        xids = [leaving.xid for leaving in self._still_open(source, moving)]
         if setting == "expire_to_queue":
             source.counters.expired_items -= len(xids)         # they are counted anew
         source.abort(*xids, orphaned=True, counted=False)
 
-    def _put_moved(self, source, pairs, setting):
-        """Put items where a setting says. pairs: of an item and when it was to be moved. Return
-        how many are there, and what keeps the next one from the first queue, if anything does."""
-        if not pairs:
+    @staticmethod
+    def _size_of(moving):
+        return sum([_size(leaving.item) for leaving in moving])
+
+    @staticmethod
+    def _still_open(source, moving):
+        """Return those whose OPEN was not undone. They may have been opened again, to be moved:
+        under another number."""
+        return [leaving for leaving in moving if source.opens.get(leaving.xid) is leaving.item]
+
+    def _put_moved(self, source, moving, setting):
+        """Put items where a setting says. Return how many are there, and what keeps the next one
+        from the first queue, if anything does."""
+        if not moving:
             return 0, None
         key = os.fsencode(getattr(source.config, setting) or "")
         try:
-            queues = (self.routes.get(key) or self.route(key, pairs[-1][1])).queues
+            queues = (self.routes.get(key) or self.route(key, moving[-1].now)).queues
         except (OSError, ValueError) as failure:     # there is no such setting since a reload
             return 0, failure
         if not queues:                       # fanout_only, without children
-            return len(pairs), None
+            return len(moving), None
         first, *others = queues
         must_fit = setting == "dead_letter_queue" or first.paused & PAUSED_IN
-        count, error = self._add_moved(source, first, pairs, must_fit)
+        count, error = self._add_moved(source, first, moving, must_fit)
         failure = yield first
         if failure or first.closed:
             return 0, failure or OSError(errno.ESTALE, "it was deleted", first.name)
         for queue in others:
-            left = pairs[:count]
+            left = moving[:count]
             while left and not queue.closed:
                 added, problem = self._add_moved(source, queue, left, False)
                 failure = yield queue
@@ -5521,10 +5530,10 @@ class Broker:
         return count, error
 
     @staticmethod
-    def _add_moved(source, queue, pairs, must_fit):
+    def _add_moved(source, queue, moving, must_fit):
         """Add items to a queue, and drop those for which it is full, unless they must fit. Return
         how many it has taken, and what keeps it from the next one."""
-        for count, (item, now) in enumerate(pairs):
+        for count, (item, _, now) in enumerate(moving):
             try:
                 is_added = queue.add(source.data_of(item), item.flags, 0, now)
             except OSError as failure:
@@ -5534,7 +5543,7 @@ class Broker:
             if not is_added:
                 log.warning("queue %s is full: an item that moves there from %s is dropped",
                             queue.name, source.name)
-        return len(pairs), None
+        return len(moving), None
 
     @staticmethod
     def _confirm_moved(source, xids):

@@ -3359,7 +3359,7 @@ def test_items_larger_than_a_piece_are_read_behind(tmp_path):
 
 @promise(5)
 def test_items_larger_than_a_piece_that_were_written_together_are_read_behind(tmp_path):
-    """The first one was taken for damaged, as it has no check sum of its own, and was in the way."""
+    """The first one was taken for damaged, as it has no check sum of its own, and stayed there."""
     queue = turn_queue(tmp_path, max_memory_size=kestrel.MEMORY_FLOOR)
     items = [bytes([65 + number]) * 100000 for number in range(8)]
     fill(queue, *items)
@@ -4651,6 +4651,32 @@ def test_a_move_whose_confirmation_fails_is_confirmed_later(tmp_path, disk):
     assert not work.opens and not late.count
     spool = tmp_path / "spool"
     assert contents_of(spool, "work") == contents_of(spool, "late") == []
+
+
+@promise(7)
+def test_an_item_that_is_opened_again_is_moved_once(tmp_path, disk):
+    """Its first open read was undone while it waited for others to be moved."""
+    clock = Clock()
+    broker = broker_of(tmp_path, "[queue work]\nexpire_to_queue = late\n", later=clock)
+    put(broker, "work", b"1", expiry=NOW + 10)
+    put(broker, "work", b"2", expiry=NOW + 20)
+    work, late = broker.queues["work"], broker.queue("late", NOW)
+    settle(broker)
+    work.discard_expired(NOW + 10)
+    work.write()
+    late.write()
+    disk.failing = {"pwrite": errno.ENOSPC}
+    broker.write()
+    assert late.count == len(work.opens) == 1         # it is confirmed later
+    work.discard_expired(NOW + 20)
+    broker.write()
+    assert work.count == len(work.opens) == 1
+    disk.failing = {}
+    work.discard_expired(NOW + 20)
+    for _ in range(3):
+        settle(broker)
+        clock.reach(clock.time + 1000)
+    assert items_of(broker, "late") == [b"1", b"2"] and not work.opens and not broker._buried
 
 
 @pytest.mark.parametrize("failing", ["work", "late"])
