@@ -3982,20 +3982,21 @@ class Queue:
         last_head = 0                   # the last file that does something to the head
         packed = None                   # the last file that is a pack
         lost, surplus = 0, None         # see LostTail
-        highest = 0                     # xid of what goes to the tail, or is delayed
+        latest = 0                      # xid of what goes to the tail, or is delayed
         told = time.monotonic()
         done = 0                        # bytes of the files before this one
         look = offset = 0               # where the clock is looked at, where the next record is
 
         def take_run(data, pos, base, span):
-            nonlocal offset, highest
+            nonlocal offset, latest
             delayed = []
             end, count, last = self._append_run(data, pos, span if file.checked else None, delayed)
             if last:
                 close(base + last[0], added[-1] + last[1], last[2])
             added[-1] += count
             if delayed:
-                highest = max(highest, delays.load(delayed))
+                # The highest, or the last if the numbers have started over among these.
+                latest = _later(_later(latest, delays.load(delayed)), delayed[-1].xid)
             offset = base + end
             if done + offset > look:
                 tell()
@@ -4045,7 +4046,7 @@ class Queue:
                     file.checked = xid[0] > 0 or not file.checked
                     close(end, added[-1], xid[2])
                 elif opcode == ADD_DELAYED:
-                    highest = max(highest, delays.load([Delayed(xid[1], xid[0], item, False)]))
+                    latest = _later(latest, delays.load([Delayed(xid[1], xid[0], item, False)]))
                 elif opcode == PAUSE:
                     self.paused = xid
                 elif opcode == SAVE_XID:
@@ -4053,7 +4054,7 @@ class Queue:
                 elif item is not None:
                     added[-1] += 1
                     if opcode in (CONTINUE, CONTINUEF):
-                        highest = max(highest, xid)
+                        latest = _later(latest, xid)
                         ignored += (opens.pop(xid, None) or delays.pop(xid)) is None
                     if file.checked:
                         self._append(item, file, closed[0], added[-1] - 1 - closed[1])
@@ -4076,7 +4077,7 @@ class Queue:
                         journal.path, ignored)
         journal.account(added, last_head, self.count)
         # An OPEN may be written in front of what is done to the tail: never with the same xid.
-        self.xid = max(self.xid, highest)
+        self.xid = _later(self.xid, latest)
         self._take_over()
 
     def _take_over(self):
@@ -4573,6 +4574,14 @@ def _free(pop, count, cost):
         for _ in range(min(step, count - done)):
             pop()
         yield None
+
+
+def _later(xid, other):
+    """Return the one of two numbers of open reads that was used later: they start over at 1. 0 was
+    before all others."""
+    if not xid or other and (other - xid) % _ASIDE < _ASIDE // 2:
+        return other
+    return xid
 
 
 def _steps(items):

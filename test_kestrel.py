@@ -3270,6 +3270,35 @@ def test_no_read_is_opened_under_a_number_that_a_later_file_ends(tmp_path):
     assert contents_of(tmp_path) == [b"0", b"1", b"2", b"late"]
 
 
+@pytest.mark.parametrize("to_tail", ["delayed", "opened"])
+def test_numbers_of_reads_that_have_started_over_are_not_given_again(tmp_path, to_tail):
+    """They were, after a restart, if there was a delayed item from before that: an item was lost."""
+    queue = turn_queue(tmp_path, max_memory_size=2000, sync_journal=100)
+    items = [b"%d" % number * 30 for number in range(100, 160)]
+    for item in items:
+        queue.add(item, now=NOW)
+        queue.write()
+        queue.host.run()
+    queue.xid = kestrel._ASIDE - 2
+    queue.add_later(b"delayed", 1000, now=NOW)        # _ASIDE - 1
+    if to_tail == "delayed":
+        queue.add_later(b"last", 10, now=NOW)         # 1
+        queue.write()
+        queue.peek(NOW + 10)
+    else:
+        items.append(items.pop(0))
+        item = queue.remove(open=True, now=NOW)       # 1
+        queue.write()
+        queue.abort(item.xid, now=NOW, tail=True)
+    queue.write()
+    queue.journal.close()
+    queue = load(tmp_path)
+    assert queue.remove(open=True, now=NOW).xid == 2
+    queue.journal.close()
+    assert contents_of(tmp_path)[:len(items)] == items
+    assert [one.item.data for one in queue.delays.items.values()] == [b"delayed"]
+
+
 def test_what_fails_later_is_no_answer_to_what_was_written(tmp_path, disk, monkeypatch):
     """A set that waits for its fsync; that ends in the turn in which another one fails."""
     goes_on, fsync = threading.Event(), os.fsync
