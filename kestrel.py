@@ -2129,6 +2129,8 @@ class Journal:
         """Return the call that gives a stub its data back. Raises OSError, as does the call."""
         # By the time of the call the file may have another name, and the data another place.
         place = item.place
+        if place.file.path is None:
+            raise WrongSum(errno.EIO, "damaged, and dropped by a pack", self.path)
         fd = os.open(place.file.path, os.O_RDONLY | os.O_CLOEXEC)
         return functools.partial(_load, item, fd, place.offset, place.size, place.head, place.crc)
 
@@ -2246,19 +2248,22 @@ class Journal:
         del self.files[:count]
         self.passings.append(Passing(position, self.passed[-1].number, held, counts, items))
 
-    def pass_all(self, position, safe, held, items):
+    def pass_all(self, position, safe, held, counts, items):
         """Have everything written anew: pack() will put what is held, and the items, which are
-        all that wait, into one file in place of all but the current one, which is empty."""
+        all that wait, into one file in place of all but the current one, which is empty. counts:
+        see _counts()."""
         if not safe:
             self.writes.append(Write(position, [(self.current, 0, 0, False, 0)],
                                      len(self.files) - 1))
         if not self.passed and len(self.files) == 1:           # there is nothing yet
             self.passed.append(JournalFile(None, self._next_number()))
         self.current.waiting = len(items)
-        # Its first mark says how many wait, and how many the file before it has added in all.
+        # Its first mark says how many wait, and how many the file before it has added in all: none
+        # if that is empty, without its own mark.
+        older = (self.passed + self.files)[-2]
         self.current.begins = self.current.ends = _first_ends(
-            len(items), (self.passed + self.files)[-2].ends >> 40)
-        self._pass(len(self.files) - 1, position, held, _counts(held, items), items)
+            len(items), older.ends >> 40 if older.size else 0)
+        self._pass(len(self.files) - 1, position, held, counts, items)
 
     def forget(self, safe):
         """Drop what go_back() would need for the operations up to `safe`."""
@@ -2763,6 +2768,13 @@ class ReadBehind:
         self.ends = file.ends if file.checked else None
         self.older = ()
 
+    def go_back(self):
+        """Go back to the end of the file if that is where it was cut off. Nothing had been left to
+        be read of what followed."""
+        if self.offset > self.file.size:
+            self.offset = self.file.size
+            self.ends = self.file.ends if self.file.checked else None
+
     def read(self, most, size):
         """Return the next items, at most `most` of them, from a piece of about `size` bytes of
         the journal; none at its end. Raises OSError, and Damage where `file` is damaged."""
@@ -2842,6 +2854,8 @@ class ReadBehind:
                 source.seek(self.offset + start + size)
                 check = source.read(_CHECK.size)
             if len(check) < _CHECK.size or _CHECK.unpack(check)[:2] != (CHECK, start + size):
+                if size <= _SPAN:
+                    return False             # others may be closed together with it
                 raise Damage(self.offset, "wrong check sum", torn=False)
             head = start
             _, _, crc, self.ends = _CHECK.unpack(check)
@@ -3205,6 +3219,7 @@ class Queue:
             return
         for item in self._in_memory():
             self.data_of(item)
+            item.place = None                # it cannot be read again later
         task = self.journal.delete()
         self.upkeep.stop()
         self.history.forget()
@@ -3634,7 +3649,11 @@ class Queue:
                     self.host.is_burying_much(self))):
                 break                        # it comes back in another turn
             count += 1
-            item = self._pop(moves)
+            try:
+                item = self._pop(moves)
+            except WrongSum:
+                self._lose_head()
+                continue
             size += _size(item)
             if moves and not is_lost(item):
                 # Open until it is safe elsewhere, so that a crash cannot lose it.
@@ -3817,6 +3836,8 @@ class Queue:
         safe = self.history.safe
         self._undo(self.history.go_back())
         self.journal.go_back(safe)
+        if self._behind:
+            self._behind.go_back()
         error = type(error)(error.errno, error.strerror, error.filename or self.journal.path)
         if error.errno == errno.ESTALE:      # what is in a file without a name does not matter
             if self.upkeep.renewing is None:
@@ -3862,7 +3883,10 @@ class Queue:
 
     def state(self):
         """Return what a pack has to keep besides items, see Journal.pack()."""
-        return Kept(self.xid, self.paused, self.config.max_deliveries != UNLIMITED,
+        history = self.history
+        paused = next((before for opcode, before, _ in itertools.chain(history.unsafe, history.ops)
+                       if opcode == PAUSE), self.paused)       # as is safe: others may be refused
+        return Kept(self.xid, paused, self.config.max_deliveries != UNLIMITED,
                     self.config.check_journal)
 
     def recover(self, now=None):
@@ -3978,20 +4002,21 @@ class Queue:
         last_head = 0                   # the last file that does something to the head
         packed = None                   # the last file that is a pack
         lost, surplus = 0, None         # see LostTail
-        highest = 0                     # xid of what goes to the tail, or is delayed
+        latest = 0                      # xid of what goes to the tail, or is delayed
         told = time.monotonic()
         done = 0                        # bytes of the files before this one
         look = offset = 0               # where the clock is looked at, where the next record is
 
         def take_run(data, pos, base, span):
-            nonlocal offset, highest
+            nonlocal offset, latest
             delayed = []
             end, count, last = self._append_run(data, pos, span if file.checked else None, delayed)
             if last:
                 close(base + last[0], added[-1] + last[1], last[2])
             added[-1] += count
             if delayed:
-                highest = max(highest, delays.load(delayed))
+                # The highest, or the last if the numbers have started over among these.
+                latest = _later(_later(latest, delays.load(delayed)), delayed[-1].xid)
             offset = base + end
             if done + offset > look:
                 tell()
@@ -4036,12 +4061,12 @@ class Queue:
                             lost, surplus = _lost_tail(
                                 self.count, xid[2], None if packed == number - 1
                                 else older.ends >> 40)
-                    elif not file.checked and last_head == number:
+                    elif not file.checked:         # nobody can know how it was begun
                         lost, surplus = 0, None
                     file.checked = xid[0] > 0 or not file.checked
                     close(end, added[-1], xid[2])
                 elif opcode == ADD_DELAYED:
-                    highest = max(highest, delays.load([Delayed(xid[1], xid[0], item, False)]))
+                    latest = _later(latest, delays.load([Delayed(xid[1], xid[0], item, False)]))
                 elif opcode == PAUSE:
                     self.paused = xid
                 elif opcode == SAVE_XID:
@@ -4049,7 +4074,7 @@ class Queue:
                 elif item is not None:
                     added[-1] += 1
                     if opcode in (CONTINUE, CONTINUEF):
-                        highest = max(highest, xid)
+                        latest = _later(latest, xid)
                         ignored += (opens.pop(xid, None) or delays.pop(xid)) is None
                     if file.checked:
                         self._append(item, file, closed[0], added[-1] - 1 - closed[1])
@@ -4072,7 +4097,7 @@ class Queue:
                         journal.path, ignored)
         journal.account(added, last_head, self.count)
         # An OPEN may be written in front of what is done to the tail: never with the same xid.
-        self.xid = max(self.xid, highest)
+        self.xid = _later(self.xid, latest)
         self._take_over()
 
     def _take_over(self):
@@ -4377,14 +4402,14 @@ class Queue:
 
     def _lose_head(self):
         """Drop the head item, a stub whose data is damaged. Raises OSError."""
-        item = self._take()
-        place = item.place
-        with open(place.file.path, "rb") as source:
-            kept = self.journal.keep(place.file, source, place.offset - place.head,
-                                     place.offset + place.size)
-        log.warning("%s: the item of %d bytes at byte %d has the wrong check sum; it is dropped "
-                    "and kept in %s", place.file.path, place.size, place.offset, kept)
-        self._log(REMOVE, item)
+        place = self.items[0].place
+        if place.file.path:                  # else a pack has dropped it
+            with open(place.file.path, "rb") as source:
+                kept = self.journal.keep(place.file, source, place.offset - place.head,
+                                         place.offset + place.size)
+            log.warning("%s: the item of %d bytes at byte %d has the wrong check sum; it is "
+                        "dropped and kept in %s", place.file.path, place.size, place.offset, kept)
+        self._log(REMOVE, self._take())
 
     # -- single steps
 
@@ -4571,6 +4596,14 @@ def _free(pop, count, cost):
         yield None
 
 
+def _later(xid, other):
+    """Return the one of two numbers of open reads that was used later: they start over at 1. 0 was
+    before all others."""
+    if not xid or other and (other - xid) % _ASIDE < _ASIDE // 2:
+        return other
+    return xid
+
+
 def _steps(items):
     """Yield lists of successive items, each of SWEEP_STEP items or of a few megabytes at most, or
     one larger item."""
@@ -4589,11 +4622,6 @@ def _size(item):
     return item.place.size if item.data is None else len(item.data)
 
 
-def _sizes(pairs):
-    """Return the size of all items in pairs (item, anything)."""
-    return sum(_size(item) for item, _ in pairs)
-
-
 def _cost(item):
     """Return what an item takes of the memory."""
     return ITEM_COST + (0 if item.data is None else len(item.data))
@@ -4603,10 +4631,10 @@ class Upkeep:
     """Keeps the journal of a queue small, and writes it anew after a failed fsync: one task
     at a time.
 
-    error: what ended the last task; it is tried again in a while. renewing: None, or (what is
-    held, the items) of a journal that has to be written anew before anything else is written to
-    it; () if the queue is behind, so that its files have to be copied. failure: a failed fsync, to
-    be seen to after the write that is under way.
+    error: what ended the last task; it is tried again in a while. renewing: None, or what _all()
+    said of a journal that has to be written anew before anything else is written to it; () if the
+    queue is behind, so that its files have to be copied. failure: a failed fsync, to be seen to
+    after the write that is under way.
     """
 
     def __init__(self, queue):
@@ -4713,8 +4741,14 @@ class Upkeep:
         yield from self._open_fresh()
         history = queue.history
         if queue._behind is None:
-            queue.journal.pass_all(history.written, history.safe >= history.written,
-                                   queue.held(), list(queue.items))
+            queue.journal.pass_all(
+                history.written, history.safe >= history.written, *self._all())
+
+    def _all(self):
+        """Return all that there is: what is held, the counts of deliveries, which go on changing,
+        and the items."""
+        held, items = self.queue.held(), list(self.queue.items)
+        return held, _counts(held, items), items
 
     def _compact(self):
         """A task: rewrite a journal that has grown too large, once for each doubling, and at most
@@ -4735,7 +4769,7 @@ class Upkeep:
         may not be on the disk, or not be what is in memory. No operation may be unwritten."""
         self.stop()
         queue = self.queue
-        self.renewing = () if queue._behind else (queue.held(), list(queue.items))
+        self.renewing = () if queue._behind else self._all()
         queue.counters.journal_rewrites += 1
         self.check()
 
@@ -4785,6 +4819,10 @@ class Upkeep:
 # children, which get what they can take; `queues` are both, each once. only: the one target, if
 # there are no other queues.
 Route = collections.namedtuple("Route", "targets copies queues only")
+
+# An item that was opened as `xid`, to be moved to another queue, since it expired or came back too
+# often at `now`.
+Leaving = collections.namedtuple("Leaving", "item xid now")
 
 # How many items are moved from one queue to another at a time, and how many bytes; how long a move
 # waits for a large item that is being read, in milliseconds.
@@ -5021,7 +5059,7 @@ class Broker:
         self._strangers = set()           # (host, what it did) that the log has told of
         self._grace = None                # cancels the end of its grace period
         self._buried = 0                  # bytes of items on their way to another queue
-        self._moving = {}                 # (queue, setting) -> [(item on its way, since when)]
+        self._moving = {}                 # (queue, setting) -> [the Leaving that are on their way]
         self._stuck = set()               # queues whose expired items cannot be moved for now
         self._read_status()
         self.spool = os.path.abspath(self.settings.queue_path)
@@ -5413,10 +5451,11 @@ class Broker:
         """Move an item that is open to the queue that a setting names, behind those that are on
         their way there already."""
         self._buried += _size(item)
+        leaving = Leaving(item, item.xid, now)
         if (queue, setting) in self._moving:
-            self._moving[queue, setting].append((item, now))
+            self._moving[queue, setting].append(leaving)
         else:
-            self._moving[queue, setting] = [(item, now)]
+            self._moving[queue, setting] = [leaving]
             self._advance(self._move(queue, setting))
 
     def is_burying_much(self, queue):
@@ -5448,17 +5487,16 @@ class Broker:
             yield source                     # more of them come in this turn
             while moving:
                 batch, size = [], 0
-                for pair in moving[:_MOVE_STEP]:
+                for leaving in moving[:_MOVE_STEP]:
                     if size < _MOVE_SIZE:
-                        batch.append(pair)
-                        size += _size(pair[0])
+                        batch.append(leaving)
+                        size += _size(leaving.item)
                 yield source
-                # Else the OPEN of it was undone.
-                still = [pair for pair in batch if source.opens.get(pair[0].xid) is pair[0]]
+                still = self._still_open(source, batch)
                 count, error = yield from self._put_moved(source, still, setting)
-                yield from self._confirm_moved(source, [item.xid for item, _ in still[:count]])
+                yield from self._confirm_moved(source, [leaving.xid for leaving in still[:count]])
                 moving[:len(batch)] = still[count:]
-                self._buried -= size - _sizes(still[count:])
+                self._buried -= size - self._size_of(still[count:])
                 if error:
                     if not is_told:
                         log.error("queue %s: items cannot be moved (%s): %s", source.name, setting,
@@ -5468,51 +5506,62 @@ class Broker:
                         self._stuck.add(source)
                     yield RETRY_MS           # so that a failing disk does not make the loop spin
                     self._stuck.discard(source)
-                    if setting == "expire_to_queue" or not getattr(source.config, setting):
-                        break
+                    if setting == "expire_to_queue" or isinstance(error, WrongSum) or not getattr(
+                            source.config, setting):
+                        break                # the next read drops what is damaged
                 elif self.later:
                     yield 0                  # others come in between
         finally:
             del self._moving[source, setting]
-            self._buried -= _sizes(moving)
-        xids = [item.xid for item, _ in moving if source.opens.get(item.xid) is item]
+            self._buried -= self._size_of(moving)
+        xids = [leaving.xid for leaving in self._still_open(source, moving)]
         if setting == "expire_to_queue":
             source.counters.expired_items -= len(xids)         # they are counted anew
         source.abort(*xids, orphaned=True, counted=False)
 
-    def _put_moved(self, source, pairs, setting):
-        """Put items where a setting says. pairs: of an item and when it was to be moved. Return
-        how many are there, and what keeps the next one from the first queue, if anything does."""
-        if not pairs:
+    @staticmethod
+    def _size_of(moving):
+        return sum([_size(leaving.item) for leaving in moving])
+
+    @staticmethod
+    def _still_open(source, moving):
+        """Return those whose OPEN was not undone. They may have been opened again, to be moved:
+        under another number."""
+        return [leaving for leaving in moving if source.opens.get(leaving.xid) is leaving.item]
+
+    def _put_moved(self, source, moving, setting):
+        """Put items where a setting says. Return how many are there, and what keeps the next one
+        from the first queue, if anything does."""
+        if not moving:
             return 0, None
         key = os.fsencode(getattr(source.config, setting) or "")
         try:
-            queues = (self.routes.get(key) or self.route(key, pairs[-1][1])).queues
+            queues = (self.routes.get(key) or self.route(key, moving[-1].now)).queues
         except (OSError, ValueError) as failure:     # there is no such setting since a reload
             return 0, failure
         if not queues:                       # fanout_only, without children
-            return len(pairs), None
+            return len(moving), None
         first, *others = queues
         must_fit = setting == "dead_letter_queue" or first.paused & PAUSED_IN
-        count, error = self._add_moved(source, first, pairs, must_fit)
+        count, error = self._add_moved(source, first, moving, must_fit)
         failure = yield first
         if failure or first.closed:
             return 0, failure or OSError(errno.ESTALE, "it was deleted", first.name)
         for queue in others:
-            left = pairs[:count]
+            left = moving[:count]
             while left and not queue.closed:
                 added, problem = self._add_moved(source, queue, left, False)
-                if (yield queue) or problem:
+                failure = yield queue
+                left = left if failure else left[added:]
+                if failure or problem:
                     yield RETRY_MS
-                else:
-                    left = left[added:]
         return count, error
 
     @staticmethod
-    def _add_moved(source, queue, pairs, must_fit):
+    def _add_moved(source, queue, moving, must_fit):
         """Add items to a queue, and drop those for which it is full, unless they must fit. Return
         how many it has taken, and what keeps it from the next one."""
-        for count, (item, now) in enumerate(pairs):
+        for count, (item, _, now) in enumerate(moving):
             try:
                 is_added = queue.add(source.data_of(item), item.flags, 0, now)
             except OSError as failure:
@@ -5522,7 +5571,7 @@ class Broker:
             if not is_added:
                 log.warning("queue %s is full: an item that moves there from %s is dropped",
                             queue.name, source.name)
-        return len(pairs), None
+        return len(moving), None
 
     @staticmethod
     def _confirm_moved(source, xids):
@@ -5565,6 +5614,8 @@ class Broker:
                 break
             stored = []
             try:
+                if dest.closed:
+                    raise OSError(errno.ESTALE, "it was deleted", dest.name)
                 for item in batch:
                     if not dest.add(item.data, item.flags, item.expiry, now):
                         is_full = True
@@ -5573,7 +5624,7 @@ class Broker:
                     for queue in copies:
                         if not queue.closed:
                             queue.add(item.data, item.flags, item.expiry, now)
-            except OSError as failure:       # there is no memory left
+            except OSError as failure:       # or there is no memory left
                 error = failure
             source.abort(*[item.xid for item in batch[len(stored):]], orphaned=True, counted=False)
             failure = yield dest
@@ -6280,7 +6331,8 @@ class Session:
         self._check_writes()
         yield from self._check_all_queues()
         for number, queue in enumerate(self._queues(), 1):
-            if queue.count or queue.history.safe < queue.history.logged or (
+            if queue.count or queue.delays.items or (
+                    queue.history.safe < queue.history.logged) or (
                     queue.journal and queue.journal.torn):
                 self.broker.flush(queue, self.who)
                 self._rest_on(queue)

@@ -371,7 +371,7 @@ class FailingDisk:
         self.failing = {}
         self.once = False
         self.good = 0
-        for name in ("pwrite", "fsync", "ftruncate", "rename", "unlink", "open", "pread"):
+        for name in ("pwrite", "fsync", "ftruncate", "rename", "unlink", "open", "pread", "mkdir"):
             monkeypatch.setattr(kestrel.os, name, self._wrap(name, getattr(os, name)))
 
     def _wrap(self, name, real):
@@ -420,6 +420,13 @@ def put(broker, name, *data, expiry=0, now=NOW):
         except StopIteration as stop:
             taken.append(stop.value == 1)
     return taken
+
+
+def damage_item(queue, data):
+    """Change a byte of an item in the journal of a queue."""
+    for file in queue.journal.files:
+        path = pathlib.Path(file.path)
+        path.write_bytes(path.read_bytes().replace(data, b"#" + data[1:]))
 
 
 def items_of(broker, name):
@@ -3185,6 +3192,26 @@ def test_a_restart_while_all_is_written_anew(tmp_path):
         assert contents_of(tmp_path) == [b"d"]
 
 
+@promise(3)
+def test_check_sums_begin_again_while_all_is_written_anew(tmp_path):
+    """After a crash amid that the end of the older file seemed to be lost, and what had been taken
+    came back."""
+    queue = turn_queue(tmp_path, sync_journal=100)
+    fill(queue, *[b"%d" % number * 600 for number in range(10)])
+    queue.write()
+    queue.configure(kestrel.QueueConfig(check_journal=False, max_journal_size=4000))
+    while not queue.journal.passings:
+        queue.write()
+        queue.host.step()
+    fill(queue, b"last")
+    queue.write()
+    queue.configure(kestrel.QueueConfig(check_journal=True, max_journal_size=4000))
+    take(queue, 3)
+    queue.write()
+    assert contents_of(tmp_path) == data_of(queue.items)
+    queue.close()
+
+
 def test_a_bit_of_where_check_sums_begin_costs_nothing(tmp_path):
     """Each write was damaged without it, and cut out of its own."""
     checked_file(tmp_path, one_of_each(seeded()))
@@ -3291,6 +3318,35 @@ def test_no_read_is_opened_under_a_number_that_a_later_file_ends(tmp_path):
     assert contents_of(tmp_path) == [b"0", b"1", b"2", b"late"]
 
 
+@pytest.mark.parametrize("to_tail", ["delayed", "opened"])
+def test_numbers_of_reads_that_have_started_over_are_not_given_again(tmp_path, to_tail):
+    """They were, after a restart, if there was a delayed item from before that: an item was lost."""
+    queue = turn_queue(tmp_path, max_memory_size=2000, sync_journal=100)
+    items = [b"%d" % number * 30 for number in range(100, 160)]
+    for item in items:
+        queue.add(item, now=NOW)
+        queue.write()
+        queue.host.run()
+    queue.xid = kestrel._ASIDE - 2
+    queue.add_later(b"delayed", 1000, now=NOW)        # _ASIDE - 1
+    if to_tail == "delayed":
+        queue.add_later(b"last", 10, now=NOW)         # 1
+        queue.write()
+        queue.peek(NOW + 10)
+    else:
+        items.append(items.pop(0))
+        item = queue.remove(open=True, now=NOW)       # 1
+        queue.write()
+        queue.abort(item.xid, now=NOW, tail=True)
+    queue.write()
+    queue.journal.close()
+    queue = load(tmp_path)
+    assert queue.remove(open=True, now=NOW).xid == 2
+    queue.journal.close()
+    assert contents_of(tmp_path)[:len(items)] == items
+    assert [one.item.data for one in queue.delays.items.values()] == [b"delayed"]
+
+
 def test_what_fails_later_is_no_answer_to_what_was_written(tmp_path, disk, monkeypatch):
     """A set that waits for its fsync; that ends in the turn in which another one fails."""
     goes_on, fsync = threading.Event(), os.fsync
@@ -3375,6 +3431,35 @@ def test_items_larger_than_a_piece_are_read_behind(tmp_path):
     fill(queue, *data)
     assert queue.memory < 10000
     assert data_of(take(queue, 11)) == data + [None]
+    queue.close()
+
+
+@promise(5)
+def test_items_larger_than_a_piece_that_were_written_together_are_read_behind(tmp_path):
+    """The first one was taken for damaged, as it has no check sum of its own, and stayed there."""
+    queue = turn_queue(tmp_path, max_memory_size=kestrel.MEMORY_FLOOR)
+    items = [bytes([65 + number]) * 100000 for number in range(8)]
+    fill(queue, *items)
+    queue.write()
+    assert data_of(take(queue, 8)) == items
+    queue.close()
+
+
+@promise(2)
+def test_a_damaged_item_that_cannot_be_kept_stays(tmp_path, disk):
+    """It was gone from memory but not from the journal: the item behind it came back."""
+    queue = turn_queue(tmp_path, max_memory_size=5000)
+    fill(queue, b"a", b"b" * 300000, b"c", b"d")
+    queue.write()
+    damage_item(queue, b"b" * 300000)
+    assert queue.remove(now=NOW).data == b"a"
+    disk.failing = {"mkdir": errno.ENOSPC}
+    with pytest.raises(OSError):
+        queue.remove(now=NOW)
+    disk.failing = {}
+    assert queue.remove(now=NOW).data == b"c"
+    queue.write()
+    assert contents_of(tmp_path) == [b"d"]
     queue.close()
 
 
@@ -3523,11 +3608,11 @@ def test_a_failed_fsync_undoes_what_waited_for_it_in_memory_and_in_the_file(tmp_
 class Deep:
     """A queue of several files most of which is not in memory, as a server holds it."""
 
-    def __init__(self, path, **settings):
+    def __init__(self, path, max_memory_size=2000, **settings):
         self.bench = Bench()
         self.items = [b"%d" % number * 30 for number in range(100, 160)]
         self.queue = kestrel.Queue(
-            "q", str(path), kestrel.QueueConfig(max_memory_size=2000, **settings),
+            "q", str(path), kestrel.QueueConfig(max_memory_size=max_memory_size, **settings),
             host=self.bench, now=NOW)
         for item in self.items:
             self.queue.add(item, now=NOW)
@@ -3557,6 +3642,58 @@ def test_a_failed_fsync_takes_back_that_a_file_was_passed(tmp_path):
     queue.close()
 
 
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_failed_fsync_takes_back_what_was_read_behind(tmp_path, checked):
+    """It was read up to records that were cut off, and went on amid those that came in their
+    place."""
+    deep = Deep(tmp_path, sync_journal=0, max_memory_size=2400, check_journal=checked)
+    queue = deep.queue
+    sizes = {file: file.size for file in queue.journal.files}
+    while queue._behind.offset <= sizes[queue._behind.file]:
+        queue.remove(now=NOW)
+        queue.write()
+    fail_sync(queue)
+    for expected in deep.items:
+        deep.bench.run()
+        item = queue.remove(open=True, now=NOW)
+        assert item.data == expected
+        queue.write()
+        queue.confirm(item.xid)
+        queue.write()
+        sync(queue)
+    assert contents_of(tmp_path) == [] and not (tmp_path / "lost+found").exists()
+
+
+@promise(2)
+@pytest.mark.parametrize("before, after", [(0, kestrel.PAUSED_OUT), (kestrel.PAUSED_OUT, 0)])
+def test_a_pause_that_is_refused_is_in_no_pack(tmp_path, before, after):
+    """A pack that was written meanwhile had it, and so had the queue after a restart."""
+    deep = Deep(tmp_path, sync_journal=0)
+    queue = deep.queue
+    with_pause = queue.journal.current
+    queue.pause(before)
+    for item in deep.items:
+        queue.add(item, now=NOW)
+        queue.write()
+        deep.bench.run()
+    queue.remove(True, NOW, even_paused=True)         # so that there is something to pack
+    while with_pause in queue.journal.files:
+        queue.remove(False, NOW, even_paused=True)
+        queue.write()
+    call, under_way = queue.begin_sync()
+    call()
+    queue.pause(after)
+    queue.write()
+    queue.synced(under_way)
+    deep.bench.run()
+    assert queue.journal.passed              # the pack
+    fail_sync(queue)
+    deep.bench.run()
+    assert queue.paused == before
+    queue.close()
+    assert load(tmp_path).paused == before
+
+
 def test_a_failed_fsync_has_every_file_in_doubt_written_anew(tmp_path):
     deep = Deep(tmp_path)
     queue = deep.queue
@@ -3571,6 +3708,44 @@ def test_a_failed_fsync_has_every_file_in_doubt_written_anew(tmp_path):
     assert os.stat(rotated.path).st_ino != inode
     assert contents_of(tmp_path)[:len(deep.items)] == deep.items
     queue.close()
+
+
+def test_an_abort_while_everything_is_written_anew_is_counted_once(tmp_path):
+    """The new file had counted it already when its record came: after a restart it was two."""
+    queue = turn_queue(tmp_path, sync_journal=100, max_deliveries=3)
+    fill(queue, b"a")
+    xid = queue.remove(open=True, now=NOW).xid
+    queue.write()
+    fail_sync(queue)
+    queue.abort(xid, now=NOW)
+    queue.host.run()
+    queue.write()
+    queue.journal.close()
+    assert load(tmp_path, max_deliveries=3).items[0].deliveries == queue.items[0].deliveries == 1
+
+
+@promise(3)
+def test_a_journal_that_was_written_anew_is_rewritten_at_once(tmp_path):
+    """Nothing was written in between: after a crash amid the second time the end of a file seemed
+    to be lost, and what had been taken came back."""
+    unfinished = 0
+    for steps in range(25):
+        path = tmp_path / str(steps)
+        path.mkdir()
+        queue = turn_queue(path, sync_journal=100, max_journal_size=4000)
+        fill(queue, *[b"%d" % number * 600 for number in range(10)])
+        queue.write()
+        fail_sync(queue)
+        for _ in range(steps):
+            queue.host.step()
+        if queue.upkeep.renewing is None:
+            unfinished += queue.host.step()
+            take(queue, 3)
+            queue.write()
+            sync(queue)
+            assert contents_of(path) == data_of(queue.items)
+        queue.close()
+    assert unfinished > 5
 
 
 def test_a_change_is_undone_though_nothing_can_be_read(tmp_path, disk):
@@ -4177,6 +4352,70 @@ destination_queues = late, only
     assert "only" not in broker.queues or items_of(broker, "only") == []
 
 
+@promise(6)
+def test_a_damaged_item_that_expires_is_dropped_and_holds_nothing_up(tmp_path):
+    """It was to be moved, which failed with each read of the queue."""
+    broker = broker_of(tmp_path, "[queue work]\nmax_memory_size = 20000\nexpire_to_queue = late\n")
+    put(broker, "work", *[letter * 300000 for letter in (b"a", b"b", b"c")], expiry=NOW + 10)
+    put(broker, "work", b"last")
+    settle(broker)
+    work = broker.queues["work"]
+    damage_item(work, b"b" * 300000)
+    assert work.remove(now=NOW).data == b"a" * 300000
+    assert work.remove(now=NOW + 10).data == b"last"
+    settle(broker, NOW + 10)
+    assert items_of(broker, "late") == [b"c" * 300000]
+    assert len(os.listdir(str(tmp_path / "spool" / "lost+found"))) == 1
+
+
+@promise(6)
+def test_a_damaged_dead_letter_is_dropped_and_holds_nothing_up(tmp_path):
+    """It was only on disk while it was open, and its move was tried again and again."""
+    clock = Clock()
+    broker = broker_of(tmp_path, "[queue work]\nmax_memory_size = 20000\nmax_deliveries = 1\n"
+                                 "dead_letter_queue = dead\n", later=clock)
+    put(broker, "work", *[letter * 300000 for letter in (b"a", b"b", b"c")])
+    settle(broker)
+    work = broker.queues["work"]
+    xids = [item.xid for item in take(work, 3, open=True)]
+    assert work.opens[xids[1]].data is None
+    damage_item(work, b"b" * 300000)
+    work.abort(*xids, now=NOW)
+    for _ in range(3):
+        settle(broker)
+        run_tasks(broker)
+        clock.reach(clock.time + 1000)
+    assert items_of(broker, "dead") == [b"a" * 300000]
+    last = work.remove(open=True, now=NOW)
+    assert last.data == b"c" * 300000
+    work.abort(last.xid, now=NOW)
+    run_tasks(broker)
+    settle(broker)
+    assert broker.queues["dead"].count == 2 and not work.count and not work.opens
+
+
+def test_a_child_that_takes_a_part_of_what_moves_gets_the_rest_later(tmp_path):
+    """It was given all of it again each second, as long as it could not take the rest."""
+    clock = Clock()
+    budget = kestrel.Budget(most_memory=300000)
+    broker = broker_of(tmp_path, "[queue work]\nexpire_to_queue = late\n"
+                                 "[queue late+child]\nkeep_journal = false\n",
+                       later=clock, budget=budget)
+    put(broker, "late+child", b"1")
+    put(broker, "work", b"2", b"x" * 400000, expiry=NOW + 10)
+    settle(broker)
+    broker.queues["work"].discard_expired(NOW + 10)
+    for _ in range(5):
+        settle(broker)
+        clock.reach(clock.time + 1000)
+    assert items_of(broker, "late+child") == [b"1", b"2"]
+    budget.most_memory = kestrel.UNLIMITED
+    clock.reach(clock.time + 1000)
+    settle(broker)
+    assert items_of(broker, "late+child") == [b"1", b"2", b"x" * 400000]
+    assert broker.queues["late"].count == 2 and not broker.queues["work"].opens
+
+
 def test_a_delay_queue(tmp_path):
     """Items that expire wait their time in another queue and come back from there."""
     broker = broker_of(tmp_path, "[queue work]\nexpire_to_queue = delay\n"
@@ -4427,6 +4666,20 @@ def test_a_deep_queue_keeps_its_journal(tmp_path, caplog):
     assert contents_of(tmp_path / "spool") == [b"x" * 100 + b"%d" % one for one in range(20)]
 
 
+def test_items_that_were_read_behind_are_kept_whole_without_a_journal(tmp_path):
+    """One that was opened while memory was short was left to a file that was gone."""
+    deep = Deep(tmp_path)
+    queue = deep.queue
+    while queue._behind:
+        queue.remove(now=NOW)
+    left = data_of(queue.items)
+    queue.configure(kestrel.QueueConfig(keep_journal=False, max_memory_size=2000))
+    assert queue.journal is None
+    fill(queue, *deep.items)                 # more than there is memory for
+    queue.abort(queue.remove(open=True, now=NOW).xid, now=NOW)
+    assert contents(queue) == left + deep.items
+
+
 @promise(3)
 def test_keep_journal_turned_on_is_safe_at_each_moment(tmp_path):
     """Nothing is acknowledged before the first file is complete; and then it is in it."""
@@ -4482,6 +4735,32 @@ def test_a_move_whose_confirmation_fails_is_confirmed_later(tmp_path, disk):
     assert contents_of(spool, "work") == contents_of(spool, "late") == []
 
 
+@promise(7)
+def test_an_item_that_is_opened_again_is_moved_once(tmp_path, disk):
+    """Its first open read was undone while it waited for others to be moved."""
+    clock = Clock()
+    broker = broker_of(tmp_path, "[queue work]\nexpire_to_queue = late\n", later=clock)
+    put(broker, "work", b"1", expiry=NOW + 10)
+    put(broker, "work", b"2", expiry=NOW + 20)
+    work, late = broker.queues["work"], broker.queue("late", NOW)
+    settle(broker)
+    work.discard_expired(NOW + 10)
+    work.write()
+    late.write()
+    disk.failing = {"pwrite": errno.ENOSPC}
+    broker.write()
+    assert late.count == len(work.opens) == 1         # it is confirmed later
+    work.discard_expired(NOW + 20)
+    broker.write()
+    assert work.count == len(work.opens) == 1
+    disk.failing = {}
+    work.discard_expired(NOW + 20)
+    for _ in range(3):
+        settle(broker)
+        clock.reach(clock.time + 1000)
+    assert items_of(broker, "late") == [b"1", b"2"] and not work.opens and not broker._buried
+
+
 @pytest.mark.parametrize("failing", ["work", "late"])
 def test_a_move_is_made_once_though_fsyncs_fail(tmp_path, failing):
     broker = broker_of(tmp_path, "[queue]\nsync_journal = 0\n"
@@ -4512,6 +4791,32 @@ def test_a_move_is_made_once_though_fsyncs_fail(tmp_path, failing):
     assert data_of(queues["late"].items) == [b"1"]
     spool = tmp_path / "spool"
     assert (contents_of(spool, "work"), contents_of(spool, "late")) == ([], [b"1"])
+
+
+@promise(2)
+@pytest.mark.parametrize("sync_journal", ["never", "0"])
+def test_a_move_ends_when_the_other_queue_is_deleted_meanwhile(tmp_path, sync_journal):
+    """It put the items into the deleted queue and waited for these to be safe, for good."""
+    broker = broker_of(tmp_path, "[queue]\nsync_journal = %s\n" % sync_journal)
+    put(broker, "work", b"a", b"b")
+    put(broker, "other", b"c")
+    queues = [broker.queues["work"], broker.queues["other"]]
+
+    def turn():
+        commit(broker, NOW)
+        for queue in queues:
+            if sync_journal == "0" and queue.needs_sync():
+                sync(queue)
+
+    turn()
+    told = []
+    broker.move(*queues, 10, NOW, told.append)
+    broker.delete(queues[1])
+    for _ in range(5):
+        turn()
+    (moved, error), = told
+    assert moved == 0 and error.errno == errno.ESTALE
+    assert items_of(broker, "work") == [b"a", b"b"] and not queues[0].opens
 
 
 def test_samples_are_bounded_and_cost_nothing_where_nothing_happens(admin):
@@ -5063,6 +5368,13 @@ def test_flush_all_reply(tmp_path):
     talk(set_("a", "x") + set_("b", "x"))
     assert talk("flush_all\r\n") == "OK\r\n"
     assert items_of(talk.broker, "a") == items_of(talk.broker, "b") == []
+
+
+def test_flush_all_drops_delayed_items_too(talk):
+    """A queue that had nothing else was left out."""
+    assert talk("set q/delay=1000 0 0 1\r\na\r\nflush_all\r\n").endswith("queues.\r\n")
+    talk.now += 1000
+    assert talk("get q\r\n") == "END\r\n"
 
 
 def test_flush_and_delete(talk):
