@@ -3136,7 +3136,7 @@ class Queue:
         self.host = host or Alone()
         self.items = collections.deque()     # what waits, the head first, as far as in memory
         self.opens = {}                      # xid -> item, the oldest open read first
-        self.waiters = collections.OrderedDict()     # in order of coming; an ordered set
+        self.waiters = collections.OrderedDict()     # those served first in front; a set
         self.count = 0                       # how many items wait; open reads do not count
         self.bytes = 0                       # data of the waiting items
         self.memory = 0                      # what `items` take, see ITEM_COST
@@ -3647,8 +3647,11 @@ class Queue:
     # -- waiting
 
     def wait(self, waiter):
-        """Let `waiter` have the next item that comes, after those who wait already."""
+        """Let `waiter` have the next item that comes, after those who wait already; peeks come
+        first, since they take nothing."""
         self.waiters[waiter] = None
+        if waiter.peek:
+            self.waiters.move_to_end(waiter, last=False)
         waiter.queues.append(self)
 
     def dismiss_waiters(self):
@@ -3657,8 +3660,10 @@ class Queue:
             self.waiters.popitem(last=False)[0].take(self, None)
 
     def _serve(self, now):
-        while self.waiters and not self.paused & PAUSED_OUT:
+        while self.waiters:
             waiter = next(iter(self.waiters))
+            if self.paused & PAUSED_OUT and not waiter.peek:
+                return
             try:
                 item = self.peek(now) if waiter.peek else self.remove(waiter.open, now)
             except OSError as error:         # while reading behind: they wait on

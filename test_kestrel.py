@@ -2244,10 +2244,10 @@ def test_waiters_first_come_first_served():
     for name in "abcde":
         queue.wait(waiters[name])
     waiters["b"].cancel()
-    fill(queue, b"1")
-    assert served == [("a", b"1")]
-    fill(queue, b"2")                       # c only looks
-    assert served[1:] == [("c", b"2"), ("d", b"2")]
+    fill(queue, b"1")                       # c only looks
+    assert served == [("c", b"1"), ("a", b"1")]
+    fill(queue, b"2")
+    assert served[2:] == [("d", b"2")]
     queue.dismiss_waiters()
     assert served[3:] == [("e", None)]
     waiters["a"].cancel()
@@ -5884,6 +5884,16 @@ def test_pausing(talk):
         "CLIENT_ERROR pause takes one queue, and in or out\r\n"
         "CLIENT_ERROR resume takes one queue\r\n"
         "CLIENT_ERROR there is no queue no\r\nCLIENT_ERROR there is no queue no\r\n")
+
+
+def test_a_peek_waits_for_the_next_item_of_a_paused_queue(talk):
+    """It slept through it; a get that waits in front of it still does not find it."""
+    talk("get q\r\npause q out\r\n")
+    assert talk("get q/t=500\r\n", "get") == talk("get q/peek/t=500\r\n", "peek") == ""
+    put_all(talk, "q", "x")
+    assert talk.heard("peek") == values("x", key="q/peek/t=500") and talk.heard("get") == ""
+    talk("resume q\r\n")
+    assert talk.heard("get") == values("x", key="q/t=500")
 
 
 def test_a_pause_is_kept_over_restarts_and_rewrites(tmp_path):
