@@ -2901,7 +2901,8 @@ _PROGRESS_SECONDS = 3
 
 class Waiter:
     """A read that waits for an item of one of `queues`. deliver: called once, with the queue and
-    the item, or with None and None when no queue is left."""
+    the item, or with None and None when one of the queues is gone: it may be made again, and then
+    be waited for."""
 
     __slots__ = ("deliver", "open", "peek", "queues")
 
@@ -2912,12 +2913,9 @@ class Waiter:
         self.queues = []
 
     def take(self, queue, item):
-        """Take the item of a queue, or None if nothing will come of it."""
-        if item is None and len(self.queues) > 1:
-            self.queues.remove(queue)
-        else:
-            self.cancel()
-            self.deliver(queue if item is not None else None, item)
+        """Take the item of a queue; None and None if nothing will come of one of them."""
+        self.cancel()
+        self.deliver(queue, item)
 
     def cancel(self):
         """Wait no longer."""
@@ -3657,7 +3655,7 @@ class Queue:
     def dismiss_waiters(self):
         """Tell every waiter that nothing will come."""
         while self.waiters:
-            self.waiters.popitem(last=False)[0].take(self, None)
+            next(iter(self.waiters)).take(None, None)
 
     def _serve(self, now):
         while self.waiters:

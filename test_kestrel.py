@@ -5736,16 +5736,24 @@ def test_a_wait_at_several_queues(talk, name):
     assert talk.heard() == values("x", key="high/or=low/t=500")
     assert not any(queue.waiters for queue in talk.broker.queues.values())
     talk("get high/or=low/t=500/open\r\n")
-    talk("delete high\r\n", "other")                 # it waits on at the other
     talk(set_("low", "y"), "other")
     assert talk.heard() == values("y", key="high/or=low/t=500/open")
     assert talk("get high/or=low/close\r\n") == "END\r\n"
     talk("get high/or=low/t=500\r\n")
-    talk("delete high\r\ndelete low\r\n", "other")
-    assert talk.heard() == "END\r\n"
-    talk("get high/or=low/t=500\r\n")
     talk.session().close(NOW)
     assert not any(queue.waiters for queue in talk.broker.queues.values())
+
+
+@pytest.mark.parametrize("name", ["high", "low"])
+def test_a_wait_at_several_queues_ends_when_one_is_deleted(talk, name):
+    """It waited on at the other, and did not see what came to the deleted one made again."""
+    talk("get high/or=low/t=500\r\n")
+    talk("delete %s\r\n" % name, "other")
+    assert talk.heard() == "END\r\n"
+    assert not any(queue.waiters for queue in talk.broker.queues.values())
+    talk("get high/or=low/t=500\r\n")
+    talk(set_(name, "x"), "other")
+    assert talk.heard() == values("x", key="high/or=low/t=500")
 
 
 def timed_talk(path, text=""):
