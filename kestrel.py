@@ -3155,6 +3155,7 @@ class Queue:
         self._behind = None                  # the ReadBehind of what is not in memory
         self._fresh = collections.deque()    # items not written yet that are not in `items`
         self._loading = None                 # the head item that a worker reads, or (it, OSError)
+        self._is_serving_again = False       # whether an alarm is set to serve the waiters
         self._alarms = {}                    # xid -> (what cancels its timeout, the timeout)
         self._overdue = []                   # xids whose time is over
         self.journal = None
@@ -3651,6 +3652,8 @@ class Queue:
         if waiter.peek:
             self.waiters.move_to_end(waiter, last=False)
         waiter.queues.append(self)
+        if self.count:                       # what is at the head has expired, as a rule
+            self._serve_again(_SWEEP_MS)
 
     def dismiss_waiters(self):
         """Tell every waiter that nothing will come."""
@@ -3666,14 +3669,24 @@ class Queue:
                 item = self.peek(now) if waiter.peek else self.remove(waiter.open, now)
             except OSError as error:         # while reading behind: they wait on
                 log.error("%s: cannot be read: %s", self.journal.path, error.strerror)
-                if self.host.later:
-                    self.host.later(RETRY_MS, self.recover)
+                self._serve_again(RETRY_MS)
                 return
             if item is None:
-                if self.count and self.host.later and not self._loading:
-                    self.host.later(_SWEEP_MS, self.recover)     # after a run of expired ones
+                if self.count and not self._loading:
+                    self._serve_again(_SWEEP_MS)                 # after a run of expired ones
                 return
             waiter.take(self, item)
+
+    def _serve_again(self, delay):
+        """Serve the waiters in that time, unless that is going to happen already: however many
+        items come meanwhile, there is one alarm."""
+        if self.host.later and not self._is_serving_again:
+            self._is_serving_again = True
+            self.host.later(delay, self._go_on_serving)
+
+    def _go_on_serving(self):
+        self._is_serving_again = False
+        self.recover()
 
     # -- the journal
 
@@ -5423,7 +5436,11 @@ class Broker:
     def is_burying_much(self, queue):
         """Return whether no more items of a queue should be moved for now: those on their way to
         another queue take much memory, or they cannot be moved."""
-        return self._buried > _MOVE_SIZE or queue in self._stuck
+        return self._buried > _MOVE_SIZE or self.is_stuck(queue)
+
+    def is_stuck(self, queue):
+        """Return whether the expired items of a queue cannot be moved for now."""
+        return queue in self._stuck
 
     def _advance(self, move, error=None):
         """Go on with a move, up to where it has to wait again."""
@@ -5557,7 +5574,9 @@ class Broker:
             except OSError as failure:
                 error = failure
             if not batch:
-                if not error and source.count:
+                if not error and source.count and self.is_stuck(source):
+                    error = OSError(errno.EBUSY, "its expired items cannot be moved", source.name)
+                elif not error and source.count:
                     yield _LOADING_MS        # a run of expired items, or a large one is being read
                 continue
             failure = yield source
@@ -6112,6 +6131,7 @@ class Session:
 
     def _next_of(self, queues, opening=False, peek=False, wait=False):
         """Return the first of these queues that has an item, and the item; or (None, None)."""
+        naps = RETRY_MS // _LOADING_MS
         while True:
             queues = [queue for queue in queues if not queue.closed]
             for queue in queues:
@@ -6121,10 +6141,13 @@ class Session:
                         self._note_open(queue, item)
                     return queue, item
             more = [queue for queue in queues if queue.has_more(peek)]
-            if more:
-                # A run of expired items, or a large one is being read.
-                yield (self._nap if self.broker.later and all(
-                    map(self.broker.is_burying_much, more)) else None)
+            # Whether what is at the heads has expired, and has to wait for its turn to be moved.
+            is_late = self.broker.later and more and all(map(self.broker.is_burying_much, more))
+            if more and not is_late:
+                yield None                   # a run of expired items, or a large one is being read
+            elif is_late and not wait and naps and not all(map(self.broker.is_stuck, more)):
+                naps -= 1
+                yield self._nap
             elif wait and queues:
                 waiter = Waiter(self._deliver, opening, peek)
                 for queue in queues:

@@ -6019,13 +6019,65 @@ def test_a_read_of_several_queues_waits_for_the_one_whose_expired_items_cannot_b
     talk("pause late in\r\n")
     talk.now += 5000
     session = talk.session()
-    session.feed(b"get work/or=other\r\n", talk.now)
+    session.feed(b"get work/or=other/t=500\r\n", talk.now)
     turns = 0
     while session.state == "working" and turns < 100:
         turns += 1
         commit(talk.broker, talk.now)
         session.resume(talk.now)
-    assert turns < 10 and session.state == "held"
+    assert turns < 10 and session.state == "waiting"
+
+
+def test_a_read_ends_in_time_though_what_has_expired_cannot_be_moved(tmp_path, monkeypatch):
+    """It took naps until it could be, whatever its timeout; a move did so too."""
+    monkeypatch.setattr(kestrel, "_MOVE_SIZE", 1000)
+    talk = timed_talk(tmp_path, "[queue work]\nexpire_to_queue = late\n")
+    put_all(talk, "late", "x")
+    put_some(talk, "work", *[b"x" * 500] * 20)
+    for item in talk.broker.queues["work"].items:
+        item.expiry = 1
+    put_all(talk, "work", "good")
+    talk("pause late in\r\n")
+
+    def ask(text, name="client", seconds=5):
+        answer = talk(text, name)
+        for _ in range(200 * seconds):
+            if not answer:
+                talk.clock.reach(talk.clock.time + 5)
+                answer = talk.heard(name)
+        return answer
+
+    assert ask("get work\r\n") == "END\r\n"
+    assert ask("move work there\r\n") == (
+        "SERVER_ERROR work: its expired items cannot be moved; 0 were moved\r\n")
+    assert ask("get work/t=100\r\n", "waits too") == ""
+    talk.session("waits too").time_out()
+    assert talk.heard("waits too") == "END\r\n"
+    assert ask("get work/t=9000\r\n", "waits too") == ""
+    alarms = len(talk.clock.calls)
+    put_some(talk, "work", *[b"y"] * 50)
+    assert len(talk.clock.calls) < alarms + 5          # there was one more for each
+    talk("resume late\r\n")
+    assert ask("", "waits too") == values("good", key="work/t=9000")
+
+
+def test_a_read_ends_in_time_though_other_items_are_on_the_way(tmp_path, monkeypatch):
+    """Those of another queue that cannot be moved: they take the memory that there is for it."""
+    monkeypatch.setattr(kestrel, "_MOVE_SIZE", 1000)
+    talk = timed_talk(tmp_path, DEADLY.replace("3", "1")
+                      + "[queue q]\nmax_age = 1s\nexpire_to_queue = late\n")
+    put_all(talk, "dead", "x")
+    put_all(talk, "work", "x" * 2000)
+    put_all(talk, "q", "y")
+    talk("pause dead in\r\nget work/open\r\nget work/abort\r\n")
+    talk.now += 2000
+    session = talk.session()
+    session.feed(b"get q\r\n", talk.now)
+    for _ in range(500):
+        talk.broker.write()
+        talk.clock.reach(talk.clock.time + 5)
+        session.resume(talk.now)
+    assert talk.heard() == "END\r\n"
 
 
 def test_dead_letters_that_wait_for_room_are_tried_one_at_a_time_in_order(tmp_path, monkeypatch):
