@@ -3536,15 +3536,18 @@ class Queue:
             self._watch_delays(now)
 
     def _release(self, now):
-        """Put the delayed items that are due where they belong, some at a time."""
+        """Put the delayed items that are due where they belong: those for the tail some at a time,
+        but those for the head all at once, or later ones would come in front of the others."""
         delays = self.delays
         due = delays.next_due()
         if due is None or due > now:
             return
         found = {}                           # what was undone may be in the heap twice
-        while due is not None and due <= now and len(found) < self.host.sweep_limit:
+        room = self.host.sweep_limit
+        while due is not None and due <= now and room:
             xid = heapq.heappop(delays.due)[1]
-            found[xid] = delays.items[xid]
+            found[xid] = delayed = delays.items[xid]
+            room -= not delayed.to_head
             due = delays.next_due()
         tails = [delayed for delayed in found.values() if not delayed.to_head]
         heads = [delayed for delayed in found.values() if delayed.to_head]

@@ -6383,6 +6383,17 @@ def test_dead_letters_come_in_order_and_are_told_of_once(tmp_path, caplog):
     assert talk.broker.queues["work"].counters.dead_letters == 3
 
 
+def test_many_reads_that_were_aborted_with_a_delay_come_back_in_order(tmp_path):
+    """Those beyond the first thousand came in front of these."""
+    talk = timed_talk(tmp_path)
+    items = [b"%04d" % number for number in range(kestrel.SWEEP_STEP + 500)]
+    put_some(talk, "q", *items)
+    queue = talk.broker.queues["q"]
+    xids = [item.xid for item in take(queue, len(items), open=True)]
+    queue.abort(*xids, now=NOW, delay=1000)
+    assert data_of(take(queue, len(items), NOW + 2000)) == items
+
+
 def test_what_is_looked_at_may_be_on_disk_only(tmp_path):
     queue = load(tmp_path, max_memory_size=2000)
     fill(queue, *[b"%d" % number * 1500 for number in range(5)])
