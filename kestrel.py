@@ -5325,7 +5325,7 @@ class Broker:
                 log.error("queue %s: expired items not dropped: %s", queue.name, error)
             max_age = queue.config.max_queue_age
             if max_age and not (queue.count or queue.opens or queue.delays.items or queue.waiters
-                                or queue.closed) and (
+                                or queue.paused or queue.closed) and (
                     self.uptime() - self._accounts[queue].born >= max_age / 1000):
                 try:
                     self.delete(queue, "max_queue_age")

@@ -4287,6 +4287,19 @@ max_expire_sweep = 2
     assert os.listdir(str(tmp_path / "spool")) == ["waited"]
 
 
+def test_a_paused_queue_is_not_deleted_for_its_age(tmp_path):
+    """The next put made it again, not paused."""
+    clock = [0]
+    broker = broker_of(tmp_path, "[queue]\nmax_queue_age = 1m\n", uptime=lambda: clock[0])
+    broker.queue("q", NOW).pause()
+    clock[0] = 60
+    sweep(settle(broker), NOW)
+    assert put(broker, "q", b"x") == [False]
+    broker.queues["q"].pause(0)
+    sweep(settle(broker), NOW)
+    assert not broker.queues
+
+
 def test_reload_changes_queues_at_once(tmp_path, caplog):
     broker = broker_of(tmp_path, "")
     put(broker, "a", b"1")
