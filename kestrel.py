@@ -3427,13 +3427,13 @@ class Queue:
                 self.data_of(self.opens[xid])
         for xid in known if tail or delay else reversed(known):
             item = self.opens[xid]
-            item.deliveries += counted
-            if counted and item.deliveries >= self.config.max_deliveries and (
+            if counted and item.deliveries + 1 >= self.config.max_deliveries and (
                     self.host.bury and self.config.dead_letter_queue not in (None, self.name)):
                 self._stop_alarm(xid)        # it stays open until it is safe there
                 self.delays.dying.add(xid)
                 dead[xid] = item
                 continue
+            item.deliveries += counted       # as the record says
             self._end_read(xid)
             self.counters.canceled_transactions += 1
             if delay:
@@ -3469,7 +3469,7 @@ class Queue:
         yield
         if self.opens.get(xid) is item and not self.closed:
             log.warning("queue %s: an item of %d bytes came back %d times, and goes to %s",
-                        self.name, _size(item), item.deliveries, self.config.dead_letter_queue)
+                        self.name, _size(item), item.deliveries + 1, self.config.dead_letter_queue)
             self.counters.dead_letters += 1
             item.xid = xid
             self.host.bury(self, item, now, "dead_letter_queue")

@@ -6383,6 +6383,18 @@ def test_deliveries_are_counted_once_though_a_pack_is_late(tmp_path):
     queue.close()
 
 
+def test_a_last_delivery_that_is_undone_does_not_count(tmp_path, disk):
+    """It left the count one higher, each time."""
+    talk = timed_talk(tmp_path, DEADLY)
+    put_all(talk, "work", "a")
+    queue = talk.broker.queues["work"]
+    queue.items[0].deliveries = 2
+    queue.abort(queue.remove(open=True, now=NOW).xid, now=NOW)
+    disk.failing = {"pwrite": errno.ENOSPC}
+    talk.broker.write()
+    assert data_of(queue.items) == [b"a"] and queue.items[0].deliveries == 2
+
+
 def test_dead_letters_come_in_order_and_are_told_of_once(tmp_path, caplog):
     talk = timed_talk(tmp_path, DEADLY.replace("3", "1") + "[queue dead]\nmax_items = 1\n")
     put_all(talk, "work", "0", "1", "2")
