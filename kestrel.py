@@ -3364,16 +3364,21 @@ class Queue:
         now = _now(now)
         if not self._is_plain:
             self._release(now)
+        journal = self.journal
+
+        def is_there(item):                  # once it has been taken its file may be removed
+            return item.data is not None or item.place.file.path and not self.closed
+
         unread = self.count - len(self.items) - len(self._fresh)
         reader = copy.copy(self._behind)
         fresh = list(itertools.islice(self._fresh, most))
         items = list(itertools.islice(self.items, most))
         while True:
             for some in _steps(items):
-                yield [item if item.data is not None else self.journal.loaded(item)
-                       for item in some if not self._is_expired(item, now)]
+                yield [item if item.data is not None else journal.loaded(item)
+                       for item in some if not self._is_expired(item, now) and is_there(item)]
             most -= len(items)
-            if unread <= 0 or most <= 0:
+            if unread <= 0 or most <= 0 or self.closed:
                 break
             try:
                 items = reader.read(min(unread, most), _READ_SIZE)

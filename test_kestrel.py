@@ -6428,6 +6428,29 @@ def test_what_is_looked_at_may_be_on_disk_only(tmp_path):
     queue.close()
 
 
+@pytest.mark.parametrize("how", ["flush", "delete"])
+def test_large_items_that_are_dropped_while_they_are_looked_at(tmp_path, how):
+    """Their file was gone: the client that peeked at them was hung up on."""
+    talk = Talk(tmp_path, "[queue]\nmax_memory_size = 1mb\n")
+    put_some(talk, "q", *[b"x" * 2000000] * 8)
+    queue = talk.broker.queues["q"]
+    for _ in range(6):
+        queue.remove(open=True, now=NOW)
+        settle(talk.broker)
+    queue.abort(*queue.opens, now=NOW)
+    settle(talk.broker)
+    run_tasks(talk.broker)
+    assert queue.items[-1].data is None
+    found = queue.browse(9, NOW)
+    next(found)
+    talk("%s q\r\n" % how)
+    for _ in range(5):
+        settle(talk.broker)
+        run_tasks(talk.broker)
+    put_some(talk, "q", b"new")
+    assert b"new" not in [item.data for some in found for item in some]
+
+
 def test_a_delayed_item_is_stored_in_all_queues_or_in_none(tmp_path):
     talk = Talk(tmp_path, "[queue]\nmax_memory_size = 2kb\n[alias al]\ndestination_queues = x, y\n")
     talk("set y/delay=5000 0 0 1500\r\n%s\r\n" % ("y" * 1500))
