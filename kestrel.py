@@ -5525,7 +5525,7 @@ class Broker:
         if failure or first.closed:
             return 0, failure or OSError(errno.ESTALE, "it was deleted", first.name)
         for queue in others:
-            left = pairs[:count]
+            left = pairs[:count] if queue is not source else []      # a child would have it again
             while left and not queue.closed:
                 added, problem = self._add_moved(source, queue, left, False)
                 if (yield queue) or problem:
@@ -5567,7 +5567,8 @@ class Broker:
     def _move_many(self, source, dest, most, now, done):
         """Move items as _move() does, some at a time."""
         moved, error, is_full = 0, None, False
-        copies = [self.queues[name] for name in self.children.get(dest.name, ())]
+        copies = [self.queues[name] for name in self.children.get(dest.name, ())
+                  if name != source.name]    # or they would be there again
         while moved < most and source.count and not (
                 error or is_full or source.closed or dest.closed or self.stopping):
             batch, size = [], 0
@@ -6343,6 +6344,8 @@ class Session:
             raise Refused("CLIENT_ERROR", "move takes two queues, and a number of items")
         if source is None:
             raise Refused("CLIENT_ERROR", "there is no queue %s" % name)
+        if target.config.fanout_only and "+" not in dest:
+            raise Refused("CLIENT_ERROR", "%s is fanout_only: it keeps no items" % dest)
         moved, error = yield functools.partial(
             self.broker.move, source, target, min(most, source.count), self.now)
         if error:

@@ -4210,6 +4210,16 @@ def test_children_have_settings_of_their_own_and_are_deleted_alone(tmp_path):
 
 
 @promise(3)
+def test_what_expires_in_a_child_goes_to_its_parent(tmp_path):
+    """It came back to the child as its copy, and did not expire any more."""
+    broker = broker_of(tmp_path, "[queue q+a]\nexpire_to_queue = q\n")
+    broker.queue("q+a", NOW)
+    put(broker, "q", b"1", expiry=NOW + 10)
+    assert sum(broker.discard_expired(broker.queues["q+a"], NOW + 10)) == 1
+    settle(broker, NOW + 10)
+    assert items_of(broker, "q") == [b"1", b"1"] and items_of(broker, "q+a") == []
+
+
 def test_a_move_loses_nothing_wherever_it_stops(tmp_path):
     broker = broker_of(tmp_path, "[queue work]\nexpire_to_queue = late\n")
     put(broker, "work", b"1", expiry=NOW + 10)
@@ -8356,6 +8366,24 @@ def test_move(talk):
     assert talk.broker.queues["q"].count == 0 and len(talk.broker.queues["q"].opens) == 1
     talk("get q/abort\r\n", "another")
     assert talk("move q r 0\r\nmove q r\r\nmove q r\r\n") == "0\r\n1\r\n0\r\n"
+
+
+def test_a_move_from_a_child_to_its_parent(talk):
+    """Each item came back to the child, as its copy."""
+    talk("get q+a\r\nget q+b\r\n")
+    put_some(talk, "q", b"1")
+    talk("get q\r\nget q+b\r\n")
+    assert talk("move q+a q\r\n") == "1\r\n"
+    assert [items_of(talk.broker, name) for name in ("q", "q+a", "q+b")] == [[b"1"], [], [b"1"]]
+
+
+def test_a_move_to_a_queue_that_is_only_fanned_out(tmp_path):
+    """Its items stayed in it, where nobody looks for them."""
+    talk = Talk(tmp_path, "[queue f]\nfanout_only = true\n")
+    put_some(talk, "q", b"1")
+    talk("get f+x\r\n")
+    assert talk("move q f\r\n") == "CLIENT_ERROR f is fanout_only: it keeps no items\r\n"
+    assert talk("move q f+x\r\n") == "1\r\n"
 
 
 def test_move_goes_as_far_as_there_is_room(tmp_path):
