@@ -2917,7 +2917,8 @@ _PROGRESS_SECONDS = 3
 
 class Waiter:
     """A read that waits for an item of one of `queues`. deliver: called once, with the queue and
-    the item, or with None and None when no queue is left."""
+    the item, or with None and None when one of the queues is gone: it may be made again, and then
+    be waited for."""
 
     __slots__ = ("deliver", "open", "peek", "queues")
 
@@ -2928,12 +2929,9 @@ class Waiter:
         self.queues = []
 
     def take(self, queue, item):
-        """Take the item of a queue, or None if nothing will come of it."""
-        if item is None and len(self.queues) > 1:
-            self.queues.remove(queue)
-        else:
-            self.cancel()
-            self.deliver(queue if item is not None else None, item)
+        """Take the item of a queue; None and None if nothing will come of one of them."""
+        self.cancel()
+        self.deliver(queue, item)
 
     def cancel(self):
         """Wait no longer."""
@@ -2997,6 +2995,7 @@ class History:
         self.safe = self.written = self.durable = 0
         self.ops = []                        # (opcode, item, xid) of what is not being written yet,
         self.unsafe = []                     # and of what is, but is not safe
+        self.writing = None                  # the Plan that the worker writes
         self._pending = collections.deque()  # (position, call) of when_safe(),
         self.syncing = collections.deque()   # and of when_durable()
 
@@ -3152,7 +3151,7 @@ class Queue:
         self.host = host or Alone()
         self.items = collections.deque()     # what waits, the head first, as far as in memory
         self.opens = {}                      # xid -> item, the oldest open read first
-        self.waiters = collections.OrderedDict()     # in order of coming; an ordered set
+        self.waiters = collections.OrderedDict()     # those served first in front; a set
         self.count = 0                       # how many items wait; open reads do not count
         self.bytes = 0                       # data of the waiting items
         self.memory = 0                      # what `items` take, see ITEM_COST
@@ -3167,12 +3166,12 @@ class Queue:
             get_hits=0, get_misses=0, put_rate=0.0, get_rate=0.0, fsync_usec=0, dead_letters=0,
             journal_rewrites=0, journal_rotations=0)
         self.history = History()
-        self._writing = None                 # the Plan that the worker writes
         self._counted = 0                    # how much memory the server counts for this queue,
         self._allowance = 0                  # and how much it may use
         self._behind = None                  # the ReadBehind of what is not in memory
         self._fresh = collections.deque()    # items not written yet that are not in `items`
         self._loading = None                 # the head item that a worker reads, or (it, OSError)
+        self._is_serving_again = False       # whether an alarm is set to serve the waiters
         self._alarms = {}                    # xid -> (what cancels its timeout, the timeout)
         self._overdue = []                   # xids whose time is over
         self.journal = None
@@ -3225,7 +3224,7 @@ class Queue:
         self.history.forget()
         if task:
             self.host.start(self._clear(task, self.journal.path))
-        self.journal = self._writing = self.upkeep.failure = None
+        self.journal = self.history.writing = self.upkeep.failure = None
 
     # -- adding and taking
 
@@ -3382,16 +3381,21 @@ class Queue:
         now = _now(now)
         if not self._is_plain:
             self._release(now)
+        journal = self.journal
+
+        def is_there(item):                  # once it has been taken its file may be removed
+            return item.data is not None or item.place.file.path and not self.closed
+
         unread = self.count - len(self.items) - len(self._fresh)
         reader = copy.copy(self._behind)
         fresh = list(itertools.islice(self._fresh, most))
         items = list(itertools.islice(self.items, most))
         while True:
             for some in _steps(items):
-                yield [item if item.data is not None else self.journal.loaded(item)
-                       for item in some if not self._is_expired(item, now)]
+                yield [item if item.data is not None else journal.loaded(item)
+                       for item in some if not self._is_expired(item, now) and is_there(item)]
             most -= len(items)
-            if unread <= 0 or most <= 0:
+            if unread <= 0 or most <= 0 or self.closed:
                 break
             try:
                 items = reader.read(min(unread, most), _READ_SIZE)
@@ -3445,13 +3449,13 @@ class Queue:
                 self.data_of(self.opens[xid])
         for xid in known if tail or delay else reversed(known):
             item = self.opens[xid]
-            item.deliveries += counted
-            if counted and item.deliveries >= self.config.max_deliveries and (
+            if counted and item.deliveries + 1 >= self.config.max_deliveries and (
                     self.host.bury and self.config.dead_letter_queue not in (None, self.name)):
                 self._stop_alarm(xid)        # it stays open until it is safe there
                 self.delays.dying.add(xid)
                 dead[xid] = item
                 continue
+            item.deliveries += counted       # as the record says
             self._end_read(xid)
             self.counters.canceled_transactions += 1
             if delay:
@@ -3487,7 +3491,7 @@ class Queue:
         yield
         if self.opens.get(xid) is item and not self.closed:
             log.warning("queue %s: an item of %d bytes came back %d times, and goes to %s",
-                        self.name, _size(item), item.deliveries, self.config.dead_letter_queue)
+                        self.name, _size(item), item.deliveries + 1, self.config.dead_letter_queue)
             self.counters.dead_letters += 1
             item.xid = xid
             self.host.bury(self, item, now, "dead_letter_queue")
@@ -3554,15 +3558,18 @@ class Queue:
             self._watch_delays(now)
 
     def _release(self, now):
-        """Put the delayed items that are due where they belong, some at a time."""
+        """Put the delayed items that are due where they belong: those for the tail some at a time,
+        but those for the head all at once, or later ones would come in front of the others."""
         delays = self.delays
         due = delays.next_due()
         if due is None or due > now:
             return
         found = {}                           # what was undone may be in the heap twice
-        while due is not None and due <= now and len(found) < self.host.sweep_limit:
+        room = self.host.sweep_limit
+        while due is not None and due <= now and room:
             xid = heapq.heappop(delays.due)[1]
-            found[xid] = delays.items[xid]
+            found[xid] = delayed = delays.items[xid]
+            room -= not delayed.to_head
             due = delays.next_due()
         tails = [delayed for delayed in found.values() if not delayed.to_head]
         heads = [delayed for delayed in found.values() if delayed.to_head]
@@ -3668,30 +3675,47 @@ class Queue:
     # -- waiting
 
     def wait(self, waiter):
-        """Let `waiter` have the next item that comes, after those who wait already."""
+        """Let `waiter` have the next item that comes, after those who wait already; peeks come
+        first, since they take nothing."""
         self.waiters[waiter] = None
+        if waiter.peek:
+            self.waiters.move_to_end(waiter, last=False)
         waiter.queues.append(self)
+        if self.count:                       # what is at the head has expired, as a rule
+            self._serve_again(_SWEEP_MS)
 
     def dismiss_waiters(self):
         """Tell every waiter that nothing will come."""
         while self.waiters:
-            self.waiters.popitem(last=False)[0].take(self, None)
+            next(iter(self.waiters)).take(None, None)
 
     def _serve(self, now):
-        while self.waiters and not self.paused & PAUSED_OUT:
+        while self.waiters:
             waiter = next(iter(self.waiters))
+            if self.paused & PAUSED_OUT and not waiter.peek:
+                return
             try:
                 item = self.peek(now) if waiter.peek else self.remove(waiter.open, now)
             except OSError as error:         # while reading behind: they wait on
                 log.error("%s: cannot be read: %s", self.journal.path, error.strerror)
-                if self.host.later:
-                    self.host.later(RETRY_MS, self.recover)
+                self._serve_again(RETRY_MS)
                 return
             if item is None:
-                if self.count and self.host.later and not self._loading:
-                    self.host.later(_SWEEP_MS, self.recover)     # after a run of expired ones
+                if self.count and not self._loading:
+                    self._serve_again(_SWEEP_MS)                 # after a run of expired ones
                 return
             waiter.take(self, item)
+
+    def _serve_again(self, delay):
+        """Serve the waiters in that time, unless that is going to happen already: however many
+        items come meanwhile, there is one alarm."""
+        if self.host.later and not self._is_serving_again:
+            self._is_serving_again = True
+            self.host.later(delay, self._go_on_serving)
+
+    def _go_on_serving(self):
+        self._is_serving_again = False
+        self.recover()
 
     # -- the journal
 
@@ -3702,7 +3726,7 @@ class Queue:
         Raises OSError when that fails; all operations that are not safe have been undone then.
         """
         journal = self.journal
-        if self.closed or self._writing:
+        if self.closed or self.history.writing:
             return                           # _wrote() comes back here
         if not -_MEMORY_STEP < self.memory + self.open_memory - self._counted < _MEMORY_STEP:
             self.count_memory()
@@ -3746,7 +3770,7 @@ class Queue:
         history.ops = []
         if call:
             history.unsafe += ops
-            self._writing = plan
+            self.history.writing = plan
             self.host.work(call, functools.partial(
                 self._wrote, journal, plan, position, self._fresh, len(self._fresh)))
             return
@@ -3772,7 +3796,7 @@ class Queue:
         """Handle the result of the worker's write of a plan."""
         if self.closed or self.journal is not journal:
             return                           # a reload has taken it away
-        self._writing = None
+        self.history.writing = None
         failure, self.upkeep.failure = self.upkeep.failure, None
         if error:
             journal.torn.update(file for file, _, _ in plan.shares)
@@ -3821,7 +3845,7 @@ class Queue:
             return
         if sync:
             self.journal.sync_failed(sync)
-        if self._writing:                    # the worker would write behind what is cut
+        if self.history.writing:             # the worker would write behind what is cut
             self.upkeep.failure = sync, error
             return
         is_doubtful = history.durable < history.safe
@@ -4217,7 +4241,7 @@ class Queue:
             journal = self.journal
             history = self.history
             ops = history.ops                # written behind what is there
-            if self._writing:
+            if self.history.writing:
                 ops = history.unsafe[history.written - history.safe:] + ops
             pending = sum(op[0] in _APPENDED for op in ops)
             current = journal.current
@@ -4286,7 +4310,8 @@ class Queue:
     def _mend(self, file):
         """Repair a file while the queue is behind. Raises OSError."""
         behind, files = self._behind, self.journal.files
-        if self._writing and file in self._writing.waiting or self.upkeep.renewing is not None:
+        writing = self.history.writing
+        if writing and file in writing.waiting or self.upkeep.renewing is not None:
             raise OSError(errno.EAGAIN, "damaged, and repaired in a moment", file.path)
         self.journal.cut()                   # what was refused must not be found again
         start = behind.offset if file is behind.file else 0
@@ -4731,7 +4756,7 @@ class Upkeep:
     def _open_fresh(self):
         queue = self.queue
         yield from queue.journal.retire_current()
-        while self.renewing is None and (queue.history.ops or queue._writing):
+        while self.renewing is None and (queue.history.ops or queue.history.writing):
             yield None                       # until memory is what is in the files
         queue.journal.add_current(os.O_EXCL)
 
@@ -5346,7 +5371,7 @@ class Broker:
                 log.error("queue %s: expired items not dropped: %s", queue.name, error)
             max_age = queue.config.max_queue_age
             if max_age and not (queue.count or queue.opens or queue.delays.items or queue.waiters
-                                or queue.closed) and (
+                                or queue.paused or queue.closed) and (
                     self.uptime() - self._accounts[queue].born >= max_age / 1000):
                 try:
                     self.delete(queue, "max_queue_age")
@@ -5461,7 +5486,11 @@ class Broker:
     def is_burying_much(self, queue):
         """Return whether no more items of a queue should be moved for now: those on their way to
         another queue take much memory, or they cannot be moved."""
-        return self._buried > _MOVE_SIZE or queue in self._stuck
+        return self._buried > _MOVE_SIZE or self.is_stuck(queue)
+
+    def is_stuck(self, queue):
+        """Return whether the expired items of a queue cannot be moved for now."""
+        return queue in self._stuck
 
     def _advance(self, move, error=None):
         """Go on with a move, up to where it has to wait again."""
@@ -5548,7 +5577,7 @@ class Broker:
         if failure or first.closed:
             return 0, failure or OSError(errno.ESTALE, "it was deleted", first.name)
         for queue in others:
-            left = moving[:count]
+            left = moving[:count] if queue is not source else []     # a child would have it again
             while left and not queue.closed:
                 added, problem = self._add_moved(source, queue, left, False)
                 failure = yield queue
@@ -5590,7 +5619,8 @@ class Broker:
     def _move_many(self, source, dest, most, now, done):
         """Move items as _move() does, some at a time."""
         moved, error, is_full = 0, None, False
-        copies = [self.queues[name] for name in self.children.get(dest.name, ())]
+        copies = [self.queues[name] for name in self.children.get(dest.name, ())
+                  if name != source.name]    # or they would be there again
         while moved < most and source.count and not (
                 error or is_full or source.closed or dest.closed or self.stopping):
             batch, size = [], 0
@@ -5605,7 +5635,9 @@ class Broker:
             except OSError as failure:
                 error = failure
             if not batch:
-                if not error and source.count:
+                if not error and source.count and self.is_stuck(source):
+                    error = OSError(errno.EBUSY, "its expired items cannot be moved", source.name)
+                elif not error and source.count:
                     yield _LOADING_MS        # a run of expired items, or a large one is being read
                 continue
             failure = yield source
@@ -6162,6 +6194,7 @@ class Session:
 
     def _next_of(self, queues, opening=False, peek=False, wait=False):
         """Return the first of these queues that has an item, and the item; or (None, None)."""
+        naps = RETRY_MS // _LOADING_MS
         while True:
             queues = [queue for queue in queues if not queue.closed]
             for queue in queues:
@@ -6171,10 +6204,13 @@ class Session:
                         self._note_open(queue, item)
                     return queue, item
             more = [queue for queue in queues if queue.has_more(peek)]
-            if more:
-                # A run of expired items, or a large one is being read.
-                yield (self._nap if self.broker.later and all(
-                    map(self.broker.is_burying_much, more)) else None)
+            # Whether what is at the heads has expired, and has to wait for its turn to be moved.
+            is_late = self.broker.later and more and all(map(self.broker.is_burying_much, more))
+            if more and not is_late:
+                yield None                   # a run of expired items, or a large one is being read
+            elif is_late and not wait and naps and not all(map(self.broker.is_stuck, more)):
+                naps -= 1
+                yield self._nap
             elif wait and queues:
                 waiter = Waiter(self._deliver, opening, peek)
                 for queue in queues:
@@ -6363,6 +6399,8 @@ class Session:
             raise Refused("CLIENT_ERROR", "move takes two queues, and a number of items")
         if source is None:
             raise Refused("CLIENT_ERROR", "there is no queue %s" % name)
+        if target.config.fanout_only and "+" not in dest:
+            raise Refused("CLIENT_ERROR", "%s is fanout_only: it keeps no items" % dest)
         moved, error = yield functools.partial(
             self.broker.move, source, target, min(most, source.count), self.now)
         if error:

@@ -2251,10 +2251,10 @@ def test_waiters_first_come_first_served():
     for name in "abcde":
         queue.wait(waiters[name])
     waiters["b"].cancel()
-    fill(queue, b"1")
-    assert served == [("a", b"1")]
-    fill(queue, b"2")                       # c only looks
-    assert served[1:] == [("c", b"2"), ("d", b"2")]
+    fill(queue, b"1")                       # c only looks
+    assert served == [("c", b"1"), ("a", b"1")]
+    fill(queue, b"2")
+    assert served[2:] == [("d", b"2")]
     queue.dismiss_waiters()
     assert served[3:] == [("e", None)]
     waiters["a"].cancel()
@@ -4449,6 +4449,16 @@ def test_children_have_settings_of_their_own_and_are_deleted_alone(tmp_path):
 
 
 @promise(3)
+def test_what_expires_in_a_child_goes_to_its_parent(tmp_path):
+    """It came back to the child as its copy, and did not expire any more."""
+    broker = broker_of(tmp_path, "[queue q+a]\nexpire_to_queue = q\n")
+    broker.queue("q+a", NOW)
+    put(broker, "q", b"1", expiry=NOW + 10)
+    assert sum(broker.discard_expired(broker.queues["q+a"], NOW + 10)) == 1
+    settle(broker, NOW + 10)
+    assert items_of(broker, "q") == [b"1", b"1"] and items_of(broker, "q+a") == []
+
+
 def test_a_move_loses_nothing_wherever_it_stops(tmp_path):
     broker = broker_of(tmp_path, "[queue work]\nexpire_to_queue = late\n")
     put(broker, "work", b"1", expiry=NOW + 10)
@@ -4524,6 +4534,19 @@ max_expire_sweep = 2
     assert list(broker.queues) == ["waited"]
     assert broker.stats.queue_expires == 3
     assert os.listdir(str(tmp_path / "spool")) == ["waited"]
+
+
+def test_a_paused_queue_is_not_deleted_for_its_age(tmp_path):
+    """The next put made it again, not paused."""
+    clock = [0]
+    broker = broker_of(tmp_path, "[queue]\nmax_queue_age = 1m\n", uptime=lambda: clock[0])
+    broker.queue("q", NOW).pause()
+    clock[0] = 60
+    sweep(settle(broker), NOW)
+    assert put(broker, "q", b"x") == [False]
+    broker.queues["q"].pause(0)
+    sweep(settle(broker), NOW)
+    assert not broker.queues
 
 
 def test_reload_changes_queues_at_once(tmp_path, caplog):
@@ -6048,16 +6071,24 @@ def test_a_wait_at_several_queues(talk, name):
     assert talk.heard() == values("x", key="high/or=low/t=500")
     assert not any(queue.waiters for queue in talk.broker.queues.values())
     talk("get high/or=low/t=500/open\r\n")
-    talk("delete high\r\n", "other")                 # it waits on at the other
     talk(set_("low", "y"), "other")
     assert talk.heard() == values("y", key="high/or=low/t=500/open")
     assert talk("get high/or=low/close\r\n") == "END\r\n"
     talk("get high/or=low/t=500\r\n")
-    talk("delete high\r\ndelete low\r\n", "other")
-    assert talk.heard() == "END\r\n"
-    talk("get high/or=low/t=500\r\n")
     talk.session().close(NOW)
     assert not any(queue.waiters for queue in talk.broker.queues.values())
+
+
+@pytest.mark.parametrize("name", ["high", "low"])
+def test_a_wait_at_several_queues_ends_when_one_is_deleted(talk, name):
+    """It waited on at the other, and did not see what came to the deleted one made again."""
+    talk("get high/or=low/t=500\r\n")
+    talk("delete %s\r\n" % name, "other")
+    assert talk.heard() == "END\r\n"
+    assert not any(queue.waiters for queue in talk.broker.queues.values())
+    talk("get high/or=low/t=500\r\n")
+    talk(set_(name, "x"), "other")
+    assert talk.heard() == values("x", key="high/or=low/t=500")
 
 
 def timed_talk(path, text=""):
@@ -6198,6 +6229,16 @@ def test_pausing(talk):
         "CLIENT_ERROR there is no queue no\r\nCLIENT_ERROR there is no queue no\r\n")
 
 
+def test_a_peek_waits_for_the_next_item_of_a_paused_queue(talk):
+    """It slept through it; a get that waits in front of it still does not find it."""
+    talk("get q\r\npause q out\r\n")
+    assert talk("get q/t=500\r\n", "get") == talk("get q/peek/t=500\r\n", "peek") == ""
+    put_all(talk, "q", "x")
+    assert talk.heard("peek") == values("x", key="q/peek/t=500") and talk.heard("get") == ""
+    talk("resume q\r\n")
+    assert talk.heard("get") == values("x", key="q/t=500")
+
+
 def test_a_pause_is_kept_over_restarts_and_rewrites(tmp_path):
     for how in ("as it is", "rewritten", "rotated"):
         path = tmp_path / how
@@ -6313,13 +6354,65 @@ def test_a_read_of_several_queues_waits_for_the_one_whose_expired_items_cannot_b
     talk("pause late in\r\n")
     talk.now += 5000
     session = talk.session()
-    session.feed(b"get work/or=other\r\n", talk.now)
+    session.feed(b"get work/or=other/t=500\r\n", talk.now)
     turns = 0
     while session.state == "working" and turns < 100:
         turns += 1
         commit(talk.broker, talk.now)
         session.resume(talk.now)
-    assert turns < 10 and session.state == "held"
+    assert turns < 10 and session.state == "waiting"
+
+
+def test_a_read_ends_in_time_though_what_has_expired_cannot_be_moved(tmp_path, monkeypatch):
+    """It took naps until it could be, whatever its timeout; a move did so too."""
+    monkeypatch.setattr(kestrel, "_MOVE_SIZE", 1000)
+    talk = timed_talk(tmp_path, "[queue work]\nexpire_to_queue = late\n")
+    put_all(talk, "late", "x")
+    put_some(talk, "work", *[b"x" * 500] * 20)
+    for item in talk.broker.queues["work"].items:
+        item.expiry = 1
+    put_all(talk, "work", "good")
+    talk("pause late in\r\n")
+
+    def ask(text, name="client", seconds=5):
+        answer = talk(text, name)
+        for _ in range(200 * seconds):
+            if not answer:
+                talk.clock.reach(talk.clock.time + 5)
+                answer = talk.heard(name)
+        return answer
+
+    assert ask("get work\r\n") == "END\r\n"
+    assert ask("move work there\r\n") == (
+        "SERVER_ERROR work: its expired items cannot be moved; 0 were moved\r\n")
+    assert ask("get work/t=100\r\n", "waits too") == ""
+    talk.session("waits too").time_out()
+    assert talk.heard("waits too") == "END\r\n"
+    assert ask("get work/t=9000\r\n", "waits too") == ""
+    alarms = len(talk.clock.calls)
+    put_some(talk, "work", *[b"y"] * 50)
+    assert len(talk.clock.calls) < alarms + 5          # there was one more for each
+    talk("resume late\r\n")
+    assert ask("", "waits too") == values("good", key="work/t=9000")
+
+
+def test_a_read_ends_in_time_though_other_items_are_on_the_way(tmp_path, monkeypatch):
+    """Those of another queue that cannot be moved: they take the memory that there is for it."""
+    monkeypatch.setattr(kestrel, "_MOVE_SIZE", 1000)
+    talk = timed_talk(tmp_path, DEADLY.replace("3", "1")
+                      + "[queue q]\nmax_age = 1s\nexpire_to_queue = late\n")
+    put_all(talk, "dead", "x")
+    put_all(talk, "work", "x" * 2000)
+    put_all(talk, "q", "y")
+    talk("pause dead in\r\nget work/open\r\nget work/abort\r\n")
+    talk.now += 2000
+    session = talk.session()
+    session.feed(b"get q\r\n", talk.now)
+    for _ in range(500):
+        talk.broker.write()
+        talk.clock.reach(talk.clock.time + 5)
+        session.resume(talk.now)
+    assert talk.heard() == "END\r\n"
 
 
 def test_dead_letters_that_wait_for_room_are_tried_one_at_a_time_in_order(tmp_path, monkeypatch):
@@ -6612,6 +6705,18 @@ def test_deliveries_are_counted_once_though_a_pack_is_late(tmp_path):
     queue.close()
 
 
+def test_a_last_delivery_that_is_undone_does_not_count(tmp_path, disk):
+    """It left the count one higher, each time."""
+    talk = timed_talk(tmp_path, DEADLY)
+    put_all(talk, "work", "a")
+    queue = talk.broker.queues["work"]
+    queue.items[0].deliveries = 2
+    queue.abort(queue.remove(open=True, now=NOW).xid, now=NOW)
+    disk.failing = {"pwrite": errno.ENOSPC}
+    talk.broker.write()
+    assert data_of(queue.items) == [b"a"] and queue.items[0].deliveries == 2
+
+
 def test_dead_letters_come_in_order_and_are_told_of_once(tmp_path, caplog):
     talk = timed_talk(tmp_path, DEADLY.replace("3", "1") + "[queue dead]\nmax_items = 1\n")
     put_all(talk, "work", "0", "1", "2")
@@ -6625,6 +6730,17 @@ def test_dead_letters_come_in_order_and_are_told_of_once(tmp_path, caplog):
     assert talk.broker.queues["work"].counters.dead_letters == 3
 
 
+def test_many_reads_that_were_aborted_with_a_delay_come_back_in_order(tmp_path):
+    """Those beyond the first thousand came in front of these."""
+    talk = timed_talk(tmp_path)
+    items = [b"%04d" % number for number in range(kestrel.SWEEP_STEP + 500)]
+    put_some(talk, "q", *items)
+    queue = talk.broker.queues["q"]
+    xids = [item.xid for item in take(queue, len(items), open=True)]
+    queue.abort(*xids, now=NOW, delay=1000)
+    assert data_of(take(queue, len(items), NOW + 2000)) == items
+
+
 def test_what_is_looked_at_may_be_on_disk_only(tmp_path):
     queue = load(tmp_path, max_memory_size=2000)
     fill(queue, *[b"%d" % number * 1500 for number in range(5)])
@@ -6632,6 +6748,29 @@ def test_what_is_looked_at_may_be_on_disk_only(tmp_path):
     assert [item.data[:1] for some in queue.browse(9, NOW) for item in some] == [
         b"1", b"2", b"3", b"4"]
     queue.close()
+
+
+@pytest.mark.parametrize("how", ["flush", "delete"])
+def test_large_items_that_are_dropped_while_they_are_looked_at(tmp_path, how):
+    """Their file was gone: the client that peeked at them was hung up on."""
+    talk = Talk(tmp_path, "[queue]\nmax_memory_size = 1mb\n")
+    put_some(talk, "q", *[b"x" * 2000000] * 8)
+    queue = talk.broker.queues["q"]
+    for _ in range(6):
+        queue.remove(open=True, now=NOW)
+        settle(talk.broker)
+    queue.abort(*queue.opens, now=NOW)
+    settle(talk.broker)
+    run_tasks(talk.broker)
+    assert queue.items[-1].data is None
+    found = queue.browse(9, NOW)
+    next(found)
+    talk("%s q\r\n" % how)
+    for _ in range(5):
+        settle(talk.broker)
+        run_tasks(talk.broker)
+    put_some(talk, "q", b"new")
+    assert b"new" not in [item.data for some in found for item in some]
 
 
 def test_a_delayed_item_is_stored_in_all_queues_or_in_none(tmp_path):
@@ -8539,6 +8678,24 @@ def test_move(talk):
     assert talk.broker.queues["q"].count == 0 and len(talk.broker.queues["q"].opens) == 1
     talk("get q/abort\r\n", "another")
     assert talk("move q r 0\r\nmove q r\r\nmove q r\r\n") == "0\r\n1\r\n0\r\n"
+
+
+def test_a_move_from_a_child_to_its_parent(talk):
+    """Each item came back to the child, as its copy."""
+    talk("get q+a\r\nget q+b\r\n")
+    put_some(talk, "q", b"1")
+    talk("get q\r\nget q+b\r\n")
+    assert talk("move q+a q\r\n") == "1\r\n"
+    assert [items_of(talk.broker, name) for name in ("q", "q+a", "q+b")] == [[b"1"], [], [b"1"]]
+
+
+def test_a_move_to_a_queue_that_is_only_fanned_out(tmp_path):
+    """Its items stayed in it, where nobody looks for them."""
+    talk = Talk(tmp_path, "[queue f]\nfanout_only = true\n")
+    put_some(talk, "q", b"1")
+    talk("get f+x\r\n")
+    assert talk("move q f\r\n") == "CLIENT_ERROR f is fanout_only: it keeps no items\r\n"
+    assert talk("move q f+x\r\n") == "1\r\n"
 
 
 def test_move_goes_as_far_as_there_is_room(tmp_path):
