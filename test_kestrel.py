@@ -3034,6 +3034,16 @@ def add_records(*datas):
     return [(kestrel.ADDX, kestrel.Item(data, NOW), 0) for data in datas]
 
 
+@promise(3)
+def test_a_write_cut_short_is_not_taken_for_a_damaged_mark(tmp_path):
+    """One in a hundred was, where it began with few bits: then the rest of it was believed, and
+    took items of others."""
+    torn = xid_record(9, 48) + addx(b"expired", 0, 1) + b"\1" * 3 + addx(b"new")
+    for count in range(1, 300):
+        (tmp_path / "q").write_bytes(checked_journal(add_records(*[b"a"] * count)) + torn)
+        assert len(contents(load(tmp_path))) == count
+
+
 @pytest.mark.parametrize("taken", [0, 3])
 def test_a_bit_of_a_mark_costs_no_item(tmp_path, taken):
     """Where check sums begin or end in the middle of a file, for a setting was changed. Some bits;
