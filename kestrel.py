@@ -5084,7 +5084,7 @@ class Broker:
         self._refused = (False, False)    # whether the status refuses reads, writes by now
         self._strangers = set()           # (host, what it did) that the log has told of
         self._grace = None                # cancels the end of its grace period
-        self._buried = 0                  # bytes of items on their way to another queue
+        self._buried = collections.Counter()      # setting -> bytes of items on their way
         self._moving = {}                 # (queue, setting) -> [the Leaving that are on their way]
         self._stuck = set()               # queues whose expired items cannot be moved for now
         self._read_status()
@@ -5476,7 +5476,7 @@ class Broker:
     def bury(self, queue, item, now, setting):
         """Move an item that is open to the queue that a setting names, behind those that are on
         their way there already."""
-        self._buried += _size(item)
+        self._buried[setting] += _size(item)
         leaving = Leaving(item, item.xid, now)
         if (queue, setting) in self._moving:
             self._moving[queue, setting].append(leaving)
@@ -5485,9 +5485,9 @@ class Broker:
             self._advance(self._move(queue, setting))
 
     def is_burying_much(self, queue):
-        """Return whether no more items of a queue should be moved for now: those on their way to
-        another queue take much memory, or they cannot be moved."""
-        return self._buried > _MOVE_SIZE or self.is_stuck(queue)
+        """Return whether no more expired items of a queue should be moved for now: those on their
+        way to another queue take much memory, or they cannot be moved."""
+        return self._buried["expire_to_queue"] > _MOVE_SIZE or self.is_stuck(queue)
 
     def is_stuck(self, queue):
         """Return whether the expired items of a queue cannot be moved for now."""
@@ -5526,7 +5526,7 @@ class Broker:
                 count, error = yield from self._put_moved(source, still, setting)
                 yield from self._confirm_moved(source, [leaving.xid for leaving in still[:count]])
                 moving[:len(batch)] = still[count:]
-                self._buried -= size - self._size_of(still[count:])
+                self._buried[setting] -= size - self._size_of(still[count:])
                 if error:
                     if not is_told:
                         log.error("queue %s: items cannot be moved (%s): %s", source.name, setting,
@@ -5543,7 +5543,7 @@ class Broker:
                     yield 0                  # others come in between
         finally:
             del self._moving[source, setting]
-            self._buried -= self._size_of(moving)
+            self._buried[setting] -= self._size_of(moving)
         xids = [leaving.xid for leaving in self._still_open(source, moving)]
         if setting == "expire_to_queue":
             source.counters.expired_items -= len(xids)         # they are counted anew
