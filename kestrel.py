@@ -2469,7 +2469,7 @@ class Journal:
         yield [_mark(True, begins)]
         for chunks, ends in self._records(passing, state, places, begins):
             yield _checked(chunks, sum(map(len, chunks)), ends)
-        yield [_mark(False, ends)]           # nothing is missing, see Queue._replay()
+        yield [_mark(False, ends)]           # nothing is missing, see Replay
 
     def _records(self, passing, state, places, ends):
         """Yield (records of a pack, the ends after them). ends: before them."""
@@ -4001,128 +4001,18 @@ class Queue:
     def _load(self):
         """Read the journal, as often as it takes to repair it."""
         while True:
-            file = None
+            replay = Replay(self)
             try:
-                for file in self._replay():
-                    pass
-                return
+                replay.run()
+                break
             except LostTail as lost:
-                files = self.journal.files
-                self.journal.set_aside(files[files.index(file) - 1], *lost.args)
+                self.journal.set_aside(self.journal.files[replay.number - 1], *lost.args)
             except Damage as damage:
-                self.journal.repair(damage.file or file)
+                self.journal.repair(damage.file or replay.file)
             self._drop_items()
             self.opens.clear()
             self.delays.clear()
             self.xid = self.paused = 0
-
-    def _replay(self):
-        """Do what the journal says; yield each file before it is read. Raises Damage, and
-        LostTail."""
-        opens, delays = self.opens, self.delays
-        journal = self.journal
-        ignored = owed = 0
-        added = []                      # how many items each file adds
-        closed = 0, 0                   # where the last CHECK ends, how many were added before
-        last_head = 0                   # the last file that does something to the head
-        packed = None                   # the last file that is a pack
-        lost, surplus = 0, None         # see LostTail
-        latest = 0                      # xid of what goes to the tail, or is delayed
-        told = time.monotonic()
-        done = 0                        # bytes of the files before this one
-        look = offset = 0               # where the clock is looked at, where the next record is
-
-        def take_run(data, pos, base, span):
-            nonlocal offset, latest
-            delayed = []
-            end, count, last = self._append_run(data, pos, span if file.checked else None, delayed)
-            if last:
-                close(base + last[0], added[-1] + last[1], last[2])
-            added[-1] += count
-            if delayed:
-                # The highest, or the last if the numbers have started over among these.
-                latest = _later(_later(latest, delays.load(delayed)), delayed[-1].xid)
-            offset = base + end
-            if done + offset > look:
-                tell()
-            return end, last and last[0]
-
-        def close(end, count, ends):
-            nonlocal closed
-            if last_head == number and (surplus or lost):
-                raise LostTail(lost, surplus)
-            closed = end, count
-            file.ends = ends
-
-        def tell():
-            nonlocal look, told
-            look = done + offset + _STEP_SIZE // 4
-            if time.monotonic() > told + _PROGRESS_SECONDS:
-                told = time.monotonic()
-                log.info("loading %s: %d %%, %d items", self.name,
-                         100 * (done + offset) // journal.size, self.count)
-
-        for number, file in enumerate(journal.files):
-            yield file
-            # Of a file that ends without check sums nobody can know whether its end is there.
-            older = journal.files[number - 1] if number else None
-            file.begins = _first_ends(self.count, 0 if not older else older.begins if (
-                packed == number - 1) else older.ends >> 40)
-            surplus = self.count if older and (older.checked or not older.size) else None
-            lost = 0
-            added.append(0)
-            closed = 0, 0
-            offset, file.checked, file.ends = 0, False, 0
-            for opcode, xid, item, end in journal.read(file, take_run):
-                if done + offset > look:
-                    tell()
-                begin, offset = offset, end
-                if opcode == CHECK:
-                    if not file.checked and begin == 0:          # see Journal.pass_all()
-                        file.begins = xid[2]
-                        if xid[2]:
-                            last_head = number
-                        if xid[2] >> 40 and surplus is not None:
-                            lost, surplus = _lost_tail(
-                                self.count, xid[2], None if packed == number - 1
-                                else older.ends >> 40)
-                    elif not file.checked:         # nobody can know how it was begun
-                        lost, surplus = 0, None
-                    file.checked = xid[0] > 0 or not file.checked
-                    close(end, added[-1], xid[2])
-                elif opcode == ADD_DELAYED:
-                    latest = _later(latest, delays.load([Delayed(xid[1], xid[0], item, False)]))
-                elif opcode == PAUSE:
-                    self.paused = xid
-                elif opcode == SAVE_XID:
-                    self.xid, packed = xid, number
-                elif item is not None:
-                    added[-1] += 1
-                    if opcode in (CONTINUE, CONTINUEF):
-                        latest = _later(latest, xid)
-                        ignored += (opens.pop(xid, None) or delays.pop(xid)) is None
-                    if file.checked:
-                        self._append(item, file, closed[0], added[-1] - 1 - closed[1])
-                    else:
-                        self._append(item, file, begin)
-                elif opcode == REMOVE and self.count:            # as a rule
-                    last_head = number
-                    self._replay_pop()
-                elif opcode == OPEN and xid >= _ASIDE and not self.count:
-                    owed += 1           # in truth it took one that was put back
-                elif opcode == UNREMOVE and xid == _LOST and owed:
-                    owed -= 1
-                else:
-                    if opcode in _AT_HEAD:
-                        last_head = number
-                    ignored += not self._redo(opcode, xid, file.checked)
-            done += file.size
-        if ignored:
-            log.warning("%s: %d operations on items that are not there, ignored",
-                        journal.path, ignored)
-        journal.account(added, last_head, self.count)
-        # An OPEN may be written in front of what is done to the tail: never with the same xid.
-        self.xid = _later(self.xid, latest)
         self._take_over()
 
     def _take_over(self):
@@ -4136,77 +4026,6 @@ class Queue:
         self._watch_delays(_now())
         self.abort(*self.opens, orphaned=True)
         self.counters.canceled_transactions = 0
-
-    def _redo(self, opcode, xid, checked):
-        """Do what a record says that is about the head or an open read; return False if there is
-        no such item. checked: whether this server wrote it, which never refers to one that was not
-        there."""
-        opens, delays = self.opens, self.delays
-        if opcode in (OPEN, OPEN_NEXT) and self.count:
-            item = self._replay_pop()
-            if opcode == OPEN_NEXT:
-                xid = item.xid or self._next_xid()
-            if xid < _ASIDE:
-                self.xid = xid
-            else:                       # two files may have been repaired
-                xid = _ASIDE + len(opens)
-                while xid in opens:
-                    xid += 1
-            opens[xid] = item
-        elif opcode == CONFIRM:
-            return (opens.pop(xid, None) or delays.pop(xid)) is not None
-        elif opcode in (UNREMOVE, PUT_BACK) and xid in opens:
-            item = opens.pop(xid)
-            item.deliveries += opcode == UNREMOVE
-            self._push(item)
-        elif opcode == UNREMOVE and xid in delays.items:
-            self._push(delays.pop(xid).item)
-        elif opcode in (UNREMOVE, PUT_BACK) and (checked or xid == _LOST):
-            # What was put back is lost. If it was taken again that must not cost another item.
-            self._push(Item(LOST.data, LOST.add_time, LOST.expiry))
-            return xid == _LOST
-        elif opcode == DELAY and xid[0] in opens:
-            item = opens.pop(xid[0])
-            item.deliveries += 1
-            delays.load([Delayed(xid[1], xid[0], item, True)])
-        else:
-            return False
-        return True
-
-    def _replay_pop(self):
-        """Take the head item, whose data may have to be read again."""
-        if not self.items:
-            try:
-                self._read_more(self.count)
-            except Damage as damage:
-                damage.file = self._behind.file
-                raise
-        return self._take()
-
-    def _append_run(self, data, pos, span, delayed):
-        """Append the items that read_run() reads at data[pos:], as long as memory is not used up
-        by one. Return (the end of the last, how many there are, the last CHECK among them)."""
-        items = self.items if self._behind is None else None
-        end, count, size, closed = read_run(data, pos, span, items, self._allowance - self.memory,
-                                            delayed)
-        if items is not None:
-            self.memory += size + count * ITEM_COST
-        self.count += count
-        self.bytes += size
-        return end, count, closed
-
-    def _append(self, item, file, offset, skip=0):
-        """Append an item that stands in a file of the journal, the first after `offset` but for
-        `skip`."""
-        cost = len(item.data) + ITEM_COST
-        if self._behind is None and self.memory + cost > self._allowance and (
-                self.items or self._allowance < self.config.max_memory_size):
-            self._behind = ReadBehind(self.journal, file, offset, skip)
-        if self._behind is None:
-            self.items.append(item)
-            self.memory += cost
-        self.count += 1
-        self.bytes += len(item.data)
 
     # -- memory
 
@@ -4651,6 +4470,218 @@ def _size(item):
 def _cost(item):
     """Return what an item takes of the memory."""
     return ITEM_COST + (0 if item.data is None else len(item.data))
+
+
+class Replay:
+    """One reading of the journal of a queue, which does again what its records say.
+
+    file, number: the file that is read, and which one of all it is.
+    """
+
+    def __init__(self, queue):
+        self.queue = queue
+        self.file = None
+        self.number = 0
+        self._added = []                # how many items each file adds
+        self._last_head = 0             # the last file that does something to the head
+        self._closed = 0, 0             # where the last CHECK ends, how many were added before it
+        self._packed = None             # the last file that is a pack
+        self._lost, self._surplus = 0, None      # see LostTail
+        self._latest = 0                # xid of what goes to the tail, or is delayed
+        self._ignored = 0               # operations on items that are not there
+        self._owed = 0                  # see _do()
+        self._done = 0                  # bytes of the files before this one
+        self._offset = 0                # where the next record is
+        self._look = 0                  # where the clock is looked at
+        self._told = time.monotonic()   # when the log has told how far it is
+
+    def run(self):
+        """Do what the journal says. Raises Damage, and LostTail."""
+        queue, journal = self.queue, self.queue.journal
+        for self.number, self.file in enumerate(journal.files):
+            self._read()
+            self._done += self.file.size
+        if self._ignored:
+            log.warning("%s: %d operations on items that are not there, ignored",
+                        journal.path, self._ignored)
+        journal.account(self._added, self._last_head, queue.count)
+        # An OPEN may be written in front of what is done to the tail: never with the same xid.
+        queue.xid = _later(queue.xid, self._latest)
+
+    def _read(self):
+        """Do what one file says."""
+        queue, file = self.queue, self.file
+        older = queue.journal.files[self.number - 1] if self.number else None
+        file.begins = _first_ends(queue.count, 0 if not older else older.begins if (
+            self._packed == self.number - 1) else older.ends >> 40)
+        file.checked, file.ends = False, 0
+        # Of a file that ends without check sums nobody can know whether its end is there.
+        self._lost = 0
+        self._surplus = queue.count if older and (older.checked or not older.size) else None
+        self._added.append(0)
+        self._closed = 0, 0
+        self._offset = 0
+        for opcode, xid, item, end in queue.journal.read(file, self._take_run):
+            begin, self._offset = self._offset, end
+            if self._done + end > self._look:
+                self._tell()
+            if opcode == REMOVE and queue.count:       # as a rule
+                self._last_head = self.number
+                self._pop()
+            elif opcode == CHECK:
+                self._check(begin, end, *xid)
+            elif item is not None and opcode != ADD_DELAYED:
+                self._append(opcode, xid, item, begin)
+            else:
+                self._do(opcode, xid, item)
+
+    def _take_run(self, data, pos, base, span):
+        """Append the items that read_run() reads, as long as memory is not used up by one. Return
+        what read_records() wants to know."""
+        queue, file = self.queue, self.file
+        items = queue.items if queue._behind is None else None
+        delayed = []
+        end, count, size, last = read_run(
+            data, pos, span if file.checked else None, items, queue._allowance - queue.memory,
+            delayed)
+        if items is not None:
+            queue.memory += size + count * ITEM_COST
+        queue.count += count
+        queue.bytes += size
+        if last:
+            self._close(base + last[0], self._added[-1] + last[1], last[2])
+        self._added[-1] += count
+        if delayed:
+            # The highest, or the last if the numbers have started over among these.
+            latest = _later(self._latest, queue.delays.load(delayed))
+            self._latest = _later(latest, delayed[-1].xid)
+        self._offset = base + end
+        if self._done + self._offset > self._look:
+            self._tell()
+        return end, last and last[0]
+
+    def _tell(self):
+        """Tell the log how far it is, if it has told nothing for a while."""
+        done = self._done + self._offset
+        self._look = done + _STEP_SIZE // 4
+        if time.monotonic() > self._told + _PROGRESS_SECONDS:
+            self._told = time.monotonic()
+            queue = self.queue
+            log.info("loading %s: %d %%, %d items", queue.name, 100 * done // queue.journal.size,
+                     queue.count)
+
+    def _check(self, begin, end, covers, _, ends):
+        """Note what a CHECK says."""
+        file = self.file
+        if not file.checked and begin == 0:            # see Journal.pass_all()
+            file.begins = ends
+            if ends:
+                self._last_head = self.number
+            if ends >> 40 and self._surplus is not None:
+                older = self.queue.journal.files[self.number - 1]
+                self._lost, self._surplus = _lost_tail(
+                    self.queue.count, ends,
+                    None if self._packed == self.number - 1 else older.ends >> 40)
+        elif not file.checked:           # nobody can know how it was begun
+            self._lost, self._surplus = 0, None
+        file.checked = covers > 0 or not file.checked
+        self._close(end, self._added[-1], ends)
+
+    def _close(self, end, count, ends):
+        if self._last_head == self.number and (self._surplus or self._lost):
+            raise LostTail(self._lost, self._surplus)
+        self._closed = end, count
+        self.file.ends = ends
+
+    def _append(self, opcode, xid, item, begin):
+        """Append the item of a record that begins there."""
+        queue = self.queue
+        self._added[-1] += 1
+        if opcode in (CONTINUE, CONTINUEF):
+            self._latest = _later(self._latest, xid)
+            self._ignored += self._end(xid) is None
+        cost = len(item.data) + ITEM_COST
+        if queue._behind is None and queue.memory + cost > queue._allowance and (
+                queue.items or queue._allowance < queue.config.max_memory_size):
+            before = self._added[-1] - 1
+            offset, closed = self._closed if self.file.checked else (begin, before)
+            queue._behind = ReadBehind(queue.journal, self.file, offset, before - closed)
+        if queue._behind is None:
+            queue.items.append(item)
+            queue.memory += cost
+        queue.count += 1
+        queue.bytes += len(item.data)
+
+    def _end(self, xid):
+        """Return the item of an open read, or the Delayed, that ends; None if there is none."""
+        return self.queue.opens.pop(xid, None) or self.queue.delays.pop(xid)
+
+    def _pop(self):
+        """Take the head item, whose data may have to be read again."""
+        queue = self.queue
+        if not queue.items:
+            try:
+                queue._read_more(queue.count)
+            except Damage as damage:
+                damage.file = queue._behind.file
+                raise
+        return queue._take()
+
+    def _do(self, opcode, xid, item):
+        """Do what a record says that is neither an item nor a REMOVE of one."""
+        queue, delays = self.queue, self.queue.delays
+        if opcode == ADD_DELAYED:
+            number, due = xid
+            delays.load([Delayed(due, number, item, False)])
+            self._latest = _later(self._latest, number)
+        elif opcode == PAUSE:
+            queue.paused = xid
+        elif opcode == SAVE_XID:
+            queue.xid, self._packed = xid, self.number
+        elif opcode == OPEN and xid >= _ASIDE and not queue.count:
+            self._owed += 1             # in truth it took one that was put back
+        elif opcode == UNREMOVE and xid == _LOST and self._owed:
+            self._owed -= 1
+        else:
+            if opcode in _AT_HEAD:
+                self._last_head = self.number
+            self._ignored += not self._redo(opcode, xid)
+
+    def _redo(self, opcode, xid):
+        """Do what a record says about the head or an open read; return False if there is no such
+        item."""
+        queue, opens, delays = self.queue, self.queue.opens, self.queue.delays
+        if opcode in (OPEN, OPEN_NEXT) and queue.count:
+            item = self._pop()
+            if opcode == OPEN_NEXT:
+                xid = item.xid or queue._next_xid()
+            if xid < _ASIDE:
+                queue.xid = xid
+            else:                       # two files may have been repaired
+                xid = _ASIDE + len(opens)
+                while xid in opens:
+                    xid += 1
+            opens[xid] = item
+        elif opcode == CONFIRM:
+            return self._end(xid) is not None
+        elif opcode in (UNREMOVE, PUT_BACK) and xid in opens:
+            item = opens.pop(xid)
+            item.deliveries += opcode == UNREMOVE
+            queue._push(item)
+        elif opcode == UNREMOVE and xid in delays.items:
+            queue._push(delays.pop(xid).item)
+        elif opcode in (UNREMOVE, PUT_BACK) and (self.file.checked or xid == _LOST):
+            # What was put back is lost: a file of this server never names one that was not there.
+            # If it was taken again that must not cost another item.
+            queue._push(Item(LOST.data, LOST.add_time, LOST.expiry))
+            return xid == _LOST
+        elif opcode == DELAY and xid[0] in opens:
+            item = opens.pop(xid[0])
+            item.deliveries += 1
+            delays.load([Delayed(xid[1], xid[0], item, True)])
+        else:
+            return False
+        return True
 
 
 class Upkeep:

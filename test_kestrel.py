@@ -2602,8 +2602,8 @@ def test_runs_of_items_are_loaded_as_single_records_are(tmp_path, monkeypatch, m
             with monkeypatch.context() as patch:
                 patch.setattr(kestrel, "_STEP_SIZE", chances.choice([64, 500, 1 << 17]))
                 if not in_runs:
-                    patch.setattr(kestrel.Queue, "_append_run",
-                                  lambda queue, data, pos, span, delayed: (pos, 0, None))
+                    patch.setattr(kestrel, "read_run",
+                                  lambda data, pos, *arguments: (pos, 0, 0, None))
                 path = tmp_path / str(in_runs)
                 path.mkdir(exist_ok=True)
                 shutil.rmtree(path / "lost+found", ignore_errors=True)
