@@ -1018,7 +1018,7 @@ def _first_ends(waiting, added):
     return _go_on(0, waiting, 0, _BEGUN_ANEW + (added % _PACK if waiting else 0))
 
 
-def _moves(opcode, item=None):
+def _moves(opcode, item):
     """Return how many items a record (adds, takes, puts back)."""
     return (item is not None and opcode != ADD_DELAYED, opcode in (REMOVE, OPEN_NEXT, OPEN),
             opcode in (UNREMOVE, PUT_BACK))
@@ -1256,7 +1256,7 @@ def _encode(ops, ends=0):
     return chunks, _go_on(ends, added, taken, back)
 
 
-def _encode_checked(ops, ends=0):
+def _encode_checked(ops, ends):
     """As _encode(), with CHECKs."""
     chunks, after = _encode(ops, ends)
     size = sum(map(len, chunks))
@@ -1949,10 +1949,10 @@ class JournalFile:
 
     __slots__ = ("path", "number", "size", "waiting", "inode", "fd", "checked", "begins", "ends")
 
-    def __init__(self, path, number, size=0):
+    def __init__(self, path, number):
         self.path = path
         self.number = number
-        self.size = size
+        self.size = 0
         self.waiting = 0
         self.inode = None
         self.fd = None                   # while open for writing, see Budget
@@ -2040,11 +2040,11 @@ class Journal:
     open is locked against other queues of the kind.
     """
 
-    def __init__(self, directory, name, older=None, budget=None, lock=False):
+    def __init__(self, directory, name, older, budget, lock):
         self.directory = directory
         self.name = name
         self.path = os.path.join(directory, name)
-        self.budget = budget or Budget()
+        self.budget = budget
         self.lock = None
         self.passed = []
         self.files = []
@@ -2154,7 +2154,7 @@ class Journal:
 
     # -- writing
 
-    def plan(self, ops, count, held, checked=False):
+    def plan(self, ops, count, held, checked):
         """Return the Plan for a batch of operations. count: how many items wait after it.
         held: a function that returns what is kept under a number after it, the open reads and
         the Delayed. checked: whether it is written with CHECKs."""
@@ -2715,7 +2715,7 @@ def _pieces_of(source, file):
         yield [piece]
 
 
-def _counts(held, items=(), less=()):
+def _counts(held, items, less=()):
     """Return {id of an item: its count of deliveries} of the items that have one. What follows in
     the files counts anew: less: {id of an item: how often that was}."""
     counts = {id(item): item.deliveries for item in items if item.deliveries}
@@ -3407,7 +3407,7 @@ class Queue:
             unread -= len(items)
         yield [item for item in fresh[:max(0, most)] if not self._is_expired(item, now)]
 
-    def has_more(self, peek=False):
+    def has_more(self, peek):
         """Return whether there are items, so that remove(), or peek(), is worth another call."""
         return self.count > 0 and (peek or not self.paused & PAUSED_OUT)
 
@@ -6197,7 +6197,7 @@ class Session:
         log.warning("%s is denied: %s", self.who, why)
         raise Refused("CLIENT_ERROR", why, reason="denied")
 
-    def _check_opens(self, queue, plain=False):
+    def _check_opens(self, queue, plain):
         """Check that the client may open one more read of a queue, or read it plainly."""
         if plain and self._reads_of(queue):
             raise Refused("ERROR", "close the open read of %s first" % queue.name, close=True)
@@ -6218,13 +6218,13 @@ class Session:
 
     # -- reading
 
-    def _next(self, queue, opening=False, peek=False, wait=False):
+    def _next(self, queue, opening, peek, wait):
         """Return the next item of a queue; None if there is none, or none comes in time. A
         generator, since it may have to wait."""
         _, item = yield from self._next_of([queue], opening, peek, wait)
         return item
 
-    def _next_of(self, queues, opening=False, peek=False, wait=False):
+    def _next_of(self, queues, opening, peek, wait):
         """Return the first of these queues that has an item, and the item; or (None, None)."""
         naps = RETRY_MS // _LOADING_MS
         while True:
@@ -7645,7 +7645,7 @@ class ThriftSession(Session):
         queue = self.broker.find(_name(name))
         item = None
         if queue:
-            item = yield from self._next(queue, peek=True)
+            item = yield from self._next(queue, False, True, False)
         self._count_read(queue, item, True)
         stats = collections.defaultdict(int, self.broker.queue_stats(queue, self.now)
                                         if queue else ())
