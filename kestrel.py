@@ -3557,10 +3557,13 @@ class Queue:
             now = _now()
             self._release(now)
             self._watch_delays(now)
+            self._serve(now)
 
     def _release(self, now):
         """Put the delayed items that are due where they belong: those for the tail some at a time,
-        but those for the head all at once, or later ones would come in front of the others."""
+        but those for the head all at once, or later ones would come in front of the others. Those
+        who wait are served when the alarm for these items comes: a waiter that is being served
+        must not be served here, with another item."""
         delays = self.delays
         due = delays.next_due()
         if due is None or due > now:
@@ -3589,8 +3592,6 @@ class Queue:
                 if delays.items.get(xid) is delayed:
                     heapq.heappush(delays.due, delayed[:2])
             self._watch_delays(now)
-        if self.waiters:
-            self._serve(now)
 
     def _append_again(self, item):
         """Append an item that was open or delayed. Its record is written anew, later, with the
@@ -5954,10 +5955,17 @@ class Session:
         self.open_reads.clear()
 
     def close(self, now):
-        """Note that the connection is closed."""
+        """Note that the connection is closed. Reads whose end is undone later go back too."""
         self.now = now
         self.end()
         self.state = CLOSED
+        for queue, xid in self._ended:
+            queue.history.when_safe(functools.partial(self._put_back, queue, xid))
+
+    @staticmethod
+    def _put_back(queue, xid, error):
+        if error and xid in queue.opens:
+            queue.abort(xid, orphaned=True)
 
     # -- input
 
@@ -6124,7 +6132,7 @@ class Session:
         self.holds -= 1
         if isinstance(error, Unclear):
             self.close(self.now)
-        elif error:
+        elif error and self.state is not CLOSED:       # else `out` has gone
             self._fail({queue: error}, entries)
         self._end_if_done()
         if not self.holds:
@@ -6875,6 +6883,8 @@ class MemcacheSession(LineSession):
         route = yield from self._route(block.key)
         stored = yield from self._put(route, [data], block.flags, expiry, block.delay)
         if block.sync:
+            for queue in route.queues:       # what has been written may still have to be fsynced
+                self.broker.changed(queue)
             error = yield functools.partial(_when_all_durable, route.queues)
             if error:
                 raise error
@@ -6969,6 +6979,10 @@ class MemcacheSession(LineSession):
         changed = []
         if key.close or key.abort or key.touch:
             changed = self._end_beyond(queues, key)
+            for queue in changed if not key.touch else ():
+                error = yield queue.history.when_safe
+                if error:
+                    raise Refused("SERVER_ERROR", _why(error), reason=_reason(error))
             if not key.open:
                 return changed
         self._check_reads()
@@ -8123,6 +8137,8 @@ class AdminSession(Session):
             found += map(shown, some)
             del some                         # before more is read
             yield
+        if queue.closed:
+            raise Refused("NOT_FOUND", "the queue has been deleted")
         return queue, found
 
     def _peek(self):
@@ -10777,6 +10793,8 @@ class Client:
         """Yield (the words of its VALUE line, data) for each item of an answer."""
         while line != b"END":
             words = line.split(b" ")
+            if words[0] != b"VALUE" or len(words) < 4 or not words[3].isdigit():
+                raise ConnectionError("%r is no answer to a get" % line[:80])
             data = self._file.read(int(words[3]) + 2)
             if not data.endswith(b"\r\n") or len(data) < int(words[3]) + 2:
                 raise ConnectionError("the server has closed the connection")

@@ -6766,6 +6766,20 @@ def test_dead_letters_come_in_order_and_are_told_of_once(tmp_path, caplog):
     assert talk.broker.queues["work"].counters.dead_letters == 3
 
 
+@promise(1)
+@pytest.mark.parametrize("key", ["q", "q/open"])
+def test_a_waiter_is_given_one_item_though_a_delayed_one_is_due_too(tmp_path, key):
+    """In the turn of a put it was given both: one was lost, and the putter hung up on."""
+    talk = timed_talk(tmp_path)
+    assert talk("set q/delay=50 0 0 4\r\nlate\r\n") == "STORED\r\n"
+    assert talk("get %s/t=1000\r\n" % key, "waiter") == ""
+    talk.now += 50
+    assert talk(set_("q", "now")) == "STORED\r\n"
+    talk.clock.reach(50)
+    found = [talk.heard("waiter"), talk("get %s/t=1000\r\n" % key, "another")]
+    assert sorted(found) == sorted(values(data, key=key + "/t=1000") for data in ("late", "now"))
+
+
 def test_many_reads_that_were_aborted_with_a_delay_come_back_in_order(tmp_path):
     """Those beyond the first thousand came in front of these."""
     talk = timed_talk(tmp_path)
@@ -8395,6 +8409,93 @@ def test_an_item_that_is_undone_in_the_turn_of_its_delivery_is_not_given(serve, 
     assert client.get("src") is None
     assert waiter.line() == "SERVER_ERROR dead: No space left on device\r\n"
     until(lambda: client.get("src") is None and client.get("dead") == b"x")       # it is moved again
+
+
+@pytest.fixture
+def fails_later(monkeypatch):
+    """Makes the next fsync wait for `go`, and fail. called: a semaphore."""
+    here = types.SimpleNamespace(armed=False, called=threading.Semaphore(0), go=threading.Event())
+    real = os.fsync
+
+    def fsync(fd):
+        if here.armed:
+            here.armed = False
+            here.called.release()
+            here.go.wait(20)
+            raise OSError(errno.EIO, "the disk fails")
+        real(fd)
+
+    monkeypatch.setattr(kestrel.os, "fsync", fsync)
+    return here
+
+
+def leave(server, client, left):
+    """Reset a connection; wait until the server has `left` others."""
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.file.close()
+    client.sock.close()
+    until(lambda: len(server.server.broker.clients) == left)
+
+
+@promise(2)
+def test_a_client_that_leaves_harms_nobody_who_waits_for_the_same_fsync(serve, fails_later):
+    """What it had been told was gone when the fsync failed: others were never answered."""
+    server = serve("[queue]\nsync_journal = 0\n")
+    client, other = server.client(), server.client()
+    assert other.put("q", b"0") == "STORED\r\n"
+    fails_later.armed = True
+    client.send("version\r\n" + set_("q", "1"))
+    assert fails_later.called.acquire(timeout=20)
+    other.send(set_("q", "2"))
+    until(lambda: any(session.holds for session in server.server.broker.clients
+                      if session.peer.name.endswith(":%d" % other.sock.getsockname()[1])))
+    leave(server, client, 1)
+    fails_later.go.set()
+    assert other.line().startswith("SERVER_ERROR")
+    assert other.put("q", b"3") == "STORED\r\n"
+    assert [other.get("q") for _ in range(3)] == [b"0", b"3", None]
+
+
+@promise(5)
+@pytest.mark.parametrize("how", ["close", "abort"])
+def test_a_read_whose_close_is_undone_when_its_client_has_left_goes_back(serve, fails_later, how):
+    """It stayed open, and nobody could close it."""
+    server = serve("[queue]\nsync_journal = 0\n")
+    client, other = server.client(), server.client()
+    assert other.put("q", b"a") == "STORED\r\n" and client.get("q/open") == b"a"
+    fails_later.armed = True
+    client.send("get q/%s\r\n" % how)
+    assert fails_later.called.acquire(timeout=20)
+    leave(server, client, 1)
+    fails_later.go.set()
+    until(lambda: data_of(server.server.broker.queues["q"].items) == [b"a"])
+    assert not server.server.broker.queues["q"].opens
+
+
+@pytest.mark.parametrize("key", ["q/close/open/timeout=60000/t=20000", "q/close r/close",
+                                 "q/abort r/open", "q/close/n=2", "q/abort/tail"])
+def test_a_close_that_is_undone_is_refused_whatever_the_options(serve, disk, key):
+    """It was answered as done; the next close was then of the wrong item."""
+    server = serve("[queue]\nsync_journal = never\n")
+    client = server.client()
+    assert client.put("q", b"a") == client.put("r", b"r") == "STORED\r\n"
+    assert client.get("q/open") == b"a"
+    disk.failing, disk.once = {"pwrite": errno.ENOSPC}, True
+    assert client.ask("get %s\r\n" % key) == "SERVER_ERROR q: No space left on device\r\n"
+    assert data_of(server.server.broker.queues["q"].opens.values()) == [b"a"]
+    assert client.get("q/close") is None and not server.server.broker.queues["q"].opens
+
+
+@pytest.mark.parametrize("key", ["full", "all"])
+def test_a_put_with_sync_is_answered_though_nothing_is_left_to_be_written(serve, key):
+    """A full queue, or more queues than are written in one turn: it waited for ever."""
+    names = ["q%d" % number for number in range(60)]
+    server = serve("[queue]\nsync_journal = never\n[queue full]\nmax_items = 1\n"
+                   "[alias all]\ndestination_queues = %s\n" % ", ".join(names))
+    client = server.client()
+    assert client.put(key, b"a") == "STORED\r\n"
+    assert client.ask(set_(key + "/sync", "b")) == (
+        "NOT_STORED\r\n" if key == "full" else "STORED\r\n")
 
 
 def test_timers_run_though_there_is_always_more_to_do(tmp_path, monkeypatch):
