@@ -11595,8 +11595,10 @@ def _pack(path, for_kestrel):
 # -- commands that talk to a server
 
 def _connect(options, timeout=30, server=None):
-    """Return a Client of a server, as a rule the one that the options, or the environment, name."""
-    host, port = _host_and_port(server or options.server)
+    """Return a Client of a server, as a rule the one that the options, or the environment, name.
+    Raises OSError, which names the server."""
+    server = server or options.server
+    host, port = _host_and_port(server)
     tls = None
     if options.tls or options.cafile:
         import ssl
@@ -11605,7 +11607,10 @@ def _connect(options, timeout=30, server=None):
     if options.user and "KESTREL_PASSWORD" not in os.environ:
         import getpass
         password = getpass.getpass("password of %s: " % options.user)
-    return Client(host, port, timeout, options.user, password, tls)
+    try:
+        return Client(host, port, timeout, options.user, password, tls)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), server) from None
 
 
 def _show(options, names, rows):
@@ -11760,8 +11765,10 @@ def _command_list(client, options):
 
 
 def _command_stats(client, options):
-    stats = {name: int(value) if value.isdecimal() else value
-             for name, value in client.stats().items()}
+    stats = client.stats()
+    for name, value in stats.items():
+        if re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?", value) and name != "version":
+            stats[name] = json.loads(value)
     if options.queue:
         begin = "queue_%s_" % options.queue
         names = {one.name for one in QUEUE_STATS} | {"children"}      # and not of queue_q_other
@@ -12056,13 +12063,13 @@ def _run_command(name, *arguments):
     except BrokenPipeError:              # of standard output: `| head`
         sys.stdout = None
         return 0
-    except (ServerError, ValueError) as error:
-        return _fail(1, error)
     except EOFError:                     # of the password
         return _fail(2, "there is no terminal to ask at: set $KESTREL_PASSWORD")
     except OSError as error:
         return _fail(1 if name == "ping" else 3,
-                     "%s: %s" % (options.server, error.strerror or error))
+                     "%s: %s" % (error.filename or options.server, error.strerror or error))
+    except (ServerError, ValueError) as error:
+        return _fail(1, error)
 
 
 # -- without a server

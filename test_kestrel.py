@@ -10878,6 +10878,28 @@ def counts_of(clients, queue):
     return [int(client.stats().get("queue_%s_items" % queue, 0)) for client in clients]
 
 
+@pytest.mark.parametrize("answer", [b"SSH-2.0-x\r\n", b"VALUE q 0 x\r\nEND\r\n",
+                                    b"VALUE q 0 1\r\nabcd\r\n", b"VALUE q 0 -9\r\n"])
+def test_a_server_that_answers_anything_else_is_one_that_fails(servers, answer):
+    """It was an IndexError, and a client of several did not go on to another server."""
+    class Other(socketserver.StreamRequestHandler):
+        def handle(self):
+            while self.rfile.readline():
+                self.wfile.write(answer)
+
+    started, (client,) = servers({})
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, args=[0.01], daemon=True).start()
+        port = other.server_address[1]
+        with kestrel.Client(port=port, timeout=20) as wrong, pytest.raises(OSError):
+            wrong.get("q")
+        assert client.put("q", b"1")
+        with kestrel.Client(["127.0.0.1:%d" % port, "127.0.0.1:%d" % started[0].port],
+                            timeout=20) as both:
+            assert both.get("q") == b"1"
+        other.shutdown()
+
+
 def test_a_client_of_several_servers(servers):
     started, clients = servers({}, {}, {})
     with cluster_of(started) as cluster:
@@ -11342,6 +11364,20 @@ def test_drain_moves_everything_to_others(servers, capfd):
     assert "is the server that is drained" in capfd.readouterr().err
 
 
+def test_drain_names_the_server_that_cannot_be_reached(ask_server):
+    """It named the other one."""
+    ask_server("put", "q", "x")
+    port = free_port()
+    assert ask_server.errors(["drain", "--to", "127.0.0.1:%d" % port]) == (
+        3, "kestrel.py: 127.0.0.1:%d: Connection refused\n" % port)
+
+
+def test_a_certificate_that_is_not_trusted_is_a_failed_connection(serve, tmp_path, capfd):
+    name = "localhost:%d" % serve(secured(tmp_path)).port
+    assert kestrel.main(["list", "--tls", "--server", name]) == 3
+    assert re.match("kestrel.py: %s: .*CERTIFICATE" % name, capfd.readouterr().err)
+
+
 def test_drain_knows_the_server_that_it_drains_while_others_put(servers, monkeypatch, capfd):
     """It would move items to the tail of their own queue for ever. (Servers that have been started
     and asked alike are two.)"""
@@ -11514,7 +11550,8 @@ def test_commands_show_and_move(ask_server):
         {"queue": "more", "items": 2, "bytes": 3, "open": 0, "waiters": 0, "delayed": 1,
          "paused": "no"}]
     status, told = ask_server("stats", "more", "--json")
-    assert status == 0 and json.loads(told)["items"] == 2
+    told = json.loads(told)
+    assert status == 0 and told["items"] == 2 and type(told["put_rate"]) is float
     assert re.search("^curr_items +2$", ask_server("stats")[1], re.M)
     assert ask_server("stats", "none")[0] == 1
     assert ask_server("flush", "more") == ask_server("delete", "more", "--yes") == (0, "")
