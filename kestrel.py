@@ -3421,11 +3421,16 @@ class Queue:
         return (self.count and (self.items or self._refill())
                 and not self._is_expired(self.items[0], now))
 
-    def confirm(self, xid: int) -> bool:
-        """Finish an open read; False when there is none of that number."""
+    def confirm(self, xid: int, is_moved: bool = False) -> bool:
+        """Finish an open read; False when there is none of that number, or its item is on its way
+        to the dead_letter_queue. is_moved: it is safe there."""
+        if xid in self.delays.dying and not is_moved:
+            return False
         item = self._end_read(xid)
         if item is None:
             return False
+        if is_moved:
+            self.delays.dying.add(xid)       # also if this is undone
         self._log(CONFIRM, item, xid)
         if xid in self._alarms:
             self._silence_alarm(xid)
@@ -5638,11 +5643,12 @@ class Broker:
     @staticmethod
     def _confirm_moved(source, xids):
         """Confirm items that are safe elsewhere, as often as it takes."""
-        while any([source.confirm(xid) for xid in xids]):
+        while any([source.confirm(xid, True) for xid in xids]):
             error = yield source
             if not error:
                 break
             yield RETRY_MS
+        source.delays.dying.difference_update(xids)
 
     def move(self, source, dest, most, now, done):
         """Move waiting items of one queue to another, at most `most`, the oldest first; then call

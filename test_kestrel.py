@@ -4763,10 +4763,10 @@ def test_a_move_whose_confirmation_fails_is_confirmed_later(tmp_path, disk):
     work = broker.queues["work"]
     confirm = work.confirm
 
-    def fail(xid):
+    def fail(*arguments):
         work.confirm = confirm
         disk.failing, disk.once = {"pwrite": errno.EIO}, True
-        return confirm(xid)
+        return confirm(*arguments)
 
     work.confirm = fail
     work.discard_expired(NOW + 10)
@@ -6739,6 +6739,25 @@ def test_deliveries_are_counted_once_though_a_pack_is_late(tmp_path):
     queue = load(tmp_path, **settings)
     assert queue.peek(NOW).deliveries == 1
     queue.close()
+
+
+def test_what_is_on_its_way_to_the_dead_letters_cannot_be_closed(tmp_path, disk):
+    """An item was closed, and a dead letter all the same."""
+    talk = timed_talk(tmp_path, DEADLY.replace("3", "1"))
+    put_all(talk, "work", "a")
+    work, dead = talk.broker.queues["work"], talk.broker.queue("dead", NOW)
+    xid = work.remove(open=True, now=NOW).xid
+    settle(talk.broker)
+    work.abort(xid, now=NOW, orphaned=True)           # its time is over
+    assert not work.confirm(xid)
+    disk.failing, disk.once, disk.good = {"pwrite": errno.ENOSPC}, True, 1
+    for _ in range(5):
+        commit(talk.broker, NOW)
+    assert not disk.failing and dead.count == 1       # it is there, and its end here was undone
+    assert xid in work.opens and not work.confirm(xid)
+    talk.clock.reach(2000)
+    settle(talk.broker)
+    assert dead.count == 1 and not work.opens and not work.delays.dying
 
 
 def test_a_last_delivery_that_is_undone_does_not_count(tmp_path, disk):
