@@ -5961,7 +5961,7 @@ class Session:
         self.open_reads.clear()
 
     def close(self, now):
-        """Note that the connection is closed. Reads whose end is undone later go back too."""
+        """Note that the connection is closed. Reads whose end is undone go back too."""
         self.now = now
         self.end()
         self.state = CLOSED
@@ -5970,7 +5970,7 @@ class Session:
 
     @staticmethod
     def _put_back(queue, xid, error):
-        if error and xid in queue.opens:
+        if xid in queue.opens:               # its end has been undone
             queue.abort(xid, orphaned=True)
 
     # -- input
