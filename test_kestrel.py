@@ -7679,6 +7679,16 @@ def test_nothing_is_done_for_somebody_whose_password_is_still_to_be_checked(door
     assert responses(door.heard())[0][0] == 401 and items_of(door.broker, "q") == [b"y"]
 
 
+@pytest.mark.parametrize("path", ["/queue.json", "/peek"])
+def test_a_queue_that_is_deleted_while_it_is_shown(admin, path):
+    """The connection was cut off, with a traceback."""
+    put_some(admin, "q", b"1", b"2")
+    admin.session().feed(request("GET %s?queue=q" % path).encode(), NOW)
+    admin.broker.delete(admin.broker.queues["q"], "a test")
+    response, = responses(admin.heard())
+    assert response[0] == 404
+
+
 # == Server ===============================================================================
 
 
