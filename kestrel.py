@@ -909,15 +909,15 @@ ITEM_COST = 200
 
 # The opcodes. What this server writes is ADDX, REMOVE, SAVE_XID, OPEN, CONFIRM, UNREMOVE,
 # and ADDF where flags or deliveries need it; of Kestrel's others it only reads. CHECK closes what
-# is written at a time, see below. Those from 12 on are for what Kestrel has not: CONTINUEF moves
-# an item that is open or delayed to the tail, DELAY makes an open read a delayed item, ADD_DELAYED
-# adds one, PAUSE pauses a queue;
-# PUT_BACK is an UNREMOVE that is not counted, of a queue that counts deliveries.
+# is written at a time, see below. Those from 12 on are for what Kestrel does not have: CONTINUEF
+# moves an item that is open or delayed to the tail, DELAY makes an open read a delayed item,
+# ADD_DELAYED adds one, PAUSE pauses a queue, PUT_BACK is an UNREMOVE that is not counted, of a
+# queue that counts deliveries.
 ADD, REMOVE, ADDX, OPEN_NEXT, SAVE_XID = 0, 1, 2, 3, 4
 UNREMOVE, CONFIRM, ADD_XID, CONTINUE, OPEN, ADDF = 5, 6, 7, 8, 9, 10
 CHECK, CONTINUEF, DELAY, ADD_DELAYED, PAUSE, PUT_BACK = 11, 12, 13, 14, 15, 16
 
-# What long runs of records consist of, see read_run().
+# The opcodes of the records that read_run() reads.
 _IN_RUNS = frozenset([ADDX, ADDF, ADD_DELAYED, CHECK])
 
 # Operations that are no opcodes of their own. FLUSH: as many REMOVEs as there are waiting items.
@@ -1450,8 +1450,8 @@ def _next_check(data, begin, before=()):
 
 
 def _is_nearly(data, expected):
-    """Return whether the bytes are those expected but for a few bits: so few that they are hardly
-    ever something else, of which much may be zero."""
+    """Return whether the bytes are those expected but for a few bits. Not many: other records have
+    zeros in the same places, and may have been cut short."""
     wrong = int.from_bytes(data, "little") ^ int.from_bytes(expected, "little")
     return bin(wrong).count("1") <= 4
 
@@ -1560,12 +1560,13 @@ def find_damage(data, start=0, ends=None, begins=0):
             why = damage.why
         if sums:
             begin, *before = sums
-            end, after, is_checked = _next_check(data, begin, before)
-            if any(_is_nearly(data[begin:begin + _CHECK.size], _mark(False, one))
-                   for one in before):       # check sums end here
-                end, after, is_checked = min(begin + _CHECK.size, len(data)), before, False
-            elif after[0] is None and not any(_fit(_between(0, one), begin) for one in before):
-                end, after, is_checked = _next_check(data, begin)
+            mark = data[begin:begin + _CHECK.size]
+            if any(_is_nearly(mark, _mark(False, one)) for one in before):
+                end, after, is_checked = begin + len(mark), before, False
+            else:
+                end, after, is_checked = _next_check(data, begin, before)
+                if after[0] is None and not any(_fit(_between(0, one), begin) for one in before):
+                    end, after, is_checked = _next_check(data, begin)
             yield Cut(begin, end, why, *_moved_between(data, begin, before, end, after),
                       before[-1], after[0], is_checked)
             sums, resumed = ((end, *after), None) if is_checked else (None, after[0])
@@ -1747,8 +1748,8 @@ def _open_journal(path, flags=0):
 
 
 def _lock(fd, how, path):
-    """Keep other processes out; return the descriptor. Closes it and raises OSError where another
-    one keeps this one out."""
+    """Lock an open file, as flock() does, without waiting; return its descriptor. Raises OSError
+    if another process holds it, and closes the descriptor."""
     try:
         fcntl.flock(fd, how | fcntl.LOCK_NB)
     except OSError as error:
@@ -2131,7 +2132,7 @@ class Journal:
         # By the time of the call the file may have another name, and the data another place.
         place = item.place
         if place.file.path is None:
-            raise WrongSum(errno.EIO, "damaged, and dropped by a pack", self.path)
+            raise WrongSum(errno.EIO, "the item was damaged, and a pack has dropped it", self.path)
         fd = os.open(place.file.path, os.O_RDONLY | os.O_CLOEXEC)
         return functools.partial(_load, item, fd, place.offset, place.size, place.head, place.crc)
 
@@ -3088,14 +3089,14 @@ class Delays:
         self.memory += _cost(item)
 
     def load(self, delayed):
-        """Add several, from the journal; return the highest of their numbers. count() must follow
-        the last."""
+        """Add several, from the journal; return the highest of their numbers. recount() must
+        follow the last."""
         fresh = {each.xid: each for each in delayed}
         self.items.update(fresh)
         return max(fresh)
 
-    def count(self):
-        """Work out what follows from `items`."""
+    def recount(self):
+        """Derive `due`, `bytes` and `memory` from `items`."""
         self.due = [(each.due, xid) for xid, each in self.items.items()]
         heapq.heapify(self.due)
         self.bytes = sum([_size(each.item) for each in self.items.values()])
@@ -4026,7 +4027,7 @@ class Queue:
         if self._behind:
             self._behind.older = self.journal.passed[:]
             self._catch_up()
-        self.delays.count()
+        self.delays.recount()
         self.open_memory = sum(map(_cost, self.opens.values())) + self.delays.memory
         self._set_limits()
         self._watch_delays(_now())
@@ -4619,7 +4620,7 @@ class Replay:
         queue.bytes += len(item.data)
 
     def _end(self, xid):
-        """Return the item of an open read, or the Delayed, that ends; None if there is none."""
+        """Remove an open read or a Delayed, and return it; None if there is none."""
         return self.queue.opens.pop(xid, None) or self.queue.delays.pop(xid)
 
     def _pop(self):
@@ -9316,7 +9317,7 @@ class Connection:
             session.hang_up(server.now)
             return
         server.broker.stats.bytes_read += len(data)
-        if not self.unsent:             # else it is up to the client to take that
+        if not self.unsent:              # else it is up to the client to take that
             self.last_active = server.mono
         self.is_greeting = False
         if self.is_traced:
@@ -11527,7 +11528,8 @@ def _copy_rest(fd, size, path):
 
 
 def _copy(source, dest, every):
-    """Copy a spool once, or again and again. Only the first pass must succeed."""
+    """Copy a spool once, or again and again. After the first pass a failure is logged, and the
+    next pass tries again."""
     if not os.path.isdir(source):
         raise OSError(errno.ENOENT, "%s: there is no such spool" % source)
     lock = _lock_spool(dest)
@@ -11547,8 +11549,7 @@ def _copy(source, dest, every):
             except OSError as error:
                 if str(error) != trouble:
                     trouble = str(error)
-                    log.error("%s: not copied to %s: %s; this is tried again", source, dest,
-                              trouble)
+                    log.error("%s: cannot be copied to %s: %s; trying again", source, dest, trouble)
     except KeyboardInterrupt:
         return 0
     finally:

@@ -12491,7 +12491,7 @@ def test_a_pass_of_a_copy_that_fails_is_made_again(tmp_path, monkeypatch, caplog
     queue.close()
     assert contents_of(tmp_path / "warm") == [b"1", b"2", b"3"]
     told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert len(told) == 1 and "No space left" in told[0] and "tried again" in told[0]
+    assert len(told) == 1 and "No space left" in told[0] and "trying again" in told[0]
 
 
 def test_a_copy_of_a_server_that_works(serve, tmp_path):
