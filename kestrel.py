@@ -952,7 +952,7 @@ _FLAGS = struct.Struct("<II")          # at the end of a longer head: flags, del
 _XID = struct.Struct("<Bi")
 _DELAY = struct.Struct("<Biq")
 _CHECK = struct.Struct("<BIIQ")
-_SUM = struct.Struct("<II")            # of a CHECK: the bytes, their CRC-32
+_SUM = struct.Struct("<IIQ")           # a CHECK without its opcode
 
 # An item that is not available before `due`, milliseconds of the epoch; xid: the number that it is
 # known by. Then it goes to the head, from which it came, or to the tail.
@@ -975,12 +975,15 @@ LOST = Item(b"", 0, 1)
 # CRC-32, and the *ends*: how many items the records of this file that have check sums added to the
 # tail of the queue (24 bits), took from its head (24 bits) and put back there (16 bits). A CHECK of
 # no bytes is a *mark*: check sums begin after it where there are none yet, and end where there are
-# some. So it is known of each byte whether there must be a check sum for it, and of what is damaged
-# how far it moved both ends of the queue. Each covers at most 2 * _SPAN bytes, or one operation.
+# some. So it is known of each byte whether there must be a check sum for it, of what is damaged how
+# far it moved both ends of the queue, and between any two writes whether others are missing. Each
+# CHECK covers at most 2 * _SPAN bytes, or one operation.
 
 _SPAN = 1 << 18
+_MOST_ENDS = (1 << 64) - 1
 _OPCODE_CHECK = bytes([CHECK])
-_CUT_OUT = 4096                 # how many items may be missing in fewer bytes than they had
+_CUT_OUT = 4096                 # how many items may be missing, though no bytes look damaged
+_MISPLACED = 1 << 16            # how many bytes may stand in a wrong place
 
 # The first mark of a pack, and of a file that is begun while all is written anew, has other ends
 # than 0. In the place of the put-backs it has one of these bits, so that later CHECKs tell which
@@ -1003,12 +1006,12 @@ def _mark(begins, ends):
 
 def _go_on(ends, added, taken, back):
     """Return the ends after so many more items were added, taken and put back."""
-    return ends + (added << 40) + (taken << 16) + back & 0xffffffffffffffff
+    return ends + (added << 40) + (taken << 16) + back & _MOST_ENDS
 
 
 def _between(ends, after):
     """Return how many items were (added, taken, put back) between these ends."""
-    moves = after - ends & 0xffffffffffffffff
+    moves = after - ends & _MOST_ENDS
     return moves >> 40, moves >> 16 & 0xffffff, moves & 0xffff
 
 
@@ -1018,10 +1021,11 @@ def _first_ends(waiting, added):
     return _go_on(0, waiting, 0, _BEGUN_ANEW + (added % _PACK if waiting else 0))
 
 
-def _moves(opcode, item):
-    """Return how many items a record (adds, takes, puts back)."""
-    return (item is not None and opcode != ADD_DELAYED, opcode in (REMOVE, OPEN_NEXT, OPEN),
-            opcode in (UNREMOVE, PUT_BACK))
+# How the records move the ends.
+_MOVES = collections.defaultdict(
+    int, [(opcode, 1 << 40) for opcode in (ADD, ADDX, ADD_XID, CONTINUE, ADDF, CONTINUEF)]
+    + [(opcode, 1 << 16) for opcode in (REMOVE, OPEN_NEXT, OPEN)]
+    + [(opcode, 1) for opcode in (UNREMOVE, PUT_BACK)])
 
 
 def is_lost(item):
@@ -1041,22 +1045,25 @@ class Damage(Exception):
         self.file = file
 
 
-def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
+def read_records(file, piece=_READ_SIZE, take_run=None, ends=None):
     """Yield (opcode, xid, item, end offset) for each record of the open binary `file`, which
     is read in pieces of `piece` bytes, enough for a head.
 
     The item is None and the xid 0 where the record has none; for DELAY and ADD_DELAYED the xid is
     a tuple (xid, due), for PAUSE what is paused, for CHECK a tuple (bytes, CRC, ends). Raises
     Damage at the first byte from which no whole record can be read, or the first of those that
-    have not the right check sum, which is known after they have been yielded. checked: whether
-    there must be check sums from the beginning of `file` on. take_run: called with (data, pos, the
-    offset of data in the file, the index in data of what the next CHECK covers) where several
-    records follow that read_run() may read. It returns (where what it has not read begins, where
-    the last CHECK that it has read ends or None).
+    have not the right check sum, which is known after they have been yielded; at a CHECK that is
+    right but for the ends, which do not go on from those before. ends: at the beginning of `file`,
+    if there must be check sums from there on. take_run: called with (data, pos, the offset of data
+    in the file, the index in data of what the next CHECK covers or None, the ends at pos) where
+    several records follow that read_run() may read. It returns (where what it has not read begins,
+    where the last CHECK that it has read ends or None, how many items it has read).
     """
     data, pos, base = b"", 0, 0           # data[pos] is the byte base + pos of the file
     span = 0                              # the next CHECK covers data[span:]
     unpack_addx = _ADDX.unpack_from
+    checked = ends is not None
+    ends = ends or 0                      # by what has been read
     opcode = None
     while True:
         if len(data) - pos < _LONGEST_HEAD:
@@ -1073,10 +1080,11 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
         xid = 0
         try:
             if take_run and opcode in _IN_RUNS and last in _IN_RUNS:       # perhaps very many
-                end, closed = take_run(data, pos, base, span)
+                end, closed, count = take_run(data, pos, base, span if checked else None, ends)
                 span = closed or span
                 if end > pos:
                     pos = end
+                    ends += count << 40
                     continue
             if opcode == ADDX:               # as a rule
                 _, size, add_time, expiry = unpack_addx(data, pos)
@@ -1091,11 +1099,14 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
                     pos += 4
                 elif opcode == CHECK:
                     _, *xid = _CHECK.unpack_from(data, pos)
-                    size, crc, ends = xid
+                    size, crc, after = xid
                     if size != (pos - span if checked else 0) or crc != (
                             zlib.crc32(memoryview(data)[span:pos]) if size
-                            else _mark_sum(not checked, ends)):
+                            else _mark_sum(not checked, after)):
                         raise Damage(base + (span if checked else pos), "wrong check sum", False)
+                    if checked and after != ends & _MOST_ENDS:
+                        raise Damage(base + pos, "write out of sequence", False)
+                    ends = after
                     checked = size > 0 or not checked
                     pos += _CHECK.size - 1
                     span = pos + 1
@@ -1105,6 +1116,7 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
                 elif opcode not in (REMOVE, OPEN_NEXT):
                     raise Damage(base + pos, "unknown opcode %d" % opcode, torn=False)
                 pos += 1
+                ends += _MOVES[opcode]
                 yield opcode, xid, None, base + pos
                 continue
         except struct.error:
@@ -1122,19 +1134,20 @@ def read_records(file, piece=_READ_SIZE, take_run=None, checked=False):
                 raise Damage(base + pos, "record cut short", torn=True)
         item.data = data[start:end]
         pos = end
+        ends += _MOVES[opcode]
         yield opcode, xid, item, base + pos
 
 
-def read_run(data, pos, span, items, room, delayed):
+def read_run(data, pos, span, ends, items, room, delayed):
     """Read the whole records at data[pos:] that add items, with the CHECKs between them. Append
     the items to `items`, as many as `room` bytes of memory have room for, or skip all that follow
     if it is None; append each Delayed to `delayed`.
 
-    span: where what the next CHECK covers begins, None if there are none. Return (the end of the
-    last record, the number of items apart from delayed ones, the size of their data, the last
-    CHECK: (its end, how many items are before it, the ends in it), or None). Of a CHECK that covers
-    nothing but skipped items the check sum is looked at when they are read, here only how much it
-    covers.
+    span: where what the next CHECK covers begins, None if there are none. ends: at data[pos].
+    Return (the end of the last record, the number of items apart from delayed ones, the size of
+    their data, the last CHECK: (its end, how many items are before it, the ends in it), or None).
+    Of a CHECK that covers nothing but skipped items the check sum is looked at when they are read,
+    here only how much it covers, and the ends.
     """
     unpack, unpack_check, crc32 = _ADDX.unpack_from, _SUM.unpack_from, zlib.crc32
     unpack_flags, unpack_delayed = _FLAGS.unpack_from, _HEADS[ADD_DELAYED].unpack_from
@@ -1163,8 +1176,9 @@ def read_run(data, pos, span, items, room, delayed):
             size += end - start
             pos = end
         elif opcode == CHECK:
-            covers, crc = unpack_check(data, pos + 1)
+            covers, crc, after = unpack_check(data, pos + 1)
             if span is None or not 0 < covers == pos - span or (
+                    after != ends + (count << 40) & _MOST_ENDS) or (
                     not skipped and crc32(view[span:pos]) != crc):
                 break
             pos = span = pos + 17
@@ -1181,10 +1195,7 @@ def read_run(data, pos, span, items, room, delayed):
             pos = end
         else:
             break
-    if span == first:
-        return pos, count, size, None
-    *_, ends = _CHECK.unpack_from(data, span - 17)
-    return pos, count, size, (span, closed, ends)
+    return pos, count, size, None if span == first else (span, closed, after)
 
 
 def _only_zeros(data, file):
@@ -1407,46 +1418,67 @@ _HYPOTHESES = _size_was_raised, _opcode_was_changed, _size_was_lowered, _anythin
 
 
 def _count_moves(data):
-    """Return (how many items records add, take, put back, as far as they can be read; whether all
-    can)."""
-    ends, is_whole = 0, False
+    """Return (by how much records move the ends, as far as they can be read; whether all can)."""
+    moves, is_whole = 0, False
     with contextlib.suppress(Damage):
-        for opcode, _, item, _ in read_records(io.BytesIO(data)):
-            ends = _go_on(ends, *_moves(opcode, item))
+        for opcode, *_ in read_records(io.BytesIO(data)):
+            moves += _MOVES[opcode]
         is_whole = True
-    return _between(0, ends), is_whole
+    return moves, is_whole
 
 
-def _next_check(data, begin, before=()):
-    """Return where check sums are right again after `begin`; two accounts of the ends there: by
-    what follows, and by the CHECK after that, None at the end of the file as a rule; and whether
-    there must be check sums at once. before: accounts of the ends before it: what does not go on
-    from there stands in a wrong place, and is damaged as well."""
-    at = data.find(_OPCODE_CHECK, max(0, begin))
+def _right_checks(data, begin):
+    """Yield for each CHECK that is right for what it covers, from `begin` on: (where that begins,
+    where it ends; accounts of the ends there: by this CHECK, and by the next one if there is one;
+    whether there must be check sums at once)."""
+    at = data.find(_OPCODE_CHECK, begin)
     while at >= 0 and at + _CHECK.size <= len(data):
         _, size, crc, ends = _CHECK.unpack_from(data, at)
         start = at - size
-        if size == 0 and at > begin:
+        if size == 0:
             for begins in (True, False):
                 if crc == _mark_sum(begins, ends):
-                    return at, (ends, ends), not begins
-        if size and start > begin and _may_cover(data, start, at) and (
+                    yield at, at + _CHECK.size, (ends, ends), not begins
+        elif start >= begin and _may_cover(data, start, at) and (
                 zlib.crc32(data[start:at]) == crc):
             moves, is_whole = _count_moves(data[start:at])
-            back = [-one for one in moves]
-            after = _go_on(ends, *back), _go_on(
-                _ends_by_next(data, at + _CHECK.size, ends), *back)
-            if is_whole and (not before or any(
-                    max(moves) < start - begin + _CUT_OUT
-                    for moves in itertools.starmap(_between, itertools.product(before, after)))):
-                return start, after, True
+            by_next = _ends_by_next(data, at + _CHECK.size)
+            if is_whole:
+                yield start, at + _CHECK.size, tuple(
+                    one - moves & _MOST_ENDS for one in (ends, by_next) if one is not None), True
         at = data.find(_OPCODE_CHECK, at + 1)
+
+
+def _next_check(data, begin, before=None):
+    """Return where check sums are right again from `begin` on; accounts of the ends there, None at
+    the end of the file as a rule; and whether there must be check sums at once. before: the ends at
+    `begin`: the place is sought that goes on from there, or where as few items as possible are
+    missing. What comes before it stands in a wrong place, and is damaged as well."""
+    best = missing = None
+    enough = len(data)                       # where the search ends
+    for start, end, after, is_checked in _right_checks(data, begin):
+        if before is None or not (is_checked or best):
+            return start, after, is_checked
+        if not is_checked or start > enough:
+            break
+        is_alone = start == begin and len(after) == 1
+        pairs = _likely((before,), after, 0 if is_alone else len(data))
+        if is_alone and (not pairs or end < len(data)):
+            best, missing = (start, (before,), True), 1        # perhaps only its ends are wrong
+        elif pairs and (best is None or _least(pairs) < missing):
+            best, missing = (start, after, True), _least(pairs)
+            if not missing:
+                break
+        if best and enough == len(data):
+            enough = end + _MISPLACED
+    if best:
+        return best
     end = len(data)
     if end - begin > _CHECK.size and data[end - _CHECK.size] == CHECK:
         _, size, _, ends = _CHECK.unpack_from(data, end - _CHECK.size)
         if size == end - _CHECK.size - begin:          # only what it covers is damaged
-            return end, (ends, ends), True
-    return end, (None, None), False
+            return end, (ends,), True
+    return end, (None,), False
 
 
 def _is_nearly(data, expected):
@@ -1475,16 +1507,31 @@ def _covered_by(data, at):
     return 0
 
 
-def _ends_by_next(data, begin, ends):
-    """Return the ends at data[begin] by the next CHECK; those given if there is none."""
+def _covered_rightly(data, at):
+    """As _covered_by(), but 0 if it has not the right check sum."""
+    covered = _covered_by(data, at)
+    if covered and _CHECK.unpack_from(data, at)[2] == zlib.crc32(data[at - covered:at]):
+        return covered
+    return 0
+
+
+def _ends_by_next(data, begin):
+    """Return the ends at data[begin] by the next CHECK, None if there is none."""
     data.seek(begin)
-    counted = 0
-    with contextlib.suppress(Damage):
-        for opcode, xid, item, _ in read_records(data, 4096, None, True):
-            if opcode == CHECK:
-                return _go_on(xid[2], *[-one for one in _between(0, counted)])
-            counted = _go_on(counted, *_moves(opcode, item))
-    return ends
+    moves = 0
+    try:
+        for opcode, xid, _, _ in read_records(data, 4096):
+            if opcode == CHECK:              # a mark
+                return xid[2] - moves & _MOST_ENDS
+            moves += _MOVES[opcode]
+    except Damage as damage:
+        at = begin + damage.offset
+    else:
+        return None
+    if at == begin or _covered_rightly(data, at) != at - begin:
+        return None
+    *_, ends = _CHECK.unpack_from(data, at)
+    return ends - moves & _MOST_ENDS
 
 
 def _fit(moves, size):
@@ -1493,20 +1540,33 @@ def _fit(moves, size):
     return added <= size // _ADDX.size and taken + 5 * back <= size
 
 
+def _likely(before, after, size):
+    """Return those pairs of accounts of the ends that may be right in a file of `size` bytes: not
+    of what stands in a wrong place."""
+    return [pair for pair in itertools.product(before, after)
+            if max(_between(*pair)) < size // _ADDX.size + _CUT_OUT]
+
+
+def _least(pairs):
+    """Return how many items were moved between two accounts of the ends, at the least."""
+    return min(sum(_between(*pair)) for pair in pairs)
+
+
 def _moved_between(data, begin, before, end, after):
-    """Return how many items were (added, taken, put back) by the damaged records from data[begin]
-    to data[end]. before, after: two accounts of the ends before and after them, of which one may be
+    """Return (the ends before and after the damaged records from data[begin] to data[end], how many
+    items these (added, taken, put back)). before, after: accounts of the ends, of which one may be
     damaged as well."""
     if after[0] is None:                     # nothing follows that could take these items
-        return 0, 0, 0
-    is_sure = before[0] == before[1] and len(set(after)) == 1
-    likely = [moves for moves in itertools.starmap(_between, itertools.product(before, after))
-              if max(moves) < end - begin + _CUT_OUT]
-    fitting = [moves for moves in likely if is_sure or _fit(moves, end - begin)]
+        return before[-1], None, (0, 0, 0)
+    is_sure = len(set(before)) == len(set(after)) == 1
+    likely = _likely(before, after, len(data))
+    fitting = [pair for pair in likely if is_sure or _fit(_between(*pair), end - begin)]
     if likely:
-        return min(fitting or likely, key=sum)
+        pair = min(fitting or likely, key=lambda pair: sum(_between(*pair)))
+        return (*pair, _between(*pair))
     moves, is_whole = _count_moves(data[begin:max(begin, end - _CHECK.size)])
-    return moves if is_whole else (moves[0] + 1, *moves[1:])
+    added, taken, back = _between(0, moves)
+    return before[-1], after[0], (added + (not is_whole), taken, back)
 
 
 # A damaged piece of a file, and why. lost: how many items may have been added there. taken, back:
@@ -1520,29 +1580,23 @@ def find_damage(data, start=0, ends=None, begins=0):
     """Yield a Cut for each damaged piece of a journal file from byte `start` on. data: an mmap of
     the file. ends: at `start`, if there must be check sums from there on. begins: the ends in the
     first mark, if they are not 0."""
-    # (where the last CHECK ends, the ends in it, and those by the one before it: the last may be
-    # damaged).
-    sums = None if ends is None else (start, ends, ends)
     resumed = None                       # the ends where check sums ended, and begin again
     if start > len(data):                    # it has become shorter
         return
     while True:
-        plain = start                        # there are no check sums from here on
+        closed = start                       # where the last CHECK ends
         last, last_end, plausible, offset, items, size = None, 0, True, start, 0, 0
-        counted = sums and sums[1]           # the ends by what has been read
         recent = collections.deque([start], _CHECK.size)       # where the last records begin
         data.seek(start)
         try:
-            for opcode, xid, item, end in read_records(data, checked=sums is not None):
+            for opcode, xid, item, end in read_records(data, ends=ends):
                 end += start
                 if opcode == CHECK:
-                    if xid[0] or not sums:
-                        sums = end, xid[2], counted if xid[0] else xid[2]
+                    if xid[0] or ends is None:
+                        ends = xid[2]
                     else:
-                        sums, resumed = None, xid[2]
-                    plain, counted = end, xid[2]
-                elif sums:
-                    counted = _go_on(counted, *_moves(opcode, item))
+                        ends, resumed = None, xid[2]
+                    closed = end
                 if item is not None:
                     is_plausible = _is_plausible(opcode, xid, item)
                     if is_plausible or last is None or plausible:
@@ -1557,21 +1611,22 @@ def find_damage(data, start=0, ends=None, begins=0):
         except Damage as damage:
             failure = _Failure(offset, damage.torn, last, last_end, plausible,
                                size // items if items else 0)
-            why = damage.why
-        if sums:
-            begin, *before = sums
-            mark = data[begin:begin + _CHECK.size]
-            if any(_is_nearly(mark, _mark(False, one)) for one in before):
-                end, after, is_checked = begin + len(mark), before, False
+            why, at = damage.why, damage.offset + start
+        if ends is not None:
+            mark = data[closed:closed + _CHECK.size]
+            begin, before = closed, ends
+            if _is_nearly(mark, _mark(False, ends)):
+                end, after, is_checked = closed + len(mark), (ends,), False
             else:
-                end, after, is_checked = _next_check(data, begin, before)
-                if after[0] is None and not any(_fit(_between(0, one), begin) for one in before):
-                    end, after, is_checked = _next_check(data, begin)
-            yield Cut(begin, end, why, *_moved_between(data, begin, before, end, after),
-                      before[-1], after[0], is_checked)
-            sums, resumed = ((end, *after), None) if is_checked else (None, after[0])
+                end, after, is_checked = _next_check(data, closed, ends)
+                if end == closed and ends in after:    # the records are right, but not the CHECK
+                    begin, before = at, ends + _count_moves(data[closed:at])[0] & _MOST_ENDS
+                    end, after, is_checked = _next_check(data, at + 1, before)
+            _, after, moves = _moved_between(data, begin, (before,), end, after)
+            yield Cut(begin, end, why, *moves, before, after, is_checked)
+            ends, resumed = (after, None) if is_checked else (None, after)
         else:
-            limit, after, is_checked = _next_check(data, plain - 1)
+            limit, after, is_checked = _next_check(data, closed)
             covered = _covered_by(data, offset)
             if is_checked:                   # the mark is in what is damaged
                 begin, end = offset, limit
@@ -1579,23 +1634,22 @@ def find_damage(data, start=0, ends=None, begins=0):
                     begin = last
                 if limit - _CHECK.size in recent:
                     begin = limit - _CHECK.size
-                elif not plain + _CHECK.size <= begin < limit:
-                    begin = plain
+                elif not closed + _CHECK.size <= begin < limit:
+                    begin = closed
                 if after[0] & 0xffff & -_PACK == _PACK:        # which puts nothing back
                     begins = after[0] & 0xffff
-                before = (0, begins) if resumed is None else (resumed, resumed)
-                moves = _moved_between(data, begin, before, end, after)
-                yield Cut(begin, end, why, *moves, None if begin else (
-                    begins if moves == _between(begins, after[0]) else 0), after[0], True)
-                sums = end, *after
+                before, ends, moves = _moved_between(
+                    data, begin, (0, begins) if resumed is None else (resumed,), end, after)
+                yield Cut(begin, end, why, *moves, None if begin else before, ends, True)
             elif covered:                    # so is what comes before a wrong CHECK
                 begin, end = max(start, offset - covered), offset + _CHECK.size
-                yield Cut(begin, end, why, *_count_moves(data[begin:offset])[0], None, None, False)
+                moves = _between(0, _count_moves(data[begin:offset])[0])
+                yield Cut(begin, end, why, *moves, None, None, False)
             else:
                 begin, end, lost = next(filter(None, (
                     hypothesis(data, failure) for hypothesis in _HYPOTHESES)))
                 if begin >= limit:           # it has swallowed the mark
-                    begin = last if last is not None and plain <= last < limit else plain
+                    begin = last if last is not None and closed <= last < limit else closed
                 end = min(end, limit)
                 yield Cut(begin, end, why, lost, 0, 0, None, None, False)
         start = end
@@ -1604,18 +1658,18 @@ def find_damage(data, start=0, ends=None, begins=0):
 def read_good(path):
     """Yield (opcode, xid, item, begin, end) for each good record of a journal file, and a Cut for
     each damaged piece; records that a CHECK may prove bad come after it. Raises OSError."""
-    cuts, start, checked = None, 0, False
+    cuts, start, ends = None, 0, None
     with open(path, "rb") as file:
         while True:
             file.seek(start)
             pending, begin = [], start
             try:
-                for opcode, xid, item, end in read_records(file, checked=checked):
+                for opcode, xid, item, end in read_records(file, ends=ends):
                     pending.append((opcode, xid, item, begin, start + end))
                     begin = start + end
                     if opcode == CHECK:
-                        checked = xid[0] > 0 or not checked
-                    if opcode == CHECK or not checked:
+                        ends = xid[2] if xid[0] or ends is None else None
+                    if opcode == CHECK or ends is None:
                         yield from pending
                         pending = []
                 return
@@ -1632,8 +1686,9 @@ def read_good(path):
                 yield Cut(pending[0][3] if pending else begin, os.path.getsize(path), why,
                           0, 0, 0, None, None, False)
                 return
+            yield from (record for record in pending if record[4] <= cut.begin)
             yield cut
-            start, checked = cut.end, cut.checked
+            start, ends = cut.end, cut.after if cut.checked else None
 
 
 def dump_records(path: str) -> "Iterator[dict]":
@@ -2564,13 +2619,15 @@ class Journal:
                 source.fileno(), 0, prot=mmap.PROT_READ) as data:
             cuts = list(find_damage(data, start, ends, file.begins))
             for begin, end, why, lost, *_ in cuts:
-                log.warning(
-                    "%s: %s at byte %d; %d bytes cut out%s and kept in %s", file.path, why,
-                    begin, end - begin,
-                    ", where %d items may have been," % lost if lost else "",
-                    self.keep(file, source, begin, end))
+                where = ", where %d items may have been," % lost if lost else ""
+                done = "some writes%s are missing there" % where
+                if end > begin:
+                    done = "%d bytes cut out%s and kept in %s" % (
+                        end - begin, where, self.keep(file, source, begin, end))
+                log.warning("%s: %s at byte %d; %s", file.path, why, begin, done)
             stands = sum(cut.lost + cut.taken + cut.back for cut in cuts)
-            if len(cuts) == 1 and end == len(data) and not stands:    # a torn tail
+            if len(cuts) == 1 and end == len(data) and not stands and (
+                    not _covered_rightly(data, begin)):        # a torn tail
                 os.truncate(file.path, begin)
                 self.size += begin - file.size
                 file.size = begin
@@ -2582,8 +2639,8 @@ class Journal:
         # There may be more damage, where what was cut out has led the reader astray.
         with open(file.path, "rb") as source, contextlib.suppress(Damage):
             source.seek(start)
-            file.checked = ends is not None
-            for opcode, xid, _, _ in read_records(source, checked=file.checked):
+            file.checked, file.ends = ends is not None, ends or 0
+            for opcode, xid, _, _ in read_records(source, ends=ends):
                 if opcode == CHECK:
                     file.checked, file.ends = xid[0] > 0 or not file.checked, xid[2]
         return len(cuts)
@@ -2631,15 +2688,22 @@ class Journal:
             if begin == 0 and (before is not None or end == len(data)):
                 before = before or 0         # it may well have had check sums
                 yield [_mark(True, before)]
+            covered = _covered_rightly(data, begin)
+            if covered:                      # only the ends are wrong in the CHECK there
+                crc = zlib.crc32(data[begin - covered:begin])
+                yield [_CHECK.pack(CHECK, covered, crc, before)]
             if before is None:
                 yield _encode(stands)[0]
                 if after is not None:
                     yield [_mark(True, after)]
             else:
                 if stands:
-                    yield _encode_checked(stands, before)[0]
-                if after is not None and not checked:
-                    yield [_mark(False, after)]
+                    chunks, before = _encode_checked(stands, before)
+                    yield chunks
+                if after is not None and (before != after or not checked):
+                    yield [_mark(False, before)]
+                if after is not None and before != after and checked:
+                    yield [_mark(True, after)]
             done, aside = end, aside + taken
 
     def keep(self, file, source, begin, end):
@@ -2808,7 +2872,7 @@ class ReadBehind:
         found = []                           # behind that
         try:
             for opcode, xid, item, done in read_records(
-                    io.BytesIO(data), checked=ends is not None):
+                    io.BytesIO(data), ends=ends):
                 if opcode == CHECK:
                     ends = xid[2] if xid[0] or ends is None else None
                 elif item is not None and opcode != ADD_DELAYED:
@@ -2860,7 +2924,10 @@ class ReadBehind:
                     return False             # others may be closed together with it
                 raise Damage(self.offset, "wrong check sum", torn=False)
             head = start
-            _, _, crc, self.ends = _CHECK.unpack(check)
+            _, _, crc, ends = _CHECK.unpack(check)
+            if ends != self.ends + _MOVES[data[0]] & _MOST_ENDS:
+                raise Damage(self.offset, "write out of sequence", torn=False)
+            self.ends = ends
         if data[0] == ADD_DELAYED:
             pass
         elif self.skip:
@@ -4146,7 +4213,7 @@ class Queue:
             if item.place and item.place.file is file and item.place.offset >= start:
                 self.data_of(item)           # its offset will change
                 item.place = None
-        size = file.size
+        size, old_ends = file.size, file.ends
         ends = behind.ends if file is behind.file else None
         if not self.journal.repair(file, start, ends) and file.size == size:
             raise OSError(errno.EIO, "cannot be read, though nothing is damaged", file.path)
@@ -4156,7 +4223,7 @@ class Queue:
             with open(file.path, "rb") as source, contextlib.suppress(Damage):
                 source.seek(start)
                 there = 0
-                for opcode, _, item, _ in read_records(source, checked=ends is not None):
+                for opcode, _, item, _ in read_records(source, ends=ends):
                     there += item is not None and opcode != ADD_DELAYED
             if file is behind.file:          # the first ones have been read
                 behind.skip = min(behind.skip, there)
@@ -4165,8 +4232,10 @@ class Queue:
             self._lose(file, lost)
         for write in self.journal.writes:    # what is not safe is behind what is damaged
             write.before[:] = [
-                (one, old + file.size - size, waiting - lost, *rest) if one is file
-                else (one, old, waiting, *rest) for one, old, waiting, *rest in write.before]
+                (one, old + file.size - size, waiting - lost, checked,
+                 ends + file.ends - old_ends & _MOST_ENDS) if one is file
+                else (one, old, waiting, checked, ends)
+                for one, old, waiting, checked, ends in write.before]
 
     def _mend_missing(self, error):
         """Go on without a file to be read behind that has disappeared. Raises OSError."""
@@ -4542,15 +4611,14 @@ class Replay:
             else:
                 self._do(opcode, xid, item)
 
-    def _take_run(self, data, pos, base, span):
+    def _take_run(self, data, pos, base, span, ends):
         """Append the items that read_run() reads, as long as memory is not used up by one. Return
         what read_records() wants to know."""
-        queue, file = self.queue, self.file
+        queue = self.queue
         items = queue.items if queue._behind is None else None
         delayed = []
         end, count, size, last = read_run(
-            data, pos, span if file.checked else None, items, queue._allowance - queue.memory,
-            delayed)
+            data, pos, span, ends, items, queue._allowance - queue.memory, delayed)
         if items is not None:
             queue.memory += size + count * ITEM_COST
         queue.count += count
@@ -4565,7 +4633,7 @@ class Replay:
         self._offset = base + end
         if self._done + self._offset > self._look:
             self._tell()
-        return end, last and last[0]
+        return end, last and last[0], count
 
     def _tell(self):
         """Tell the log how far it is, if it has told nothing for a while."""
