@@ -1627,7 +1627,6 @@ def find_damage(data, start=0, ends=None, begins=0):
             ends, resumed = (after, None) if is_checked else (None, after)
         else:
             limit, after, is_checked = _next_check(data, closed)
-            covered = _covered_by(data, offset)
             if is_checked:                   # the mark is in what is damaged
                 begin, end = offset, limit
                 if last is not None and (not plausible or begin >= limit):
@@ -1641,10 +1640,6 @@ def find_damage(data, start=0, ends=None, begins=0):
                 before, ends, moves = _moved_between(
                     data, begin, (0, begins) if resumed is None else (resumed,), end, after)
                 yield Cut(begin, end, why, *moves, None if begin else before, ends, True)
-            elif covered:                    # so is what comes before a wrong CHECK
-                begin, end = max(start, offset - covered), offset + _CHECK.size
-                moves = _between(0, _count_moves(data[begin:offset])[0])
-                yield Cut(begin, end, why, *moves, None, None, False)
             else:
                 begin, end, lost = next(filter(None, (
                     hypothesis(data, failure) for hypothesis in _HYPOTHESES)))
