@@ -5032,7 +5032,8 @@ trouble | | | | trouble | Why puts or gets are refused, or none.
     bytes=lambda b, now: b.totals().bytes,
     clients=lambda b, now: len(b.clients),
     gets=lambda b, now: b.stats.get_hits + b.stats.get_misses,
-    reserved=lambda b, now: "%.3f" % (b.totals().reserved / b.machine_memory),
+    reserved=lambda b, now: "%.3f" % (
+        b.totals().reserved / (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))),
     put_rate=lambda b, now: round(b.put_rate, 1),
     get_rate=lambda b, now: round(b.get_rate, 1),
     turn=lambda b, now: b.metrics["turn_usec"].take_recent(),
@@ -5106,7 +5107,6 @@ class Broker:
         self.metrics = {name: Histogram() for name in METRICS}
         self.latency = self.metrics["delivery_latency_msec"]
         self.put_rate = self.get_rate = 0.0       # items a second of all queues
-        self.machine_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._accounts = {}               # queue -> Account
         self._uncounted = set()           # queues that have changed since totals()
         self._totals = Totals(0, 0, 0, 0)
