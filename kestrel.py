@@ -4884,9 +4884,9 @@ class Upkeep:
 # there are no other queues.
 Route = collections.namedtuple("Route", "targets copies queues only")
 
-# An item that was opened as `xid`, to be moved to another queue, since it expired or came back too
-# often at `now`.
-Leaving = collections.namedtuple("Leaving", "item xid now")
+# An item that was opened as `xid` at `now`, to be moved to another queue: on a client's word, or
+# since it expired or came back too often. expiry: what it has there.
+Leaving = collections.namedtuple("Leaving", "item xid expiry now")
 
 # How many items are moved from one queue to another at a time, and how many bytes; how long a move
 # waits for a large item that is being read, in milliseconds.
@@ -5515,7 +5515,7 @@ class Broker:
         """Move an item that is open to the queue that a setting names, behind those that are on
         their way there already."""
         self._buried[setting] += _size(item)
-        leaving = Leaving(item, item.xid, now)
+        leaving = Leaving(item, item.xid, 0, now)
         if (queue, setting) in self._moving:
             self._moving[queue, setting].append(leaving)
         else:
@@ -5561,7 +5561,7 @@ class Broker:
                         size += _size(leaving.item)
                 yield source
                 still = self._still_open(source, batch)
-                count, error = yield from self._put_moved(source, still, setting)
+                count, error = yield from self._put_as_set(source, still, setting)
                 yield from self._confirm_moved(source, [leaving.xid for leaving in still[:count]])
                 moving[:len(batch)] = still[count:]
                 self._buried[setting] -= size - self._size_of(still[count:])
@@ -5597,7 +5597,7 @@ class Broker:
         under another number."""
         return [leaving for leaving in moving if source.opens.get(leaving.xid) is leaving.item]
 
-    def _put_moved(self, source, moving, setting):
+    def _put_as_set(self, source, moving, setting):
         """Put items where a setting says. Return how many are there, and what keeps the next one
         from the first queue, if anything does."""
         if not moving:
@@ -5609,9 +5609,19 @@ class Broker:
             return 0, failure
         if not queues:                       # fanout_only, without children
             return len(moving), None
+        count, error = yield from self._put_moved(source, moving, queues, setting)
+        if count < len(moving) and not error:
+            error = OSError(errno.EDQUOT, "it does not take it", queues[0].name)
+        return count, error
+
+    def _put_moved(self, source, moving, queues, setting=None):
+        """Put items into the first of these queues, as many as it takes, and then copies of them
+        into the others. Return how many are in the first, and the error, if any. Copies are put
+        until they are safe, but for a client (setting is None), which is told of the error."""
         first, *others = queues
-        must_fit = setting == "dead_letter_queue" or first.paused & PAUSED_IN
-        count, error = self._add_moved(source, first, moving, must_fit)
+        must_fit = setting != "expire_to_queue" or first.paused & PAUSED_IN
+        count, error = (0, None) if first.closed else self._add_moved(
+            source, first, moving, must_fit)
         failure = yield first
         if failure or first.closed:
             return 0, failure or OSError(errno.ESTALE, "it was deleted", first.name)
@@ -5622,20 +5632,23 @@ class Broker:
                 failure = yield queue
                 left = left if failure else left[added:]
                 if failure or problem:
+                    if setting is None:
+                        error = failure or problem
+                        break
                     yield RETRY_MS
         return count, error
 
     @staticmethod
     def _add_moved(source, queue, moving, must_fit):
-        """Add items to a queue, and drop those for which it is full, unless they must fit. Return
-        how many it has taken, and what keeps it from the next one."""
-        for count, (item, _, now) in enumerate(moving):
+        """Add items to a queue, and drop those for which it is full; if they must fit, stop at the
+        first of these. Return how many it has taken, and the error that it stopped at, if any."""
+        for count, (item, _, expiry, now) in enumerate(moving):
             try:
-                is_added = queue.add(source.data_of(item), item.flags, 0, now)
+                is_added = queue.add(source.data_of(item), item.flags, expiry, now)
             except OSError as failure:
                 return count, failure
             if not is_added and must_fit:
-                return count, OSError(errno.EDQUOT, "it does not take it", queue.name)
+                return count, None
             if not is_added:
                 log.warning("queue %s is full: an item that moves there from %s is dropped",
                             queue.name, source.name)
@@ -5659,8 +5672,7 @@ class Broker:
     def _move_many(self, source, dest, most, now, done):
         """Move items as _move() does, some at a time."""
         moved, error, is_full = 0, None, False
-        copies = [self.queues[name] for name in self.children.get(dest.name, ())
-                  if name != source.name]    # or they would be there again
+        queues = [dest, *(self.queues[name] for name in self.children.get(dest.name, ()))]
         while moved < most and source.count and not (
                 error or is_full or source.closed or dest.closed or self.stopping):
             batch, size = [], 0
@@ -5670,7 +5682,7 @@ class Broker:
                     if item is None:
                         break
                     source.limit(item.xid, None)
-                    batch.append(item)
+                    batch.append(Leaving(item, item.xid, item.expiry, now))
                     size += len(item.data)
             except OSError as failure:
                 error = failure
@@ -5684,35 +5696,18 @@ class Broker:
             if failure:                      # they are at the head again
                 error = failure
                 break
-            stored = []
-            try:
-                if dest.closed:
-                    raise OSError(errno.ESTALE, "it was deleted", dest.name)
-                for item in batch:
-                    if not dest.add(item.data, item.flags, item.expiry, now):
-                        is_full = True
-                        break
-                    stored.append(item.xid)
-                    for queue in copies:
-                        if not queue.closed:
-                            queue.add(item.data, item.flags, item.expiry, now)
-            except OSError as failure:       # or there is no memory left
-                error = failure
-            source.abort(*[item.xid for item in batch[len(stored):]], orphaned=True, counted=False)
-            failure = yield dest
-            if failure:
-                error = failure
-                source.abort(*stored, orphaned=True, counted=False)
-                break
-            for queue in copies:
-                error = (yield queue) or error
-            for xid in stored:
+            count, failure = yield from self._put_moved(source, batch, queues)
+            error = failure or error
+            is_full = count < len(batch)
+            xids = [leaving.xid for leaving in batch]
+            source.abort(*xids[count:], orphaned=True, counted=False)
+            for xid in xids[:count]:
                 source.confirm(xid)
-            moved += len(stored)
+            moved += count
             failure = yield source
             if failure:                      # they are open again, and safe elsewhere
                 error = failure
-                self._advance(self._confirm_moved(source, stored))
+                self._advance(self._confirm_moved(source, xids[:count]))
             elif self.later:
                 yield 0                      # others come in between
         done((moved, error))

@@ -8937,6 +8937,30 @@ def test_a_move_is_answered_though_it_cannot_be_finished(tmp_path, disk):
     assert items_of(talk.broker, "r") == [b"1", b"2"]
 
 
+@promise(2)
+def test_a_move_is_answered_though_a_child_cannot_take_its_copies(tmp_path, monkeypatch):
+    """The client does not wait until it can."""
+    talk = timed_talk(tmp_path)
+    put_some(talk, "q", b"1", b"2")
+    queues, told = talk.broker.queues, []
+    talk.broker.queue("r", NOW)
+    talk.broker.queue("r+child", NOW)
+    talk.broker.write()
+
+    def add(*_):
+        raise OSError(errno.ENOMEM, "out of memory", "r+child")
+
+    monkeypatch.setattr(queues["r+child"], "add", add)
+    talk.broker.move(queues["q"], queues["r"], 9, NOW, told.append)
+    for _ in range(9):
+        talk.broker.write()
+        talk.clock.reach(talk.clock.time + 1)
+    (moved, error), = told
+    assert error.errno == errno.ENOMEM and not queues["q"].opens
+    assert items_of(talk.broker, "r") + items_of(talk.broker, "q") == [b"1", b"2"]
+    assert queues["r"].count == moved
+
+
 @pytest.mark.parametrize("to", ["", "late"])
 def test_large_items_that_expire_are_dropped_a_few_at_a_time(tmp_path, monkeypatch, to):
     """However many a get meets: they are in memory until that is written."""
