@@ -377,6 +377,11 @@ RELOADED = ("allow", "proxy_protocol", "tls_cert", "tls_key", "tls_client_ca", "
 _USER = re.compile(r"([^\s,:]+):(pbkdf2\$[1-9][0-9]{0,6}\$(?:[0-9a-f]{2})+\$[0-9a-f]{64})")
 
 
+def _setting_of(key):
+    """Return the name of the setting that a key of the config file stands for."""
+    return _OLD_NAMES.get(key.lower(), key.lower())
+
+
 def _defaults(settings):
     return {key: kind.parse(default) for key, (kind, default) in settings.items()}
 
@@ -536,6 +541,7 @@ class Config:
         parser = configparser.ConfigParser(
             interpolation=None, default_section="", inline_comment_prefixes=("#",),
             empty_lines_in_values=False)
+        parser.optionxform = _setting_of
         bad = {}                         # number of a line -> why
         try:
             with open(self.path, encoding="utf-8-sig") as file:
@@ -568,18 +574,14 @@ class Config:
         """Return {name: value} of the settings in a section."""
         values = {}
         for key, text in texts.items():
-            name = _OLD_NAMES.get(key, key)
-            if name not in settings:
+            if key not in settings:
                 self._note("unknown setting %s in [%s]%s" % (key, header, _hint(key, settings)),
-                           header, name)
-            elif name in values:
-                self._note("%s is the same as %s: set one of them" % tuple(
-                    *_OLD_NAMES.items()), header, name)
+                           header, key)
             else:
                 try:
-                    values[name] = settings[name][0].parse(text)
+                    values[key] = settings[key][0].parse(text)
                 except ValueError as error:
-                    self._note("%s: %s" % (key, error), header, name)
+                    self._note("%s: %s" % (key, error), header, key)
         return values
 
     def _check_aliases(self):
@@ -717,8 +719,7 @@ class Config:
         for number, text in enumerate(self._lines, 1):
             match = re.match(r"\[(.+)\]", text.strip())
             section = match[1] if match else section
-            key = None if match else re.split("[=:]", text)[0].strip().lower()
-            key = _OLD_NAMES.get(key, key)
+            key = None if match else _setting_of(re.split("[=:]", text)[0].strip())
             for header in (section, " ".join(section.split())):
                 places.setdefault((header, key), "%s:%d" % (self.path, number))
         raise ConfigError("\n".join("%s: %s" % (places.get((header, key), header), why)

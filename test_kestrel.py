@@ -1214,7 +1214,7 @@ def test_a_mark_at_the_start_of_the_config_file(tmp_path):
     ("listen = [::1]:22133", "'[::1]:22133' is not a host"), ("listen = *", "'*' is not a host"),
     ("listen = 10.0.0.0/8", "'10.0.0.0/8' is not"), ("listen = /run/k.sock", "'/run/k.sock' is not"),
     ("listen = unix:", "'unix:' is not a host"),
-    ("listen_address = ::1\nlisten = ::1", "listen_address is the same as listen"),
+    ("listen_address = ::1\nlisten = ::1", "listen is set twice in [server]"),
     ("socket_mode = rw", "'rw' is not a mode"),
     ("admin_commands = some", "'some' is none of: local, all, none"),
     ("socket_mode = 7777", "'7777' is not a mode"),
