@@ -11330,7 +11330,7 @@ def verify_file(path: str) -> dict:
 
 def _journal_names(spool):
     """Return {queue: {number of the file, None for the current one: its name}} of a spool: the
-    files that count, see find_journals()."""
+    files that count, see find_journals(), the oldest first."""
     found, packs = {}, []
     for entry in os.scandir(spool):
         match = _JOURNAL_NAME.fullmatch(entry.name)
@@ -11345,12 +11345,8 @@ def _journal_names(spool):
             del files[number]
         if entry.stat().st_size:
             files[last] = entry.name
-    return found
-
-
-def _in_order(files):
-    """Return the (number, name) of the files of a queue, the oldest first."""
-    return sorted(files.items(), key=lambda pair: (pair[0] is None, pair[0]))
+    return {queue: dict(sorted(files.items(), key=lambda pair: (pair[0] is None, pair[0])))
+            for queue, files in found.items()}
 
 
 def _verify(spool, as_json):
@@ -11358,7 +11354,7 @@ def _verify(spool, as_json):
     os.nice(19)                              # a server may be using it
     status = 0
     for _, files in sorted(_journal_names(spool).items()):
-        for _, name in _in_order(files):
+        for name in files.values():
             try:
                 found = verify_file(os.path.join(spool, name))
             except FileNotFoundError:        # a server has packed it meanwhile
@@ -11425,15 +11421,14 @@ def _open_at_one_moment(spool, name, inode, found):
     at one moment; [] if there is no such queue. inode: of its current file, before the files were
     looked for; found: {number: name} of them. Raises OSError."""
     for attempt in range(_COPY_TRIES):
-        order = _in_order(found)
         opened = []
         try:
-            for number, file in order:
+            for number, file in found.items():
                 opened.append((number, os.open(os.path.join(spool, file),
                                                os.O_RDONLY | os.O_CLOEXEC)))
             sizes = [os.fstat(fd).st_size for _, fd in opened]
             same = [_identity(os.stat(os.path.join(spool, file))) == _identity(os.fstat(fd))
-                    for (_, file), (_, fd) in zip(order, opened)]
+                    for file, (_, fd) in zip(found.values(), opened)]
             current = [os.fstat(fd).st_ino for number, fd in opened if number is None] or [None]
             # New files come with another one that is renamed or deleted. A current file that is
             # still the same was there all the time: no other one has been given a number since.
