@@ -7984,23 +7984,15 @@ class AdminSession(Session):
         self._say(self._head(HTTPStatus.OK, kind,
                              "Transfer-Encoding: chunked" if self._request.chunked else None))
         yield
-        lines = []
-        for count, piece in enumerate(pieces if self._request.method != "HEAD" else (), 1):
-            lines.append(piece)
-            if count % _LINES_STEP == 0:
-                self._say_piece("".join(lines))
-                lines.clear()
+        if self._request.method != "HEAD":
+            for some in iter(lambda: list(itertools.islice(pieces, _LINES_STEP)), []):
+                data = "".join(some).encode("utf-8", "backslashreplace")
+                self._say(b"%x\r\n%b\r\n" % (len(data), data) if self._request.chunked else data)
                 yield
-        self._say_piece("".join(lines))
-        if self._request.method != "HEAD" and self._request.chunked:
-            self._say(b"0\r\n\r\n")
+            if self._request.chunked:
+                self._say(b"0\r\n\r\n")
         if not self._request.keep_alive:
             self.end()
-
-    def _say_piece(self, text):
-        data = text.encode("utf-8", "backslashreplace")
-        if data:
-            self._say(b"%x\r\n%b\r\n" % (len(data), data) if self._request.chunked else data)
 
     def _say_error(self, error):
         self._respond(
