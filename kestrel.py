@@ -5092,7 +5092,7 @@ class Broker:
         self.budget = budget or Budget()
         self.queues = {}
         self.routes = {}                  # what route() found
-        self.children = {}                # parent -> names of its fanout children
+        self.children = {}                # name of a parent -> its fanout children
         self.dirty = []                   # queues with something to write
         self.changed = self.dirty.append
         self.tasks = collections.deque()
@@ -5193,15 +5193,12 @@ class Broker:
     def route(self, key, now=None, who="the server"):
         """Return where the items put under `key` (bytes) go. Raises ValueError when it cannot
         name a queue, OSError when a queue cannot be created."""
-        names = self.targets(key)
-        targets = [self.queue(name, now, who) for name in names]
-        parents = dict.fromkeys([os.fsdecode(key), *(queue.name for queue in targets)])
-        copies = [self.queue(child, now, who)
-                  for parent in parents for child in self.children.get(parent, ())
-                  if child not in self.config.aliases]
-        targets = [queue for queue in targets
+        queues = [self.queue(name, now, who) for name in self.targets(key)]
+        targets = [queue for queue in queues
                    if not queue.config.fanout_only or "+" in queue.name]
-        copies = [queue for queue in dict.fromkeys(copies) if queue not in targets]
+        parents = dict.fromkeys([os.fsdecode(key), *(queue.name for queue in queues)])
+        copies = [child for parent in parents for child in self.children.get(parent, ())
+                  if child.name not in self.config.aliases and child not in targets]
         route = Route(targets, copies, targets + copies,
                       targets[0] if len(targets) == 1 and not copies else None)
         self.routes[key] = route
@@ -5217,8 +5214,9 @@ class Broker:
         self.queues[name] = queue
         self._accounts[queue] = Account(self.uptime())
         self._count(queue)
-        if "+" in name:
-            self.children.setdefault(name.partition("+")[0], []).append(name)
+        parent, is_child, _ = name.partition("+")
+        if is_child:
+            self.children.setdefault(parent, []).append(queue)
             self.routes.clear()
         return queue
 
@@ -5245,9 +5243,9 @@ class Broker:
         self._count(queue)
         del self._accounts[queue]
         self.routes.clear()
-        parent = queue.name.partition("+")[0]
-        if parent != queue.name:
-            self.children[parent].remove(queue.name)
+        parent, is_child, _ = queue.name.partition("+")
+        if is_child:
+            self.children[parent].remove(queue)
 
     # -- status
 
@@ -5673,7 +5671,7 @@ class Broker:
     def _move_many(self, source, dest, most, now, done):
         """Move items as _move() does, some at a time."""
         moved, error, is_full = 0, None, False
-        queues = [dest, *(self.queues[name] for name in self.children.get(dest.name, ()))]
+        queues = [dest, *self.children.get(dest.name, ())]
         while moved < most and source.count and not (
                 error or is_full or source.closed or dest.closed or self.stopping):
             batch, size = [], 0
@@ -5771,7 +5769,7 @@ class Broker:
         """Return the statistics of a queue, as (name, value) pairs; `children` if it has any."""
         children = self.children.get(queue.name)
         return [(one.name, one.get(queue, now)) for one in QUEUE_STATS] + (
-            [("children", ",".join(children))] if children else [])
+            [("children", ",".join(child.name for child in children))] if children else [])
 
 
 # == 7. Protocols =========================================================================
@@ -8159,7 +8157,8 @@ class AdminSession(Session):
             "name": _shown_name(queue.name), "key": _key_of(queue.name),
             "paused": PAUSES[queue.paused], "settings": queue.config.lines(),
             "stats": dict(self.broker.queue_stats(queue, self.now)),
-            "children": [_shown_name(name) for name in self.broker.children.get(queue.name, ())],
+            "children": [_shown_name(child.name)
+                         for child in self.broker.children.get(queue.name, ())],
             "items": rows, "readers": readers, "history": self.broker.history(queue)}
 
     def _item(self):
