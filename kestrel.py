@@ -8226,17 +8226,13 @@ class AdminSession(Session):
             raise Refused("NOT_FOUND", "there is no such client")
         return "closed"
 
-    def _post_status(self):
-        self._set_status(self._asked("to"))
+    def _change_status(self, word):
+        self._set_status(word)
         return self.broker.status.lower()
 
     def _post_reload(self):
         yield from self._reload()
         return "reloaded"
-
-    def _post_quiesce(self):
-        self._set_status("quiescent")
-        return "quiescent"
 
     def _post_shutdown(self):
         self._check_admin("shutdown")
@@ -8295,11 +8291,11 @@ _ADMIN_PATHS = {
     "/move": ("POST", AdminSession._post_move),
     "/pause": ("POST", AdminSession._post_pause),
     "/kick": ("POST", AdminSession._post_kick),
-    "/set_status": ("POST", AdminSession._post_status),
+    "/set_status": ("POST", lambda session: session._change_status(session._asked("to"))),
     "/flush": ("POST", AdminSession._post_flush),
     "/delete": ("POST", AdminSession._post_delete),
     "/reload": ("POST", AdminSession._post_reload),
-    "/quiesce": ("POST", AdminSession._post_quiesce),
+    "/quiesce": ("POST", lambda session: session._change_status("quiescent")),
     "/shutdown": ("POST", AdminSession._post_shutdown),
 }
 
