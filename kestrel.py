@@ -7797,6 +7797,12 @@ _SCALES = {"usec": 1e-6, "msec": 1e-3, "time": 1e-3}
 _LINES_STEP = 400
 
 
+def _batches(items, size):
+    """Yield the items in lists of that size; the last one may be shorter."""
+    items = iter(items)
+    return iter(lambda: list(itertools.islice(items, size)), [])
+
+
 def _shown_name(name):
     """Return a printable, unambiguous form of the name of a queue: no name has a slash in it."""
     return re.sub("[\udc80-\udcff]", lambda match: "/x%02x" % (ord(match[0]) - 0xdc00), name)
@@ -7983,7 +7989,7 @@ class AdminSession(Session):
                              "Transfer-Encoding: chunked" if self._request.chunked else None))
         yield
         if self._request.method != "HEAD":
-            for some in iter(lambda: list(itertools.islice(pieces, _LINES_STEP)), []):
+            for some in _batches(pieces, _LINES_STEP):
                 data = "".join(some).encode("utf-8", "backslashreplace")
                 self._say(b"%x\r\n%b\r\n" % (len(data), data) if self._request.chunked else data)
                 yield
@@ -10372,12 +10378,6 @@ def _word(text):
     return text
 
 
-def _batches(items):
-    """Yield the items in lists of _PUT_AT_ONCE; the last one may be shorter."""
-    items = iter(items)
-    return iter(lambda: list(itertools.islice(items, _PUT_AT_ONCE)), [])
-
-
 def _many(count):
     """Return the option of a key for so many items; Kestrel knows no such option."""
     return "" if count == 1 else "/n=%d" % count
@@ -10470,7 +10470,7 @@ class Client:
         """Put items without waiting for the answer to each; return how many the queue has taken.
         Raises ServerError for the first that was refused, when all have been answered."""
         taken, refused = 0, None
-        for batch in _batches(items):
+        for batch in _batches(items, _PUT_AT_ONCE):
             answers, error, failure = self._put_batch(queue, batch, expiry, flags)
             taken += sum(answers)
             refused = refused or error
@@ -10909,7 +10909,7 @@ class Cluster(Client):
                  flags: int = 0) -> int:
         """Put items, a batch on a server; return how many were taken."""
         taken = 0
-        for batch in _batches(items):
+        for batch in _batches(items, _PUT_AT_ONCE):
             rest = batch
 
             def put(client):
@@ -11692,7 +11692,7 @@ def _put_exported(client, queue, rows):
     taken, of how many) for each batch."""
     for (flags, expiry), same in itertools.groupby(
             rows, lambda row: (row["flags"], -(-row["expiry"] // 1000))):
-        for batch in _batches(row["data"] for row in same):
+        for batch in _batches((row["data"] for row in same), _PUT_AT_ONCE):
             yield client.put_many(queue, batch, expiry, flags), len(batch)
 
 
