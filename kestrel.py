@@ -5670,10 +5670,10 @@ class Broker:
 
     def _move_many(self, source, dest, most, now, done):
         """Move items as _move() does, some at a time."""
-        moved, error, is_full = 0, None, False
+        moved, error = 0, None
         queues = [dest, *self.children.get(dest.name, ())]
         while moved < most and source.count and not (
-                error or is_full or source.closed or dest.closed or self.stopping):
+                error or source.closed or dest.closed or self.stopping):
             batch, size = [], 0
             try:
                 while len(batch) < min(_MOVE_STEP, most - moved) and size < _MOVE_SIZE:
@@ -5697,7 +5697,6 @@ class Broker:
                 break
             count, failure = yield from self._put_moved(source, batch, queues)
             error = failure or error
-            is_full = count < len(batch)
             xids = [leaving.xid for leaving in batch]
             source.abort(*xids[count:], orphaned=True, counted=False)
             for xid in xids[:count]:
@@ -5707,6 +5706,8 @@ class Broker:
             if failure:                      # they are open again, and safe elsewhere
                 error = failure
                 self._advance(self._confirm_moved(source, xids[:count]))
+            elif count < len(batch):         # the other queue is full
+                break
             elif self.later:
                 yield 0                      # others come in between
         done((moved, error))
