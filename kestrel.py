@@ -2957,16 +2957,16 @@ class Alone:
     work(call, done)        make a blocking call, then call done with its OSError or None
     later(ms, call)         make a call in that time; return what cancels it; None if
                             there is none, and so no other turn
-    bury(queue, item, now, setting)
-                            an item is open that has expired, or was handed out too often: move
-                            it to the queue that this setting names
-    is_burying_much(queue)  whether no more should be moved for now
+    moves                   None, or has two methods. bury(queue, item, now, setting): an item is
+                            open that has expired, or was handed out too often: move it to the
+                            queue that this setting names. is_burying_much(queue): return whether
+                            no more should be moved for now
     sweep_limit             how many expired items a read drops at once
     locks_files             whether to keep other processes out
     budget                  see Budget
     """
 
-    later = bury = work = None
+    later = moves = work = None
     sweep_limit = UNLIMITED
     locks_files = True
 
@@ -3458,7 +3458,7 @@ class Queue:
         for xid in known if tail or delay else reversed(known):
             item = self.opens[xid]
             if counted and item.deliveries + 1 >= self.config.max_deliveries and (
-                    self.host.bury and self.config.dead_letter_queue not in (None, self.name)):
+                    self.host.moves and self.config.dead_letter_queue not in (None, self.name)):
                 self._stop_alarm(xid)        # it stays open until it is safe there
                 self.delays.dying.add(xid)
                 dead[xid] = item
@@ -3502,7 +3502,7 @@ class Queue:
                         self.name, _size(item), item.deliveries + 1, self.config.dead_letter_queue)
             self.counters.dead_letters += 1
             item.xid = xid
-            self.host.bury(self, item, now, "dead_letter_queue")
+            self.host.moves.bury(self, item, now, "dead_letter_queue")
 
     # -- delays and pauses
 
@@ -3658,11 +3658,11 @@ class Queue:
         count = size = 0
         if limit is None:
             limit = self.config.max_expire_sweep
-        moves = self.host.bury and self.config.expire_to_queue not in (None, self.name)
+        moves = self.host.moves and self.config.expire_to_queue not in (None, self.name)
         while count < limit and self.count and (self.items or self._refill()) and (
                 self._is_expired(self.items[0], now)):
             if self.host.later and (size > 4 * _STEP_SIZE or moves and (
-                    self.host.is_burying_much(self))):
+                    self.host.moves.is_burying_much(self))):
                 break                        # it comes back in another turn
             count += 1
             try:
@@ -3675,7 +3675,7 @@ class Queue:
                 # Open until it is safe elsewhere, so that a crash cannot lose it.
                 self._open(item)
                 self._stop_alarm(item.xid)
-                self.host.bury(self, self.opens[item.xid], now, "expire_to_queue")
+                self.host.moves.bury(self, self.opens[item.xid], now, "expire_to_queue")
             else:
                 self._log(REMOVE, item)
         self.counters.expired_items += count
@@ -5068,6 +5068,219 @@ class Account:
 Totals = collections.namedtuple("Totals", "items bytes put_items reserved")
 
 
+class Moves:
+    """Items on their way from one queue to another: expired ones, dead letters, and what clients
+    move. An item is open in its queue until it is safe in the other."""
+
+    def __init__(self, broker):
+        self._broker = broker
+        self._buried = collections.Counter()      # setting -> bytes of items on their way
+        self._moving = {}                 # (queue, setting) -> [the Leaving that are on their way]
+        self._stuck = set()               # queues whose expired items cannot be moved for now
+
+    def bury(self, queue, item, now, setting):
+        """Move an item that is open to the queue that a setting names, behind those that are on
+        their way there already."""
+        self._buried[setting] += _size(item)
+        leaving = Leaving(item, item.xid, 0, now)
+        if (queue, setting) in self._moving:
+            self._moving[queue, setting].append(leaving)
+        else:
+            self._moving[queue, setting] = [leaving]
+            self._advance(self._move(queue, setting))
+
+    def is_burying_much(self, queue):
+        """Return whether no more expired items of a queue should be moved for now: those on their
+        way to another queue take much memory, or they cannot be moved."""
+        return self._buried["expire_to_queue"] > _MOVE_SIZE or self.is_stuck(queue)
+
+    def is_stuck(self, queue):
+        """Return whether the expired items of a queue cannot be moved for now."""
+        return queue in self._stuck
+
+    def _advance(self, move, error=None):
+        """Go on with a move, up to where it has to wait again."""
+        with contextlib.suppress(StopIteration):
+            asks = move.send(error)
+            while isinstance(asks, Queue) and asks.history.logged <= asks.history.safe:
+                asks = move.send(None)
+            if isinstance(asks, Queue):
+                asks.history.when_safe(functools.partial(self._advance, move))
+            elif self._broker.later:
+                self._broker.later(asks, functools.partial(self._advance, move))
+
+    def _move(self, source, setting):
+        """Move open items, some at a time. Yield the queue that has to be safe before it goes on,
+        and then be sent the error, if any; or the milliseconds after which to go on.
+
+        They stay open until they are safe in all the queues they go to: what fails on the way is
+        undone, or tried again, and a crash finds them here, or there, or in both places.
+        """
+        moving = self._moving[source, setting]
+        is_told = False
+        try:
+            yield source                     # more of them come in this turn
+            while moving:
+                batch, size = [], 0
+                for leaving in moving[:_MOVE_STEP]:
+                    if size < _MOVE_SIZE:
+                        batch.append(leaving)
+                        size += _size(leaving.item)
+                yield source
+                still = self._still_open(source, batch)
+                count, error = yield from self._put_as_set(source, still, setting)
+                yield from self._confirm_moved(source, [leaving.xid for leaving in still[:count]])
+                moving[:len(batch)] = still[count:]
+                self._buried[setting] -= size - self._size_of(still[count:])
+                if error:
+                    if not is_told:
+                        log.error("queue %s: items cannot be moved (%s): %s", source.name, setting,
+                                  _why(error) if isinstance(error, OSError) else error)
+                    is_told = True
+                    if setting == "expire_to_queue":
+                        self._stuck.add(source)
+                    yield RETRY_MS           # so that a failing disk does not make the loop spin
+                    self._stuck.discard(source)
+                    if setting == "expire_to_queue" or isinstance(error, WrongSum) or not getattr(
+                            source.config, setting):
+                        break                # the next read drops what is damaged
+                elif self._broker.later:
+                    yield 0                  # others come in between
+        finally:
+            del self._moving[source, setting]
+            self._buried[setting] -= self._size_of(moving)
+        xids = [leaving.xid for leaving in self._still_open(source, moving)]
+        if setting == "expire_to_queue":
+            source.counters.expired_items -= len(xids)         # they are counted anew
+        source.abort(*xids, orphaned=True, counted=False)
+
+    @staticmethod
+    def _size_of(moving):
+        return sum([_size(leaving.item) for leaving in moving])
+
+    @staticmethod
+    def _still_open(source, moving):
+        """Return those whose OPEN was not undone. They may have been opened again, to be moved:
+        under another number."""
+        return [leaving for leaving in moving if source.opens.get(leaving.xid) is leaving.item]
+
+    def _put_as_set(self, source, moving, setting):
+        """Put items where a setting says. Return how many are there, and what keeps the next one
+        from the first queue, if anything does."""
+        if not moving:
+            return 0, None
+        broker, key = self._broker, os.fsencode(getattr(source.config, setting) or "")
+        try:
+            queues = (broker.routes.get(key) or broker.route(key, moving[-1].now)).queues
+        except (OSError, ValueError) as failure:     # there is no such setting since a reload
+            return 0, failure
+        if not queues:                       # fanout_only, without children
+            return len(moving), None
+        count, error = yield from self._put_moved(source, moving, queues, setting)
+        if count < len(moving) and not error:
+            error = OSError(errno.EDQUOT, "it does not take it", queues[0].name)
+        return count, error
+
+    def _put_moved(self, source, moving, queues, setting=None):
+        """Put items into the first of these queues, as many as it takes, and then copies of them
+        into the others. Return how many are in the first, and the error, if any. Copies are put
+        until they are safe, but for a client (setting is None), which is told of the error."""
+        first, *others = queues
+        must_fit = setting != "expire_to_queue" or first.paused & PAUSED_IN
+        count, error = (0, None) if first.closed else self._add_moved(
+            source, first, moving, must_fit)
+        failure = yield first
+        if failure or first.closed:
+            return 0, failure or OSError(errno.ESTALE, "it was deleted", first.name)
+        for queue in others:
+            left = moving[:count] if queue is not source else []     # a child would have it again
+            while left and not queue.closed:
+                added, problem = self._add_moved(source, queue, left, False)
+                failure = yield queue
+                left = left if failure else left[added:]
+                if failure or problem:
+                    if setting is None:
+                        error = failure or problem
+                        break
+                    yield RETRY_MS
+        return count, error
+
+    @staticmethod
+    def _add_moved(source, queue, moving, must_fit):
+        """Add items to a queue, and drop those for which it is full; if they must fit, stop at the
+        first of these. Return how many it has taken, and the error that it stopped at, if any."""
+        for count, (item, _, expiry, now) in enumerate(moving):
+            try:
+                is_added = queue.add(source.data_of(item), item.flags, expiry, now)
+            except OSError as failure:
+                return count, failure
+            if not is_added and must_fit:
+                return count, None
+            if not is_added:
+                log.warning("queue %s is full: an item that moves there from %s is dropped",
+                            queue.name, source.name)
+        return len(moving), None
+
+    @staticmethod
+    def _confirm_moved(source, xids):
+        """Confirm items that are safe elsewhere, as often as it takes."""
+        while any([source.confirm(xid, True) for xid in xids]):
+            error = yield source
+            if not error:
+                break
+            yield RETRY_MS
+        source.delays.dying.difference_update(xids)
+
+    def move(self, source, dest, most, now, done):
+        """Move waiting items of one queue to another, at most `most`, the oldest first; then call
+        done((how many, OSError or None)). It ends early where the other queue is full."""
+        self._advance(self._move_many(source, dest, most, now, done))
+
+    def _move_many(self, source, dest, most, now, done):
+        """Move items as _move() does, some at a time."""
+        moved, error = 0, None
+        queues = [dest, *self._broker.children.get(dest.name, ())]
+        while moved < most and source.count and not (
+                error or source.closed or dest.closed or self._broker.stopping):
+            batch, size = [], 0
+            try:
+                while len(batch) < min(_MOVE_STEP, most - moved) and size < _MOVE_SIZE:
+                    item = source.remove(True, now, even_paused=True)
+                    if item is None:
+                        break
+                    source.limit(item.xid, None)
+                    batch.append(Leaving(item, item.xid, item.expiry, now))
+                    size += len(item.data)
+            except OSError as failure:
+                error = failure
+            if not batch:
+                if not error and source.count and self.is_stuck(source):
+                    error = OSError(errno.EBUSY, "its expired items cannot be moved", source.name)
+                elif not error and source.count:
+                    yield _LOADING_MS        # a run of expired items, or a large one is being read
+                continue
+            failure = yield source
+            if failure:                      # they are at the head again
+                error = failure
+                break
+            count, failure = yield from self._put_moved(source, batch, queues)
+            error = failure or error
+            xids = [leaving.xid for leaving in batch]
+            source.abort(*xids[count:], orphaned=True, counted=False)
+            for xid in xids[:count]:
+                source.confirm(xid)
+            moved += count
+            failure = yield source
+            if failure:                      # they are open again, and safe elsewhere
+                error = failure
+                self._advance(self._confirm_moved(source, xids[:count]))
+            elif count < len(batch):         # the other queue is full
+                break
+            elif self._broker.later:
+                yield 0                      # others come in between
+        done((moved, error))
+
+
 class Broker:
     """All queues of a server.
 
@@ -5123,9 +5336,7 @@ class Broker:
         self._refused = (False, False)    # whether the status refuses reads, writes by now
         self._strangers = set()           # (host, what it did) that the log has told of
         self._grace = None                # cancels the end of its grace period
-        self._buried = collections.Counter()      # setting -> bytes of items on their way
-        self._moving = {}                 # (queue, setting) -> [the Leaving that are on their way]
-        self._stuck = set()               # queues whose expired items cannot be moved for now
+        self.moves = Moves(self)
         self._read_status()
         self.spool = os.path.abspath(self.settings.queue_path)
         self._unloaded = find_journals(self.spool)
@@ -5509,208 +5720,6 @@ class Broker:
                       self.spool, SIZE.show(size >> 20 << 20), SIZE.show(least))
             self.low_space = "there is no space for more: less than %s free (min_free_space)" % (
                 SIZE.show(least))
-
-    def bury(self, queue, item, now, setting):
-        """Move an item that is open to the queue that a setting names, behind those that are on
-        their way there already."""
-        self._buried[setting] += _size(item)
-        leaving = Leaving(item, item.xid, 0, now)
-        if (queue, setting) in self._moving:
-            self._moving[queue, setting].append(leaving)
-        else:
-            self._moving[queue, setting] = [leaving]
-            self._advance(self._move(queue, setting))
-
-    def is_burying_much(self, queue):
-        """Return whether no more expired items of a queue should be moved for now: those on their
-        way to another queue take much memory, or they cannot be moved."""
-        return self._buried["expire_to_queue"] > _MOVE_SIZE or self.is_stuck(queue)
-
-    def is_stuck(self, queue):
-        """Return whether the expired items of a queue cannot be moved for now."""
-        return queue in self._stuck
-
-    def _advance(self, move, error=None):
-        """Go on with a move, up to where it has to wait again."""
-        with contextlib.suppress(StopIteration):
-            asks = move.send(error)
-            while isinstance(asks, Queue) and asks.history.logged <= asks.history.safe:
-                asks = move.send(None)
-            if isinstance(asks, Queue):
-                asks.history.when_safe(functools.partial(self._advance, move))
-            elif self.later:
-                self.later(asks, functools.partial(self._advance, move))
-
-    def _move(self, source, setting):
-        """Move open items, some at a time. Yield the queue that has to be safe before it goes on,
-        and then be sent the error, if any; or the milliseconds after which to go on.
-
-        They stay open until they are safe in all the queues they go to: what fails on the way is
-        undone, or tried again, and a crash finds them here, or there, or in both places.
-        """
-        moving = self._moving[source, setting]
-        is_told = False
-        try:
-            yield source                     # more of them come in this turn
-            while moving:
-                batch, size = [], 0
-                for leaving in moving[:_MOVE_STEP]:
-                    if size < _MOVE_SIZE:
-                        batch.append(leaving)
-                        size += _size(leaving.item)
-                yield source
-                still = self._still_open(source, batch)
-                count, error = yield from self._put_as_set(source, still, setting)
-                yield from self._confirm_moved(source, [leaving.xid for leaving in still[:count]])
-                moving[:len(batch)] = still[count:]
-                self._buried[setting] -= size - self._size_of(still[count:])
-                if error:
-                    if not is_told:
-                        log.error("queue %s: items cannot be moved (%s): %s", source.name, setting,
-                                  _why(error) if isinstance(error, OSError) else error)
-                    is_told = True
-                    if setting == "expire_to_queue":
-                        self._stuck.add(source)
-                    yield RETRY_MS           # so that a failing disk does not make the loop spin
-                    self._stuck.discard(source)
-                    if setting == "expire_to_queue" or isinstance(error, WrongSum) or not getattr(
-                            source.config, setting):
-                        break                # the next read drops what is damaged
-                elif self.later:
-                    yield 0                  # others come in between
-        finally:
-            del self._moving[source, setting]
-            self._buried[setting] -= self._size_of(moving)
-        xids = [leaving.xid for leaving in self._still_open(source, moving)]
-        if setting == "expire_to_queue":
-            source.counters.expired_items -= len(xids)         # they are counted anew
-        source.abort(*xids, orphaned=True, counted=False)
-
-    @staticmethod
-    def _size_of(moving):
-        return sum([_size(leaving.item) for leaving in moving])
-
-    @staticmethod
-    def _still_open(source, moving):
-        """Return those whose OPEN was not undone. They may have been opened again, to be moved:
-        under another number."""
-        return [leaving for leaving in moving if source.opens.get(leaving.xid) is leaving.item]
-
-    def _put_as_set(self, source, moving, setting):
-        """Put items where a setting says. Return how many are there, and what keeps the next one
-        from the first queue, if anything does."""
-        if not moving:
-            return 0, None
-        key = os.fsencode(getattr(source.config, setting) or "")
-        try:
-            queues = (self.routes.get(key) or self.route(key, moving[-1].now)).queues
-        except (OSError, ValueError) as failure:     # there is no such setting since a reload
-            return 0, failure
-        if not queues:                       # fanout_only, without children
-            return len(moving), None
-        count, error = yield from self._put_moved(source, moving, queues, setting)
-        if count < len(moving) and not error:
-            error = OSError(errno.EDQUOT, "it does not take it", queues[0].name)
-        return count, error
-
-    def _put_moved(self, source, moving, queues, setting=None):
-        """Put items into the first of these queues, as many as it takes, and then copies of them
-        into the others. Return how many are in the first, and the error, if any. Copies are put
-        until they are safe, but for a client (setting is None), which is told of the error."""
-        first, *others = queues
-        must_fit = setting != "expire_to_queue" or first.paused & PAUSED_IN
-        count, error = (0, None) if first.closed else self._add_moved(
-            source, first, moving, must_fit)
-        failure = yield first
-        if failure or first.closed:
-            return 0, failure or OSError(errno.ESTALE, "it was deleted", first.name)
-        for queue in others:
-            left = moving[:count] if queue is not source else []     # a child would have it again
-            while left and not queue.closed:
-                added, problem = self._add_moved(source, queue, left, False)
-                failure = yield queue
-                left = left if failure else left[added:]
-                if failure or problem:
-                    if setting is None:
-                        error = failure or problem
-                        break
-                    yield RETRY_MS
-        return count, error
-
-    @staticmethod
-    def _add_moved(source, queue, moving, must_fit):
-        """Add items to a queue, and drop those for which it is full; if they must fit, stop at the
-        first of these. Return how many it has taken, and the error that it stopped at, if any."""
-        for count, (item, _, expiry, now) in enumerate(moving):
-            try:
-                is_added = queue.add(source.data_of(item), item.flags, expiry, now)
-            except OSError as failure:
-                return count, failure
-            if not is_added and must_fit:
-                return count, None
-            if not is_added:
-                log.warning("queue %s is full: an item that moves there from %s is dropped",
-                            queue.name, source.name)
-        return len(moving), None
-
-    @staticmethod
-    def _confirm_moved(source, xids):
-        """Confirm items that are safe elsewhere, as often as it takes."""
-        while any([source.confirm(xid, True) for xid in xids]):
-            error = yield source
-            if not error:
-                break
-            yield RETRY_MS
-        source.delays.dying.difference_update(xids)
-
-    def move(self, source, dest, most, now, done):
-        """Move waiting items of one queue to another, at most `most`, the oldest first; then call
-        done((how many, OSError or None)). It ends early where the other queue is full."""
-        self._advance(self._move_many(source, dest, most, now, done))
-
-    def _move_many(self, source, dest, most, now, done):
-        """Move items as _move() does, some at a time."""
-        moved, error = 0, None
-        queues = [dest, *self.children.get(dest.name, ())]
-        while moved < most and source.count and not (
-                error or source.closed or dest.closed or self.stopping):
-            batch, size = [], 0
-            try:
-                while len(batch) < min(_MOVE_STEP, most - moved) and size < _MOVE_SIZE:
-                    item = source.remove(True, now, even_paused=True)
-                    if item is None:
-                        break
-                    source.limit(item.xid, None)
-                    batch.append(Leaving(item, item.xid, item.expiry, now))
-                    size += len(item.data)
-            except OSError as failure:
-                error = failure
-            if not batch:
-                if not error and source.count and self.is_stuck(source):
-                    error = OSError(errno.EBUSY, "its expired items cannot be moved", source.name)
-                elif not error and source.count:
-                    yield _LOADING_MS        # a run of expired items, or a large one is being read
-                continue
-            failure = yield source
-            if failure:                      # they are at the head again
-                error = failure
-                break
-            count, failure = yield from self._put_moved(source, batch, queues)
-            error = failure or error
-            xids = [leaving.xid for leaving in batch]
-            source.abort(*xids[count:], orphaned=True, counted=False)
-            for xid in xids[:count]:
-                source.confirm(xid)
-            moved += count
-            failure = yield source
-            if failure:                      # they are open again, and safe elsewhere
-                error = failure
-                self._advance(self._confirm_moved(source, xids[:count]))
-            elif count < len(batch):         # the other queue is full
-                break
-            elif self.later:
-                yield 0                      # others come in between
-        done((moved, error))
 
     # -- statistics
 
@@ -6236,7 +6245,7 @@ class Session:
 
     def _next_of(self, queues, opening, peek, wait):
         """Return the first of these queues that has an item, and the item; or (None, None)."""
-        naps = RETRY_MS // _LOADING_MS
+        moves, naps = self.broker.moves, RETRY_MS // _LOADING_MS
         while True:
             queues = [queue for queue in queues if not queue.closed]
             for queue in queues:
@@ -6247,10 +6256,10 @@ class Session:
                     return queue, item
             more = [queue for queue in queues if queue.has_more(peek)]
             # Whether what is at the heads has expired, and has to wait for its turn to be moved.
-            is_late = self.broker.later and more and all(map(self.broker.is_burying_much, more))
+            is_late = self.broker.later and more and all(map(moves.is_burying_much, more))
             if more and not is_late:
                 yield None                   # a run of expired items, or a large one is being read
-            elif is_late and not wait and naps and not all(map(self.broker.is_stuck, more)):
+            elif is_late and not wait and naps and not all(map(moves.is_stuck, more)):
                 naps -= 1
                 yield self._nap
             elif wait and queues:
@@ -6444,7 +6453,7 @@ class Session:
         if target.config.fanout_only and "+" not in dest:
             raise Refused("CLIENT_ERROR", "%s is fanout_only: it keeps no items" % dest)
         moved, error = yield functools.partial(
-            self.broker.move, source, target, min(most, source.count), self.now)
+            self.broker.moves.move, source, target, min(most, source.count), self.now)
         if error:
             raise Refused("SERVER_ERROR", "%s; %d were moved" % (_why(error), moved),
                           reason=_reason(error))

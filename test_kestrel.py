@@ -295,7 +295,7 @@ def step_of(task):
 class Bench:
     """What a server is for its queues, but by hand: what is to be done is collected in lists."""
 
-    bury = work = None
+    moves = work = None
     locks_files = False
     sweep_limit = kestrel.UNLIMITED
 
@@ -4804,7 +4804,7 @@ def test_an_item_that_is_opened_again_is_moved_once(tmp_path, disk):
     for _ in range(3):
         settle(broker)
         clock.reach(clock.time + 1000)
-    assert items_of(broker, "late") == [b"1", b"2"] and not work.opens and not any(broker._buried.values())
+    assert items_of(broker, "late") == [b"1", b"2"] and not work.opens and not any(broker.moves._buried.values())
 
 
 @pytest.mark.parametrize("failing", ["work", "late"])
@@ -4856,7 +4856,7 @@ def test_a_move_ends_when_the_other_queue_is_deleted_meanwhile(tmp_path, sync_jo
 
     turn()
     told = []
-    broker.move(*queues, 10, NOW, told.append)
+    broker.moves.move(*queues, 10, NOW, told.append)
     broker.delete(queues[1])
     for _ in range(5):
         turn()
@@ -6470,7 +6470,7 @@ def test_dead_letters_that_wait_for_room_are_tried_one_at_a_time_in_order(tmp_pa
         talk("get dead\r\n")
     assert found == [b"full", *map(str.encode, items)]
     assert not talk.broker.queues["work"].opens
-    assert not any(talk.broker._buried.values())
+    assert not any(talk.broker.moves._buried.values())
 
 
 @promise(1)
@@ -8901,7 +8901,7 @@ def test_a_move_is_answered_when_the_children_have_their_copies(talk):
     queues, told = talk.broker.queues, []
     queues["q"].config.sync_journal = queues["r+child"].config.sync_journal = 0
     talk.broker.queue("r", NOW)
-    talk.broker.move(queues["q"], queues["r"], 9, NOW, told.append)
+    talk.broker.moves.move(queues["q"], queues["r"], 9, NOW, told.append)
     for _ in range(4):
         talk.broker.write()
         assert not told and len(queues["q"].opens) == 2
@@ -8922,7 +8922,7 @@ def test_a_move_is_answered_though_it_cannot_be_finished(tmp_path, disk):
     queues, told = talk.broker.queues, []
     talk.broker.queue("r", NOW)
     talk.broker.write()
-    talk.broker.move(queues["q"], queues["r"], 9, NOW, told.append)
+    talk.broker.moves.move(queues["q"], queues["r"], 9, NOW, told.append)
     disk.failing, disk.good = {"pwrite": errno.ENOSPC}, 2      # open in q, and put to r
     for _ in range(3):
         talk.broker.write()
@@ -8951,7 +8951,7 @@ def test_a_move_is_answered_though_a_child_cannot_take_its_copies(tmp_path, monk
         raise OSError(errno.ENOMEM, "out of memory", "r+child")
 
     monkeypatch.setattr(queues["r+child"], "add", add)
-    talk.broker.move(queues["q"], queues["r"], 9, NOW, told.append)
+    talk.broker.moves.move(queues["q"], queues["r"], 9, NOW, told.append)
     for _ in range(9):
         talk.broker.write()
         talk.clock.reach(talk.clock.time + 1)
