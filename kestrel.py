@@ -377,6 +377,11 @@ RELOADED = ("allow", "proxy_protocol", "tls_cert", "tls_key", "tls_client_ca", "
 _USER = re.compile(r"([^\s,:]+):(pbkdf2\$[1-9][0-9]{0,6}\$(?:[0-9a-f]{2})+\$[0-9a-f]{64})")
 
 
+def _setting_of(key):
+    """Return the name of the setting that a key of the config file stands for."""
+    return _OLD_NAMES.get(key.lower(), key.lower())
+
+
 def _defaults(settings):
     return {key: kind.parse(default) for key, (kind, default) in settings.items()}
 
@@ -536,6 +541,7 @@ class Config:
         parser = configparser.ConfigParser(
             interpolation=None, default_section="", inline_comment_prefixes=("#",),
             empty_lines_in_values=False)
+        parser.optionxform = _setting_of
         bad = {}                         # number of a line -> why
         try:
             with open(self.path, encoding="utf-8-sig") as file:
@@ -568,18 +574,14 @@ class Config:
         """Return {name: value} of the settings in a section."""
         values = {}
         for key, text in texts.items():
-            name = _OLD_NAMES.get(key, key)
-            if name not in settings:
+            if key not in settings:
                 self._note("unknown setting %s in [%s]%s" % (key, header, _hint(key, settings)),
-                           header, name)
-            elif name in values:
-                self._note("%s is the same as %s: set one of them" % tuple(
-                    *_OLD_NAMES.items()), header, name)
+                           header, key)
             else:
                 try:
-                    values[name] = settings[name][0].parse(text)
+                    values[key] = settings[key][0].parse(text)
                 except ValueError as error:
-                    self._note("%s: %s" % (key, error), header, name)
+                    self._note("%s: %s" % (key, error), header, key)
         return values
 
     def _check_aliases(self):
@@ -717,8 +719,7 @@ class Config:
         for number, text in enumerate(self._lines, 1):
             match = re.match(r"\[(.+)\]", text.strip())
             section = match[1] if match else section
-            key = None if match else re.split("[=:]", text)[0].strip().lower()
-            key = _OLD_NAMES.get(key, key)
+            key = None if match else _setting_of(re.split("[=:]", text)[0].strip())
             for header in (section, " ".join(section.split())):
                 places.setdefault((header, key), "%s:%d" % (self.path, number))
         raise ConfigError("\n".join("%s: %s" % (places.get((header, key), header), why)
@@ -3018,16 +3019,16 @@ class Alone:
     work(call, done)        make a blocking call, then call done with its OSError or None
     later(ms, call)         make a call in that time; return what cancels it; None if
                             there is none, and so no other turn
-    bury(queue, item, now, setting)
-                            an item is open that has expired, or was handed out too often: move
-                            it to the queue that this setting names
-    is_burying_much(queue)  whether no more should be moved for now
+    moves                   None, or has two methods. bury(queue, item, now, setting): an item is
+                            open that has expired, or was handed out too often: move it to the
+                            queue that this setting names. is_burying_much(queue): return whether
+                            no more should be moved for now
     sweep_limit             how many expired items a read drops at once
     locks_files             whether to keep other processes out
     budget                  see Budget
     """
 
-    later = bury = work = None
+    later = moves = work = None
     sweep_limit = UNLIMITED
     locks_files = True
 
@@ -3519,7 +3520,7 @@ class Queue:
         for xid in known if tail or delay else reversed(known):
             item = self.opens[xid]
             if counted and item.deliveries + 1 >= self.config.max_deliveries and (
-                    self.host.bury and self.config.dead_letter_queue not in (None, self.name)):
+                    self.host.moves and self.config.dead_letter_queue not in (None, self.name)):
                 self._stop_alarm(xid)        # it stays open until it is safe there
                 self.delays.dying.add(xid)
                 dead[xid] = item
@@ -3563,7 +3564,7 @@ class Queue:
                         self.name, _size(item), item.deliveries + 1, self.config.dead_letter_queue)
             self.counters.dead_letters += 1
             item.xid = xid
-            self.host.bury(self, item, now, "dead_letter_queue")
+            self.host.moves.bury(self, item, now, "dead_letter_queue")
 
     # -- delays and pauses
 
@@ -3719,11 +3720,11 @@ class Queue:
         count = size = 0
         if limit is None:
             limit = self.config.max_expire_sweep
-        moves = self.host.bury and self.config.expire_to_queue not in (None, self.name)
+        moves = self.host.moves and self.config.expire_to_queue not in (None, self.name)
         while count < limit and self.count and (self.items or self._refill()) and (
                 self._is_expired(self.items[0], now)):
             if self.host.later and (size > 4 * _STEP_SIZE or moves and (
-                    self.host.is_burying_much(self))):
+                    self.host.moves.is_burying_much(self))):
                 break                        # it comes back in another turn
             count += 1
             try:
@@ -3736,7 +3737,7 @@ class Queue:
                 # Open until it is safe elsewhere, so that a crash cannot lose it.
                 self._open(item)
                 self._stop_alarm(item.xid)
-                self.host.bury(self, self.opens[item.xid], now, "expire_to_queue")
+                self.host.moves.bury(self, self.opens[item.xid], now, "expire_to_queue")
             else:
                 self._log(REMOVE, item)
         self.counters.expired_items += count
@@ -4947,9 +4948,9 @@ class Upkeep:
 # there are no other queues.
 Route = collections.namedtuple("Route", "targets copies queues only")
 
-# An item that was opened as `xid`, to be moved to another queue, since it expired or came back too
-# often at `now`.
-Leaving = collections.namedtuple("Leaving", "item xid now")
+# An item that was opened as `xid` at `now`, to be moved to another queue: on a client's word, or
+# since it expired or came back too often. expiry: what it has there.
+Leaving = collections.namedtuple("Leaving", "item xid expiry now")
 
 # How many items are moved from one queue to another at a time, and how many bytes; how long a move
 # waits for a large item that is being read, in milliseconds.
@@ -5095,7 +5096,8 @@ trouble | | | | trouble | Why puts or gets are refused, or none.
     bytes=lambda b, now: b.totals().bytes,
     clients=lambda b, now: len(b.clients),
     gets=lambda b, now: b.stats.get_hits + b.stats.get_misses,
-    reserved=lambda b, now: "%.3f" % (b.totals().reserved / b.machine_memory),
+    reserved=lambda b, now: "%.3f" % (
+        b.totals().reserved / (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))),
     put_rate=lambda b, now: round(b.put_rate, 1),
     get_rate=lambda b, now: round(b.get_rate, 1),
     turn=lambda b, now: b.metrics["turn_usec"].take_recent(),
@@ -5129,6 +5131,219 @@ class Account:
 Totals = collections.namedtuple("Totals", "items bytes put_items reserved")
 
 
+class Moves:
+    """Items on their way from one queue to another: expired ones, dead letters, and what clients
+    move. An item is open in its queue until it is safe in the other."""
+
+    def __init__(self, broker):
+        self._broker = broker
+        self._buried = collections.Counter()      # setting -> bytes of items on their way
+        self._moving = {}                 # (queue, setting) -> [the Leaving that are on their way]
+        self._stuck = set()               # queues whose expired items cannot be moved for now
+
+    def bury(self, queue, item, now, setting):
+        """Move an item that is open to the queue that a setting names, behind those that are on
+        their way there already."""
+        self._buried[setting] += _size(item)
+        leaving = Leaving(item, item.xid, 0, now)
+        if (queue, setting) in self._moving:
+            self._moving[queue, setting].append(leaving)
+        else:
+            self._moving[queue, setting] = [leaving]
+            self._advance(self._move(queue, setting))
+
+    def is_burying_much(self, queue):
+        """Return whether no more expired items of a queue should be moved for now: those on their
+        way to another queue take much memory, or they cannot be moved."""
+        return self._buried["expire_to_queue"] > _MOVE_SIZE or self.is_stuck(queue)
+
+    def is_stuck(self, queue):
+        """Return whether the expired items of a queue cannot be moved for now."""
+        return queue in self._stuck
+
+    def _advance(self, move, error=None):
+        """Go on with a move, up to where it has to wait again."""
+        with contextlib.suppress(StopIteration):
+            asks = move.send(error)
+            while isinstance(asks, Queue) and asks.history.logged <= asks.history.safe:
+                asks = move.send(None)
+            if isinstance(asks, Queue):
+                asks.history.when_safe(functools.partial(self._advance, move))
+            elif self._broker.later:
+                self._broker.later(asks, functools.partial(self._advance, move))
+
+    def _move(self, source, setting):
+        """Move open items, some at a time. Yield the queue that has to be safe before it goes on,
+        and then be sent the error, if any; or the milliseconds after which to go on.
+
+        They stay open until they are safe in all the queues they go to: what fails on the way is
+        undone, or tried again, and a crash finds them here, or there, or in both places.
+        """
+        moving = self._moving[source, setting]
+        is_told = False
+        try:
+            yield source                     # more of them come in this turn
+            while moving:
+                batch, size = [], 0
+                for leaving in moving[:_MOVE_STEP]:
+                    if size < _MOVE_SIZE:
+                        batch.append(leaving)
+                        size += _size(leaving.item)
+                yield source
+                still = self._still_open(source, batch)
+                count, error = yield from self._put_as_set(source, still, setting)
+                yield from self._confirm_moved(source, [leaving.xid for leaving in still[:count]])
+                moving[:len(batch)] = still[count:]
+                self._buried[setting] -= size - self._size_of(still[count:])
+                if error:
+                    if not is_told:
+                        log.error("queue %s: items cannot be moved (%s): %s", source.name, setting,
+                                  _why(error) if isinstance(error, OSError) else error)
+                    is_told = True
+                    if setting == "expire_to_queue":
+                        self._stuck.add(source)
+                    yield RETRY_MS           # so that a failing disk does not make the loop spin
+                    self._stuck.discard(source)
+                    if setting == "expire_to_queue" or isinstance(error, WrongSum) or not getattr(
+                            source.config, setting):
+                        break                # the next read drops what is damaged
+                elif self._broker.later:
+                    yield 0                  # others come in between
+        finally:
+            del self._moving[source, setting]
+            self._buried[setting] -= self._size_of(moving)
+        xids = [leaving.xid for leaving in self._still_open(source, moving)]
+        if setting == "expire_to_queue":
+            source.counters.expired_items -= len(xids)         # they are counted anew
+        source.abort(*xids, orphaned=True, counted=False)
+
+    @staticmethod
+    def _size_of(moving):
+        return sum([_size(leaving.item) for leaving in moving])
+
+    @staticmethod
+    def _still_open(source, moving):
+        """Return those whose OPEN was not undone. They may have been opened again, to be moved:
+        under another number."""
+        return [leaving for leaving in moving if source.opens.get(leaving.xid) is leaving.item]
+
+    def _put_as_set(self, source, moving, setting):
+        """Put items where a setting says. Return how many are there, and what keeps the next one
+        from the first queue, if anything does."""
+        if not moving:
+            return 0, None
+        broker, key = self._broker, os.fsencode(getattr(source.config, setting) or "")
+        try:
+            queues = (broker.routes.get(key) or broker.route(key, moving[-1].now)).queues
+        except (OSError, ValueError) as failure:     # there is no such setting since a reload
+            return 0, failure
+        if not queues:                       # fanout_only, without children
+            return len(moving), None
+        count, error = yield from self._put_moved(source, moving, queues, setting)
+        if count < len(moving) and not error:
+            error = OSError(errno.EDQUOT, "it does not take it", queues[0].name)
+        return count, error
+
+    def _put_moved(self, source, moving, queues, setting=None):
+        """Put items into the first of these queues, as many as it takes, and then copies of them
+        into the others. Return how many are in the first, and the error, if any. Copies are put
+        until they are safe, but for a client (setting is None), which is told of the error."""
+        first, *others = queues
+        must_fit = setting != "expire_to_queue" or first.paused & PAUSED_IN
+        count, error = (0, None) if first.closed else self._add_moved(
+            source, first, moving, must_fit)
+        failure = yield first
+        if failure or first.closed:
+            return 0, failure or OSError(errno.ESTALE, "it was deleted", first.name)
+        for queue in others:
+            left = moving[:count] if queue is not source else []     # a child would have it again
+            while left and not queue.closed:
+                added, problem = self._add_moved(source, queue, left, False)
+                failure = yield queue
+                left = left if failure else left[added:]
+                if failure or problem:
+                    if setting is None:
+                        error = failure or problem
+                        break
+                    yield RETRY_MS
+        return count, error
+
+    @staticmethod
+    def _add_moved(source, queue, moving, must_fit):
+        """Add items to a queue, and drop those for which it is full; if they must fit, stop at the
+        first of these. Return how many it has taken, and the error that it stopped at, if any."""
+        for count, (item, _, expiry, now) in enumerate(moving):
+            try:
+                is_added = queue.add(source.data_of(item), item.flags, expiry, now)
+            except OSError as failure:
+                return count, failure
+            if not is_added and must_fit:
+                return count, None
+            if not is_added:
+                log.warning("queue %s is full: an item that moves there from %s is dropped",
+                            queue.name, source.name)
+        return len(moving), None
+
+    @staticmethod
+    def _confirm_moved(source, xids):
+        """Confirm items that are safe elsewhere, as often as it takes."""
+        while any([source.confirm(xid, True) for xid in xids]):
+            error = yield source
+            if not error:
+                break
+            yield RETRY_MS
+        source.delays.dying.difference_update(xids)
+
+    def move(self, source, dest, most, now, done):
+        """Move waiting items of one queue to another, at most `most`, the oldest first; then call
+        done((how many, OSError or None)). It ends early where the other queue is full."""
+        self._advance(self._move_many(source, dest, most, now, done))
+
+    def _move_many(self, source, dest, most, now, done):
+        """Move items as _move() does, some at a time."""
+        moved, error = 0, None
+        queues = [dest, *self._broker.children.get(dest.name, ())]
+        while moved < most and source.count and not (
+                error or source.closed or dest.closed or self._broker.stopping):
+            batch, size = [], 0
+            try:
+                while len(batch) < min(_MOVE_STEP, most - moved) and size < _MOVE_SIZE:
+                    item = source.remove(True, now, even_paused=True)
+                    if item is None:
+                        break
+                    source.limit(item.xid, None)
+                    batch.append(Leaving(item, item.xid, item.expiry, now))
+                    size += len(item.data)
+            except OSError as failure:
+                error = failure
+            if not batch:
+                if not error and source.count and self.is_stuck(source):
+                    error = OSError(errno.EBUSY, "its expired items cannot be moved", source.name)
+                elif not error and source.count:
+                    yield _LOADING_MS        # a run of expired items, or a large one is being read
+                continue
+            failure = yield source
+            if failure:                      # they are at the head again
+                error = failure
+                break
+            count, failure = yield from self._put_moved(source, batch, queues)
+            error = failure or error
+            xids = [leaving.xid for leaving in batch]
+            source.abort(*xids[count:], orphaned=True, counted=False)
+            for xid in xids[:count]:
+                source.confirm(xid)
+            moved += count
+            failure = yield source
+            if failure:                      # they are open again, and safe elsewhere
+                error = failure
+                self._advance(self._confirm_moved(source, xids[:count]))
+            elif count < len(batch):         # the other queue is full
+                break
+            elif self._broker.later:
+                yield 0                      # others come in between
+        done((moved, error))
+
+
 class Broker:
     """All queues of a server.
 
@@ -5153,7 +5368,7 @@ class Broker:
         self.budget = budget or Budget()
         self.queues = {}
         self.routes = {}                  # what route() found
-        self.children = {}                # parent -> names of its fanout children
+        self.children = {}                # name of a parent -> its fanout children
         self.dirty = []                   # queues with something to write
         self.changed = self.dirty.append
         self.tasks = collections.deque()
@@ -5169,7 +5384,6 @@ class Broker:
         self.metrics = {name: Histogram() for name in METRICS}
         self.latency = self.metrics["delivery_latency_msec"]
         self.put_rate = self.get_rate = 0.0       # items a second of all queues
-        self.machine_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._accounts = {}               # queue -> Account
         self._uncounted = set()           # queues that have changed since totals()
         self._totals = Totals(0, 0, 0, 0)
@@ -5185,9 +5399,7 @@ class Broker:
         self._refused = (False, False)    # whether the status refuses reads, writes by now
         self._strangers = set()           # (host, what it did) that the log has told of
         self._grace = None                # cancels the end of its grace period
-        self._buried = collections.Counter()      # setting -> bytes of items on their way
-        self._moving = {}                 # (queue, setting) -> [the Leaving that are on their way]
-        self._stuck = set()               # queues whose expired items cannot be moved for now
+        self.moves = Moves(self)
         self._read_status()
         self.spool = os.path.abspath(self.settings.queue_path)
         self._unloaded = find_journals(self.spool)
@@ -5255,15 +5467,12 @@ class Broker:
     def route(self, key, now=None, who="the server"):
         """Return where the items put under `key` (bytes) go. Raises ValueError when it cannot
         name a queue, OSError when a queue cannot be created."""
-        names = self.targets(key)
-        targets = [self.queue(name, now, who) for name in names]
-        parents = dict.fromkeys([os.fsdecode(key), *(queue.name for queue in targets)])
-        copies = [self.queue(child, now, who)
-                  for parent in parents for child in self.children.get(parent, ())
-                  if child not in self.config.aliases]
-        targets = [queue for queue in targets
+        queues = [self.queue(name, now, who) for name in self.targets(key)]
+        targets = [queue for queue in queues
                    if not queue.config.fanout_only or "+" in queue.name]
-        copies = [queue for queue in dict.fromkeys(copies) if queue not in targets]
+        parents = dict.fromkeys([os.fsdecode(key), *(queue.name for queue in queues)])
+        copies = [child for parent in parents for child in self.children.get(parent, ())
+                  if child.name not in self.config.aliases and child not in targets]
         route = Route(targets, copies, targets + copies,
                       targets[0] if len(targets) == 1 and not copies else None)
         self.routes[key] = route
@@ -5279,8 +5488,9 @@ class Broker:
         self.queues[name] = queue
         self._accounts[queue] = Account(self.uptime())
         self._count(queue)
-        if "+" in name:
-            self.children.setdefault(name.partition("+")[0], []).append(name)
+        parent, is_child, _ = name.partition("+")
+        if is_child:
+            self.children.setdefault(parent, []).append(queue)
             self.routes.clear()
         return queue
 
@@ -5307,9 +5517,9 @@ class Broker:
         self._count(queue)
         del self._accounts[queue]
         self.routes.clear()
-        parent = queue.name.partition("+")[0]
-        if parent != queue.name:
-            self.children[parent].remove(queue.name)
+        parent, is_child, _ = queue.name.partition("+")
+        if is_child:
+            self.children[parent].remove(queue)
 
     # -- status
 
@@ -5574,212 +5784,6 @@ class Broker:
             self.low_space = "there is no space for more: less than %s free (min_free_space)" % (
                 SIZE.show(least))
 
-    def bury(self, queue, item, now, setting):
-        """Move an item that is open to the queue that a setting names, behind those that are on
-        their way there already."""
-        self._buried[setting] += _size(item)
-        leaving = Leaving(item, item.xid, now)
-        if (queue, setting) in self._moving:
-            self._moving[queue, setting].append(leaving)
-        else:
-            self._moving[queue, setting] = [leaving]
-            self._advance(self._move(queue, setting))
-
-    def is_burying_much(self, queue):
-        """Return whether no more expired items of a queue should be moved for now: those on their
-        way to another queue take much memory, or they cannot be moved."""
-        return self._buried["expire_to_queue"] > _MOVE_SIZE or self.is_stuck(queue)
-
-    def is_stuck(self, queue):
-        """Return whether the expired items of a queue cannot be moved for now."""
-        return queue in self._stuck
-
-    def _advance(self, move, error=None):
-        """Go on with a move, up to where it has to wait again."""
-        with contextlib.suppress(StopIteration):
-            asks = move.send(error)
-            while isinstance(asks, Queue) and asks.history.logged <= asks.history.safe:
-                asks = move.send(None)
-            if isinstance(asks, Queue):
-                asks.history.when_safe(functools.partial(self._advance, move))
-            elif self.later:
-                self.later(asks, functools.partial(self._advance, move))
-
-    def _move(self, source, setting):
-        """Move open items, some at a time. Yield the queue that has to be safe before it goes on,
-        and then be sent the error, if any; or the milliseconds after which to go on.
-
-        They stay open until they are safe in all the queues they go to: what fails on the way is
-        undone, or tried again, and a crash finds them here, or there, or in both places.
-        """
-        moving = self._moving[source, setting]
-        is_told = False
-        try:
-            yield source                     # more of them come in this turn
-            while moving:
-                batch, size = [], 0
-                for leaving in moving[:_MOVE_STEP]:
-                    if size < _MOVE_SIZE:
-                        batch.append(leaving)
-                        size += _size(leaving.item)
-                yield source
-                still = self._still_open(source, batch)
-                count, error = yield from self._put_moved(source, still, setting)
-                yield from self._confirm_moved(source, [leaving.xid for leaving in still[:count]])
-                moving[:len(batch)] = still[count:]
-                self._buried[setting] -= size - self._size_of(still[count:])
-                if error:
-                    if not is_told:
-                        log.error("queue %s: items cannot be moved (%s): %s", source.name, setting,
-                                  _why(error) if isinstance(error, OSError) else error)
-                    is_told = True
-                    if setting == "expire_to_queue":
-                        self._stuck.add(source)
-                    yield RETRY_MS           # so that a failing disk does not make the loop spin
-                    self._stuck.discard(source)
-                    if setting == "expire_to_queue" or isinstance(error, WrongSum) or not getattr(
-                            source.config, setting):
-                        break                # the next read drops what is damaged
-                elif self.later:
-                    yield 0                  # others come in between
-        finally:
-            del self._moving[source, setting]
-            self._buried[setting] -= self._size_of(moving)
-        xids = [leaving.xid for leaving in self._still_open(source, moving)]
-        if setting == "expire_to_queue":
-            source.counters.expired_items -= len(xids)         # they are counted anew
-        source.abort(*xids, orphaned=True, counted=False)
-
-    @staticmethod
-    def _size_of(moving):
-        return sum([_size(leaving.item) for leaving in moving])
-
-    @staticmethod
-    def _still_open(source, moving):
-        """Return those whose OPEN was not undone. They may have been opened again, to be moved:
-        under another number."""
-        return [leaving for leaving in moving if source.opens.get(leaving.xid) is leaving.item]
-
-    def _put_moved(self, source, moving, setting):
-        """Put items where a setting says. Return how many are there, and what keeps the next one
-        from the first queue, if anything does."""
-        if not moving:
-            return 0, None
-        key = os.fsencode(getattr(source.config, setting) or "")
-        try:
-            queues = (self.routes.get(key) or self.route(key, moving[-1].now)).queues
-        except (OSError, ValueError) as failure:     # there is no such setting since a reload
-            return 0, failure
-        if not queues:                       # fanout_only, without children
-            return len(moving), None
-        first, *others = queues
-        must_fit = setting == "dead_letter_queue" or first.paused & PAUSED_IN
-        count, error = self._add_moved(source, first, moving, must_fit)
-        failure = yield first
-        if failure or first.closed:
-            return 0, failure or OSError(errno.ESTALE, "it was deleted", first.name)
-        for queue in others:
-            left = moving[:count] if queue is not source else []     # a child would have it again
-            while left and not queue.closed:
-                added, problem = self._add_moved(source, queue, left, False)
-                failure = yield queue
-                left = left if failure else left[added:]
-                if failure or problem:
-                    yield RETRY_MS
-        return count, error
-
-    @staticmethod
-    def _add_moved(source, queue, moving, must_fit):
-        """Add items to a queue, and drop those for which it is full, unless they must fit. Return
-        how many it has taken, and what keeps it from the next one."""
-        for count, (item, _, now) in enumerate(moving):
-            try:
-                is_added = queue.add(source.data_of(item), item.flags, 0, now)
-            except OSError as failure:
-                return count, failure
-            if not is_added and must_fit:
-                return count, OSError(errno.EDQUOT, "it does not take it", queue.name)
-            if not is_added:
-                log.warning("queue %s is full: an item that moves there from %s is dropped",
-                            queue.name, source.name)
-        return len(moving), None
-
-    @staticmethod
-    def _confirm_moved(source, xids):
-        """Confirm items that are safe elsewhere, as often as it takes."""
-        while any([source.confirm(xid, True) for xid in xids]):
-            error = yield source
-            if not error:
-                break
-            yield RETRY_MS
-        source.delays.dying.difference_update(xids)
-
-    def move(self, source, dest, most, now, done):
-        """Move waiting items of one queue to another, at most `most`, the oldest first; then call
-        done((how many, OSError or None)). It ends early where the other queue is full."""
-        self._advance(self._move_many(source, dest, most, now, done))
-
-    def _move_many(self, source, dest, most, now, done):
-        """Move items as _move() does, some at a time."""
-        moved, error, is_full = 0, None, False
-        copies = [self.queues[name] for name in self.children.get(dest.name, ())
-                  if name != source.name]    # or they would be there again
-        while moved < most and source.count and not (
-                error or is_full or source.closed or dest.closed or self.stopping):
-            batch, size = [], 0
-            try:
-                while len(batch) < min(_MOVE_STEP, most - moved) and size < _MOVE_SIZE:
-                    item = source.remove(True, now, even_paused=True)
-                    if item is None:
-                        break
-                    source.limit(item.xid, None)
-                    batch.append(item)
-                    size += len(item.data)
-            except OSError as failure:
-                error = failure
-            if not batch:
-                if not error and source.count and self.is_stuck(source):
-                    error = OSError(errno.EBUSY, "its expired items cannot be moved", source.name)
-                elif not error and source.count:
-                    yield _LOADING_MS        # a run of expired items, or a large one is being read
-                continue
-            failure = yield source
-            if failure:                      # they are at the head again
-                error = failure
-                break
-            stored = []
-            try:
-                if dest.closed:
-                    raise OSError(errno.ESTALE, "it was deleted", dest.name)
-                for item in batch:
-                    if not dest.add(item.data, item.flags, item.expiry, now):
-                        is_full = True
-                        break
-                    stored.append(item.xid)
-                    for queue in copies:
-                        if not queue.closed:
-                            queue.add(item.data, item.flags, item.expiry, now)
-            except OSError as failure:       # or there is no memory left
-                error = failure
-            source.abort(*[item.xid for item in batch[len(stored):]], orphaned=True, counted=False)
-            failure = yield dest
-            if failure:
-                error = failure
-                source.abort(*stored, orphaned=True, counted=False)
-                break
-            for queue in copies:
-                error = (yield queue) or error
-            for xid in stored:
-                source.confirm(xid)
-            moved += len(stored)
-            failure = yield source
-            if failure:                      # they are open again, and safe elsewhere
-                error = failure
-                self._advance(self._confirm_moved(source, stored))
-            elif self.later:
-                yield 0                      # others come in between
-        done((moved, error))
-
     # -- statistics
 
     def _count(self, queue):
@@ -5838,7 +5842,7 @@ class Broker:
         """Return the statistics of a queue, as (name, value) pairs; `children` if it has any."""
         children = self.children.get(queue.name)
         return [(one.name, one.get(queue, now)) for one in QUEUE_STATS] + (
-            [("children", ",".join(children))] if children else [])
+            [("children", ",".join(child.name for child in children))] if children else [])
 
 
 # == 7. Protocols =========================================================================
@@ -6304,7 +6308,7 @@ class Session:
 
     def _next_of(self, queues, opening, peek, wait):
         """Return the first of these queues that has an item, and the item; or (None, None)."""
-        naps = RETRY_MS // _LOADING_MS
+        moves, naps = self.broker.moves, RETRY_MS // _LOADING_MS
         while True:
             queues = [queue for queue in queues if not queue.closed]
             for queue in queues:
@@ -6315,10 +6319,10 @@ class Session:
                     return queue, item
             more = [queue for queue in queues if queue.has_more(peek)]
             # Whether what is at the heads has expired, and has to wait for its turn to be moved.
-            is_late = self.broker.later and more and all(map(self.broker.is_burying_much, more))
+            is_late = self.broker.later and more and all(map(moves.is_burying_much, more))
             if more and not is_late:
                 yield None                   # a run of expired items, or a large one is being read
-            elif is_late and not wait and naps and not all(map(self.broker.is_stuck, more)):
+            elif is_late and not wait and naps and not all(map(moves.is_stuck, more)):
                 naps -= 1
                 yield self._nap
             elif wait and queues:
@@ -6512,7 +6516,7 @@ class Session:
         if target.config.fanout_only and "+" not in dest:
             raise Refused("CLIENT_ERROR", "%s is fanout_only: it keeps no items" % dest)
         moved, error = yield functools.partial(
-            self.broker.move, source, target, min(most, source.count), self.now)
+            self.broker.moves.move, source, target, min(most, source.count), self.now)
         if error:
             raise Refused("SERVER_ERROR", "%s; %d were moved" % (_why(error), moved),
                           reason=_reason(error))
@@ -7866,6 +7870,12 @@ _SCALES = {"usec": 1e-6, "msec": 1e-3, "time": 1e-3}
 _LINES_STEP = 400
 
 
+def _batches(items, size):
+    """Yield the items in lists of that size; the last one may be shorter."""
+    items = iter(items)
+    return iter(lambda: list(itertools.islice(items, size)), [])
+
+
 def _shown_name(name):
     """Return a printable, unambiguous form of the name of a queue: no name has a slash in it."""
     return re.sub("[\udc80-\udcff]", lambda match: "/x%02x" % (ord(match[0]) - 0xdc00), name)
@@ -8051,23 +8061,15 @@ class AdminSession(Session):
         self._say(self._head(HTTPStatus.OK, kind,
                              "Transfer-Encoding: chunked" if self._request.chunked else None))
         yield
-        lines = []
-        for count, piece in enumerate(pieces if self._request.method != "HEAD" else (), 1):
-            lines.append(piece)
-            if count % _LINES_STEP == 0:
-                self._say_piece("".join(lines))
-                lines.clear()
+        if self._request.method != "HEAD":
+            for some in _batches(pieces, _LINES_STEP):
+                data = "".join(some).encode("utf-8", "backslashreplace")
+                self._say(b"%x\r\n%b\r\n" % (len(data), data) if self._request.chunked else data)
                 yield
-        self._say_piece("".join(lines))
-        if self._request.method != "HEAD" and self._request.chunked:
-            self._say(b"0\r\n\r\n")
+            if self._request.chunked:
+                self._say(b"0\r\n\r\n")
         if not self._request.keep_alive:
             self.end()
-
-    def _say_piece(self, text):
-        data = text.encode("utf-8", "backslashreplace")
-        if data:
-            self._say(b"%x\r\n%b\r\n" % (len(data), data) if self._request.chunked else data)
 
     def _say_error(self, error):
         self._respond(
@@ -8234,7 +8236,8 @@ class AdminSession(Session):
             "name": _shown_name(queue.name), "key": _key_of(queue.name),
             "paused": PAUSES[queue.paused], "settings": queue.config.lines(),
             "stats": dict(self.broker.queue_stats(queue, self.now)),
-            "children": [_shown_name(name) for name in self.broker.children.get(queue.name, ())],
+            "children": [_shown_name(child.name)
+                         for child in self.broker.children.get(queue.name, ())],
             "items": rows, "readers": readers, "history": self.broker.history(queue)}
 
     def _item(self):
@@ -8302,17 +8305,13 @@ class AdminSession(Session):
             raise Refused("NOT_FOUND", "there is no such client")
         return "closed"
 
-    def _post_status(self):
-        self._set_status(self._asked("to"))
+    def _change_status(self, word):
+        self._set_status(word)
         return self.broker.status.lower()
 
     def _post_reload(self):
         yield from self._reload()
         return "reloaded"
-
-    def _post_quiesce(self):
-        self._set_status("quiescent")
-        return "quiescent"
 
     def _post_shutdown(self):
         self._check_admin("shutdown")
@@ -8371,11 +8370,11 @@ _ADMIN_PATHS = {
     "/move": ("POST", AdminSession._post_move),
     "/pause": ("POST", AdminSession._post_pause),
     "/kick": ("POST", AdminSession._post_kick),
-    "/set_status": ("POST", AdminSession._post_status),
+    "/set_status": ("POST", lambda session: session._change_status(session._asked("to"))),
     "/flush": ("POST", AdminSession._post_flush),
     "/delete": ("POST", AdminSession._post_delete),
     "/reload": ("POST", AdminSession._post_reload),
-    "/quiesce": ("POST", AdminSession._post_quiesce),
+    "/quiesce": ("POST", lambda session: session._change_status("quiescent")),
     "/shutdown": ("POST", AdminSession._post_shutdown),
 }
 
@@ -10452,12 +10451,6 @@ def _word(text):
     return text
 
 
-def _batches(items):
-    """Yield the items in lists of _PUT_AT_ONCE; the last one may be shorter."""
-    items = iter(items)
-    return iter(lambda: list(itertools.islice(items, _PUT_AT_ONCE)), [])
-
-
 def _many(count):
     """Return the option of a key for so many items; Kestrel knows no such option."""
     return "" if count == 1 else "/n=%d" % count
@@ -10550,7 +10543,7 @@ class Client:
         """Put items without waiting for the answer to each; return how many the queue has taken.
         Raises ServerError for the first that was refused, when all have been answered."""
         taken, refused = 0, None
-        for batch in _batches(items):
+        for batch in _batches(items, _PUT_AT_ONCE):
             answers, error, failure = self._put_batch(queue, batch, expiry, flags)
             taken += sum(answers)
             refused = refused or error
@@ -10989,7 +10982,7 @@ class Cluster(Client):
                  flags: int = 0) -> int:
         """Put items, a batch on a server; return how many were taken."""
         taken = 0
-        for batch in _batches(items):
+        for batch in _batches(items, _PUT_AT_ONCE):
             rest = batch
 
             def put(client):
@@ -11397,7 +11390,7 @@ def verify_file(path: str) -> dict:
 
 def _journal_names(spool):
     """Return {queue: {number of the file, None for the current one: its name}} of a spool: the
-    files that count, see find_journals()."""
+    files that count, see find_journals(), the oldest first."""
     found, packs = {}, []
     for entry in os.scandir(spool):
         match = _JOURNAL_NAME.fullmatch(entry.name)
@@ -11412,12 +11405,8 @@ def _journal_names(spool):
             del files[number]
         if entry.stat().st_size:
             files[last] = entry.name
-    return found
-
-
-def _in_order(files):
-    """Return the (number, name) of the files of a queue, the oldest first."""
-    return sorted(files.items(), key=lambda pair: (pair[0] is None, pair[0]))
+    return {queue: dict(sorted(files.items(), key=lambda pair: (pair[0] is None, pair[0])))
+            for queue, files in found.items()}
 
 
 def _verify(spool, as_json):
@@ -11425,7 +11414,7 @@ def _verify(spool, as_json):
     os.nice(19)                              # a server may be using it
     status = 0
     for _, files in sorted(_journal_names(spool).items()):
-        for _, name in _in_order(files):
+        for name in files.values():
             try:
                 found = verify_file(os.path.join(spool, name))
             except FileNotFoundError:        # a server has packed it meanwhile
@@ -11492,15 +11481,14 @@ def _open_at_one_moment(spool, name, inode, found):
     at one moment; [] if there is no such queue. inode: of its current file, before the files were
     looked for; found: {number: name} of them. Raises OSError."""
     for attempt in range(_COPY_TRIES):
-        order = _in_order(found)
         opened = []
         try:
-            for number, file in order:
+            for number, file in found.items():
                 opened.append((number, os.open(os.path.join(spool, file),
                                                os.O_RDONLY | os.O_CLOEXEC)))
             sizes = [os.fstat(fd).st_size for _, fd in opened]
             same = [_identity(os.stat(os.path.join(spool, file))) == _identity(os.fstat(fd))
-                    for (_, file), (_, fd) in zip(order, opened)]
+                    for file, (_, fd) in zip(found.values(), opened)]
             current = [os.fstat(fd).st_ino for number, fd in opened if number is None] or [None]
             # New files come with another one that is renamed or deleted. A current file that is
             # still the same was there all the time: no other one has been given a number since.
@@ -11777,7 +11765,7 @@ def _put_exported(client, queue, rows):
     taken, of how many) for each batch."""
     for (flags, expiry), same in itertools.groupby(
             rows, lambda row: (row["flags"], -(-row["expiry"] // 1000))):
-        for batch in _batches(row["data"] for row in same):
+        for batch in _batches((row["data"] for row in same), _PUT_AT_ONCE):
             yield client.put_many(queue, batch, expiry, flags), len(batch)
 
 

@@ -295,7 +295,7 @@ def step_of(task):
 class Bench:
     """What a server is for its queues, but by hand: what is to be done is collected in lists."""
 
-    bury = work = None
+    moves = work = None
     locks_files = False
     sweep_limit = kestrel.UNLIMITED
 
@@ -1214,7 +1214,7 @@ def test_a_mark_at_the_start_of_the_config_file(tmp_path):
     ("listen = [::1]:22133", "'[::1]:22133' is not a host"), ("listen = *", "'*' is not a host"),
     ("listen = 10.0.0.0/8", "'10.0.0.0/8' is not"), ("listen = /run/k.sock", "'/run/k.sock' is not"),
     ("listen = unix:", "'unix:' is not a host"),
-    ("listen_address = ::1\nlisten = ::1", "listen_address is the same as listen"),
+    ("listen_address = ::1\nlisten = ::1", "listen is set twice in [server]"),
     ("socket_mode = rw", "'rw' is not a mode"),
     ("admin_commands = some", "'some' is none of: local, all, none"),
     ("socket_mode = 7777", "'7777' is not a mode"),
@@ -4853,7 +4853,7 @@ def test_an_item_that_is_opened_again_is_moved_once(tmp_path, disk):
     for _ in range(3):
         settle(broker)
         clock.reach(clock.time + 1000)
-    assert items_of(broker, "late") == [b"1", b"2"] and not work.opens and not any(broker._buried.values())
+    assert items_of(broker, "late") == [b"1", b"2"] and not work.opens and not any(broker.moves._buried.values())
 
 
 @pytest.mark.parametrize("failing", ["work", "late"])
@@ -4905,7 +4905,7 @@ def test_a_move_ends_when_the_other_queue_is_deleted_meanwhile(tmp_path, sync_jo
 
     turn()
     told = []
-    broker.move(*queues, 10, NOW, told.append)
+    broker.moves.move(*queues, 10, NOW, told.append)
     broker.delete(queues[1])
     for _ in range(5):
         turn()
@@ -6519,7 +6519,7 @@ def test_dead_letters_that_wait_for_room_are_tried_one_at_a_time_in_order(tmp_pa
         talk("get dead\r\n")
     assert found == [b"full", *map(str.encode, items)]
     assert not talk.broker.queues["work"].opens
-    assert not any(talk.broker._buried.values())
+    assert not any(talk.broker.moves._buried.values())
 
 
 @promise(1)
@@ -8950,7 +8950,7 @@ def test_a_move_is_answered_when_the_children_have_their_copies(talk):
     queues, told = talk.broker.queues, []
     queues["q"].config.sync_journal = queues["r+child"].config.sync_journal = 0
     talk.broker.queue("r", NOW)
-    talk.broker.move(queues["q"], queues["r"], 9, NOW, told.append)
+    talk.broker.moves.move(queues["q"], queues["r"], 9, NOW, told.append)
     for _ in range(4):
         talk.broker.write()
         assert not told and len(queues["q"].opens) == 2
@@ -8971,7 +8971,7 @@ def test_a_move_is_answered_though_it_cannot_be_finished(tmp_path, disk):
     queues, told = talk.broker.queues, []
     talk.broker.queue("r", NOW)
     talk.broker.write()
-    talk.broker.move(queues["q"], queues["r"], 9, NOW, told.append)
+    talk.broker.moves.move(queues["q"], queues["r"], 9, NOW, told.append)
     disk.failing, disk.good = {"pwrite": errno.ENOSPC}, 2      # open in q, and put to r
     for _ in range(3):
         talk.broker.write()
@@ -8984,6 +8984,30 @@ def test_a_move_is_answered_though_it_cannot_be_finished(tmp_path, disk):
         talk.broker.write()
     assert not queues["q"].opens and not queues["q"].count
     assert items_of(talk.broker, "r") == [b"1", b"2"]
+
+
+@promise(2)
+def test_a_move_is_answered_though_a_child_cannot_take_its_copies(tmp_path, monkeypatch):
+    """The client does not wait until it can."""
+    talk = timed_talk(tmp_path)
+    put_some(talk, "q", b"1", b"2")
+    queues, told = talk.broker.queues, []
+    talk.broker.queue("r", NOW)
+    talk.broker.queue("r+child", NOW)
+    talk.broker.write()
+
+    def add(*_):
+        raise OSError(errno.ENOMEM, "out of memory", "r+child")
+
+    monkeypatch.setattr(queues["r+child"], "add", add)
+    talk.broker.moves.move(queues["q"], queues["r"], 9, NOW, told.append)
+    for _ in range(9):
+        talk.broker.write()
+        talk.clock.reach(talk.clock.time + 1)
+    (moved, error), = told
+    assert error.errno == errno.ENOMEM and not queues["q"].opens
+    assert items_of(talk.broker, "r") + items_of(talk.broker, "q") == [b"1", b"2"]
+    assert queues["r"].count == moved
 
 
 @pytest.mark.parametrize("to", ["", "late"])
