@@ -4214,7 +4214,9 @@ class Queue:
         if not self.journal.repair(file, start, ends) and file.size == size:
             raise OSError(errno.EIO, "cannot be read, though nothing is damaged", file.path)
         lost = 0
-        if file not in behind.older and (
+        # While `older` are read, the count of files[0] is theirs too: it is corrected at its end.
+        uncounted = [*behind.older, *files[:behind.file in behind.older]]
+        if file not in uncounted and (
                 file is behind.file or behind.file not in files[files.index(file):]):
             with open(file.path, "rb") as source, contextlib.suppress(Damage):
                 source.seek(start)
