@@ -163,7 +163,7 @@ def check_name(name):
     if name == "lost+found":
         raise ValueError("lost+found is where damaged journals are kept")
     for char in name:
-        if char in "./~" or char <= " " or char == "\x7f":
+        if char in "./~" or char <= " " or "\x7f" <= char <= "\x9f":
             raise ValueError("%s in the name of a queue" % ascii(char))
     return name
 
@@ -394,7 +394,8 @@ def _hint(key, settings):
         if key in others:
             return "; it belongs in [%s]" % section
     import difflib
-    near = difflib.get_close_matches(key, settings, 1)
+    near = ([name for name in settings if name.endswith("_" + key)]        # `port`, say
+            or difflib.get_close_matches(key, settings, 1))
     return "; did you mean %s?" % near[0] if near else ""
 
 
@@ -5871,7 +5872,7 @@ class Session:
     """One client, in whatever protocol: its input, its answers, its open reads and waits.
 
     What the server uses: feed(), hang_up(), resume(), time_out(), settle(), take(), sent(),
-    out_of_memory(), close(), the attributes that follow and those explained in __init__():
+    turn_away(), close(), the attributes that follow and those explained in __init__():
 
     most_load    with more load, the next command waits until all answers have been sent
     timeout      milliseconds from now at which time_out() is to be called; then set to None
@@ -6167,10 +6168,10 @@ class Session:
                 self.open_reads[queue] = {xid: (self.now, next(self._opened)) for xid in mine}
         self._update()
 
-    def out_of_memory(self):
-        """Refuse the command in hand, drop all other input, and end."""
+    def turn_away(self, error):
+        """Refuse the command in hand, or what has come so far; drop all other input, and end."""
         self._drop_command()
-        self._refuse(Refused("SERVER_ERROR", "out of memory", reason="ENOMEM"))
+        self._refuse(error)
         self.end()
 
     # -- what a client may do
@@ -6823,10 +6824,10 @@ class MemcacheSession(LineSession):
             raise Refused("CLIENT_ERROR", "line too long", close=True)
         _check_byte(data[pos:pos + 1])
 
-    def out_of_memory(self):
+    def turn_away(self, error):
         if self.command is None:
             self._words = self._block.words if self._block else ()
-        super().out_of_memory()
+        super().turn_away(error)
 
     def _check_stranger(self, line):
         """Check that the first command is the login, or quit."""
@@ -7564,11 +7565,11 @@ class ThriftSession(Session):
         return _thrift_frame(strict, name, number, _EXCEPTION, _string_field(1, os.fsencode(why))
                              + struct.pack(">bhi", _I32, 2, kind))
 
-    def out_of_memory(self):
+    def turn_away(self, error):
         if self.command is None:             # there is no call to be answered
             self.end()
         else:
-            super().out_of_memory()
+            super().turn_away(error)
 
     def _fail(self, failed, entries):
         ended = [(queue, xid) for queue, xid in self._ended if queue in failed]
@@ -7787,8 +7788,8 @@ _SHOWN_ITEMS = 20
 
 # The statistics in the page's table of queues.
 _SHOWN_STATS = [one for one in QUEUE_STATS if one.name in (
-    "items", "bytes", "logsize", "waiters", "open_transactions", "head_wait", "put_rate",
-    "get_rate")]
+    "items", "bytes", "logsize", "waiters", "open_transactions", "delayed", "head_wait",
+    "put_rate", "get_rate")]
 
 _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
@@ -8446,8 +8447,8 @@ const time = s => s < 1 ? Math.round(s * 1000) + " ms" : s < 120 ? Math.round(s)
 const columns = [["Queue", "name", x => x], ["Items", "items", number.format],
   ["Bytes", "bytes", bytes], ["Oldest", "head_wait", ms => ms ? time(ms / 1000) : "–"],
   ["Put/s", "put_rate", number.format], ["Got/s", "get_rate", number.format],
-  ["Open", "open_transactions", number.format], ["Waiters", "waiters", number.format],
-  ["Journal", "logsize", bytes]]
+  ["Open", "open_transactions", number.format], ["Delayed", "delayed", number.format],
+  ["Waiters", "waiters", number.format], ["Journal", "logsize", bytes]]
 // The address says what is shown, so that a link to it can be shared.
 const wish = new URLSearchParams(location.search)
 let data = null, charts = {}, answered = 0, stopped = false, turn = 0, pressed = false
@@ -8825,6 +8826,9 @@ _TLS_FAILURES = {
     "CERTIFICATE_VERIFY_FAILED": "has a certificate that tls_client_ca does not sign:",
     "UNSUPPORTED_PROTOCOL": "speaks too old a version of TLS:",
     "": "fails in TLS:"}
+
+# Those of clients that can read an answer which is not in TLS.
+_NO_TLS = "WRONG_VERSION_NUMBER", "HTTP_REQUEST"
 
 # How many TLS handshakes a turn does, which take a millisecond each, and how many queues may have
 # something to write before it feeds nobody any more.
@@ -9311,6 +9315,9 @@ class Connection:
                 why = str(error.reason or error)
                 words = next(words for part, words in _TLS_FAILURES.items() if part in why)
                 server.broker.note_stranger(session.peer, "%s %s" % (words, why))
+                if self.is_greeting and why in _NO_TLS:
+                    self._answer_in_plain()
+                    return
             self.close()
             return
         if not data:
@@ -9326,6 +9333,13 @@ class Connection:
         session.feed(data, server.now)
         if session.load > _UNCOUNTED or session.state is not READY:
             self.count_buffers()
+
+    def _answer_in_plain(self):
+        """Tell a client that speaks no TLS what is wrong, and hang up."""
+        self.is_greeting = False
+        self.sock = socket.socket(fileno=self.sock.detach())
+        self.sock.setblocking(False)
+        self.session.turn_away(Refused("ERROR", "this port takes TLS only"))
 
     def resume(self):
         """Go on with a session that can go on."""
@@ -9514,7 +9528,7 @@ class Connection:
         if self.unsent or self.session.out:
             self.close()
         else:
-            self.session.out_of_memory()
+            self.session.turn_away(Refused("SERVER_ERROR", "out of memory", reason="ENOMEM"))
             self.server.active.append(self)
             self.count_buffers()
 
@@ -10455,9 +10469,12 @@ class Client:
                 import ssl
                 try:
                     self._sock = self._tls.wrap_socket(self._sock, server_hostname=host)
-                except ssl.SSLError as error:
-                    if error.reason == "WRONG_VERSION_NUMBER":
+                except (ssl.SSLError, ConnectionResetError) as error:
+                    if getattr(error, "reason", None) == "WRONG_VERSION_NUMBER":
                         raise ConnectionError("the server speaks no TLS there") from None
+                    if isinstance(error, (ssl.SSLEOFError, ConnectionResetError)):
+                        raise ConnectionError("the server has closed the connection: perhaps it "
+                                              "speaks no TLS there") from None
                     raise
             self._file = self._sock.makefile("rb")
             if user is not None:
@@ -10744,7 +10761,7 @@ class Client:
         self._sock.settimeout(self._timeout + timeout)
         try:
             self._try(lambda: self._sock.sendall(command))
-        except BrokenPipeError:              # which is what a command calls its standard output's
+        except BrokenPipeError:
             raise ConnectionError("the server has closed the connection") from None
 
     def _connect_again(self):
@@ -11174,22 +11191,15 @@ def main(arguments=None):
                  if key in SERVER_SETTINGS and value is not None}
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=[LogStream()])
     try:
-        if options.dump:
-            return _dump(options.journals, options.json)
-        if options.pack:
-            return _pack(options.pack, options.kestrel)
-        if options.verify:
-            return _verify(options.verify, options.json)
-        if options.copy:
-            return _copy(*options.copy, options.every)
-        if options.hash_password:
-            return _hash_password()
-        if options.convert:
-            return _convert(options.convert)
-        config = Config(options.config, overrides)
+        status = _run_tool(options)
+        if status is None:
+            config = Config(options.config, overrides)
         if options.check:
             print("\n".join(config.lines()))
-            return 0
+            status = 0
+        if status is not None:
+            print(end="", flush=True)
+            return status
         # A collection looks at every item in memory, for a tenth of a second with half a million
         # of them, and finds nothing: what is let go of here is in no cycle.
         gc.disable()
@@ -11200,10 +11210,9 @@ def main(arguments=None):
     except ConfigError as error:
         print(error, file=sys.stderr)
         return os.EX_CONFIG              # systemd does not start it again, see kestrel.service
-    except BrokenPipeError:              # of standard output: `| head`
-        sys.stdout = None
-        return 0
     except OSError as error:
+        if error.filename == _STDOUT:
+            return _output_failed(error)
         return _fail(1, "%s%s" % (error.filename + ": " if error.filename else "",
                                   error.strerror or error))
     server.broker.reloaded.append(functools.partial(_set_up_log_again, config.server))
@@ -11215,10 +11224,54 @@ def main(arguments=None):
     return 0
 
 
+def _run_tool(options):
+    """Run what needs no settings, and return its exit status; None if nothing is asked for."""
+    if options.dump:
+        return _dump(options.journals, options.json)
+    if options.pack:
+        return _pack(options.pack, options.kestrel)
+    if options.verify:
+        return _verify(options.verify, options.json)
+    if options.copy:
+        return _copy(*options.copy, options.every)
+    if options.hash_password:
+        return _hash_password()
+    if options.convert:
+        return _convert(options.convert)
+    return None
+
+
 def _fail(status, why):
     """Tell why on standard error; return the exit status."""
     print("kestrel.py: %s" % why, file=sys.stderr)
     return status
+
+
+@contextlib.contextmanager
+def _naming(name):
+    """Name in each OSError of a `with` block what it is about, as `filename`."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), name) from None
+
+
+_STDOUT = "standard output"
+
+
+class Output(io.FileIO):
+    """Standard output, whose errors name it: a command is not to take them for the server's."""
+
+    def write(self, data):
+        with _naming(_STDOUT):
+            return super().write(data)
+
+
+def _output_failed(error):
+    """Print nothing any more, and tell why, unless it was a pipe that nobody reads (`| head`);
+    return the exit status."""
+    sys.stdout = None                    # it would be tried once more at the end
+    return 0 if error.errno == errno.EPIPE else _fail(2, "%s: %s" % (_STDOUT, error.strerror))
 
 
 def _every(text):
@@ -11310,15 +11363,15 @@ _VERIFY_TRIES = 5
 
 def verify_file(path: str) -> dict:
     """Return what is good in a journal file: how many of its `bytes` are `checked` by check sums,
-    and the numbers of `records` and of `items` added; `damage` is a list of dicts: begin, end, why.
-    The file is only read. Raises OSError."""
+    and the numbers of `records` and of `items` added; `damage` is a list of dicts: begin, end, why,
+    and how many items may be `lost` there. The file is only read. Raises OSError."""
     for _ in range(_VERIFY_TRIES):
         found = {"file": path, "bytes": os.path.getsize(path), "checked": 0, "records": 0,
                  "items": 0, "damage": []}
         for record in read_good(path):
             if type(record) is Cut:
                 found["damage"].append({"begin": record.begin, "end": record.end,
-                                        "why": record.why})
+                                        "why": record.why, "lost": record.lost})
             else:
                 opcode, xid, item, _, end = record
                 found["bytes"] = max(end, found["bytes"])
@@ -11375,7 +11428,8 @@ def _verify(spool, as_json):
                 "BAD" if found["damage"] else "ok ", name, found["records"], found["items"],
                 found["bytes"], found["checked"]))
             for one in found["damage"]:
-                print("     %(why)s: bytes %(begin)d to %(end)d are damaged" % one)
+                print("     %(why)s: bytes %(begin)d to %(end)d are damaged; %(lost)d items may be "
+                      "lost" % one)
     return status
 
 
@@ -11610,14 +11664,22 @@ def _connect(options, timeout=30, server=None):
     if options.tls or options.cafile:
         import ssl
         tls = ssl.create_default_context(cafile=options.cafile)
-    password = os.environ.get("KESTREL_PASSWORD", "")
-    if options.user and "KESTREL_PASSWORD" not in os.environ:
-        import getpass
-        password = getpass.getpass("password of %s: " % options.user)
+    with _naming(server):
+        return Client(host, port, timeout, options.user, options.password, tls)
+
+
+def _password(user):
+    """Return the password of a user. Raises EOFError if there is nobody to ask."""
+    if user is None or "KESTREL_PASSWORD" in os.environ:
+        return os.environ.get("KESTREL_PASSWORD", "")
+    import getpass
+    import warnings
     try:
-        return Client(host, port, timeout, options.user, password, tls)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), server) from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")   # without a terminal it would read standard input
+            return getpass.getpass("password of %s: " % user)
+    except getpass.GetPassWarning:
+        raise EOFError from None
 
 
 def _show(options, names, rows):
@@ -12063,16 +12125,18 @@ def _run_command(name, *arguments):
                         help="whose certificates to trust, with TLS")
     options = parser.parse_intermixed_args(arguments)
     try:
+        options.password = _password(options.user)
         with _connect(options, _PING_SECONDS if name == "ping" else 30) as client:
-            return function(client, options) or 0
+            status = function(client, options) or 0
+        print(end="", flush=True)
+        return status
     except KeyboardInterrupt:
         return 0 if name == "top" else 1
-    except BrokenPipeError:              # of standard output: `| head`
-        sys.stdout = None
-        return 0
-    except EOFError:                     # of the password
-        return _fail(2, "there is no terminal to ask at: set $KESTREL_PASSWORD")
+    except EOFError:                     # nobody answers
+        return _fail(2, "there is nobody to ask: set $KESTREL_PASSWORD, or use --yes")
     except OSError as error:
+        if error.filename == _STDOUT:
+            return _output_failed(error)
         return _fail(1 if name == "ping" else 3,
                      "%s: %s" % (error.filename or options.server, error.strerror or error))
     except (ServerError, ValueError) as error:
@@ -12363,7 +12427,10 @@ def _prepare_streams():
     sys.stdin = sys.stdin or open(0)
     sys.stderr = sys.stderr or open(2, "w")
     if sys.stdout:                       # names of queues are any bytes
-        sys.stdout.reconfigure(errors="surrogateescape")
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(Output(1, "w", closefd=False)), sys.stdout.encoding,
+            "surrogateescape",
+            line_buffering=sys.stdout.line_buffering or sys.stdout.write_through)
 
 
 if __name__ == "__main__":

@@ -1058,7 +1058,8 @@ sync_journal = never
 
 
 @pytest.mark.parametrize("text, line, words", [
-    ("[server]\n\nport = 5\n", 3, "unknown setting port in [server]"),
+    ("[server]\n\nport = 5\n", 3, "unknown setting port in [server]; did you mean memcache_port?"),
+    ("[server]\ntimeout = 5\n", 2, "did you mean client_timeout?"),
     ("[server]\nmax_items = 5\n", 2, "unknown setting max_items"),
     ("# hello\n[servers]\n", 2, "unknown section [servers]"),
     ("[queue a]\nmax_items = 5\nmax_items = 6\n", 3, "max_items is set twice"),
@@ -4951,6 +4952,7 @@ ANSWERS = [
     ("set a.b 0 0 1\r\nx\r\n", "CLIENT_ERROR '.' in the name of a queue\r\n"),
     ("set a~b 0 0 1\r\nx\r\n", "CLIENT_ERROR '~' in the name of a queue\r\n"),
     ("set a\x01b 0 0 1\r\nx\r\n", "CLIENT_ERROR '\\x01' in the name of a queue\r\n"),
+    ("set a\xc2\x85b 0 0 1\r\nx\r\n", "CLIENT_ERROR '\\x85' in the name of a queue\r\n"),
     ("set lost+found 0 0 1\r\nx\r\n",
      "CLIENT_ERROR lost+found is where damaged journals are kept\r\n"),
     ("set %s 0 0 1\r\nx\r\n" % ("n" * 236), "STORED\r\n"),
@@ -7512,11 +7514,12 @@ def test_what_the_page_asks_for(admin):
     put_some(admin, WEIRD, b"<script>\xff")
     session.feed(b"get q/open\r\n", NOW)
     list(admin.broker.sample(5))
+    admin.broker.queues["q"].add_later(b"3", 1000, now=NOW)
     told = json.loads(ask(admin, "GET /queues.json")[2])
     assert (told["status"], told["items"], told["put_rate"]) == ("UP", 2, 0.6)
     rows = {row["name"]: row for row in told["queues"]}
     assert rows["q"]["items"] == 1 and rows["q"]["put_rate"] == 0.4
-    assert rows["q"]["open_transactions"] == 1
+    assert rows["q"]["open_transactions"] == rows["q"]["delayed"] == 1
     key = rows[WEIRD[:-2] + "/xff%"]["key"]
     history = json.loads(ask(admin, "GET /history.json?queue=q&queue=none&queue=" + key)[2])
     assert history == {"q": [[1, 0.4, 0.2]], key: [[1, 0.2, 0]]}
@@ -10007,9 +10010,9 @@ def test_passwords_are_checked_while_journals_are_fsynced(serve, tmp_path, monke
 def test_older_tls_and_none_at_all_are_refused(serve, tmp_path, caplog):
     caplog.set_level("INFO")
     server = serve(secured(tmp_path))
-    with Client(server.port) as plain, contextlib.suppress(ConnectionError):
-        plain.send("version\r\n")
-        assert b"VERSION" not in plain.file.read()
+    with Client(server.port) as plain:       # it was reset, and nobody knew why
+        plain.send("set q 0 0 100000\r\n" + "x" * 100000 + "\r\nversion\r\n")
+        assert plain.file.read() == b"ERROR this port takes TLS only\r\n"
     until(lambda: re.search("memcache client 127.0.0.1:[0-9]+ speaks no TLS to a port with TLS:",
                             caplog.text))
     assert server.server.broker.config.tls.minimum_version == ssl.TLSVersion.TLSv1_2
@@ -11494,6 +11497,40 @@ def test_drain_can_be_broken_off_and_begun_again(servers, capfd):
     assert kestrel.main(drain + ["b"]) == 1 and "no queue b" in capfd.readouterr().err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_standard_output_that_fails_is_not_taken_for_the_server(ask_server, tmp_path):
+    """It was the server that had no space left; what was not flushed was a traceback."""
+    ask_server("put", "q", "1")
+    spool_of(tmp_path, journal=addx(b"a"))
+    with open("/dev/full", "w") as full:
+        for words in (["get", "q"], ["export", "q", "--take"], ["export", "q"], ["list"], ["top"],
+                      ["--dump", str(tmp_path / "journal")], ["--check"]):
+            done = subprocess.run(command(*words), stdout=full, stderr=subprocess.PIPE, timeout=60)
+            assert (done.returncode, done.stderr) == (
+                2, b"kestrel.py: standard output: No space left on device\n"), words
+    until(lambda: data_of(ask_server.server.server.broker.queues["q"].items) == [b"1"])
+
+
+def test_a_password_is_not_read_from_what_is_to_be_put(ask_server):
+    """Where there was no terminal, getpass took the first line."""
+    environment = {key: value for key, value in os.environ.items() if key != "KESTREL_PASSWORD"}
+    done = subprocess.run(command("put", "q", "--user", "bob"), input=b"1\n2\n", timeout=60,
+                          stderr=subprocess.PIPE, env=environment, start_new_session=True)
+    assert (done.returncode, done.stderr) == (
+        2, b"kestrel.py: there is nobody to ask: set $KESTREL_PASSWORD, or use --yes\n")
+
+
+def test_a_password_is_asked_for_once(serve, tmp_path, monkeypatch, capfd):
+    """drain asked for that of each server, and top whenever it connected."""
+    asked = []
+    monkeypatch.delenv("KESTREL_PASSWORD", raising=False)
+    monkeypatch.setattr("getpass.getpass", lambda question: asked.append(question) or "a secret")
+    name = "127.0.0.1:%d" % serve(secured(tmp_path, tls=False)).port
+    assert kestrel.main(["drain", "--user", "bob", "--server", name, "--to", name]) == 1
+    assert "is the server that is drained" in capfd.readouterr().err
+    assert asked == ["password of bob: "]
+
+
 @promise(1)
 def test_what_cannot_be_printed_goes_back(ask_server, monkeypatch):
     """It was taken first, and lost."""
@@ -11695,6 +11732,10 @@ def test_clients_tell_that_it_is_the_wrong_port(serve):
         client.stats()
     with pytest.raises(ConnectionError, match="speaks no TLS"):
         kestrel.Client(port=server.port, tls=ssl.create_default_context())
+    with socket.create_server(("127.0.0.1", 0)) as closes:
+        threading.Thread(target=lambda: closes.accept()[0].close()).start()
+        with pytest.raises(ConnectionError, match="perhaps it speaks no TLS there"):
+            kestrel.Client(port=closes.getsockname()[1], tls=ssl.create_default_context())
 
 
 def test_top_survives_a_restart(serve, short_path, monkeypatch, capfd):
@@ -12276,7 +12317,7 @@ def test_verify_says_what_is_good(tmp_path, capsys):
         "ok  old: 1 records, 1 items, 22 bytes, 0 of them with check sums",
         "ok  q: 5 records, 2 items, 95 bytes, 95 of them with check sums",
         "BAD torn: 1 records, 1 items, 24 bytes, 0 of them with check sums",
-        "     record cut short: bytes 22 to 24 are damaged"]
+        "     record cut short: bytes 22 to 24 are damaged; 0 items may be lost"]
     data = bytearray((tmp_path / "q").read_bytes())
     data[38] ^= 1                            # an a
     (tmp_path / "q").write_bytes(data)
@@ -12284,7 +12325,7 @@ def test_verify_says_what_is_good(tmp_path, capsys):
     assert kestrel.main(["--verify", str(tmp_path), "--json"]) == 1
     old, found = map(json.loads, capsys.readouterr().out.splitlines())
     assert not old["damage"] and found["damage"] == [
-        {"begin": 17, "end": 56, "why": "wrong check sum"}]
+        {"begin": 17, "end": 56, "why": "wrong check sum", "lost": 1}]
     assert (found["items"], found["records"], found["checked"]) == (1, 3, 56)    # what follows, too
     dumped = list(kestrel.dump_records(str(tmp_path / "q")))
     assert [record.get("operation") for record in dumped] == ["CHECK", None, "ADDX", "CHECK"]
