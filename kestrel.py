@@ -11706,9 +11706,26 @@ def _command_put(client, options):
         items = [sys.stdin.buffer.read()]
     else:
         items = (line.rstrip(b"\n") for line in sys.stdin.buffer)
-    for done, item in enumerate(items):
-        if not client.put(options.queue, item, options.expiry, 0, options.delay, options.sync):
-            raise ValueError("%s is full or paused; %d items were put" % (options.queue, done))
+    done = 0
+    try:
+        for done, item in enumerate(items):
+            if not client.put(options.queue, item, options.expiry, 0, options.delay,
+                              options.sync):
+                raise ValueError("%s is full or paused; %d items were put" % (
+                    options.queue, done))
+    except _BREAKING_OFF:
+        _tell_put(done)
+        raise
+
+
+# What may end a put of many items at any time.
+_BREAKING_OFF = OSError, ServerError, KeyboardInterrupt
+
+
+def _tell_put(count):
+    """Tell how many items were put before something went wrong: they are not to be put again."""
+    if count:
+        print("kestrel.py: at least %d items were put; then:" % count, file=sys.stderr)
 
 
 def _command_get(client, options):
@@ -11746,7 +11763,7 @@ def _command_import(client, options):
 
     def rows():
         nonlocal bad
-        for number, line in enumerate(sys.stdin or (), 1):
+        for number, line in enumerate(sys.stdin.buffer if sys.stdin else (), 1):
             try:
                 row = json.loads(line)
                 data = (row["data"].encode() if "data" in row
@@ -11760,11 +11777,16 @@ def _command_import(client, options):
             yield row
 
     show = _progress(None)
-    for taken, count in _put_exported(client, options.queue, rows()):
-        done += taken
-        if taken < count:
-            raise ValueError("%s is full or paused; %d items were put" % (options.queue, done))
-        show(done)
+    try:
+        for taken, count in _put_exported(client, options.queue, rows()):
+            done += taken
+            if taken < count:
+                raise ValueError("%s is full or paused; %d items were put" % (
+                    options.queue, done))
+            show(done)
+    except _BREAKING_OFF:
+        _tell_put(done)
+        raise
     show(done, True)
     if bad:
         raise ValueError("line %d is not what export prints; the %d items before it were put" % (
@@ -11900,11 +11922,13 @@ def _command_drain(client, options):
     with contextlib.ExitStack() as stack:
         others, stats = [], client.stats()
         for server in options.to:
-            other = stack.enter_context(_connect(options, server=server))
-            before, between, stats = stats, other.stats(), client.stats()
+            with _naming(server):
+                other = stack.enter_context(_connect(options, server=server))
+                between = other.stats()
+            before, stats = stats, client.stats()
             if _is_same_server(before, between, stats):
                 raise ValueError("%s is the server that is drained" % other.address())
-            others.append(other)
+            others.append((server, other))
         names = options.queues or client.names(stats)
         for name in names:
             if "queue_%s_items" % name not in stats:
@@ -11919,14 +11943,16 @@ def _command_drain(client, options):
         show = _progress(sum(left.values()))
         while any(left.values()):
             before = moved
-            parents = {name.partition("+")[0] for other in others for name in other.names()
-                       if "+" in name}
+            parents = set()
+            for server, other in others:
+                with _naming(server):
+                    parents |= {name.partition("+")[0] for name in other.names() if "+" in name}
             for name in names:
                 if left[name] and name in parents:             # they would be given its items, too
                     why.setdefault(name, "it has children there already")
                 if left[name] and name not in why:
                     try:
-                        for count in _drained(client, name, targets[name], left[name]):
+                        for count in _drained(client, name, *targets[name], left[name]):
                             moved += count
                             show(moved)
                     except (ServerError, ValueError) as error:
@@ -11958,14 +11984,15 @@ def _is_same_server(before, between, after):
         for numbers in (connections, counts("total_items"), counts("bytes_read")))
 
 
-def _drained(client, name, other, count):
-    """Move so many items of a queue to another server; yield how many at a time. They are opened,
-    and closed when they are stored there. Raises ValueError where they are not taken."""
+def _drained(client, name, server, other, count):
+    """Move so many items of a queue to another server, where `other` is a client; yield how many
+    at a time. They are opened, and closed when they are stored there. Raises ValueError where they
+    are not taken."""
     while count > 0:
         rows = list(client._rows(name, min(count, _PUT_AT_ONCE), b"open"))
         if not rows:
             break
-        with client._holding(name, rows):
+        with client._holding(name, rows), _naming(server):
             for taken, most in _put_exported(other, name, rows):
                 if taken < most:
                     raise ValueError("it is full or paused at %s; what it has taken of the last "
@@ -12131,7 +12158,9 @@ def _run_command(name, *arguments):
         print(end="", flush=True)
         return status
     except KeyboardInterrupt:
-        return 0 if name == "top" else 1
+        if name == "top":                    # which nothing else ends
+            return 0
+        raise
     except EOFError:                     # nobody answers
         return _fail(2, "there is nobody to ask: set $KESTREL_PASSWORD, or use --yes")
     except OSError as error:
@@ -12435,4 +12464,8 @@ def _prepare_streams():
 
 if __name__ == "__main__":
     _prepare_streams()
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:            # a shell ends its loop only if the signal ends the program
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)

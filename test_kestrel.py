@@ -11541,7 +11541,9 @@ def test_what_cannot_be_printed_goes_back(ask_server, monkeypatch):
             yield
             raise error
         prints = fail()
-        assert ask_server("get", "q", "-n", 3)[0]
+        with pytest.raises(KeyboardInterrupt) if isinstance(error, KeyboardInterrupt) else (
+                contextlib.nullcontext()):
+            assert ask_server("get", "q", "-n", 3)[0]
     monkeypatch.undo()
     queues = ask_server.server.server.broker.queues
     until(lambda: data_of(queues["q"].items) == [b"1", b"2", b"3"])
@@ -11561,9 +11563,12 @@ def test_commands_export_and_import(ask_server, monkeypatch):
     for line in ("no", "{}", "[]", '{"data": 5}', '{"base64": "!"}', '{"data": "x", "flags": "a"}',
                  '{"data": "x", "expiry": 1e999}', "[" * 100000):
         assert ask_server("import", "s", stdin=line.encode())[0] == 1
-    monkeypatch.setattr(sys, "stdin", io.StringIO('{"data": "1"}\n{"data": "2"}\nno\n'))
-    assert ask_server.errors(["import", "t"]) == (
-        1, "kestrel.py: line 3 is not what export prints; the 2 items before it were put\n")
+    for bad in b"no", b"\xff":
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(
+            b'{"data": "1"}\n{"data": "2"}\n%b\n' % bad), encoding="utf-8"))
+        assert ask_server.errors(["import", "t"]) == (
+            1, "kestrel.py: line 3 is not what export prints; the 2 items before it were put\n")
+    assert ask_server("get", "t", "-n", 2) == (0, "1\n2\n")
     assert ask_server("get", "t", "-n", 3) == (0, "1\n2\n")
     ask_server("put", "t", "3")
     with monkeypatch.context() as patch:
@@ -11723,6 +11728,60 @@ def test_a_put_that_breaks_off_is_not_taken_for_a_pipe_that_nobody_reads(short_p
         thread.join()
     assert status == 3 and capfd.readouterr().err == (
         "kestrel.py: unix:%s: the server has closed the connection\n" % path)
+
+
+@contextlib.contextmanager
+def leaving_after(puts):
+    """A server that says STORED so many times, and then leaves; its address."""
+    def answer(listener):
+        with listener.accept()[0] as sock, sock.makefile("rb") as file:
+            left = puts
+            for line in file:
+                if line.startswith(b"set "):
+                    if not left:
+                        return
+                    file.readline()
+                    left -= 1
+                sock.sendall(b"STORED\r\n" if line.startswith(b"set ") else b"END\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer, args=(listener,))
+        thread.start()
+        yield "127.0.0.1:%d" % listener.getsockname()[1]
+        thread.join()
+
+
+def test_what_was_put_before_the_server_left_is_told(ask_server, monkeypatch, capfd):
+    lost = "kestrel.py: %s: the server has closed the connection\n"
+    for words, given, told in (
+            (["put", "q"], b"1\n2\n3\n", "kestrel.py: at least 2 items were put; then:\n"),
+            (["put", "q"], b"", ""), (["put", "q"], b"1\n2\n", "")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        with leaving_after(2) as name:
+            status = kestrel.main(words + ["--server", name])
+        assert (status, capfd.readouterr().err) == ((3, told + lost % name) if told else (0, ""))
+    with leaving_after(50) as name:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"data": "1"}\n' * 70)))
+        assert kestrel.main(["import", "q", "--server", name]) == 3
+    assert capfd.readouterr().err == (
+        "kestrel.py: at least 50 items were put; then:\n" + lost % name)
+
+
+def test_drain_names_the_server_that_leaves(ask_server, capfd):
+    """It named the one that was drained."""
+    ask_server("put", "q", "1")
+    with leaving_after(0) as name:
+        assert kestrel.main(["drain", "--to", name]) == 3
+    assert capfd.readouterr().err == "kestrel.py: %s: the server has closed the connection\n" % name
+    until(lambda: data_of(ask_server.server.server.broker.queues["q"].items) == [b"1"])
+
+
+def test_an_interrupt_ends_a_command_as_a_signal(ask_server):
+    """Else a shell goes on with its loop."""
+    process = subprocess.Popen(command("get", "q", "--wait", 60), stderr=subprocess.PIPE)
+    until(lambda: "q" in ask_server.server.server.broker.queues)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == b"" and process.returncode == -signal.SIGINT
 
 
 def test_clients_tell_that_it_is_the_wrong_port(serve):
