@@ -9309,6 +9309,7 @@ class Connection:
         try:
             data = self.sock.recv(_CHUNK)
         except BlockingIOError:
+            self.is_greeting = self.is_greeting and not self.sock.version()
             return
         except OSError as error:         # reset: it will take no answers either
             if hasattr(error, "reason"):               # it is an ssl.SSLError
@@ -9671,7 +9672,7 @@ class Listener:
 
     def is_local(self):
         """Return whether only clients of this machine can come in."""
-        return isinstance(self.address, str) or _ip_of(self.address[0]).is_loopback
+        return not isinstance(self.address, tuple) or _ip_of(self.address[0]).is_loopback
 
     def ready(self, readable):
         """Accept pending connections."""
@@ -10199,8 +10200,8 @@ def _host_of(ip):
 
 def _name_of(address):
     """Return the address of a socket in words."""
-    if isinstance(address, str):
-        return "unix:" + address
+    if not isinstance(address, tuple):       # the name of an abstract one begins with a NUL
+        return "unix:" + os.fsdecode(address).replace("\0", "@")
     return ("[%s]:%d" if ":" in address[0] else "%s:%d") % address[:2]
 
 

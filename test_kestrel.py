@@ -665,7 +665,7 @@ class UnixClient(Client):
     def __init__(self, path):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(20)
-        self.sock.connect(str(path))
+        self.sock.connect(path if isinstance(path, bytes) else str(path))
         self.file = self.sock.makefile("rb")
 
 
@@ -9993,6 +9993,15 @@ def test_many_handshakes_at_once_are_all_made(serve, tmp_path, monkeypatch):
     first.close()
 
 
+def test_a_client_of_tls_may_be_idle_from_the_first(serve, tmp_path, monkeypatch):
+    """Only the handshake has to come in time: it was hung up on, as no client in plain is."""
+    monkeypatch.setattr(kestrel, "LOGIN_MS", 500)
+    server = serve(secured(tmp_path).replace("auth_file", "# auth_file"))
+    with tls_client(server.port, tmp_path) as client, Client(server.port) as silent:
+        assert silent.line() == ""
+        assert client.ask("version\r\n") == "VERSION 1.0.0\r\n"
+
+
 def test_passwords_are_checked_while_journals_are_fsynced(serve, tmp_path, monkeypatch):
     go_on, checking = threading.Semaphore(0), threading.Semaphore(0)
     server = serve(secured(tmp_path, tls=False) + "[queue]\nsync_journal = 0\n")
@@ -12153,6 +12162,22 @@ def test_sockets_that_systemd_passes_on(tmp_path, short_path):
         process.terminate()
         assert process.wait(20) == 0
     assert (short_path / "sock").exists()              # it is systemd's
+
+
+def test_an_abstract_socket_that_systemd_passes_on(tmp_path):
+    """Its name is bytes, which no name of a file is."""
+    (tmp_path / "conf").write_text("[server]\nadmin_port = off\n")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind("\0kestrel-test-%d" % os.getpid())
+        sock.listen(5)
+        process = activated(tmp_path, [sock], [""])
+        try:
+            with UnixClient(sock.getsockname()) as client:
+                assert client.ask("version\r\n") == "VERSION 1.0.0\r\n"
+        finally:
+            process.terminate()
+            assert process.wait(20) == 0
+    assert "listening on unix:@kestrel-test-" in (tmp_path / "log").read_text()
 
 
 def test_a_text_socket_of_systemd_does_not_go_with_passwords(tmp_path):
