@@ -9340,7 +9340,7 @@ class Connection:
         self.is_greeting = False
         self.sock = socket.socket(fileno=self.sock.detach())
         self.sock.setblocking(False)
-        self.session.turn_away(Refused("ERROR", "this port takes TLS only"))
+        self.session.turn_away(Refused("CLIENT_ERROR", "this port takes TLS only"))
 
     def resume(self):
         """Go on with a session that can go on."""

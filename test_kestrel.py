@@ -10021,7 +10021,7 @@ def test_older_tls_and_none_at_all_are_refused(serve, tmp_path, caplog):
     server = serve(secured(tmp_path))
     with Client(server.port) as plain:       # it was reset, and nobody knew why
         plain.send("set q 0 0 100000\r\n" + "x" * 100000 + "\r\nversion\r\n")
-        assert plain.file.read() == b"ERROR this port takes TLS only\r\n"
+        assert plain.file.read() == b"CLIENT_ERROR this port takes TLS only\r\n"
     until(lambda: re.search("memcache client 127.0.0.1:[0-9]+ speaks no TLS to a port with TLS:",
                             caplog.text))
     assert server.server.broker.config.tls.minimum_version == ssl.TLSVersion.TLSv1_2
