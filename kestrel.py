@@ -11184,6 +11184,9 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.dump and not options.journals:
         parser.error("--dump needs journal files")
+    for name, tools in (("json", ("dump", "verify")), ("kestrel", ("pack",)), ("every", ("copy",))):
+        if getattr(options, name) and not any(getattr(options, tool) for tool in tools):
+            parser.error("--%s goes with --%s" % (name, " and --".join(tools)))
     if options.journals and not options.dump:
         name = options.journals[0]
         parser.error(("%s takes options of its own, after it; these are the server's"
@@ -11229,15 +11232,15 @@ def _run_tool(options):
     """Run what needs no settings, and return its exit status; None if nothing is asked for."""
     if options.dump:
         return _dump(options.journals, options.json)
-    if options.pack:
+    if options.pack is not None:         # an empty one may be meant: of a variable of a shell
         return _pack(options.pack, options.kestrel)
-    if options.verify:
+    if options.verify is not None:
         return _verify(options.verify, options.json)
     if options.copy:
         return _copy(*options.copy, options.every)
     if options.hash_password:
         return _hash_password()
-    if options.convert:
+    if options.convert is not None:
         return _convert(options.convert)
     return None
 
@@ -11297,33 +11300,34 @@ def _argument_parser():
                         help="the port for memcache clients (default 22133)")
     parser.add_argument("--spool", metavar="DIRECTORY", dest="queue_path",
                         help="where the journals are (default ./spool)")
-    parser.add_argument("--dump", action="store_true",
-                        help="print the records of journal files, a line each, and exit")
+    tools = parser.add_mutually_exclusive_group()
+    tools.add_argument("--dump", action="store_true",
+                       help="print the records of journal files, a line each, and exit")
     parser.add_argument("--json", action="store_true",
                         help="with --dump: a JSON object for each record, with all of its data; "
                              "with --verify: for each file")
     parser.add_argument("journals", metavar="JOURNAL", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--pack", metavar="SPOOL/QUEUE",
-                        help="write the journals of a queue that no server holds as one "
-                             "minimal file, and exit")
+    tools.add_argument("--pack", metavar="SPOOL/QUEUE",
+                       help="write the journals of a queue that no server holds as one "
+                            "minimal file, and exit")
     parser.add_argument("--kestrel", action="store_true",
                         help="with --pack: as Kestrel 2.x can read it, without flags, delays, "
                              "pauses and check sums")
-    parser.add_argument("--verify", metavar="SPOOL",
-                        help="read all journals of a spool, which a server may be using, say which "
-                             "are good, and exit with 0 if all are")
-    parser.add_argument("--copy", nargs=2, metavar=("SPOOL", "DEST"),
-                        help="copy a spool, which a server may be using, or bring the copy up to "
-                             "date")
+    tools.add_argument("--verify", metavar="SPOOL",
+                       help="read all journals of a spool, which a server may be using, say which "
+                            "are good, and exit with 0 if all are")
+    tools.add_argument("--copy", nargs=2, metavar=("SPOOL", "DEST"),
+                       help="copy a spool, which a server may be using, or bring the copy up to "
+                            "date")
     parser.add_argument("--every", metavar="TIME", type=_every,
                         help="with --copy: again and again, such as each 1s")
-    parser.add_argument("--hash-password", action="store_true",
-                        help="ask for a password (or read a line), print what an auth_file has "
-                             "in its place, and exit")
-    parser.add_argument("--convert", metavar="production.scala",
-                        help="print a Kestrel's production.scala as a kestrel.conf, and exit")
-    parser.add_argument("--check", action="store_true",
-                        help="check the config file, print the effective settings, and exit")
+    tools.add_argument("--hash-password", action="store_true",
+                       help="ask for a password (or read a line), print what an auth_file has "
+                            "in its place, and exit")
+    tools.add_argument("--convert", metavar="production.scala",
+                       help="print a Kestrel's production.scala as a kestrel.conf, and exit")
+    tools.add_argument("--check", action="store_true",
+                       help="check the config file, print the effective settings, and exit")
     parser.add_argument("--version", action="version", version="kestrel.py " + __version__)
     return parser
 
@@ -11876,6 +11880,7 @@ def _command_stats(client, options):
 
 def _command_top(client, options):
     """Show the deepest queues, anew each second, until it is interrupted."""
+    import shutil
     before, then = {}, 0
     while True:
         try:
@@ -11894,7 +11899,7 @@ def _command_top(client, options):
             client, head = None, _red("%s  %s" % (options.server, error))
             rows = []
         rows.sort(key=lambda row: row[-1 if options.by == "rate" else 1] or 0, reverse=True)
-        lines = os.get_terminal_size().lines - 4 if sys.stdout.isatty() else 20
+        lines = max(1, shutil.get_terminal_size().lines - 4)     # not all know their size
         sys.stdout.write("\33[H\33[2J" + head + "\n\n")
         _show_table((*_QUEUE_COLUMNS, "gets/s"), rows[:lines])
         sys.stdout.flush()
@@ -12053,10 +12058,11 @@ def _server(text):
     return text
 
 
-def _readable(text):
-    """Return the name of a file that can be read."""
+def _certificates(text):
+    """Return the name of a file of certificates."""
+    import ssl
     try:
-        open(text, "rb").close()
+        ssl.create_default_context(cafile=text)
     except OSError as error:
         raise argparse.ArgumentTypeError("%s: %s" % (text, error.strerror)) from None
     return text
@@ -12149,7 +12155,7 @@ def _run_command(name, *arguments):
                         help="or unix:PATH; $KESTREL_SERVER, else 127.0.0.1:22133")
     parser.add_argument("--user", help="its password is $KESTREL_PASSWORD, or is asked for")
     parser.add_argument("--tls", action="store_true", help="speak TLS")
-    parser.add_argument("--cafile", metavar="FILE", type=_readable,
+    parser.add_argument("--cafile", metavar="FILE", type=_certificates,
                         help="whose certificates to trust, with TLS")
     options = parser.parse_intermixed_args(arguments)
     try:
@@ -12194,7 +12200,7 @@ _SCALA_UNITS = {
 def _convert(path):
     """Print a kestrel.conf for the production.scala of a Kestrel; what is not understood is a
     comment in it."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
         text = file.read()
     sections = {"server": [], "queue": []}
     objects = [("", [])]                     # (class, its settings) of those that are open

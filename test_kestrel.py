@@ -11665,13 +11665,16 @@ def test_commands_tell_what_is_wrong(ask_server, monkeypatch, capfd):
     for words in (["get"], ["get", "q", "-n", "x"], ["move", "q"], ["lst"], ["--dump"], ["kick", "x"],
                   ["status", "--json"], ["get", "q", "-n", "0"], ["status", "foo"],
                   ["list", "--server", "host:port"], ["list", "--cafile", "/none"],
+                  ["list", "--cafile", kestrel.__file__], ["--json"], ["--every", "1s"],
+                  ["--kestrel"], ["--check", "--verify", "."], ["--convert", "x", "--pack", "y"],
                   ["--server", "localhost", "list"], ["-c", "kestrel.conf", "list"]):
         with pytest.raises(SystemExit) as stopped:
             kestrel.main(words)
         assert stopped.value.code == 2
     told = capfd.readouterr().err
     for words in ("there is no command lst", "'0' is no number from 1", "'port' is not a port",
-                  "--cafile: /none: No such file", "--server comes after the command",
+                  "--cafile: /none: No such file", "kestrel.py: [X509", "--json goes with --dump and --verify",
+                  "--kestrel goes with --pack", "not allowed with argument", "--server comes after the command",
                   "list takes options of its own, after it"):
         assert words in told
     monkeypatch.setenv("KESTREL_SERVER", "127.0.0.1:%d" % free_port())
@@ -11804,6 +11807,32 @@ def test_clients_tell_that_it_is_the_wrong_port(serve):
         threading.Thread(target=lambda: closes.accept()[0].close()).start()
         with pytest.raises(ConnectionError, match="perhaps it speaks no TLS there"):
             kestrel.Client(port=closes.getsockname()[1], tls=ssl.create_default_context())
+
+
+def test_top_shows_queues_at_a_terminal_that_does_not_know_its_size(ask_server):
+    """All but the last four, of a height of 0."""
+    ask_server("put", "jobs", "x")
+    master, slave = os.openpty()
+    process = subprocess.Popen(command("top"), stdout=slave, stderr=slave)
+    try:
+        told = b""
+        while told.count(b"gets/s") < 2:     # it has been shown once
+            told += os.read(master, 10000)
+        assert b"jobs" in told
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+        os.close(master)
+        os.close(slave)
+
+
+@pytest.mark.parametrize("tool", ["--verify", "--pack", "--convert"])
+def test_a_tool_for_nothing_starts_no_server(tmp_path, monkeypatch, capsys, tool):
+    """Such as --verify "$SPOOL" where that is not set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kestrel, "Server", None)
+    assert kestrel.main([tool, ""]) == 1 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err.startswith("kestrel.py: ")
 
 
 def test_top_survives_a_restart(serve, short_path, monkeypatch, capfd):
@@ -12656,7 +12685,7 @@ def test_a_copy_of_a_server_that_works(serve, tmp_path):
 
 def test_convert(tmp_path, capsys):
     """What is printed for the configuration of a Kestrel is one of ours."""
-    (tmp_path / "production.scala").write_text(SCALA)
+    (tmp_path / "production.scala").write_bytes(b"// caf\xe9\n" + SCALA.encode())     # is not UTF-8
     assert kestrel.main(["--convert", str(tmp_path / "production.scala")]) == 0
     told = capsys.readouterr().out
     assert [line for line in told.splitlines() if line.startswith("#")] == [
