@@ -7882,6 +7882,8 @@ class AdminSession(Session):
                 line = data[pos:data.find(b"\n", pos, pos + MAX_HEAD) + 1]
                 if data[pos:] and not data[pos:pos + 1].isalpha() or line and b"HTTP/" not in line:
                     raise ValueError("not a request of HTTP/1.1")    # TLS, or a memcache client
+                if end < 0 and data.find(b"\n\n", pos, pos + MAX_HEAD) >= 0:
+                    raise ValueError("lines end in CRLF")    # nothing else would come
                 if end < 0:
                     if len(data) - pos >= MAX_HEAD:
                         self._respond(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
@@ -7895,7 +7897,9 @@ class AdminSession(Session):
                 break
             stop = end + 4 + size
             if len(data) < stop:
-                self._needed = stop - pos
+                self._needed = stop - pos    # this place is not reached before that is there
+                if request.chunked and request.headers.get("expect", "").lower() == "100-continue":
+                    self._say(b"HTTP/1.1 100 Continue\r\n\r\n")
                 break
             self._request = request._replace(body=data[end + 4:stop])
             pos = stop

@@ -7325,6 +7325,15 @@ def test_a_bad_http_request_is_told_so_and_hung_up_on(admin, text, status):
     assert told == status and headers["Connection"] == "close"
 
 
+@pytest.mark.parametrize("text", [
+    "GET /ping HTTP/1.0\n\n", "GET /ping HTTP/1.1\nHost: localhost\n\n"])
+def test_lines_that_end_in_no_crlf_are_told_of_at_once(admin, text):
+    """By hand, or of a simple check, which heard nothing for a minute."""
+    answer = admin(text)
+    assert answer.startswith("HTTP/1.1 400 ") and answer.endswith(
+        "\r\n\r\nlines end in CRLF\n✂")
+
+
 @pytest.mark.parametrize("line, status", [
     ("GET /nothing", 404), ("POST /ping", 405), ("PUT /ping", 405), ("GET /reload", 405),
     ("GET /flush?queue=q", 405), ("DELETE /", 405), ("POST /flush", 400),
@@ -7356,6 +7365,18 @@ def test_http_in_any_pieces_gives_the_same_answers(admin):
     for size in (1, 2, 7):
         answers = [admin(text[at:at + size], "in %d" % size) for at in range(0, len(text), size)]
         assert "".join(answers) == whole
+
+
+def test_a_client_that_asks_before_it_sends_a_body_is_told_to_go_on(admin):
+    """It waited, a second as a rule."""
+    head = request("POST /put?queue=q", "Expect: 100-Continue", "Content-Length: 3")
+    for size in (1, 5, len(head)):
+        told = [admin(head[at:at + size], "in %d" % size) for at in range(0, len(head), size)]
+        assert "".join(told) == told[-1] == "HTTP/1.1 100 Continue\r\n\r\n"
+        assert [admin(byte, "in %d" % size) for byte in "ab"] == ["", ""]
+        assert responses(admin("c", "in %d" % size))[0][0] == 200
+    assert responses(admin(head + "abc"))[0][0] == 200 and items_of(admin.broker, "q") == [b"abc"] * 4
+    assert admin(head.replace("1.1", "1.0"), "old") == ""
 
 
 def test_what_changes_something_is_posted_and_from_here(admin, tmp_path):
