@@ -9505,14 +9505,16 @@ class Connection:
             self._set_alarm()
 
     def _look(self):
-        """End the session if the client has gone. Nothing else tells while its socket is not
-        read."""
+        """Read the socket to its end if the client has gone, or will send no more. Nothing else
+        tells while its socket is not read."""
         self._looked = self.server.mono
         poll = select.poll()
         poll.register(self.sock, getattr(select, "POLLRDHUP", 0))
-        if poll.poll(0):
-            self.session.hang_up(self.server.now)
-            self.server.active.append(self)
+        while self.session.state is WAITING and poll.poll(0):
+            before = self.session.unparsed
+            self.ready(True)
+            if self.session.unparsed == before:        # more of a TLS record is to come
+                break
 
     def _give_up(self, why):
         log.warning("%s %s; closed after send_timeout", self.session.who, why)

@@ -10607,6 +10607,17 @@ def test_who_goes_while_it_waits_and_has_said_too_much_is_found_out(serve, monke
     assert client.get("q") == b"x"
 
 
+def test_all_that_was_said_before_a_half_close_is_answered_though_it_was_much(serve, monkeypatch):
+    """What was still in the socket, when a wait was cut short, was not run, and took all answers
+    with it: a socket that is closed with unread input is reset."""
+    monkeypatch.setattr(kestrel, "_CHUNK", 1000)
+    monkeypatch.setattr(kestrel, "_LOOK_SECONDS", 0.05)
+    client = serve().client()
+    client.send("get q/t=100000\r\n" + "set r 0 0 100\r\n%s\r\n" % ("x" * 100) * 200)
+    client.sock.shutdown(socket.SHUT_WR)
+    assert client.file.read() == b"END\r\n" + b"STORED\r\n" * 200
+
+
 def test_a_client_is_sent_so_much_in_a_turn(serve, monkeypatch):
     monkeypatch.setattr(kestrel, "_MOST_SENT", 5000)
     server = serve("[server]\nmax_output_buffer = 10mb\n")
