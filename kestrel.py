@@ -7500,7 +7500,8 @@ class ThriftSession(Session):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self._head = None               # (strict, name, sequence number, oneway) of the call
-        self._lent = {}                 # queue -> xids that go back by themselves
+        # queue -> xids that go back by themselves; it is not to keep a queue that is deleted.
+        self._lent = weakref.WeakKeyDictionary()
 
     def _parse(self, data):
         pos = 0

@@ -7279,6 +7279,17 @@ def test_thrift_ids_are_integers(thrift, kind, number, method):
     assert not commit(thrift.broker, NOW)[1]
 
 
+def test_a_thrift_client_keeps_no_queues_that_are_deleted(thrift):
+    """They stayed in memory for as long as the client did."""
+    with no_cycles():
+        for number in range(3):
+            thrift(thrift_put(b"q", b"x") + thrift_get(b"q", 1, 0, 1000))
+            queue = weakref.ref(thrift.broker.queues["q"])
+            thrift(call(b"delete_queue", thrift_string(1, b"q")))
+            thrift.broker.totals()
+            assert queue() is None
+
+
 # == Admin ================================================================================
 
 
