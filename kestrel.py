@@ -5241,6 +5241,8 @@ class Broker:
         queue.delete()
         log.info("queue %s deleted with %d items by %s", queue.name, count, who)
         self.stats.queue_deletes += 1
+        for session in self.clients:         # they would keep it in memory
+            session.open_reads.pop(queue, None)
         del self.queues[queue.name]
         self._count(queue)
         del self._accounts[queue]

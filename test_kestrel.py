@@ -5962,6 +5962,22 @@ def test_a_monitor_does_not_count_what_has_timed_out(talk):
     assert talk("monitor q 0 1\r\n").count("VALUE") == 1 and session.open_reads
 
 
+def test_a_client_keeps_no_queues_that_are_deleted_while_it_has_open_reads(serve):
+    """They stayed in memory for as long as the client did, and their reads were counted as open."""
+    server = serve()
+    client, other = server.client(), server.client()
+    for deleting in client, other:
+        client.put("q", b"x")
+        assert client.get("q/open") == b"x"
+        queue = weakref.ref(server.server.broker.queues["q"])
+        assert deleting.ask("delete q\r\n") == "DELETED\r\n"
+        other.send("clients\r\n")
+        assert [line.split()[7] for line in iter(other.line, "END\r\n")] == ["0", "0"]
+        client.stats()
+        until(lambda: queue() is None)
+        assert client.get("q/close") is None
+
+
 # -- what Kestrel has not
 
 
