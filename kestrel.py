@@ -12414,7 +12414,8 @@ def _notify(text):
     if address:
         with contextlib.suppress(OSError), socket.socket(
                 socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.sendto(text.encode(), address.replace("@", "\0", 1)
+            # Not if it would block: the service goes on, though nobody hears of it.
+            sock.sendto(text.encode(), socket.MSG_DONTWAIT, address.replace("@", "\0", 1)
                         if address.startswith("@") else address)
 
 

@@ -12208,6 +12208,24 @@ def test_systemd_is_told(tmp_path, daemon, monkeypatch):
         hear("STOPPING=1")
 
 
+def test_a_systemd_that_does_not_listen_does_not_stop_the_service(tmp_path, daemon, monkeypatch):
+    """The loop waited for it to read what it had been told."""
+    with tempfile.TemporaryDirectory() as short, socket.socket(
+            socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(os.path.join(short, "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", os.path.join(short, "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "2000")
+        one = daemon("[server]\nadmin_port = off\n")
+        client = one.client()
+        with pytest.raises(BlockingIOError):
+            while True:                      # until there is room for no more
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as another:
+                    another.sendto(b"x", socket.MSG_DONTWAIT, os.path.join(short, "notify"))
+        for _ in range(20):
+            assert client.put("q", b"x") == "STORED\r\n"
+        assert one.end(signal.SIGTERM) == 0
+
+
 def activated(path, socks, names):
     """The daemon, with the settings in path / "conf" and these sockets, as by systemd."""
     def pass_on():
