@@ -456,10 +456,17 @@ def tls_socket_class():
             return self.send(b"".join(buffers))
 
         def shutdown(self, how):
+            self._say_goodbye()
+            super().shutdown(how)
+
+        def close(self):
+            self._say_goodbye()
+            super().close()
+
+        def _say_goodbye(self):
             with contextlib.suppress(OSError, ValueError):
                 self.unwrap()                # send close_notify, without waiting for the reply
             self._is_over = True
-            super().shutdown(how)
 
     return TLSSocket
 

@@ -10050,6 +10050,27 @@ def test_a_client_of_tls_may_be_idle_from_the_first(serve, tmp_path, monkeypatch
         assert client.ask("version\r\n") == "VERSION 1.0.0\r\n"
 
 
+@pytest.mark.parametrize("how", ["quit", "stop", "timeout", "half-close"])
+def test_a_client_of_tls_can_tell_the_end_from_an_attack(serve, tmp_path, how):
+    """A server that stopped, or closed an idle connection, said no close_notify."""
+    server = serve(secured(tmp_path, "client_timeout = %s\n" % (
+        "200ms" if how == "timeout" else "never")).replace("auth_file", "# auth_file"))
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as plain:
+        with context.wrap_socket(plain, server_hostname="localhost",
+                                 suppress_ragged_eofs=False) as client:
+            client.sendall(b"version\r\n")
+            assert client.recv(100) == b"VERSION 1.0.0\r\n"
+            if how == "half-close":
+                client.unwrap()              # waits for that of the other side
+                return
+            if how == "quit":
+                client.sendall(b"quit\r\n")
+            elif how == "stop":
+                server.stop()
+            assert client.recv(100) == b""   # it would raise an error
+
+
 def test_passwords_are_checked_while_journals_are_fsynced(serve, tmp_path, monkeypatch):
     go_on, checking = threading.Semaphore(0), threading.Semaphore(0)
     server = serve(secured(tmp_path, tls=False) + "[queue]\nsync_journal = 0\n")
