@@ -5892,6 +5892,7 @@ class Session:
     must not be sent is b"".
     """
 
+    NOTHING = b""                       # the answer to a read that finds no item
     idle_timeout = None                 # milliseconds; client_timeout may be shorter
     hangs_up = True                     # after errors that say `close`, see Refused
     is_stranger = False                 # the client has still to log in
@@ -5914,7 +5915,8 @@ class Session:
         self.asks = None                # what it has yielded,
         self._given = None              # and what it is given next
         self.timeout = None
-        self._ended = []                # (queue, xid) closed since answers were sent last
+        # (queue, xid, index in out) of what was closed since answers were sent last
+        self._ended = []
         self._kept = None               # a BytesIO of input that has not been run, if any
         self._needed = 0                # the length from which on it is worth looking at again
         self.at_end = False             # the client will send no more
@@ -5976,7 +5978,7 @@ class Session:
         self.now = now
         self.end()
         self.state = CLOSED
-        for queue, xid in self._ended:
+        for queue, xid, _ in self._ended:
             queue.history.when_safe(functools.partial(self._put_back, queue, xid))
 
     @staticmethod
@@ -6105,6 +6107,10 @@ class Session:
     def _refuse(self, error):
         """Answer a command with what went wrong, a Refused or an OSError."""
         if isinstance(error, OSError):
+            if self._has_ended(len(self.out)):
+                log.error("%s finds no item: %s", self.who, _why(error))
+                self._say(self.NOTHING)
+                return
             error = Refused("SERVER_ERROR", _why(error), reason=_reason(error))
         self.broker.refused[error.reason] += 1
         if error.reason in _FOREIGN:
@@ -6167,15 +6173,22 @@ class Session:
                 self.out.append(None)
             self.broker.refused[_reason(failed[queue])] += 1
             said = self.out[index]
-            error = b"" if said == b"" else self._failure(_why(failed[queue]), said)
+            error = (b"" if said == b"" else self.NOTHING if self._has_ended(index)
+                     else self._failure(_why(failed[queue]), said))
             self.out[index:index + count] = [error if whole else b""] + [b""] * (count - 1)
         for queue in failed:
-            mine = [xid for other, xid in self._ended if other is queue]
+            mine = [xid for other, xid, _ in self._ended if other is queue]
             mine += self.open_reads.pop(queue, ())
             mine = [xid for xid in mine if xid in queue.opens]
             if mine:
                 self.open_reads[queue] = {xid: (self.now, next(self._opened)) for xid in mine}
         self._update()
+
+    def _has_ended(self, index):
+        """Return whether the command of an answer has closed a read, which has not been undone.
+        Then it is not refused, though it finds no item: that would say that it is still open."""
+        ended = [xid in queue.opens for queue, xid, at in self._ended if at == index]
+        return bool(ended) and not any(ended)
 
     def turn_away(self, error):
         """Refuse the command in hand, or what has come so far; drop all other input, and end."""
@@ -6295,7 +6308,7 @@ class Session:
         ended = (sum([queue.confirm(xid) for xid in xids]) if confirm
                  else queue.abort(*xids, now=self.now, **how))
         for xid in xids:
-            self._ended.append((queue, xid))
+            self._ended.append((queue, xid, len(self.out)))
             del reads[xid]
         if not reads:
             self.open_reads.pop(queue, None)
@@ -6728,7 +6741,7 @@ class MemcacheSession(LineSession):
     Authentication): the first command is a set, under any key, of `name password`.
     """
 
-    FLUSHED = CHANGED = b"END\r\n"
+    FLUSHED = CHANGED = NOTHING = b"END\r\n"
     DELETED, STATUS, VERSION = b"DELETED\r\n", b"%b\r\n", b"VERSION %b\r\n"
 
     def __init__(self, *arguments, **options):
@@ -6990,7 +7003,8 @@ class MemcacheSession(LineSession):
         self._say(b"END\r\n")
 
     def _get_key(self, get, key):
-        """Do what one of several keys asks for; return the queues that this has changed."""
+        """Do what one of several keys asks for; return the queues that the answer rests on, besides
+        the items in it."""
         names = (key.name, *key.others)
         queues = list(filter(None, map(self.broker.find, names)))
         changed = []
@@ -7001,7 +7015,7 @@ class MemcacheSession(LineSession):
                 if error:
                     raise Refused("SERVER_ERROR", _why(error), reason=_reason(error))
             if not key.open:
-                return changed
+                return changed if key.touch else []    # it is safe
         self._check_reads()
         self._check_user("get_users", *names)
         if key.peek:
@@ -7013,7 +7027,7 @@ class MemcacheSession(LineSession):
             if queue:
                 queues.append(queue)
         yield from self._read_beyond(get, key, queues)
-        return changed + queues
+        return [] if changed else queues     # else it is not refused any more
 
     def _browse(self, get, key, queues):
         """Show the first items of the first of these queues that has any."""
@@ -7276,6 +7290,7 @@ class TextSession(LineSession):
 
     FLUSHED = DELETED = CHANGED = b"+0\n"
     STATUS = VERSION = b":%b\n"
+    NOTHING = b"*\n"
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -7422,7 +7437,7 @@ class TextSession(LineSession):
             if self.load > self.most_load:
                 yield
         if item is None or monitor:
-            self._say(b"*\n")
+            self._say(self.NOTHING)
 
     def do_confirm(self, words):
         """confirm <queue> <count>"""
@@ -7582,7 +7597,7 @@ class ThriftSession(Session):
             super().turn_away(error)
 
     def _fail(self, failed, entries):
-        ended = [(queue, xid) for queue, xid in self._ended if queue in failed]
+        ended = [(queue, xid) for queue, xid, _ in self._ended if queue in failed]
         super()._fail(failed, entries)
         # The items of a get that could not be confirmed: the client knows no ids of them.
         for queue in failed:
@@ -7636,7 +7651,7 @@ class ThriftSession(Session):
                 queue.limit(xid, min(auto_abort, queue.config.open_transaction_timeout
                                      or auto_abort))
             else:
-                self._ended.append((queue, xid))
+                self._ended.append((queue, xid, None))
                 queue.confirm(xid)
         if queue:
             self._rest_on(queue)

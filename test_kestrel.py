@@ -6899,6 +6899,83 @@ def test_reads_of_several_queues_end_in_their_order(talk):
     assert not talk.session().open_reads
 
 
+def failing_turn(talk, disk, *names):
+    """A turn in which nothing can be written; what each client is told."""
+    disk.failing = {"pwrite": errno.EIO}
+    _, failed = commit(talk.broker, NOW)
+    disk.failing = {}
+    assert failed
+    for name in names:
+        talk.session(name).settle(failed, set())
+    return [b"".join(talk.session(name).take()) for name in names]
+
+
+@promise(2)
+@pytest.mark.parametrize("how, open_reads, waiting", [
+    ("close/n=2", 0, 0), ("abort/n=2", 0, 2), ("abort/tail", 1, 1), ("close/or=r/n=2", 0, 0)])
+def test_what_was_closed_is_not_refused_since_something_else_fails(
+        talk, disk, how, open_reads, waiting):
+    """It was safe, and another client failed in the turn of its answer: the client was told that
+    what it had closed was open, and it was gone."""
+    put(talk.broker, "q", b"1", b"2")
+    talk("get q/open/n=2\r\n")
+    session, queue = talk.session(), talk.broker.queues["q"]
+    session.feed(b"get q/%b\r\n" % how.encode(), NOW)
+    assert session.state == "held" and commit(talk.broker, NOW)[0] == [queue]
+    session.settle({}, set())
+    session.resume(NOW)
+    talk.session("other").feed(set_("q", "x").encode(), NOW)
+    assert failing_turn(talk, disk, "client", "other") == [
+        b"END\r\n", b"SERVER_ERROR q: Input/output error\r\n"]
+    assert (len(queue.opens), queue.count) == (open_reads, waiting)
+
+
+@promise(2)
+@pytest.mark.parametrize("protocol", ["memcache", "text"])
+@pytest.mark.parametrize("is_said", [True, False])
+def test_what_was_closed_is_not_refused_since_the_next_item_fails(
+        tmp_path, disk, protocol, is_said):
+    """The item came in a later turn, when the read before it had been closed for good."""
+    talk = Talk(tmp_path, session_type=kestrel._PROTOCOLS[protocol])
+    put(talk.broker, "q", b"1")
+    key, again, nothing = {
+        "memcache": ("get q/open\r\n", b"get q/close/open/t=9000\r\n", b"END\r\n"),
+        "text": ("get q\n", b"get q 9000\n", b"*\n")}[protocol]
+    assert "1" in talk(key)
+    session, queue = talk.session(), talk.broker.queues["q"]
+    session.feed(again, NOW)
+    commit(talk.broker, NOW)
+    session.settle({}, set())
+    assert session.state == "waiting" and not queue.opens
+    queue.add(b"2", now=NOW)
+    if is_said:
+        session.resume(NOW)
+    assert failing_turn(talk, disk, "client") == [nothing]
+    assert not session.command and not queue.opens and not session.open_reads and not queue.count
+
+
+@promise(2)
+def test_what_was_closed_is_not_refused_since_the_next_item_cannot_be_read(talk, monkeypatch):
+    put(talk.broker, "q", b"1", b"2")
+    talk("get q/open\r\n")
+
+    def fail(*arguments):
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(kestrel.Queue, "remove", fail)
+    assert talk("get q/close/open\r\n") == "END\r\n" and not talk.broker.queues["q"].opens
+    assert talk("get q/close/open\r\n") == "SERVER_ERROR journal: no\r\n"
+
+
+@promise(2)
+def test_a_close_that_is_undone_is_refused_together_with_the_read(talk, disk):
+    put(talk.broker, "q", b"1", b"2")
+    talk("get q/open\r\n")
+    talk.session().feed(b"get q/close/open\r\n", NOW)
+    assert failing_turn(talk, disk, "client") == [b"SERVER_ERROR q: Input/output error\r\n"]
+    assert data_of(talk.broker.queues["q"].opens.values()) == [b"1"]
+
+
 # == Protocols: text ======================================================================
 
 
