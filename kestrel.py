@@ -6995,7 +6995,7 @@ class MemcacheSession(LineSession):
                 if get.key:
                     raise
                 log.error("get of many keys: %s", _why(error))
-            if self.load > self.most_load or number % QUEUES_STEP == 0:
+            if not get.key and (self.load > self.most_load or number % QUEUES_STEP == 0):
                 yield
         if get.key:
             for queue in dict.fromkeys(rests_on):
@@ -7026,8 +7026,8 @@ class MemcacheSession(LineSession):
             queue = yield from self._queue(name)
             if queue:
                 queues.append(queue)
-        yield from self._read_beyond(get, key, queues)
-        return [] if changed else queues     # else it is not refused any more
+        is_new = yield from self._read_beyond(get, key, queues)
+        return queues if is_new and not changed else []        # what is safe is not refused
 
     def _browse(self, get, key, queues):
         """Show the first items of the first of these queues that has any."""
@@ -7048,7 +7048,8 @@ class MemcacheSession(LineSession):
             yield
 
     def _read_beyond(self, get, key, queues):
-        """Give up to key.count items of the first of these queues that have any."""
+        """Give up to key.count items of the first of these queues that have any; return whether
+        none of them is of an earlier turn."""
         for queue in queues:
             self._check_opens(queue, plain=not key.open)
         given = 0
@@ -7073,10 +7074,13 @@ class MemcacheSession(LineSession):
                 limit = queue.config.open_transaction_timeout or key.timeout
                 queue.limit(item.xid, min(key.timeout, limit))
             self._give(get, key, queue, item)
+            if given == 1:
+                turn = self.touched          # the next one has a list of its own
             if self.load > self.most_load:
                 yield
         if not given:
             self._count_read(queues[0] if queues else None, None)
+        return not given or self.touched is turn
 
     def _end_beyond(self, queues, key):
         """Close, abort or touch the oldest open reads of these queues; return the queues."""

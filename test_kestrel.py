@@ -6968,6 +6968,32 @@ def test_what_was_closed_is_not_refused_since_the_next_item_cannot_be_read(talk,
 
 
 @promise(2)
+@pytest.mark.parametrize("how", ["n=2", "open/n=2", "n=3"])
+@pytest.mark.parametrize("failing", range(6))
+def test_what_was_given_in_an_earlier_turn_is_not_refused(tmp_path, disk, how, failing):
+    """The client had the items, and was told SERVER_ERROR: who raises an error for that throws
+    them away."""
+    talk = Talk(tmp_path, "[server]\nmax_output_buffer = 0\n")
+    put(talk.broker, "q", b"1", b"2")
+    commit(talk.broker, NOW)
+    session, queue, told = talk.session(), talk.broker.queues["q"], b""
+    session.feed(b"get q/%b\r\n" % how.encode(), NOW)
+    for turn in range(8):
+        if turn == failing:
+            queue.add(b"of another client", now=NOW)
+            disk.failing = {"pwrite": errno.EIO}
+        _, failed = commit(talk.broker, NOW)
+        assert bool(failed) == (turn == failing)
+        disk.failing = {}
+        session.settle(failed, set())
+        told += b"".join(session.take())
+        session.sent()
+        session.resume(NOW)
+    assert session.state == "ready" and told.count(b"VALUE") + queue.count == 2
+    assert told.endswith(b"END\r\n") or b"VALUE" not in told
+
+
+@promise(2)
 def test_a_close_that_is_undone_is_refused_together_with_the_read(talk, disk):
     put(talk.broker, "q", b"1", b"2")
     talk("get q/open\r\n")
