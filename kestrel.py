@@ -163,7 +163,7 @@ def check_name(name):
     if name == "lost+found":
         raise ValueError("lost+found is where damaged journals are kept")
     for char in name:
-        if char in "./~" or char <= " " or char == "\x7f":
+        if char in "./~" or char <= " " or "\x7f" <= char <= "\x9f":
             raise ValueError("%s in the name of a queue" % ascii(char))
     return name
 
@@ -399,7 +399,8 @@ def _hint(key, settings):
         if key in others:
             return "; it belongs in [%s]" % section
     import difflib
-    near = difflib.get_close_matches(key, settings, 1)
+    near = ([name for name in settings if name.endswith("_" + key)]        # `port`, say
+            or difflib.get_close_matches(key, settings, 1))
     return "; did you mean %s?" % near[0] if near else ""
 
 
@@ -460,10 +461,17 @@ def tls_socket_class():
             return self.send(b"".join(buffers))
 
         def shutdown(self, how):
+            self._say_goodbye()
+            super().shutdown(how)
+
+        def close(self):
+            self._say_goodbye()
+            super().close()
+
+        def _say_goodbye(self):
             with contextlib.suppress(OSError, ValueError):
                 self.unwrap()                # send close_notify, without waiting for the reply
             self._is_over = True
-            super().shutdown(how)
 
     return TLSSocket
 
@@ -5515,6 +5523,8 @@ class Broker:
         queue.delete()
         log.info("queue %s deleted with %d items by %s", queue.name, count, who)
         self.stats.queue_deletes += 1
+        for session in self.clients:         # they would keep it in memory
+            session.open_reads.pop(queue, None)
         del self.queues[queue.name]
         self._count(queue)
         del self._accounts[queue]
@@ -5940,7 +5950,7 @@ class Session:
     """One client, in whatever protocol: its input, its answers, its open reads and waits.
 
     What the server uses: feed(), hang_up(), resume(), time_out(), settle(), take(), sent(),
-    out_of_memory(), close(), the attributes that follow and those explained in __init__():
+    turn_away(), close(), the attributes that follow and those explained in __init__():
 
     most_load    with more load, the next command waits until all answers have been sent
     timeout      milliseconds from now at which time_out() is to be called; then set to None
@@ -5951,6 +5961,7 @@ class Session:
     must not be sent is b"".
     """
 
+    NOTHING = b""                       # the answer to a read that finds no item
     idle_timeout = None                 # milliseconds; client_timeout may be shorter
     hangs_up = True                     # after errors that say `close`, see Refused
     is_stranger = False                 # the client has still to log in
@@ -5973,7 +5984,8 @@ class Session:
         self.asks = None                # what it has yielded,
         self._given = None              # and what it is given next
         self.timeout = None
-        self._ended = []                # (queue, xid) closed since answers were sent last
+        # (queue, xid, index in out) of what was closed since answers were sent last
+        self._ended = []
         self._kept = None               # a BytesIO of input that has not been run, if any
         self._needed = 0                # the length from which on it is worth looking at again
         self.at_end = False             # the client will send no more
@@ -6035,7 +6047,7 @@ class Session:
         self.now = now
         self.end()
         self.state = CLOSED
-        for queue, xid in self._ended:
+        for queue, xid, _ in self._ended:
             queue.history.when_safe(functools.partial(self._put_back, queue, xid))
 
     @staticmethod
@@ -6164,6 +6176,10 @@ class Session:
     def _refuse(self, error):
         """Answer a command with what went wrong, a Refused or an OSError."""
         if isinstance(error, OSError):
+            if self._has_ended(len(self.out)):
+                log.error("%s finds no item: %s", self.who, _why(error))
+                self._say(self.NOTHING)
+                return
             error = Refused("SERVER_ERROR", _why(error), reason=_reason(error))
         self.broker.refused[error.reason] += 1
         if error.reason in _FOREIGN:
@@ -6226,20 +6242,27 @@ class Session:
                 self.out.append(None)
             self.broker.refused[_reason(failed[queue])] += 1
             said = self.out[index]
-            error = b"" if said == b"" else self._failure(_why(failed[queue]), said)
+            error = (b"" if said == b"" else self.NOTHING if self._has_ended(index)
+                     else self._failure(_why(failed[queue]), said))
             self.out[index:index + count] = [error if whole else b""] + [b""] * (count - 1)
         for queue in failed:
-            mine = [xid for other, xid in self._ended if other is queue]
+            mine = [xid for other, xid, _ in self._ended if other is queue]
             mine += self.open_reads.pop(queue, ())
             mine = [xid for xid in mine if xid in queue.opens]
             if mine:
                 self.open_reads[queue] = {xid: (self.now, next(self._opened)) for xid in mine}
         self._update()
 
-    def out_of_memory(self):
-        """Refuse the command in hand, drop all other input, and end."""
+    def _has_ended(self, index):
+        """Return whether the command of an answer has closed a read, which has not been undone.
+        Then it is not refused, though it finds no item: that would say that it is still open."""
+        ended = [xid in queue.opens for queue, xid, at in self._ended if at == index]
+        return bool(ended) and not any(ended)
+
+    def turn_away(self, error):
+        """Refuse the command in hand, or what has come so far; drop all other input, and end."""
         self._drop_command()
-        self._refuse(Refused("SERVER_ERROR", "out of memory", reason="ENOMEM"))
+        self._refuse(error)
         self.end()
 
     # -- what a client may do
@@ -6354,7 +6377,7 @@ class Session:
         ended = (sum([queue.confirm(xid) for xid in xids]) if confirm
                  else queue.abort(*xids, now=self.now, **how))
         for xid in xids:
-            self._ended.append((queue, xid))
+            self._ended.append((queue, xid, len(self.out)))
             del reads[xid]
         if not reads:
             self.open_reads.pop(queue, None)
@@ -6787,7 +6810,7 @@ class MemcacheSession(LineSession):
     Authentication): the first command is a set, under any key, of `name password`.
     """
 
-    FLUSHED = CHANGED = b"END\r\n"
+    FLUSHED = CHANGED = NOTHING = b"END\r\n"
     DELETED, STATUS, VERSION = b"DELETED\r\n", b"%b\r\n", b"VERSION %b\r\n"
 
     def __init__(self, *arguments, **options):
@@ -6892,10 +6915,10 @@ class MemcacheSession(LineSession):
             raise Refused("CLIENT_ERROR", "line too long", close=True)
         _check_byte(data[pos:pos + 1])
 
-    def out_of_memory(self):
+    def turn_away(self, error):
         if self.command is None:
             self._words = self._block.words if self._block else ()
-        super().out_of_memory()
+        super().turn_away(error)
 
     def _check_stranger(self, line):
         """Check that the first command is the login, or quit."""
@@ -7041,7 +7064,7 @@ class MemcacheSession(LineSession):
                 if get.key:
                     raise
                 log.error("get of many keys: %s", _why(error))
-            if self.load > self.most_load or number % QUEUES_STEP == 0:
+            if not get.key and (self.load > self.most_load or number % QUEUES_STEP == 0):
                 yield
         if get.key:
             for queue in dict.fromkeys(rests_on):
@@ -7049,7 +7072,8 @@ class MemcacheSession(LineSession):
         self._say(b"END\r\n")
 
     def _get_key(self, get, key):
-        """Do what one of several keys asks for; return the queues that this has changed."""
+        """Do what one of several keys asks for; return the queues that the answer rests on, besides
+        the items in it."""
         names = (key.name, *key.others)
         queues = list(filter(None, map(self.broker.find, names)))
         changed = []
@@ -7060,7 +7084,7 @@ class MemcacheSession(LineSession):
                 if error:
                     raise Refused("SERVER_ERROR", _why(error), reason=_reason(error))
             if not key.open:
-                return changed
+                return changed if key.touch else []    # it is safe
         self._check_reads()
         self._check_user("get_users", *names)
         if key.peek:
@@ -7071,8 +7095,8 @@ class MemcacheSession(LineSession):
             queue = yield from self._queue(name)
             if queue:
                 queues.append(queue)
-        yield from self._read_beyond(get, key, queues)
-        return changed + queues
+        is_new = yield from self._read_beyond(get, key, queues)
+        return queues if is_new and not changed else []        # what is safe is not refused
 
     def _browse(self, get, key, queues):
         """Show the first items of the first of these queues that has any."""
@@ -7093,7 +7117,8 @@ class MemcacheSession(LineSession):
             yield
 
     def _read_beyond(self, get, key, queues):
-        """Give up to key.count items of the first of these queues that have any."""
+        """Give up to key.count items of the first of these queues that have any; return whether
+        none of them is of an earlier turn."""
         for queue in queues:
             self._check_opens(queue, plain=not key.open)
         given = 0
@@ -7118,10 +7143,13 @@ class MemcacheSession(LineSession):
                 limit = queue.config.open_transaction_timeout or key.timeout
                 queue.limit(item.xid, min(key.timeout, limit))
             self._give(get, key, queue, item)
+            if given == 1:
+                turn = self.touched          # the next one has a list of its own
             if self.load > self.most_load:
                 yield
         if not given:
             self._count_read(queues[0] if queues else None, None)
+        return not given or self.touched is turn
 
     def _end_beyond(self, queues, key):
         """Close, abort or touch the oldest open reads of these queues; return the queues."""
@@ -7335,6 +7363,7 @@ class TextSession(LineSession):
 
     FLUSHED = DELETED = CHANGED = b"+0\n"
     STATUS = VERSION = b":%b\n"
+    NOTHING = b"*\n"
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -7481,7 +7510,7 @@ class TextSession(LineSession):
             if self.load > self.most_load:
                 yield
         if item is None or monitor:
-            self._say(b"*\n")
+            self._say(self.NOTHING)
 
     def do_confirm(self, words):
         """confirm <queue> <count>"""
@@ -7568,7 +7597,8 @@ class ThriftSession(Session):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self._head = None               # (strict, name, sequence number, oneway) of the call
-        self._lent = {}                 # queue -> xids that go back by themselves
+        # queue -> xids that go back by themselves; it is not to keep a queue that is deleted.
+        self._lent = weakref.WeakKeyDictionary()
 
     def _parse(self, data):
         pos = 0
@@ -7633,14 +7663,14 @@ class ThriftSession(Session):
         return _thrift_frame(strict, name, number, _EXCEPTION, _string_field(1, os.fsencode(why))
                              + struct.pack(">bhi", _I32, 2, kind))
 
-    def out_of_memory(self):
+    def turn_away(self, error):
         if self.command is None:             # there is no call to be answered
             self.end()
         else:
-            super().out_of_memory()
+            super().turn_away(error)
 
     def _fail(self, failed, entries):
-        ended = [(queue, xid) for queue, xid in self._ended if queue in failed]
+        ended = [(queue, xid) for queue, xid, _ in self._ended if queue in failed]
         super()._fail(failed, entries)
         # The items of a get that could not be confirmed: the client knows no ids of them.
         for queue in failed:
@@ -7694,7 +7724,7 @@ class ThriftSession(Session):
                 queue.limit(xid, min(auto_abort, queue.config.open_transaction_timeout
                                      or auto_abort))
             else:
-                self._ended.append((queue, xid))
+                self._ended.append((queue, xid, None))
                 queue.confirm(xid)
         if queue:
             self._rest_on(queue)
@@ -7856,8 +7886,8 @@ _SHOWN_ITEMS = 20
 
 # The statistics in the page's table of queues.
 _SHOWN_STATS = [one for one in QUEUE_STATS if one.name in (
-    "items", "bytes", "logsize", "waiters", "open_transactions", "head_wait", "put_rate",
-    "get_rate")]
+    "items", "bytes", "logsize", "waiters", "open_transactions", "delayed", "head_wait",
+    "put_rate", "get_rate")]
 
 _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
@@ -7956,6 +7986,8 @@ class AdminSession(Session):
                 line = data[pos:data.find(b"\n", pos, pos + MAX_HEAD) + 1]
                 if data[pos:] and not data[pos:pos + 1].isalpha() or line and b"HTTP/" not in line:
                     raise ValueError("not a request of HTTP/1.1")    # TLS, or a memcache client
+                if end < 0 and data.find(b"\n\n", pos, pos + MAX_HEAD) >= 0:
+                    raise ValueError("lines end in CRLF")    # nothing else would come
                 if end < 0:
                     if len(data) - pos >= MAX_HEAD:
                         self._respond(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
@@ -7969,7 +8001,9 @@ class AdminSession(Session):
                 break
             stop = end + 4 + size
             if len(data) < stop:
-                self._needed = stop - pos
+                self._needed = stop - pos    # this place is not reached before that is there
+                if request.chunked and request.headers.get("expect", "").lower() == "100-continue":
+                    self._say(b"HTTP/1.1 100 Continue\r\n\r\n")
                 break
             self._request = request._replace(body=data[end + 4:stop])
             pos = stop
@@ -8510,8 +8544,8 @@ const time = s => s < 1 ? Math.round(s * 1000) + " ms" : s < 120 ? Math.round(s)
 const columns = [["Queue", "name", x => x], ["Items", "items", number.format],
   ["Bytes", "bytes", bytes], ["Oldest", "head_wait", ms => ms ? time(ms / 1000) : "–"],
   ["Put/s", "put_rate", number.format], ["Got/s", "get_rate", number.format],
-  ["Open", "open_transactions", number.format], ["Waiters", "waiters", number.format],
-  ["Journal", "logsize", bytes]]
+  ["Open", "open_transactions", number.format], ["Delayed", "delayed", number.format],
+  ["Waiters", "waiters", number.format], ["Journal", "logsize", bytes]]
 // The address says what is shown, so that a link to it can be shared.
 const wish = new URLSearchParams(location.search)
 let data = null, charts = {}, answered = 0, stopped = false, turn = 0, pressed = false
@@ -8889,6 +8923,9 @@ _TLS_FAILURES = {
     "CERTIFICATE_VERIFY_FAILED": "has a certificate that tls_client_ca does not sign:",
     "UNSUPPORTED_PROTOCOL": "speaks too old a version of TLS:",
     "": "fails in TLS:"}
+
+# Those of clients that can read an answer which is not in TLS.
+_NO_TLS = "WRONG_VERSION_NUMBER", "HTTP_REQUEST"
 
 # How many TLS handshakes a turn does, which take a millisecond each, and how many queues may have
 # something to write before it feeds nobody any more.
@@ -9369,12 +9406,16 @@ class Connection:
         try:
             data = self.sock.recv(_CHUNK)
         except BlockingIOError:
+            self.is_greeting = self.is_greeting and not self.sock.version()
             return
         except OSError as error:         # reset: it will take no answers either
             if hasattr(error, "reason"):               # it is an ssl.SSLError
                 why = str(error.reason or error)
                 words = next(words for part, words in _TLS_FAILURES.items() if part in why)
                 server.broker.note_stranger(session.peer, "%s %s" % (words, why))
+                if self.is_greeting and why in _NO_TLS:
+                    self._answer_in_plain()
+                    return
             self.close()
             return
         if not data:
@@ -9390,6 +9431,13 @@ class Connection:
         session.feed(data, server.now)
         if session.load > _UNCOUNTED or session.state is not READY:
             self.count_buffers()
+
+    def _answer_in_plain(self):
+        """Tell a client that speaks no TLS what is wrong, and hang up."""
+        self.is_greeting = False
+        self.sock = socket.socket(fileno=self.sock.detach())
+        self.sock.setblocking(False)
+        self.session.turn_away(Refused("CLIENT_ERROR", "this port takes TLS only"))
 
     def resume(self):
         """Go on with a session that can go on."""
@@ -9550,14 +9598,16 @@ class Connection:
             self._set_alarm()
 
     def _look(self):
-        """End the session if the client has gone. Nothing else tells while its socket is not
-        read."""
+        """Read the socket to its end if the client has gone, or will send no more. Nothing else
+        tells while its socket is not read."""
         self._looked = self.server.mono
         poll = select.poll()
         poll.register(self.sock, getattr(select, "POLLRDHUP", 0))
-        if poll.poll(0):
-            self.session.hang_up(self.server.now)
-            self.server.active.append(self)
+        while self.session.state is WAITING and poll.poll(0):
+            before = self.session.unparsed
+            self.ready(True)
+            if self.session.unparsed == before:        # more of a TLS record is to come
+                break
 
     def _give_up(self, why):
         log.warning("%s %s; closed after send_timeout", self.session.who, why)
@@ -9578,7 +9628,7 @@ class Connection:
         if self.unsent or self.session.out:
             self.close()
         else:
-            self.session.out_of_memory()
+            self.session.turn_away(Refused("SERVER_ERROR", "out of memory", reason="ENOMEM"))
             self.server.active.append(self)
             self.count_buffers()
 
@@ -9721,7 +9771,7 @@ class Listener:
 
     def is_local(self):
         """Return whether only clients of this machine can come in."""
-        return isinstance(self.address, str) or _ip_of(self.address[0]).is_loopback
+        return not isinstance(self.address, tuple) or _ip_of(self.address[0]).is_loopback
 
     def ready(self, readable):
         """Accept pending connections."""
@@ -10249,8 +10299,8 @@ def _host_of(ip):
 
 def _name_of(address):
     """Return the address of a socket in words."""
-    if isinstance(address, str):
-        return "unix:" + address
+    if not isinstance(address, tuple):       # the name of an abstract one begins with a NUL
+        return "unix:" + os.fsdecode(address).replace("\0", "@")
     return ("[%s]:%d" if ":" in address[0] else "%s:%d") % address[:2]
 
 
@@ -10513,9 +10563,12 @@ class Client:
                 import ssl
                 try:
                     self._sock = self._tls.wrap_socket(self._sock, server_hostname=host)
-                except ssl.SSLError as error:
-                    if error.reason == "WRONG_VERSION_NUMBER":
+                except (ssl.SSLError, ConnectionResetError) as error:
+                    if getattr(error, "reason", None) == "WRONG_VERSION_NUMBER":
                         raise ConnectionError("the server speaks no TLS there") from None
+                    if isinstance(error, (ssl.SSLEOFError, ConnectionResetError)):
+                        raise ConnectionError("the server has closed the connection: perhaps it "
+                                              "speaks no TLS there") from None
                     raise
             self._file = self._sock.makefile("rb")
             if user is not None:
@@ -10802,7 +10855,7 @@ class Client:
         self._sock.settimeout(self._timeout + timeout)
         try:
             self._try(lambda: self._sock.sendall(command))
-        except BrokenPipeError:              # which is what a command calls its standard output's
+        except BrokenPipeError:
             raise ConnectionError("the server has closed the connection") from None
 
     def _connect_again(self):
@@ -11224,6 +11277,9 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.dump and not options.journals:
         parser.error("--dump needs journal files")
+    for name, tools in (("json", ("dump", "verify")), ("kestrel", ("pack",)), ("every", ("copy",))):
+        if getattr(options, name) and not any(getattr(options, tool) for tool in tools):
+            parser.error("--%s goes with --%s" % (name, " and --".join(tools)))
     if options.journals and not options.dump:
         name = options.journals[0]
         parser.error(("%s takes options of its own, after it; these are the server's"
@@ -11232,22 +11288,15 @@ def main(arguments=None):
                  if key in SERVER_SETTINGS and value is not None}
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=[LogStream()])
     try:
-        if options.dump:
-            return _dump(options.journals, options.json)
-        if options.pack:
-            return _pack(options.pack, options.kestrel)
-        if options.verify:
-            return _verify(options.verify, options.json)
-        if options.copy:
-            return _copy(*options.copy, options.every)
-        if options.hash_password:
-            return _hash_password()
-        if options.convert:
-            return _convert(options.convert)
-        config = Config(options.config, overrides)
+        status = _run_tool(options)
+        if status is None:
+            config = Config(options.config, overrides)
         if options.check:
             print("\n".join(config.lines()))
-            return 0
+            status = 0
+        if status is not None:
+            print(end="", flush=True)
+            return status
         # A collection looks at every item in memory, for a tenth of a second with half a million
         # of them, and finds nothing: what is let go of here is in no cycle.
         gc.disable()
@@ -11258,10 +11307,9 @@ def main(arguments=None):
     except ConfigError as error:
         print(error, file=sys.stderr)
         return os.EX_CONFIG              # systemd does not start it again, see kestrel.service
-    except BrokenPipeError:              # of standard output: `| head`
-        sys.stdout = None
-        return 0
     except OSError as error:
+        if error.filename == _STDOUT:
+            return _output_failed(error)
         return _fail(1, "%s%s" % (error.filename + ": " if error.filename else "",
                                   error.strerror or error))
     server.broker.reloaded.append(functools.partial(_set_up_log_again, config.server))
@@ -11273,10 +11321,54 @@ def main(arguments=None):
     return 0
 
 
+def _run_tool(options):
+    """Run what needs no settings, and return its exit status; None if nothing is asked for."""
+    if options.dump:
+        return _dump(options.journals, options.json)
+    if options.pack is not None:         # an empty one may be meant: of a variable of a shell
+        return _pack(options.pack, options.kestrel)
+    if options.verify is not None:
+        return _verify(options.verify, options.json)
+    if options.copy:
+        return _copy(*options.copy, options.every)
+    if options.hash_password:
+        return _hash_password()
+    if options.convert is not None:
+        return _convert(options.convert)
+    return None
+
+
 def _fail(status, why):
     """Tell why on standard error; return the exit status."""
     print("kestrel.py: %s" % why, file=sys.stderr)
     return status
+
+
+@contextlib.contextmanager
+def _naming(name):
+    """Name in each OSError of a `with` block what it is about, as `filename`."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), name) from None
+
+
+_STDOUT = "standard output"
+
+
+class Output(io.FileIO):
+    """Standard output, whose errors name it: a command is not to take them for the server's."""
+
+    def write(self, data):
+        with _naming(_STDOUT):
+            return super().write(data)
+
+
+def _output_failed(error):
+    """Print nothing any more, and tell why, unless it was a pipe that nobody reads (`| head`);
+    return the exit status."""
+    sys.stdout = None                    # it would be tried once more at the end
+    return 0 if error.errno == errno.EPIPE else _fail(2, "%s: %s" % (_STDOUT, error.strerror))
 
 
 def _every(text):
@@ -11301,33 +11393,34 @@ def _argument_parser():
                         help="the port for memcache clients (default 22133)")
     parser.add_argument("--spool", metavar="DIRECTORY", dest="queue_path",
                         help="where the journals are (default ./spool)")
-    parser.add_argument("--dump", action="store_true",
-                        help="print the records of journal files, a line each, and exit")
+    tools = parser.add_mutually_exclusive_group()
+    tools.add_argument("--dump", action="store_true",
+                       help="print the records of journal files, a line each, and exit")
     parser.add_argument("--json", action="store_true",
                         help="with --dump: a JSON object for each record, with all of its data; "
                              "with --verify: for each file")
     parser.add_argument("journals", metavar="JOURNAL", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--pack", metavar="SPOOL/QUEUE",
-                        help="write the journals of a queue that no server holds as one "
-                             "minimal file, and exit")
+    tools.add_argument("--pack", metavar="SPOOL/QUEUE",
+                       help="write the journals of a queue that no server holds as one "
+                            "minimal file, and exit")
     parser.add_argument("--kestrel", action="store_true",
                         help="with --pack: as Kestrel 2.x can read it, without flags, delays, "
                              "pauses and check sums")
-    parser.add_argument("--verify", metavar="SPOOL",
-                        help="read all journals of a spool, which a server may be using, say which "
-                             "are good, and exit with 0 if all are")
-    parser.add_argument("--copy", nargs=2, metavar=("SPOOL", "DEST"),
-                        help="copy a spool, which a server may be using, or bring the copy up to "
-                             "date")
+    tools.add_argument("--verify", metavar="SPOOL",
+                       help="read all journals of a spool, which a server may be using, say which "
+                            "are good, and exit with 0 if all are")
+    tools.add_argument("--copy", nargs=2, metavar=("SPOOL", "DEST"),
+                       help="copy a spool, which a server may be using, or bring the copy up to "
+                            "date")
     parser.add_argument("--every", metavar="TIME", type=_every,
                         help="with --copy: again and again, such as each 1s")
-    parser.add_argument("--hash-password", action="store_true",
-                        help="ask for a password (or read a line), print what an auth_file has "
-                             "in its place, and exit")
-    parser.add_argument("--convert", metavar="production.scala",
-                        help="print a Kestrel's production.scala as a kestrel.conf, and exit")
-    parser.add_argument("--check", action="store_true",
-                        help="check the config file, print the effective settings, and exit")
+    tools.add_argument("--hash-password", action="store_true",
+                       help="ask for a password (or read a line), print what an auth_file has "
+                            "in its place, and exit")
+    tools.add_argument("--convert", metavar="production.scala",
+                       help="print a Kestrel's production.scala as a kestrel.conf, and exit")
+    tools.add_argument("--check", action="store_true",
+                       help="check the config file, print the effective settings, and exit")
     parser.add_argument("--version", action="version", version="kestrel.py " + __version__)
     return parser
 
@@ -11368,15 +11461,15 @@ _VERIFY_TRIES = 5
 
 def verify_file(path: str) -> dict:
     """Return what is good in a journal file: how many of its `bytes` are `checked` by check sums,
-    and the numbers of `records` and of `items` added; `damage` is a list of dicts: begin, end, why.
-    The file is only read. Raises OSError."""
+    and the numbers of `records` and of `items` added; `damage` is a list of dicts: begin, end, why,
+    and how many items may be `lost` there. The file is only read. Raises OSError."""
     for _ in range(_VERIFY_TRIES):
         found = {"file": path, "bytes": os.path.getsize(path), "checked": 0, "records": 0,
                  "items": 0, "damage": []}
         for record in read_good(path):
             if type(record) is Cut:
                 found["damage"].append({"begin": record.begin, "end": record.end,
-                                        "why": record.why})
+                                        "why": record.why, "lost": record.lost})
             else:
                 opcode, xid, item, _, end = record
                 found["bytes"] = max(end, found["bytes"])
@@ -11429,7 +11522,8 @@ def _verify(spool, as_json):
                 "BAD" if found["damage"] else "ok ", name, found["records"], found["items"],
                 found["bytes"], found["checked"]))
             for one in found["damage"]:
-                print("     %(why)s: bytes %(begin)d to %(end)d are damaged" % one)
+                print("     %(why)s: bytes %(begin)d to %(end)d are damaged; %(lost)d items may be "
+                      "lost" % one)
     return status
 
 
@@ -11663,14 +11757,22 @@ def _connect(options, timeout=30, server=None):
     if options.tls or options.cafile:
         import ssl
         tls = ssl.create_default_context(cafile=options.cafile)
-    password = os.environ.get("KESTREL_PASSWORD", "")
-    if options.user and "KESTREL_PASSWORD" not in os.environ:
-        import getpass
-        password = getpass.getpass("password of %s: " % options.user)
+    with _naming(server):
+        return Client(host, port, timeout, options.user, options.password, tls)
+
+
+def _password(user):
+    """Return the password of a user. Raises EOFError if there is nobody to ask."""
+    if user is None or "KESTREL_PASSWORD" in os.environ:
+        return os.environ.get("KESTREL_PASSWORD", "")
+    import getpass
+    import warnings
     try:
-        return Client(host, port, timeout, options.user, password, tls)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), server) from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")   # without a terminal it would read standard input
+            return getpass.getpass("password of %s: " % user)
+    except getpass.GetPassWarning:
+        raise EOFError from None
 
 
 def _show(options, names, rows):
@@ -11697,9 +11799,26 @@ def _command_put(client, options):
         items = [sys.stdin.buffer.read()]
     else:
         items = (line.rstrip(b"\n") for line in sys.stdin.buffer)
-    for done, item in enumerate(items):
-        if not client.put(options.queue, item, options.expiry, 0, options.delay, options.sync):
-            raise ValueError("%s is full or paused; %d items were put" % (options.queue, done))
+    done = 0
+    try:
+        for done, item in enumerate(items):
+            if not client.put(options.queue, item, options.expiry, 0, options.delay,
+                              options.sync):
+                raise ValueError("%s is full or paused; %d items were put" % (
+                    options.queue, done))
+    except _BREAKING_OFF:
+        _tell_put(done)
+        raise
+
+
+# What may end a put of many items at any time.
+_BREAKING_OFF = OSError, ServerError, KeyboardInterrupt
+
+
+def _tell_put(count):
+    """Tell how many items were put before something went wrong: they are not to be put again."""
+    if count:
+        print("kestrel.py: at least %d items were put; then:" % count, file=sys.stderr)
 
 
 def _command_get(client, options):
@@ -11737,7 +11856,7 @@ def _command_import(client, options):
 
     def rows():
         nonlocal bad
-        for number, line in enumerate(sys.stdin or (), 1):
+        for number, line in enumerate(sys.stdin.buffer if sys.stdin else (), 1):
             try:
                 row = json.loads(line)
                 data = (row["data"].encode() if "data" in row
@@ -11751,11 +11870,16 @@ def _command_import(client, options):
             yield row
 
     show = _progress(None)
-    for taken, count in _put_exported(client, options.queue, rows()):
-        done += taken
-        if taken < count:
-            raise ValueError("%s is full or paused; %d items were put" % (options.queue, done))
-        show(done)
+    try:
+        for taken, count in _put_exported(client, options.queue, rows()):
+            done += taken
+            if taken < count:
+                raise ValueError("%s is full or paused; %d items were put" % (
+                    options.queue, done))
+            show(done)
+    except _BREAKING_OFF:
+        _tell_put(done)
+        raise
     show(done, True)
     if bad:
         raise ValueError("line %d is not what export prints; the %d items before it were put" % (
@@ -11844,6 +11968,7 @@ def _command_stats(client, options):
 
 def _command_top(client, options):
     """Show the deepest queues, anew each second, until it is interrupted."""
+    import shutil
     before, then = {}, 0
     while True:
         try:
@@ -11862,7 +11987,7 @@ def _command_top(client, options):
             client, head = None, _red("%s  %s" % (options.server, error))
             rows = []
         rows.sort(key=lambda row: row[-1 if options.by == "rate" else 1] or 0, reverse=True)
-        lines = os.get_terminal_size().lines - 4 if sys.stdout.isatty() else 20
+        lines = max(1, shutil.get_terminal_size().lines - 4)     # not all know their size
         sys.stdout.write("\33[H\33[2J" + head + "\n\n")
         _show_table((*_QUEUE_COLUMNS, "gets/s"), rows[:lines])
         sys.stdout.flush()
@@ -11891,11 +12016,13 @@ def _command_drain(client, options):
     with contextlib.ExitStack() as stack:
         others, stats = [], client.stats()
         for server in options.to:
-            other = stack.enter_context(_connect(options, server=server))
-            before, between, stats = stats, other.stats(), client.stats()
+            with _naming(server):
+                other = stack.enter_context(_connect(options, server=server))
+                between = other.stats()
+            before, stats = stats, client.stats()
             if _is_same_server(before, between, stats):
                 raise ValueError("%s is the server that is drained" % other.address())
-            others.append(other)
+            others.append((server, other))
         names = options.queues or client.names(stats)
         for name in names:
             if "queue_%s_items" % name not in stats:
@@ -11910,14 +12037,16 @@ def _command_drain(client, options):
         show = _progress(sum(left.values()))
         while any(left.values()):
             before = moved
-            parents = {name.partition("+")[0] for other in others for name in other.names()
-                       if "+" in name}
+            parents = set()
+            for server, other in others:
+                with _naming(server):
+                    parents |= {name.partition("+")[0] for name in other.names() if "+" in name}
             for name in names:
                 if left[name] and name in parents:             # they would be given its items, too
                     why.setdefault(name, "it has children there already")
                 if left[name] and name not in why:
                     try:
-                        for count in _drained(client, name, targets[name], left[name]):
+                        for count in _drained(client, name, *targets[name], left[name]):
                             moved += count
                             show(moved)
                     except (ServerError, ValueError) as error:
@@ -11949,14 +12078,15 @@ def _is_same_server(before, between, after):
         for numbers in (connections, counts("total_items"), counts("bytes_read")))
 
 
-def _drained(client, name, other, count):
-    """Move so many items of a queue to another server; yield how many at a time. They are opened,
-    and closed when they are stored there. Raises ValueError where they are not taken."""
+def _drained(client, name, server, other, count):
+    """Move so many items of a queue to another server, where `other` is a client; yield how many
+    at a time. They are opened, and closed when they are stored there. Raises ValueError where they
+    are not taken."""
     while count > 0:
         rows = list(client._rows(name, min(count, _PUT_AT_ONCE), b"open"))
         if not rows:
             break
-        with client._holding(name, rows):
+        with client._holding(name, rows), _naming(server):
             for taken, most in _put_exported(other, name, rows):
                 if taken < most:
                     raise ValueError("it is full or paused at %s; what it has taken of the last "
@@ -12016,10 +12146,11 @@ def _server(text):
     return text
 
 
-def _readable(text):
-    """Return the name of a file that can be read."""
+def _certificates(text):
+    """Return the name of a file of certificates."""
+    import ssl
     try:
-        open(text, "rb").close()
+        ssl.create_default_context(cafile=text)
     except OSError as error:
         raise argparse.ArgumentTypeError("%s: %s" % (text, error.strerror)) from None
     return text
@@ -12112,20 +12243,24 @@ def _run_command(name, *arguments):
                         help="or unix:PATH; $KESTREL_SERVER, else 127.0.0.1:22133")
     parser.add_argument("--user", help="its password is $KESTREL_PASSWORD, or is asked for")
     parser.add_argument("--tls", action="store_true", help="speak TLS")
-    parser.add_argument("--cafile", metavar="FILE", type=_readable,
+    parser.add_argument("--cafile", metavar="FILE", type=_certificates,
                         help="whose certificates to trust, with TLS")
     options = parser.parse_intermixed_args(arguments)
     try:
+        options.password = _password(options.user)
         with _connect(options, _PING_SECONDS if name == "ping" else 30) as client:
-            return function(client, options) or 0
+            status = function(client, options) or 0
+        print(end="", flush=True)
+        return status
     except KeyboardInterrupt:
-        return 0 if name == "top" else 1
-    except BrokenPipeError:              # of standard output: `| head`
-        sys.stdout = None
-        return 0
-    except EOFError:                     # of the password
-        return _fail(2, "there is no terminal to ask at: set $KESTREL_PASSWORD")
+        if name == "top":                    # which nothing else ends
+            return 0
+        raise
+    except EOFError:                     # nobody answers
+        return _fail(2, "there is nobody to ask: set $KESTREL_PASSWORD, or use --yes")
     except OSError as error:
+        if error.filename == _STDOUT:
+            return _output_failed(error)
         return _fail(1 if name == "ping" else 3,
                      "%s: %s" % (error.filename or options.server, error.strerror or error))
     except (ServerError, ValueError) as error:
@@ -12153,7 +12288,7 @@ _SCALA_UNITS = {
 def _convert(path):
     """Print a kestrel.conf for the production.scala of a Kestrel; what is not understood is a
     comment in it."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
         text = file.read()
     sections = {"server": [], "queue": []}
     objects = [("", [])]                     # (class, its settings) of those that are open
@@ -12358,7 +12493,8 @@ def _notify(text):
     if address:
         with contextlib.suppress(OSError), socket.socket(
                 socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.sendto(text.encode(), address.replace("@", "\0", 1)
+            # Not if it would block: the service goes on, though nobody hears of it.
+            sock.sendto(text.encode(), socket.MSG_DONTWAIT, address.replace("@", "\0", 1)
                         if address.startswith("@") else address)
 
 
@@ -12416,9 +12552,16 @@ def _prepare_streams():
     sys.stdin = sys.stdin or open(0)
     sys.stderr = sys.stderr or open(2, "w")
     if sys.stdout:                       # names of queues are any bytes
-        sys.stdout.reconfigure(errors="surrogateescape")
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(Output(1, "w", closefd=False)), sys.stdout.encoding,
+            "surrogateescape",
+            line_buffering=sys.stdout.line_buffering or sys.stdout.write_through)
 
 
 if __name__ == "__main__":
     _prepare_streams()
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:            # a shell ends its loop only if the signal ends the program
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)

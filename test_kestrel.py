@@ -665,7 +665,7 @@ class UnixClient(Client):
     def __init__(self, path):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(20)
-        self.sock.connect(str(path))
+        self.sock.connect(path if isinstance(path, bytes) else str(path))
         self.file = self.sock.makefile("rb")
 
 
@@ -1058,7 +1058,8 @@ sync_journal = never
 
 
 @pytest.mark.parametrize("text, line, words", [
-    ("[server]\n\nport = 5\n", 3, "unknown setting port in [server]"),
+    ("[server]\n\nport = 5\n", 3, "unknown setting port in [server]; did you mean memcache_port?"),
+    ("[server]\ntimeout = 5\n", 2, "did you mean client_timeout?"),
     ("[server]\nmax_items = 5\n", 2, "unknown setting max_items"),
     ("# hello\n[servers]\n", 2, "unknown section [servers]"),
     ("[queue a]\nmax_items = 5\nmax_items = 6\n", 3, "max_items is set twice"),
@@ -5000,6 +5001,7 @@ ANSWERS = [
     ("set a.b 0 0 1\r\nx\r\n", "CLIENT_ERROR '.' in the name of a queue\r\n"),
     ("set a~b 0 0 1\r\nx\r\n", "CLIENT_ERROR '~' in the name of a queue\r\n"),
     ("set a\x01b 0 0 1\r\nx\r\n", "CLIENT_ERROR '\\x01' in the name of a queue\r\n"),
+    ("set a\xc2\x85b 0 0 1\r\nx\r\n", "CLIENT_ERROR '\\x85' in the name of a queue\r\n"),
     ("set lost+found 0 0 1\r\nx\r\n",
      "CLIENT_ERROR lost+found is where damaged journals are kept\r\n"),
     ("set %s 0 0 1\r\nx\r\n" % ("n" * 236), "STORED\r\n"),
@@ -6009,6 +6011,22 @@ def test_a_monitor_does_not_count_what_has_timed_out(talk):
     assert talk("monitor q 0 1\r\n").count("VALUE") == 1 and session.open_reads
 
 
+def test_a_client_keeps_no_queues_that_are_deleted_while_it_has_open_reads(serve):
+    """They stayed in memory for as long as the client did, and their reads were counted as open."""
+    server = serve()
+    client, other = server.client(), server.client()
+    for deleting in client, other:
+        client.put("q", b"x")
+        assert client.get("q/open") == b"x"
+        queue = weakref.ref(server.server.broker.queues["q"])
+        assert deleting.ask("delete q\r\n") == "DELETED\r\n"
+        other.send("clients\r\n")
+        assert [line.split()[7] for line in iter(other.line, "END\r\n")] == ["0", "0"]
+        client.stats()
+        until(lambda: queue() is None)
+        assert client.get("q/close") is None
+
+
 # -- what Kestrel has not
 
 
@@ -6930,6 +6948,109 @@ def test_reads_of_several_queues_end_in_their_order(talk):
     assert not talk.session().open_reads
 
 
+def failing_turn(talk, disk, *names):
+    """A turn in which nothing can be written; what each client is told."""
+    disk.failing = {"pwrite": errno.EIO}
+    _, failed = commit(talk.broker, NOW)
+    disk.failing = {}
+    assert failed
+    for name in names:
+        talk.session(name).settle(failed, set())
+    return [b"".join(talk.session(name).take()) for name in names]
+
+
+@promise(2)
+@pytest.mark.parametrize("how, open_reads, waiting", [
+    ("close/n=2", 0, 0), ("abort/n=2", 0, 2), ("abort/tail", 1, 1), ("close/or=r/n=2", 0, 0)])
+def test_what_was_closed_is_not_refused_since_something_else_fails(
+        talk, disk, how, open_reads, waiting):
+    """It was safe, and another client failed in the turn of its answer: the client was told that
+    what it had closed was open, and it was gone."""
+    put(talk.broker, "q", b"1", b"2")
+    talk("get q/open/n=2\r\n")
+    session, queue = talk.session(), talk.broker.queues["q"]
+    session.feed(b"get q/%b\r\n" % how.encode(), NOW)
+    assert session.state == "held" and commit(talk.broker, NOW)[0] == [queue]
+    session.settle({}, set())
+    session.resume(NOW)
+    talk.session("other").feed(set_("q", "x").encode(), NOW)
+    assert failing_turn(talk, disk, "client", "other") == [
+        b"END\r\n", b"SERVER_ERROR q: Input/output error\r\n"]
+    assert (len(queue.opens), queue.count) == (open_reads, waiting)
+
+
+@promise(2)
+@pytest.mark.parametrize("protocol", ["memcache", "text"])
+@pytest.mark.parametrize("is_said", [True, False])
+def test_what_was_closed_is_not_refused_since_the_next_item_fails(
+        tmp_path, disk, protocol, is_said):
+    """The item came in a later turn, when the read before it had been closed for good."""
+    talk = Talk(tmp_path, session_type=kestrel._PROTOCOLS[protocol])
+    put(talk.broker, "q", b"1")
+    key, again, nothing = {
+        "memcache": ("get q/open\r\n", b"get q/close/open/t=9000\r\n", b"END\r\n"),
+        "text": ("get q\n", b"get q 9000\n", b"*\n")}[protocol]
+    assert "1" in talk(key)
+    session, queue = talk.session(), talk.broker.queues["q"]
+    session.feed(again, NOW)
+    commit(talk.broker, NOW)
+    session.settle({}, set())
+    assert session.state == "waiting" and not queue.opens
+    queue.add(b"2", now=NOW)
+    if is_said:
+        session.resume(NOW)
+    assert failing_turn(talk, disk, "client") == [nothing]
+    assert not session.command and not queue.opens and not session.open_reads and not queue.count
+
+
+@promise(2)
+def test_what_was_closed_is_not_refused_since_the_next_item_cannot_be_read(talk, monkeypatch):
+    put(talk.broker, "q", b"1", b"2")
+    talk("get q/open\r\n")
+
+    def fail(*arguments):
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(kestrel.Queue, "remove", fail)
+    assert talk("get q/close/open\r\n") == "END\r\n" and not talk.broker.queues["q"].opens
+    assert talk("get q/close/open\r\n") == "SERVER_ERROR journal: no\r\n"
+
+
+@promise(2)
+@pytest.mark.parametrize("how", ["n=2", "open/n=2", "n=3"])
+@pytest.mark.parametrize("failing", range(6))
+def test_what_was_given_in_an_earlier_turn_is_not_refused(tmp_path, disk, how, failing):
+    """The client had the items, and was told SERVER_ERROR: who raises an error for that throws
+    them away."""
+    talk = Talk(tmp_path, "[server]\nmax_output_buffer = 0\n")
+    put(talk.broker, "q", b"1", b"2")
+    commit(talk.broker, NOW)
+    session, queue, told = talk.session(), talk.broker.queues["q"], b""
+    session.feed(b"get q/%b\r\n" % how.encode(), NOW)
+    for turn in range(8):
+        if turn == failing:
+            queue.add(b"of another client", now=NOW)
+            disk.failing = {"pwrite": errno.EIO}
+        _, failed = commit(talk.broker, NOW)
+        assert bool(failed) == (turn == failing)
+        disk.failing = {}
+        session.settle(failed, set())
+        told += b"".join(session.take())
+        session.sent()
+        session.resume(NOW)
+    assert session.state == "ready" and told.count(b"VALUE") + queue.count == 2
+    assert told.endswith(b"END\r\n") or b"VALUE" not in told
+
+
+@promise(2)
+def test_a_close_that_is_undone_is_refused_together_with_the_read(talk, disk):
+    put(talk.broker, "q", b"1", b"2")
+    talk("get q/open\r\n")
+    talk.session().feed(b"get q/close/open\r\n", NOW)
+    assert failing_turn(talk, disk, "client") == [b"SERVER_ERROR q: Input/output error\r\n"]
+    assert data_of(talk.broker.queues["q"].opens.values()) == [b"1"]
+
+
 # == Protocols: text ======================================================================
 
 
@@ -7326,6 +7447,17 @@ def test_thrift_ids_are_integers(thrift, kind, number, method):
     assert not commit(thrift.broker, NOW)[1]
 
 
+def test_a_thrift_client_keeps_no_queues_that_are_deleted(thrift):
+    """They stayed in memory for as long as the client did."""
+    with no_cycles():
+        for number in range(3):
+            thrift(thrift_put(b"q", b"x") + thrift_get(b"q", 1, 0, 1000))
+            queue = weakref.ref(thrift.broker.queues["q"])
+            thrift(call(b"delete_queue", thrift_string(1, b"q")))
+            thrift.broker.totals()
+            assert queue() is None
+
+
 # == Admin ================================================================================
 
 
@@ -7372,6 +7504,15 @@ def test_a_bad_http_request_is_told_so_and_hung_up_on(admin, text, status):
     assert told == status and headers["Connection"] == "close"
 
 
+@pytest.mark.parametrize("text", [
+    "GET /ping HTTP/1.0\n\n", "GET /ping HTTP/1.1\nHost: localhost\n\n"])
+def test_lines_that_end_in_no_crlf_are_told_of_at_once(admin, text):
+    """By hand, or of a simple check, which heard nothing for a minute."""
+    answer = admin(text)
+    assert answer.startswith("HTTP/1.1 400 ") and answer.endswith(
+        "\r\n\r\nlines end in CRLF\n✂")
+
+
 @pytest.mark.parametrize("line, status", [
     ("GET /nothing", 404), ("POST /ping", 405), ("PUT /ping", 405), ("GET /reload", 405),
     ("GET /flush?queue=q", 405), ("DELETE /", 405), ("POST /flush", 400),
@@ -7403,6 +7544,18 @@ def test_http_in_any_pieces_gives_the_same_answers(admin):
     for size in (1, 2, 7):
         answers = [admin(text[at:at + size], "in %d" % size) for at in range(0, len(text), size)]
         assert "".join(answers) == whole
+
+
+def test_a_client_that_asks_before_it_sends_a_body_is_told_to_go_on(admin):
+    """It waited, a second as a rule."""
+    head = request("POST /put?queue=q", "Expect: 100-Continue", "Content-Length: 3")
+    for size in (1, 5, len(head)):
+        told = [admin(head[at:at + size], "in %d" % size) for at in range(0, len(head), size)]
+        assert "".join(told) == told[-1] == "HTTP/1.1 100 Continue\r\n\r\n"
+        assert [admin(byte, "in %d" % size) for byte in "ab"] == ["", ""]
+        assert responses(admin("c", "in %d" % size))[0][0] == 200
+    assert responses(admin(head + "abc"))[0][0] == 200 and items_of(admin.broker, "q") == [b"abc"] * 4
+    assert admin(head.replace("1.1", "1.0"), "old") == ""
 
 
 def test_what_changes_something_is_posted_and_from_here(admin, tmp_path):
@@ -7561,11 +7714,12 @@ def test_what_the_page_asks_for(admin):
     put_some(admin, WEIRD, b"<script>\xff")
     session.feed(b"get q/open\r\n", NOW)
     list(admin.broker.sample(5))
+    admin.broker.queues["q"].add_later(b"3", 1000, now=NOW)
     told = json.loads(ask(admin, "GET /queues.json")[2])
     assert (told["status"], told["items"], told["put_rate"]) == ("UP", 2, 0.6)
     rows = {row["name"]: row for row in told["queues"]}
     assert rows["q"]["items"] == 1 and rows["q"]["put_rate"] == 0.4
-    assert rows["q"]["open_transactions"] == 1
+    assert rows["q"]["open_transactions"] == rows["q"]["delayed"] == 1
     key = rows[WEIRD[:-2] + "/xff%"]["key"]
     history = json.loads(ask(admin, "GET /history.json?queue=q&queue=none&queue=" + key)[2])
     assert history == {"q": [[1, 0.4, 0.2]], key: [[1, 0.2, 0]]}
@@ -10063,6 +10217,36 @@ def test_many_handshakes_at_once_are_all_made(serve, tmp_path, monkeypatch):
     first.close()
 
 
+def test_a_client_of_tls_may_be_idle_from_the_first(serve, tmp_path, monkeypatch):
+    """Only the handshake has to come in time: it was hung up on, as no client in plain is."""
+    monkeypatch.setattr(kestrel, "LOGIN_MS", 500)
+    server = serve(secured(tmp_path).replace("auth_file", "# auth_file"))
+    with tls_client(server.port, tmp_path) as client, Client(server.port) as silent:
+        assert silent.line() == ""
+        assert client.ask("version\r\n") == "VERSION 1.0.0\r\n"
+
+
+@pytest.mark.parametrize("how", ["quit", "stop", "timeout", "half-close"])
+def test_a_client_of_tls_can_tell_the_end_from_an_attack(serve, tmp_path, how):
+    """A server that stopped, or closed an idle connection, said no close_notify."""
+    server = serve(secured(tmp_path, "client_timeout = %s\n" % (
+        "200ms" if how == "timeout" else "never")).replace("auth_file", "# auth_file"))
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as plain:
+        with context.wrap_socket(plain, server_hostname="localhost",
+                                 suppress_ragged_eofs=False) as client:
+            client.sendall(b"version\r\n")
+            assert client.recv(100) == b"VERSION 1.0.0\r\n"
+            if how == "half-close":
+                client.unwrap()              # waits for that of the other side
+                return
+            if how == "quit":
+                client.sendall(b"quit\r\n")
+            elif how == "stop":
+                server.stop()
+            assert client.recv(100) == b""   # it would raise an error
+
+
 def test_passwords_are_checked_while_journals_are_fsynced(serve, tmp_path, monkeypatch):
     go_on, checking = threading.Semaphore(0), threading.Semaphore(0)
     server = serve(secured(tmp_path, tls=False) + "[queue]\nsync_journal = 0\n")
@@ -10080,9 +10264,9 @@ def test_passwords_are_checked_while_journals_are_fsynced(serve, tmp_path, monke
 def test_older_tls_and_none_at_all_are_refused(serve, tmp_path, caplog):
     caplog.set_level("INFO")
     server = serve(secured(tmp_path))
-    with Client(server.port) as plain, contextlib.suppress(ConnectionError):
-        plain.send("version\r\n")
-        assert b"VERSION" not in plain.file.read()
+    with Client(server.port) as plain:       # it was reset, and nobody knew why
+        plain.send("set q 0 0 100000\r\n" + "x" * 100000 + "\r\nversion\r\n")
+        assert plain.file.read() == b"CLIENT_ERROR this port takes TLS only\r\n"
     until(lambda: re.search("memcache client 127.0.0.1:[0-9]+ speaks no TLS to a port with TLS:",
                             caplog.text))
     assert server.server.broker.config.tls.minimum_version == ssl.TLSVersion.TLSv1_2
@@ -10645,6 +10829,17 @@ def test_who_goes_while_it_waits_and_has_said_too_much_is_found_out(serve, monke
     until(lambda: client.stats()["curr_connections"] == "1")
     client.put("q", b"x")
     assert client.get("q") == b"x"
+
+
+def test_all_that_was_said_before_a_half_close_is_answered_though_it_was_much(serve, monkeypatch):
+    """What was still in the socket, when a wait was cut short, was not run, and took all answers
+    with it: a socket that is closed with unread input is reset."""
+    monkeypatch.setattr(kestrel, "_CHUNK", 1000)
+    monkeypatch.setattr(kestrel, "_LOOK_SECONDS", 0.05)
+    client = serve().client()
+    client.send("get q/t=100000\r\n" + "set r 0 0 100\r\n%s\r\n" % ("x" * 100) * 200)
+    client.sock.shutdown(socket.SHUT_WR)
+    assert client.file.read() == b"END\r\n" + b"STORED\r\n" * 200
 
 
 def test_a_client_is_sent_so_much_in_a_turn(serve, monkeypatch):
@@ -11567,6 +11762,40 @@ def test_drain_can_be_broken_off_and_begun_again(servers, capfd):
     assert kestrel.main(drain + ["b"]) == 1 and "no queue b" in capfd.readouterr().err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_standard_output_that_fails_is_not_taken_for_the_server(ask_server, tmp_path):
+    """It was the server that had no space left; what was not flushed was a traceback."""
+    ask_server("put", "q", "1")
+    spool_of(tmp_path, journal=addx(b"a"))
+    with open("/dev/full", "w") as full:
+        for words in (["get", "q"], ["export", "q", "--take"], ["export", "q"], ["list"], ["top"],
+                      ["--dump", str(tmp_path / "journal")], ["--check"]):
+            done = subprocess.run(command(*words), stdout=full, stderr=subprocess.PIPE, timeout=60)
+            assert (done.returncode, done.stderr) == (
+                2, b"kestrel.py: standard output: No space left on device\n"), words
+    until(lambda: data_of(ask_server.server.server.broker.queues["q"].items) == [b"1"])
+
+
+def test_a_password_is_not_read_from_what_is_to_be_put(ask_server):
+    """Where there was no terminal, getpass took the first line."""
+    environment = {key: value for key, value in os.environ.items() if key != "KESTREL_PASSWORD"}
+    done = subprocess.run(command("put", "q", "--user", "bob"), input=b"1\n2\n", timeout=60,
+                          stderr=subprocess.PIPE, env=environment, start_new_session=True)
+    assert (done.returncode, done.stderr) == (
+        2, b"kestrel.py: there is nobody to ask: set $KESTREL_PASSWORD, or use --yes\n")
+
+
+def test_a_password_is_asked_for_once(serve, tmp_path, monkeypatch, capfd):
+    """drain asked for that of each server, and top whenever it connected."""
+    asked = []
+    monkeypatch.delenv("KESTREL_PASSWORD", raising=False)
+    monkeypatch.setattr("getpass.getpass", lambda question: asked.append(question) or "a secret")
+    name = "127.0.0.1:%d" % serve(secured(tmp_path, tls=False)).port
+    assert kestrel.main(["drain", "--user", "bob", "--server", name, "--to", name]) == 1
+    assert "is the server that is drained" in capfd.readouterr().err
+    assert asked == ["password of bob: "]
+
+
 @promise(1)
 def test_what_cannot_be_printed_goes_back(ask_server, monkeypatch):
     """It was taken first, and lost."""
@@ -11577,7 +11806,9 @@ def test_what_cannot_be_printed_goes_back(ask_server, monkeypatch):
             yield
             raise error
         prints = fail()
-        assert ask_server("get", "q", "-n", 3)[0]
+        with pytest.raises(KeyboardInterrupt) if isinstance(error, KeyboardInterrupt) else (
+                contextlib.nullcontext()):
+            assert ask_server("get", "q", "-n", 3)[0]
     monkeypatch.undo()
     queues = ask_server.server.server.broker.queues
     until(lambda: data_of(queues["q"].items) == [b"1", b"2", b"3"])
@@ -11597,9 +11828,12 @@ def test_commands_export_and_import(ask_server, monkeypatch):
     for line in ("no", "{}", "[]", '{"data": 5}', '{"base64": "!"}', '{"data": "x", "flags": "a"}',
                  '{"data": "x", "expiry": 1e999}', "[" * 100000):
         assert ask_server("import", "s", stdin=line.encode())[0] == 1
-    monkeypatch.setattr(sys, "stdin", io.StringIO('{"data": "1"}\n{"data": "2"}\nno\n'))
-    assert ask_server.errors(["import", "t"]) == (
-        1, "kestrel.py: line 3 is not what export prints; the 2 items before it were put\n")
+    for bad in b"no", b"\xff":
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(
+            b'{"data": "1"}\n{"data": "2"}\n%b\n' % bad), encoding="utf-8"))
+        assert ask_server.errors(["import", "t"]) == (
+            1, "kestrel.py: line 3 is not what export prints; the 2 items before it were put\n")
+    assert ask_server("get", "t", "-n", 2) == (0, "1\n2\n")
     assert ask_server("get", "t", "-n", 3) == (0, "1\n2\n")
     ask_server("put", "t", "3")
     with monkeypatch.context() as patch:
@@ -11687,13 +11921,16 @@ def test_commands_tell_what_is_wrong(ask_server, monkeypatch, capfd):
     for words in (["get"], ["get", "q", "-n", "x"], ["move", "q"], ["lst"], ["--dump"], ["kick", "x"],
                   ["status", "--json"], ["get", "q", "-n", "0"], ["status", "foo"],
                   ["list", "--server", "host:port"], ["list", "--cafile", "/none"],
+                  ["list", "--cafile", kestrel.__file__], ["--json"], ["--every", "1s"],
+                  ["--kestrel"], ["--check", "--verify", "."], ["--convert", "x", "--pack", "y"],
                   ["--server", "localhost", "list"], ["-c", "kestrel.conf", "list"]):
         with pytest.raises(SystemExit) as stopped:
             kestrel.main(words)
         assert stopped.value.code == 2
     told = capfd.readouterr().err
     for words in ("there is no command lst", "'0' is no number from 1", "'port' is not a port",
-                  "--cafile: /none: No such file", "--server comes after the command",
+                  "--cafile: /none: No such file", "kestrel.py: [X509", "--json goes with --dump and --verify",
+                  "--kestrel goes with --pack", "not allowed with argument", "--server comes after the command",
                   "list takes options of its own, after it"):
         assert words in told
     monkeypatch.setenv("KESTREL_SERVER", "127.0.0.1:%d" % free_port())
@@ -11761,6 +11998,60 @@ def test_a_put_that_breaks_off_is_not_taken_for_a_pipe_that_nobody_reads(short_p
         "kestrel.py: unix:%s: the server has closed the connection\n" % path)
 
 
+@contextlib.contextmanager
+def leaving_after(puts):
+    """A server that says STORED so many times, and then leaves; its address."""
+    def answer(listener):
+        with listener.accept()[0] as sock, sock.makefile("rb") as file:
+            left = puts
+            for line in file:
+                if line.startswith(b"set "):
+                    if not left:
+                        return
+                    file.readline()
+                    left -= 1
+                sock.sendall(b"STORED\r\n" if line.startswith(b"set ") else b"END\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer, args=(listener,))
+        thread.start()
+        yield "127.0.0.1:%d" % listener.getsockname()[1]
+        thread.join()
+
+
+def test_what_was_put_before_the_server_left_is_told(ask_server, monkeypatch, capfd):
+    lost = "kestrel.py: %s: the server has closed the connection\n"
+    for words, given, told in (
+            (["put", "q"], b"1\n2\n3\n", "kestrel.py: at least 2 items were put; then:\n"),
+            (["put", "q"], b"", ""), (["put", "q"], b"1\n2\n", "")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        with leaving_after(2) as name:
+            status = kestrel.main(words + ["--server", name])
+        assert (status, capfd.readouterr().err) == ((3, told + lost % name) if told else (0, ""))
+    with leaving_after(50) as name:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"data": "1"}\n' * 70)))
+        assert kestrel.main(["import", "q", "--server", name]) == 3
+    assert capfd.readouterr().err == (
+        "kestrel.py: at least 50 items were put; then:\n" + lost % name)
+
+
+def test_drain_names_the_server_that_leaves(ask_server, capfd):
+    """It named the one that was drained."""
+    ask_server("put", "q", "1")
+    with leaving_after(0) as name:
+        assert kestrel.main(["drain", "--to", name]) == 3
+    assert capfd.readouterr().err == "kestrel.py: %s: the server has closed the connection\n" % name
+    until(lambda: data_of(ask_server.server.server.broker.queues["q"].items) == [b"1"])
+
+
+def test_an_interrupt_ends_a_command_as_a_signal(ask_server):
+    """Else a shell goes on with its loop."""
+    process = subprocess.Popen(command("get", "q", "--wait", 60), stderr=subprocess.PIPE)
+    until(lambda: "q" in ask_server.server.server.broker.queues)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == b"" and process.returncode == -signal.SIGINT
+
+
 def test_clients_tell_that_it_is_the_wrong_port(serve):
     admin = free_port()
     server = serve("[server]\nadmin_port = %d\n" % admin)
@@ -11768,6 +12059,36 @@ def test_clients_tell_that_it_is_the_wrong_port(serve):
         client.stats()
     with pytest.raises(ConnectionError, match="speaks no TLS"):
         kestrel.Client(port=server.port, tls=ssl.create_default_context())
+    with socket.create_server(("127.0.0.1", 0)) as closes:
+        threading.Thread(target=lambda: closes.accept()[0].close()).start()
+        with pytest.raises(ConnectionError, match="perhaps it speaks no TLS there"):
+            kestrel.Client(port=closes.getsockname()[1], tls=ssl.create_default_context())
+
+
+def test_top_shows_queues_at_a_terminal_that_does_not_know_its_size(ask_server):
+    """All but the last four, of a height of 0."""
+    ask_server("put", "jobs", "x")
+    master, slave = os.openpty()
+    process = subprocess.Popen(command("top"), stdout=slave, stderr=slave)
+    try:
+        told = b""
+        while told.count(b"gets/s") < 2:     # it has been shown once
+            told += os.read(master, 10000)
+        assert b"jobs" in told
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+        os.close(master)
+        os.close(slave)
+
+
+@pytest.mark.parametrize("tool", ["--verify", "--pack", "--convert"])
+def test_a_tool_for_nothing_starts_no_server(tmp_path, monkeypatch, capsys, tool):
+    """Such as --verify "$SPOOL" where that is not set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kestrel, "Server", None)
+    assert kestrel.main([tool, ""]) == 1 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err.startswith("kestrel.py: ")
 
 
 def test_top_survives_a_restart(serve, short_path, monkeypatch, capfd):
@@ -12084,6 +12405,24 @@ def test_systemd_is_told(tmp_path, daemon, monkeypatch):
         hear("STOPPING=1")
 
 
+def test_a_systemd_that_does_not_listen_does_not_stop_the_service(tmp_path, daemon, monkeypatch):
+    """The loop waited for it to read what it had been told."""
+    with tempfile.TemporaryDirectory() as short, socket.socket(
+            socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(os.path.join(short, "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", os.path.join(short, "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "2000")
+        one = daemon("[server]\nadmin_port = off\n")
+        client = one.client()
+        with pytest.raises(BlockingIOError):
+            while True:                      # until there is room for no more
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as another:
+                    another.sendto(b"x", socket.MSG_DONTWAIT, os.path.join(short, "notify"))
+        for _ in range(20):
+            assert client.put("q", b"x") == "STORED\r\n"
+        assert one.end(signal.SIGTERM) == 0
+
+
 def activated(path, socks, names):
     """The daemon, with the settings in path / "conf" and these sockets, as by systemd."""
     def pass_on():
@@ -12126,6 +12465,22 @@ def test_sockets_that_systemd_passes_on(tmp_path, short_path):
         process.terminate()
         assert process.wait(20) == 0
     assert (short_path / "sock").exists()              # it is systemd's
+
+
+def test_an_abstract_socket_that_systemd_passes_on(tmp_path):
+    """Its name is bytes, which no name of a file is."""
+    (tmp_path / "conf").write_text("[server]\nadmin_port = off\n")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind("\0kestrel-test-%d" % os.getpid())
+        sock.listen(5)
+        process = activated(tmp_path, [sock], [""])
+        try:
+            with UnixClient(sock.getsockname()) as client:
+                assert client.ask("version\r\n") == "VERSION 1.0.0\r\n"
+        finally:
+            process.terminate()
+            assert process.wait(20) == 0
+    assert "listening on unix:@kestrel-test-" in (tmp_path / "log").read_text()
 
 
 def test_a_text_socket_of_systemd_does_not_go_with_passwords(tmp_path):
@@ -12349,7 +12704,7 @@ def test_verify_says_what_is_good(tmp_path, capsys):
         "ok  old: 1 records, 1 items, 22 bytes, 0 of them with check sums",
         "ok  q: 5 records, 2 items, 95 bytes, 95 of them with check sums",
         "BAD torn: 1 records, 1 items, 24 bytes, 0 of them with check sums",
-        "     record cut short: bytes 22 to 24 are damaged"]
+        "     record cut short: bytes 22 to 24 are damaged; 0 items may be lost"]
     data = bytearray((tmp_path / "q").read_bytes())
     data[38] ^= 1                            # an a
     (tmp_path / "q").write_bytes(data)
@@ -12357,7 +12712,7 @@ def test_verify_says_what_is_good(tmp_path, capsys):
     assert kestrel.main(["--verify", str(tmp_path), "--json"]) == 1
     old, found = map(json.loads, capsys.readouterr().out.splitlines())
     assert not old["damage"] and found["damage"] == [
-        {"begin": 17, "end": 56, "why": "wrong check sum"}]
+        {"begin": 17, "end": 56, "why": "wrong check sum", "lost": 1}]
     assert (found["items"], found["records"], found["checked"]) == (1, 3, 56)    # what follows, too
     dumped = list(kestrel.dump_records(str(tmp_path / "q")))
     assert [record.get("operation") for record in dumped] == ["CHECK", None, "ADDX", "CHECK"]
@@ -12604,7 +12959,7 @@ def test_a_copy_of_a_server_that_works(serve, tmp_path):
 
 def test_convert(tmp_path, capsys):
     """What is printed for the configuration of a Kestrel is one of ours."""
-    (tmp_path / "production.scala").write_text(SCALA)
+    (tmp_path / "production.scala").write_bytes(b"// caf\xe9\n" + SCALA.encode())     # is not UTF-8
     assert kestrel.main(["--convert", str(tmp_path / "production.scala")]) == 0
     told = capsys.readouterr().out
     assert [line for line in told.splitlines() if line.startswith("#")] == [
