@@ -5997,14 +5997,14 @@ class Session:
 
     def resume(self, now):
         """Go on with the command in hand, or with the input that has been kept."""
+        self.now = now
         if self.state is WORKING:
-            self.now = now
             if self.command is not None:
                 given, self._given = self._given, None
                 self._go_on(given)
             if self.state is WORKING and self.command is None:
                 self._run_kept()
-            self._end_if_done()
+        self._end_if_done()
 
     def _stop(self, data, pos):
         """Keep the input from data[pos] on, which has not been run, and derive the state."""
@@ -6067,7 +6067,8 @@ class Session:
 
     def _deliver(self, queue, item):
         if item is not None:
-            self._rest_on(queue)             # in this turn, though the answer may be of the next
+            # In this turn, though the answer may be of the next.
+            self._rest_on(queue, item if self.asks.peek else True)
             if self.asks.open:
                 self._note_open(queue, item)
         self._wake(self.command, (queue, item))
@@ -6141,7 +6142,7 @@ class Session:
             self.close(self.now)
         elif error and self.state is not CLOSED:       # else `out` has gone
             self._fail({queue: error}, entries)
-        self._end_if_done()
+        self._update()
         if not self.holds:
             self.broker.woken.append(self)   # to be sent, and resumed
 
@@ -6980,30 +6981,29 @@ class MemcacheSession(LineSession):
         self._say(b"END\r\n")
 
     def _get_key(self, get, key):
-        """Do what one of several keys asks for; return the queues that this has changed."""
+        """Do what one of several keys asks for; return the queues that gave items."""
         names = (key.name, *key.others)
         queues = list(filter(None, map(self.broker.find, names)))
-        changed = []
         if key.close or key.abort or key.touch:
             changed = self._end_beyond(queues, key)
+            # After that the answer does not rest on them: what fails later is another's.
             for queue in changed if not key.touch else ():
                 error = yield queue.history.when_safe
                 if error:
                     raise Refused("SERVER_ERROR", _why(error), reason=_reason(error))
             if not key.open:
-                return changed
+                return []
         self._check_reads()
         self._check_user("get_users", *names)
         if key.peek:
             yield from self._browse(get, key, queues)
-            return changed
+            return []
         queues = []
         for name in names:
             queue = yield from self._queue(name)
             if queue:
                 queues.append(queue)
-        yield from self._read_beyond(get, key, queues)
-        return changed + queues
+        return (yield from self._read_beyond(get, key, queues))
 
     def _browse(self, get, key, queues):
         """Show the first items of the first of these queues that has any."""
@@ -7024,11 +7024,12 @@ class MemcacheSession(LineSession):
             yield
 
     def _read_beyond(self, get, key, queues):
-        """Give up to key.count items of the first of these queues that have any."""
+        """Give up to key.count items of the first of these queues that have any; return the queue
+        of each."""
         for queue in queues:
             self._check_opens(queue, plain=not key.open)
-        given = 0
-        while given < key.count:
+        given = []
+        while len(given) < key.count:
             if key.open:
                 queues = list(filter(self._may_open, queues))
             wait = not given and key.wait > 0
@@ -7043,7 +7044,7 @@ class MemcacheSession(LineSession):
                 break
             if item is None:
                 break
-            given += 1
+            given.append(queue)
             self._count_read(queue, item)
             if key.timeout:
                 limit = queue.config.open_transaction_timeout or key.timeout
@@ -7053,6 +7054,7 @@ class MemcacheSession(LineSession):
                 yield
         if not given:
             self._count_read(queues[0] if queues else None, None)
+        return given
 
     def _end_beyond(self, queues, key):
         """Close, abort or touch the oldest open reads of these queues; return the queues."""
@@ -10076,7 +10078,8 @@ class Server:
         for connection in active:
             self.visit(connection, Connection.flush, failed, unsafe)
         if self.broker.woken:            # the others have nothing more to do
-            self.broker.woken = [one for one in self.broker.woken if one.state is WORKING]
+            self.broker.woken = [one for one in self.broker.woken
+                                 if one.state is WORKING or one.at_end]
 
     # -- the end
 

@@ -6881,6 +6881,91 @@ def test_reads_of_several_queues_end_in_their_order(talk):
     assert not talk.session().open_reads
 
 
+def test_who_waits_to_peek_hears_nothing_of_a_failed_put_either(talk, disk):
+    """The head of the answer was an error, and its rest came behind that."""
+    talk(set_("q", "1"))
+    waits, other = talk.session("waits"), talk.session("other")
+    other.feed(b"get q/open\r\n", NOW)
+    waits.feed(b"get q/peek/t=1000\r\n", NOW)
+    waits.resume(NOW)
+    assert waits.state == "waiting"
+    disk.failing = {"pwrite": errno.ENOSPC}
+    _, failed = talk.broker.write()          # it is at the head again
+    other.settle(failed, set())
+    talk.broker.queues["q"].recover(NOW)
+    waits.resume(NOW)
+    other.feed(set_("q", "2").encode(), NOW)
+    _, failed = talk.broker.write()
+    waits.settle(failed, set())
+    assert b"".join(waits.take()) == b"VALUE q/peek/t=1000 0 1\r\n1\r\nEND\r\n"
+
+
+def test_a_close_that_is_safe_does_not_fail_with_what_others_do_then(talk, disk):
+    """It is answered in the turn after it has been written."""
+    talk(set_("q", "1"))
+    talk("get q/open\r\n")
+    session, other = talk.session(), talk.session("other")
+    session.feed(b"get q/close/n=2\r\n", NOW)
+    assert not talk.broker.write()[1]
+    session.settle({}, set())
+    other.feed(set_("q", "2").encode(), NOW)
+    session.resume(NOW)
+    disk.failing = {"pwrite": errno.ENOSPC}
+    _, failed = talk.broker.write()
+    session.settle(failed, set())
+    other.settle(failed, set())
+    assert b"".join(other.take()).startswith(b"SERVER_ERROR ")
+    assert not talk.broker.queues["q"].opens and b"".join(session.take()) == b"END\r\n"
+
+
+def test_a_get_of_several_queues_does_not_fail_with_those_that_gave_nothing(talk, disk):
+    talk(set_("q", "1") + set_("r", "2"))
+    talk("get r\r\n")
+    session, other = talk.session(), talk.session("other")
+    session.feed(b"get r/or=q\r\n", NOW)
+    other.feed(set_("r", "3").encode(), NOW)
+    talk.broker.queues["q"].write()
+    disk.failing = {"pwrite": errno.ENOSPC}
+    _, failed = talk.broker.write()
+    session.settle(failed, set())
+    assert b"".join(session.take()) == b"VALUE r/or=q 0 1\r\n1\r\nEND\r\n"
+    assert not talk.broker.queues["q"].count
+
+
+def test_what_comes_back_when_a_put_fails_is_given_to_who_waits(tmp_path):
+    """The client that has put has closed its side; its open read goes back, but not while queues
+    are written: who is given that item would be told of a failure that was there before."""
+    talk = Talk(tmp_path, "[queue]\nsync_journal = 0\n")
+    broker = talk.broker
+    queue = broker.queue("q", NOW)
+    leaves, waits = talk.session("leaves"), talk.session("waits")
+    queue.add(b"1", now=NOW)
+    leaves.feed(b"get q/open\r\n", NOW)
+    broker.write()
+    sync(queue)
+    leaves.take()
+    waits.feed(b"get q/t=1000\r\n", NOW)
+    waits.resume(NOW)
+    queue.pause(kestrel.PAUSED_OUT)
+    leaves.feed(set_("q", "2").encode(), NOW)
+    broker.write()
+    leaves.settle({}, {queue})
+    leaves.hang_up(NOW)
+    assert leaves.state == "held"
+    fail_sync(queue)                         # the pause is undone, too
+    for _ in range(2):
+        _, failed = broker.write()
+        for session in (leaves, waits):
+            session.settle(failed, {queue})
+        for session in (leaves, waits):
+            session.resume(NOW)
+    broker.write()
+    waits.settle({}, {queue})
+    sync(queue)
+    assert b"".join(leaves.take()).startswith(b"SERVER_ERROR ") and leaves.is_over()
+    assert b"".join(waits.take()) == b"VALUE q/t=1000 0 1\r\n1\r\nEND\r\n"
+
+
 # == Protocols: text ======================================================================
 
 
