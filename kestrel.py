@@ -5425,20 +5425,23 @@ class Broker:
     # -- writing
 
     def write(self):
-        """Write every journal that has something to write. Return the queues written and, as
+        """Write every journal that has something to write, once. Return the queues written and, as
         {queue: OSError}, those of which operations have been undone since the last call."""
-        written = []
+        written, again = {}, []
         for queue in self.dirty:             # more may come while items move between queues
+            if queue in written:             # should that fail, it would fail what is written
+                again.append(queue)
+                continue
             try:
                 queue.write()
-                written.append(queue)
+                written[queue] = None
             except OSError:
                 pass                         # failed() has it
             except Exception:
                 log.exception("unexpected, in the queue %s", queue.name)
                 self._failed[queue] = OSError(errno.EIO, "unexpected, see the log")
         self._uncounted.update(self.dirty)
-        self.dirty.clear()
+        self.dirty[:] = again
         failed, self._failed = self._failed, {}
         if self.status is not self._saved_status:
             self._save_status()
@@ -6357,12 +6360,13 @@ class Session:
                 if cost > _STEP_SIZE or cost and len(broker.dirty) > _MOST_DIRTY:
                     cost = 0
                     yield
+                taken = False                # if it was deleted since the last step
                 if not queue.closed:
                     taken = (queue.add_later(item, delay, flags, expiry, self.now) if delay
                              else queue.add(item, flags, expiry, self.now))
-                    stored &= taken or number >= len(route.targets)
                     self._rest_on(queue)
                     cost += len(item) + _COMMAND_COST
+                stored &= taken or number >= len(route.targets)
             count += stored
             if not stored:
                 broker.refused["full"] += 1

@@ -4771,6 +4771,7 @@ def test_a_move_whose_confirmation_fails_is_confirmed_later(tmp_path, disk):
     work.confirm = fail
     work.discard_expired(NOW + 10)
     commit(broker, NOW + 10)
+    commit(broker, NOW + 10)
     late = broker.queues["late"]
     assert late.remove(now=NOW + 10).data == b"1" and len(work.opens) == 1
     while calls:
@@ -4911,6 +4912,46 @@ def test_reads_that_were_open_go_back_though_the_disk_was_full_at_the_start(
     server.broker.stopping = True
     server.run()
     assert contents(load(tmp_path)) == [b"a"]
+
+
+def test_a_queue_is_written_once_a_turn(tmp_path, disk):
+    """If its second write failed, that would be taken for the failure of the first one."""
+    talk = Talk(tmp_path)
+    talk(set_("q", "1"))
+    broker, session = talk.broker, talk.session()
+    queue = broker.queues["q"]
+
+    def go_on(error):                        # as a move does that waits for another queue
+        disk.failing = {"pwrite": errno.ENOSPC}
+        queue.remove(now=NOW)
+
+    session.feed(set_("q", "2").encode(), NOW)
+    queue.history.when_safe(go_on)
+    _, failed = broker.write()
+    session.settle(failed, set())
+    assert b"".join(session.take()) == b"STORED\r\n" and items_of(broker, "q") == [b"2"]
+    _, failed = broker.write()
+    assert queue in failed and items_of(broker, "q") == [b"1", b"2"]
+
+
+def test_what_is_put_to_a_queue_that_is_deleted_meanwhile_is_not_stored(tmp_path):
+    """In the second of two steps; max_queue_age deletes a queue that has just become empty."""
+    clock = Clock()
+    broker = broker_of(tmp_path, "[queue q]\nmax_queue_age = 1s\n", later=clock,
+                       uptime=lambda: clock.time / 1000)
+    session = kestrel.Session(broker)
+    session.now = NOW
+    steps = session._put(broker.route(b"q", NOW), [b"x" * (1 << 20)] * 2)
+    next(steps)
+    settle(broker)
+    assert broker.queues["q"].remove(now=NOW).data
+    settle(broker)
+    clock.time = 2000
+    sweep(broker, NOW)
+    assert "q" not in broker.queues
+    with pytest.raises(StopIteration) as stop:
+        next(steps)
+    assert stop.value.value == 1             # the other is not there
 
 
 # == Protocols: memcache ==================================================================
