@@ -3036,28 +3036,29 @@ class History:
             self.syncing.popleft()[1](None)
 
     def go_back(self):
-        """Give up the operations that are not safe, and return them. Their positions are
-        skipped."""
+        """Give up the operations that are not safe. Return them, and a function that makes the
+        calls that waited for them, with an OSError or None. Their positions are skipped."""
         ops = self.unsafe + self.ops
         logged = self.logged
+        pending, self._pending = self._pending, collections.deque()
         while self.syncing and self.syncing[-1][0] > self.safe:
-            self._pending.append(self.syncing.pop())
+            pending.append(self.syncing.pop())
         if self.durable == self.safe:
             self.durable = logged
         self.safe = self.written = logged
         self.ops, self.unsafe = [], []
-        return ops
 
-    def tell(self, error):
-        """Make the calls that waited for what has been undone."""
-        pending, self._pending = self._pending, collections.deque()
-        for _, call in pending:
-            call(error)
+        def tell(error):
+            for _, call in pending:
+                call(error)
+
+        return ops, tell
 
     def forget(self):
         """Treat all operations so far as safe: they will never be written to the disk."""
-        self.go_back()
+        _, tell = self.go_back()
         self.durable = self.safe
+        tell(None)
         self.settle()
 
 
@@ -3226,7 +3227,8 @@ class Queue:
         self.history.forget()
         if task:
             self.host.start(self._clear(task, self.journal.path))
-        self.journal = self.history.writing = self.upkeep.failure = None
+        self.journal = self.history.writing = None
+        self.upkeep = Upkeep(self)           # of the next journal
 
     # -- adding and taking
 
@@ -3765,8 +3767,7 @@ class Queue:
         except (OSError, MemoryError, Damage) as error:
             if isinstance(error, Damage):
                 error = self._size_changed(error.file)
-            if isinstance(error, MemoryError):
-                error = OSError(errno.ENOMEM, "out of memory", journal.path)
+            error = error and _as_os_error(error, journal.path)
             if not error or is_short_of_descriptors(error) and self.host.work:
                 self.host.later(_NO_DESCRIPTOR_MS, functools.partial(self.host.changed, self))
                 return
@@ -3824,9 +3825,10 @@ class Queue:
         return self.journal.begin_sync(self.history.written)
 
     def needs_sync(self):
-        """Return whether there is something that begin_sync() could begin."""
+        """Return whether there is something that begin_sync() could begin; that may be an fsync of
+        nothing: what was written to a file that has been packed since is on the disk."""
         return (self.journal is not None and self.upkeep.renewing is None
-                and self.journal.needs_sync())
+                and (self.journal.needs_sync() or self.history.durable < self.history.written))
 
     def synced(self, sync):
         """Note that an fsync has succeeded."""
@@ -3848,25 +3850,24 @@ class Queue:
             return
         if self.closed:
             if sync is None or sync.position > history.safe:     # of the removal
-                history.go_back()
-                history.tell(Unclear(error.errno, error.strerror, error.filename))
+                _, tell = history.go_back()
+                tell(Unclear(error.errno, error.strerror, error.filename))
             return
         if sync:
             self.journal.sync_failed(sync)
         if self.history.writing:             # the worker would write behind what is cut
             self.upkeep.failure = sync, error
             return
-        is_doubtful = history.durable < history.safe
-        self._go_back(error)
-        if is_doubtful and self.upkeep.renewing is None:
-            self.upkeep.renew()
+        self._go_back(error, is_doubtful=history.durable < history.safe)
 
-    def _go_back(self, error, was_written=False):
+    def _go_back(self, error, was_written=False, is_doubtful=False):
         """Undo all operations that are not safe. Return the error to report, Unclear if the files
-        may still contain them. was_written: whether any may have reached the files."""
+        may still contain them. was_written: whether any may have reached the files. is_doubtful:
+        whether those that are safe may be lost by now."""
         was_written = was_written or bool(self.history.unsafe)
         safe = self.history.safe
-        self._undo(self.history.go_back())
+        ops, tell = self.history.go_back()
+        self._undo(ops)
         self.journal.go_back(safe)
         if self._behind:
             self._behind.go_back()
@@ -3874,15 +3875,17 @@ class Queue:
         if error.errno == errno.ESTALE:      # what is in a file without a name does not matter
             if self.upkeep.renewing is None:
                 log.error("%s: %s; the queue is written anew", error.filename, error.strerror)
-                self.upkeep.renew()
+            is_doubtful = True
         elif was_written:
             try:
                 self.journal.cut()
             except OSError as failure:
                 log.error("%s: cannot be cut back: %s", self.journal.path, failure.strerror)
                 error = Unclear(error.errno, error.strerror, error.filename)
+        if is_doubtful and self.upkeep.renewing is None:
+            self.upkeep.renew()              # first: who is told may do more at once
         self.host.failed(self, error)
-        self.history.tell(error)
+        tell(error)
         return error
 
     def pack(self) -> None:
@@ -4104,9 +4107,10 @@ class Queue:
         try:
             items = self._behind.read(min(unread, max(1, room // ITEM_COST)),
                                       max(4096, min(_STEP_SIZE, room)))
-        except OSError as error:
+        except (OSError, MemoryError) as error:
+            error = _as_os_error(error, self.journal.path)
             self.host.unreadable(self, error)
-            raise
+            raise error from None
         self.items.extend(items)
         self.memory += sum(map(_cost, items))
         return len(items)
@@ -4242,7 +4246,10 @@ class Queue:
     def data_of(self, item):
         """Return the data of an item in memory, read again if need be. Raises OSError."""
         if item.data is None:
-            self.journal.load_call(item)()
+            try:
+                self.journal.load_call(item)()
+            except MemoryError as error:
+                raise _as_os_error(error, self.journal.path) from None
             if self.opens.get(item.xid) is item:
                 self.open_memory += len(item.data)
             elif item.xid in self.delays.items and self.delays.items[item.xid].item is item:
@@ -4382,7 +4389,7 @@ class Queue:
                 self._stop_alarm(xid)
             elif opcode in (UNREMOVE, PUT_BACK, CONFIRM, TO_TAIL, DELAY):
                 if opcode in (UNREMOVE, PUT_BACK):
-                    item = self._take()
+                    self._take()             # a copy, if it was opened again, see _open()
                 elif opcode == TO_TAIL:
                     self._undo_append(item)
                 elif opcode == DELAY:
@@ -4431,6 +4438,13 @@ def _as_bytes(data):
         return bytes(memoryview(data))
     except TypeError:
         raise TypeError("data must be bytes, not %s" % type(data).__name__) from None
+
+
+def _as_os_error(error, path):
+    """Return an OSError itself, or what stands for a MemoryError."""
+    if isinstance(error, MemoryError):
+        return OSError(errno.ENOMEM, "out of memory", path)
+    return error
 
 
 def _check_numbers(expiry, flags, delay=0):

@@ -4196,6 +4196,115 @@ def test_rotated_files_are_not_kept_open(tmp_path):
     queue.close()
 
 
+def test_the_count_of_deliveries_is_undone_with_what_was_counted(tmp_path, disk):
+    """The item was opened again meanwhile, as a copy without its data."""
+    bench = Bench()
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(max_memory_size=700), (), bench)
+    fill(queue, *(digit * 300 for digit in (b"1", b"2", b"3", b"4")))
+    queue.write()
+    take(queue, 1)
+    item = queue.remove(open=True, now=NOW)
+    assert item.data == b"2" * 300 and item.place        # it was read behind
+    queue.abort(item.xid, delay=10, now=NOW)
+    take(queue, 1, open=True)
+    queue.write()
+    delayed, = queue.delays.items.values()
+    again = queue.remove(open=True, now=NOW + 10)
+    queue.abort(again.xid, now=NOW + 10)
+    assert again.deliveries == 2
+    queue.configure(kestrel.QueueConfig(max_memory_size=0))
+    queue.remove(open=True, now=NOW + 10)
+    assert [item.data for item in queue.opens.values()] == [b"3" * 300, None]
+    disk.failing = {"pwrite": errno.EIO}
+    with pytest.raises(OSError):
+        queue.write()
+    assert list(queue.delays.items.values()) == [delayed] and delayed.item.deliveries == 1
+
+
+def test_what_is_done_on_hearing_of_a_failure_is_written_once(tmp_path):
+    """Everything is written anew, since it may not be on the disk, and not with what is done
+    then: that is written after it."""
+    bench = Bench()
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(sync_journal=100), (), bench)
+    fill(queue, b"1", b"2")
+    item = queue.remove(open=True, now=NOW)
+    queue.write()
+    queue.confirm(item.xid)
+    queue.history.when_safe(lambda error: error and queue.abort(item.xid, now=NOW))
+    fail_sync(queue)
+    assert data_of(queue.items) == [b"1", b"2"]
+    queue.write()
+    bench.run()
+    queue.write()
+    assert contents_of(tmp_path) == [b"1", b"2"]
+    take(queue, 2)
+    queue.write()
+    assert contents_of(tmp_path) == []
+
+
+def test_a_put_is_taken_though_there_is_no_memory_for_who_waits(tmp_path, monkeypatch):
+    bench = Bench()
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(max_memory_size=1000), (), bench)
+    fill(queue, *[b"x" * 900] * 4)
+    queue.write()
+    take(queue, 1)
+    got = []
+    queue.pause(kestrel.PAUSED_OUT)
+    queue.wait(kestrel.Waiter(lambda queue, item: got.append(item)))
+    queue.paused = 0                                     # who waits is not served yet
+    pread = os.pread
+
+    def fail(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(kestrel.os, "pread", fail)
+    assert queue.add(b"5", now=NOW) and not got
+    with pytest.raises(OSError) as caught:
+        queue.remove(now=NOW)
+    assert caught.value.errno == errno.ENOMEM
+    monkeypatch.setattr(kestrel.os, "pread", pread)
+    queue.recover(NOW)
+    assert data_of(got) == [b"x" * 900]
+
+
+def test_keep_journal_is_turned_off_while_all_is_written_anew(tmp_path):
+    bench = Bench()
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(sync_journal=100), (), bench)
+    fill(queue, b"1")
+    queue.write()
+    fail_sync(queue)
+    assert queue.upkeep.renewing is not None
+    queue.configure(kestrel.QueueConfig(keep_journal=False))
+    bench.run()
+    assert not os.listdir(str(tmp_path)) and queue.upkeep.renewing is None
+    fill(queue, b"2")
+    queue.write()
+    assert data_of(queue.items) == [b"1", b"2"]
+
+
+def test_who_waits_for_an_fsync_hears_of_it_though_the_file_was_packed_meanwhile(tmp_path):
+    bench = Bench()
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(
+        sync_journal=100, max_memory_size=200, default_journal_size=1 << 20), (), bench)
+    fill(queue, b"1" * 300)
+    queue.write()
+    bench.run()                                          # it goes on with another file
+    fill(queue, b"2")
+    queue.write()
+    call, under_way = queue.begin_sync()
+    take(queue, 1)
+    told = []
+    queue.history.when_durable(told.append)
+    queue.write()
+    assert len(queue.journal.passed) == 1
+    bench.run()
+    assert not queue.journal.passed and call() is None and not told
+    queue.synced(under_way)
+    assert queue.needs_sync() and not told
+    sync(queue)
+    assert told == [None] and not queue.needs_sync()
+
+
 # == Broker ===============================================================================
 
 
