@@ -4228,11 +4228,11 @@ class Queue:
         if head.place.size < _LARGE or not self.host.work:
             self.data_of(head)
             return False
-        self._loading = head
         if loading is not head:
             loaded = head.stub()
             self.host.work(self.journal.load_call(loaded),
                            functools.partial(self._loaded, head, loaded))
+        self._loading = head
         return True
 
     def _loaded(self, head, loaded, error):

@@ -4305,6 +4305,28 @@ def test_who_waits_for_an_fsync_hears_of_it_though_the_file_was_packed_meanwhile
     assert told == [None] and not queue.needs_sync()
 
 
+def test_a_large_item_that_could_not_be_opened_is_read_later(tmp_path, monkeypatch, disk):
+    """It counted as one that a worker was reading, for ever: nobody was given anything."""
+    for name in ("_LARGE", "_SPAN"):
+        monkeypatch.setattr(kestrel, name, 10000)
+    bench, jobs = Bench(), []
+    bench.work = lambda call, done: jobs.append((call, done))
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(max_memory_size=20000), (), bench)
+    fill(queue, *[b"x" * 19000] * 3)
+    queue.write()
+    call, done = jobs.pop()
+    done(call())
+    take(queue, 1)
+    assert queue._refill() and queue.items[0].data is None
+    disk.failing, disk.once = {"open": errno.EMFILE}, True
+    with pytest.raises(OSError):
+        queue.remove(now=NOW)
+    assert queue.remove(now=NOW) is None
+    call, done = jobs.pop()
+    done(call())
+    assert queue.remove(now=NOW).data == b"x" * 19000
+
+
 # == Broker ===============================================================================
 
 
