@@ -5439,23 +5439,20 @@ class Broker:
     # -- writing
 
     def write(self):
-        """Write every journal that has something to write, once. Return the queues written and, as
+        """Write every journal that has something to write. Return the queues written and, as
         {queue: OSError}, those of which operations have been undone since the last call."""
-        written, again = {}, []
-        for queue in self.dirty:             # more may come while items move between queues
-            if queue in written:             # should that fail, it would fail what is written
-                again.append(queue)
-                continue
+        written = []
+        for queue in self.dirty:             # more may come: open reads go back
             try:
                 queue.write()
-                written[queue] = None
+                written.append(queue)
             except OSError:
                 pass                         # failed() has it
             except Exception:
                 log.exception("unexpected, in the queue %s", queue.name)
                 self._failed[queue] = OSError(errno.EIO, "unexpected, see the log")
         self._uncounted.update(self.dirty)
-        self.dirty[:] = again
+        self.dirty.clear()
         failed, self._failed = self._failed, {}
         if self.status is not self._saved_status:
             self._save_status()
@@ -5555,9 +5552,15 @@ class Broker:
             while isinstance(asks, Queue) and asks.history.logged <= asks.history.safe:
                 asks = move.send(None)
             if isinstance(asks, Queue):
-                asks.history.when_safe(functools.partial(self._advance, move))
+                asks.history.when_safe(lambda error: self.start(self._go_on(move, error)))
             elif self.later:
                 self.later(asks, functools.partial(self._advance, move))
+
+    def _go_on(self, move, error):
+        """A task: go on with a move. Not at once, while queues are written and clients have still
+        to be told what has become of that: what it does might fail, and would be taken for it."""
+        self._advance(move, error)
+        yield
 
     def _move(self, source, setting):
         """Move open items, some at a time. Yield the queue that has to be safe before it goes on,
