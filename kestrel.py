@@ -3460,9 +3460,10 @@ class Queue:
             item = self.opens[xid]
             if counted and item.deliveries + 1 >= self.config.max_deliveries and (
                     self.host.bury and self.config.dead_letter_queue not in (None, self.name)):
-                self._stop_alarm(xid)        # it stays open until it is safe there
-                self.delays.dying.add(xid)
+                self.delays.dying.add(xid)   # it stays open until it is safe there
                 dead[xid] = item
+                if xid in self._alarms:
+                    self._silence_alarm(xid)
                 continue
             item.deliveries += counted       # as the record says
             self._end_read(xid)
@@ -3482,7 +3483,7 @@ class Queue:
                 self._silence_alarm(xid)
         for xid in known:
             if xid in dead:
-                self.host.start(self._bury(xid, dead[xid], now))
+                self.history.when_safe(functools.partial(self._let_die, xid, dead[xid], now))
         if known:
             if orphaned:
                 self.history.when_safe(functools.partial(self._abort_again, known, counted))
@@ -3494,6 +3495,15 @@ class Queue:
         if error and self.host.later:
             self.host.later(RETRY_MS, functools.partial(
                 self.abort, *xids, orphaned=True, counted=counted))
+
+    def _let_die(self, xid, item, now, error):
+        """Have an open read moved to the dead_letter_queue. If what was done together with it has
+        been undone, it is open as before."""
+        if not error:
+            self.host.start(self._bury(xid, item, now))
+        elif self.opens.get(xid) is item:
+            self.delays.dying.discard(xid)
+            self._start_alarm(xid, self._alarms.get(xid, (None, 0))[1])
 
     def _bury(self, xid, item, now):
         """A task: have an open read moved to the dead_letter_queue, unless it has ended."""
@@ -3524,7 +3534,12 @@ class Queue:
             self._overdue.remove(xid)
         if timeout:
             self.limit(xid, timeout)
-        return xid in self.opens
+        return self.is_open(xid)
+
+    def is_open(self, xid):
+        """Return whether an open read has not ended. What is on its way to the dead_letter_queue
+        has."""
+        return xid in self.opens and xid not in self.delays.dying
 
     def held(self):
         """Return the open reads and the delayed items as {xid: Item or Delayed}."""
@@ -5991,7 +6006,7 @@ class Session:
 
     @staticmethod
     def _put_back(queue, xid, error):
-        if xid in queue.opens:               # its end has been undone
+        if queue.is_open(xid):               # its end has been undone
             queue.abort(xid, orphaned=True)
 
     # -- input
@@ -6183,7 +6198,7 @@ class Session:
         for queue in failed:
             mine = [xid for other, xid in self._ended if other is queue]
             mine += self.open_reads.pop(queue, ())
-            mine = [xid for xid in mine if xid in queue.opens]
+            mine = list(filter(queue.is_open, mine))
             if mine:
                 self.open_reads[queue] = {xid: (self.now, next(self._opened)) for xid in mine}
         self._update()
@@ -6250,7 +6265,7 @@ class Session:
 
     def _reads_of(self, queue):
         """Return the xids that are open here, without those that have timed out."""
-        return [xid for xid in self.open_reads.get(queue, ()) if xid in queue.opens]
+        return list(filter(queue.is_open, self.open_reads.get(queue, ())))
 
     # -- reading
 
@@ -6302,9 +6317,10 @@ class Session:
         see Queue.abort()."""
         reads = self.open_reads.get(queue, {})
         xids = list(itertools.islice(reads, count))
-        self._rest_on(queue, whole)
         ended = (sum([queue.confirm(xid) for xid in xids]) if confirm
                  else queue.abort(*xids, now=self.now, **how))
+        if queue.history.safe < queue.history.logged:      # else nothing of it can be undone
+            self._rest_on(queue, whole)
         for xid in xids:
             self._ended.append((queue, xid))
             del reads[xid]
@@ -7082,7 +7098,7 @@ class MemcacheSession(LineSession):
         # To touch one that has timed out is too late.
         reads = sorted([(number, queue.name, xid) for queue in queues
                         for xid, (_, number) in self.open_reads.get(queue, {}).items()
-                        if not key.touch or xid in queue.opens])[:key.count]
+                        if not key.touch or queue.is_open(xid)])[:key.count]
         ended = {}
         for _, name, xid in reads:
             ended.setdefault(self.broker.queues[name], []).append(xid)
@@ -7598,7 +7614,7 @@ class ThriftSession(Session):
         super()._fail(failed, entries)
         # The items of a get that could not be confirmed: the client knows no ids of them.
         for queue in failed:
-            xids = [xid for other, xid in ended if other is queue and xid in queue.opens]
+            xids = [xid for other, xid in ended if other is queue and queue.is_open(xid)]
             for xid in xids:
                 del self.open_reads[queue][xid]
             queue.abort(*xids, orphaned=True)
@@ -7662,7 +7678,7 @@ class ThriftSession(Session):
     def _room(self, queue):
         """Return how many more items of a queue the client may have that go back by themselves.
         Raises Refused if it may have none."""
-        lent = [xid for xid in self._lent.pop(queue, ()) if xid in queue.opens]
+        lent = list(filter(queue.is_open, self._lent.pop(queue, ())))
         if lent:
             self._lent[queue] = lent
         limit = self.broker.settings.max_open_transactions

@@ -4543,6 +4543,7 @@ def test_a_damaged_dead_letter_is_dropped_and_holds_nothing_up(tmp_path):
     last = work.remove(open=True, now=NOW)
     assert last.data == b"c" * 300000
     work.abort(last.xid, now=NOW)
+    settle(broker)
     run_tasks(broker)
     settle(broker)
     assert broker.queues["dead"].count == 2 and not work.count and not work.opens
@@ -6928,6 +6929,47 @@ def test_what_is_on_its_way_to_the_dead_letters_cannot_be_closed(tmp_path, disk)
     talk.clock.reach(2000)
     settle(talk.broker)
     assert dead.count == 1 and not work.opens and not work.delays.dying
+
+
+@pytest.mark.parametrize("is_undone", [False, True])
+def test_an_abort_that_is_undone_makes_no_dead_letter(tmp_path, disk, is_undone):
+    """The client was told of a failure, and the item was a dead letter all the same; the client
+    still seemed to have it, and closed that instead of the next item."""
+    talk = timed_talk(tmp_path, DEADLY.replace("3", "1"))
+    put_all(talk, "work", "a", "b")
+    work, dead = talk.broker.queues["work"], talk.broker.queue("dead", NOW)
+    assert values("a", "b", key="work/open/n=2") == talk("get work/open/n=2\r\n")
+    session, other = talk.session(), talk.session("other")
+    aborts, puts = (session, b"get work/abort\r\n"), (other, set_("work", "c").encode())
+    for one, command in (puts, aborts) if is_undone else (aborts, puts):
+        one.feed(command, NOW)
+    disk.failing = {"pwrite": errno.ENOSPC}
+    _, failed = talk.broker.write()
+    for one in (session, other):
+        one.settle(failed, set())
+    assert (b"".join(session.take()) == b"END\r\n") != is_undone
+    disk.failing = {}
+    for _ in range(3):
+        run_tasks(talk.broker)
+        settle(talk.broker)
+    assert list(session.open_reads[work]) == list(work.opens)
+    assert (items_of(talk.broker, "dead") == [b"a"]) != is_undone
+    assert talk("get work/close/n=2\r\n") == "END\r\n"
+    assert not (work.opens or work.delays.dying or work.count)
+
+
+def test_a_read_that_has_timed_out_for_the_last_time_does_not_stand_in_the_way(tmp_path):
+    """The dead_letter_queue takes nothing for now."""
+    talk = timed_talk(tmp_path, DEADLY.replace("3", "1"))
+    put_all(talk, "work", "a", "b", "c")
+    talk.broker.queue("dead", NOW)
+    talk("pause dead in\r\n")
+    assert values("a", key="work/open/timeout=10") == talk("get work/open/timeout=10\r\n")
+    talk.clock.reach(talk.clock.time + 20)
+    assert talk("get work\r\n") == values("b", key="work")
+    assert talk("get work/open\r\n") == values("c", key="work/open")
+    assert talk("confirm work 2\r\n") == "ERROR\r\n"
+    assert len(talk.broker.queues["work"].opens) == 2
 
 
 def test_a_last_delivery_that_is_undone_does_not_count(tmp_path, disk):
