@@ -3826,9 +3826,8 @@ class Queue:
             journal.torn.update(file for file, _, _ in plan.shares)
             self._go_back(error, True)
         else:
-            if fresh is self._fresh:         # else they have been flushed or read since
-                for _ in range(count):
-                    fresh.popleft()
+            for _ in range(count):           # also of those flushed since: that may be undone
+                fresh.popleft()
             self._commit(plan, position)
         if failure:
             self.sync_failed(*failure)

@@ -4327,6 +4327,39 @@ def test_a_large_item_that_could_not_be_opened_is_read_later(tmp_path, monkeypat
     assert queue.remove(now=NOW).data == b"x" * 19000
 
 
+def test_a_flush_during_a_large_write_is_undone(tmp_path, monkeypatch, disk):
+    """What had been on its way to the disk counted twice, and an item was given twice."""
+    monkeypatch.setattr(kestrel, "_LARGE", 500)
+    bench, jobs = Bench(), []
+    bench.work = lambda call, done: jobs.append((call, done))
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(max_memory_size=1000), (), bench)
+
+    def write(*data):
+        fill(queue, *data)
+        queue.write()
+
+    def work():
+        call, done = jobs.pop()
+        done(call())
+
+    write(b"1" * 900, b"2" * 900)
+    work()
+    bench.run()                              # it goes on with another file
+    write(b"3" * 900, b"x")
+    work()
+    write(b"4" * 900, b"y")
+    queue.flush()                            # while the worker writes these
+    work()
+    disk.failing, disk.once = {"pwrite": errno.ENOSPC}, True
+    with pytest.raises(OSError):
+        queue.write()
+    assert queue.count == 6
+    assert [item.data[:1] for item in take(queue, 6)] == [b"1", b"2", b"3", b"x", b"4", b"y"]
+    assert queue.count == 0 and queue.remove(now=NOW) is None
+    queue.write()
+    assert contents_of(tmp_path) == []
+
+
 # == Broker ===============================================================================
 
 
