@@ -6318,7 +6318,8 @@ class Session:
         xids = list(itertools.islice(reads, count))
         ended = (sum([queue.confirm(xid) for xid in xids]) if confirm
                  else queue.abort(*xids, now=self.now, **how))
-        if queue.history.safe < queue.history.logged:      # else nothing of it can be undone
+        history = queue.history
+        if history.ops or history.unsafe:    # else nothing of it can be undone
             self._rest_on(queue, whole)
         for xid in xids:
             self._ended.append((queue, xid))
