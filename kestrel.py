@@ -3107,28 +3107,29 @@ class History:
             self.syncing.popleft()[1](None)
 
     def go_back(self):
-        """Give up the operations that are not safe, and return them. Their positions are
-        skipped."""
+        """Give up the operations that are not safe. Return them, and a function that makes the
+        calls that waited for them, with an OSError or None. Their positions are skipped."""
         ops = self.unsafe + self.ops
         logged = self.logged
+        pending, self._pending = self._pending, collections.deque()
         while self.syncing and self.syncing[-1][0] > self.safe:
-            self._pending.append(self.syncing.pop())
+            pending.append(self.syncing.pop())
         if self.durable == self.safe:
             self.durable = logged
         self.safe = self.written = logged
         self.ops, self.unsafe = [], []
-        return ops
 
-    def tell(self, error):
-        """Make the calls that waited for what has been undone."""
-        pending, self._pending = self._pending, collections.deque()
-        for _, call in pending:
-            call(error)
+        def tell(error):
+            for _, call in pending:
+                call(error)
+
+        return ops, tell
 
     def forget(self):
         """Treat all operations so far as safe: they will never be written to the disk."""
-        self.go_back()
+        _, tell = self.go_back()
         self.durable = self.safe
+        tell(None)
         self.settle()
 
 
@@ -3297,7 +3298,8 @@ class Queue:
         self.history.forget()
         if task:
             self.host.start(self._clear(task, self.journal.path))
-        self.journal = self.history.writing = self.upkeep.failure = None
+        self.journal = self.history.writing = None
+        self.upkeep = Upkeep(self)           # of the next journal
 
     # -- adding and taking
 
@@ -3529,9 +3531,10 @@ class Queue:
             item = self.opens[xid]
             if counted and item.deliveries + 1 >= self.config.max_deliveries and (
                     self.host.moves and self.config.dead_letter_queue not in (None, self.name)):
-                self._stop_alarm(xid)        # it stays open until it is safe there
-                self.delays.dying.add(xid)
+                self.delays.dying.add(xid)   # it stays open until it is safe there
                 dead[xid] = item
+                if xid in self._alarms:
+                    self._silence_alarm(xid)
                 continue
             item.deliveries += counted       # as the record says
             self._end_read(xid)
@@ -3551,7 +3554,7 @@ class Queue:
                 self._silence_alarm(xid)
         for xid in known:
             if xid in dead:
-                self.host.start(self._bury(xid, dead[xid], now))
+                self.history.when_safe(functools.partial(self._let_die, xid, dead[xid], now))
         if known:
             if orphaned:
                 self.history.when_safe(functools.partial(self._abort_again, known, counted))
@@ -3563,6 +3566,15 @@ class Queue:
         if error and self.host.later:
             self.host.later(RETRY_MS, functools.partial(
                 self.abort, *xids, orphaned=True, counted=counted))
+
+    def _let_die(self, xid, item, now, error):
+        """Have an open read moved to the dead_letter_queue. If what was done together with it has
+        been undone, it is open as before."""
+        if not error:
+            self.host.start(self._bury(xid, item, now))
+        elif self.opens.get(xid) is item:
+            self.delays.dying.discard(xid)
+            self._start_alarm(xid, self._alarms.get(xid, (None, 0))[1])
 
     def _bury(self, xid, item, now):
         """A task: have an open read moved to the dead_letter_queue, unless it has ended."""
@@ -3593,7 +3605,12 @@ class Queue:
             self._overdue.remove(xid)
         if timeout:
             self.limit(xid, timeout)
-        return xid in self.opens
+        return self.is_open(xid)
+
+    def is_open(self, xid):
+        """Return whether an open read has not ended. What is on its way to the dead_letter_queue
+        has."""
+        return xid in self.opens and xid not in self.delays.dying
 
     def held(self):
         """Return the open reads and the delayed items as {xid: Item or Delayed}."""
@@ -3836,8 +3853,7 @@ class Queue:
         except (OSError, MemoryError, Damage) as error:
             if isinstance(error, Damage):
                 error = self._size_changed(error.file)
-            if isinstance(error, MemoryError):
-                error = OSError(errno.ENOMEM, "out of memory", journal.path)
+            error = error and _as_os_error(error, journal.path)
             if not error or is_short_of_descriptors(error) and self.host.work:
                 self.host.later(_NO_DESCRIPTOR_MS, functools.partial(self.host.changed, self))
                 return
@@ -3881,9 +3897,8 @@ class Queue:
             journal.torn.update(file for file, _, _ in plan.shares)
             self._go_back(error, True)
         else:
-            if fresh is self._fresh:         # else they have been flushed or read since
-                for _ in range(count):
-                    fresh.popleft()
+            for _ in range(count):           # also of those flushed since: that may be undone
+                fresh.popleft()
             self._commit(plan, position)
         if failure:
             self.sync_failed(*failure)
@@ -3895,9 +3910,10 @@ class Queue:
         return self.journal.begin_sync(self.history.written)
 
     def needs_sync(self):
-        """Return whether there is something that begin_sync() could begin."""
+        """Return whether there is something that begin_sync() could begin; that may be an fsync of
+        nothing: what was written to a file that has been packed since is on the disk."""
         return (self.journal is not None and self.upkeep.renewing is None
-                and self.journal.needs_sync())
+                and (self.journal.needs_sync() or self.history.durable < self.history.written))
 
     def synced(self, sync):
         """Note that an fsync has succeeded."""
@@ -3919,25 +3935,24 @@ class Queue:
             return
         if self.closed:
             if sync is None or sync.position > history.safe:     # of the removal
-                history.go_back()
-                history.tell(Unclear(error.errno, error.strerror, error.filename))
+                _, tell = history.go_back()
+                tell(Unclear(error.errno, error.strerror, error.filename))
             return
         if sync:
             self.journal.sync_failed(sync)
         if self.history.writing:             # the worker would write behind what is cut
             self.upkeep.failure = sync, error
             return
-        is_doubtful = history.durable < history.safe
-        self._go_back(error)
-        if is_doubtful and self.upkeep.renewing is None:
-            self.upkeep.renew()
+        self._go_back(error, is_doubtful=history.durable < history.safe)
 
-    def _go_back(self, error, was_written=False):
+    def _go_back(self, error, was_written=False, is_doubtful=False):
         """Undo all operations that are not safe. Return the error to report, Unclear if the files
-        may still contain them. was_written: whether any may have reached the files."""
+        may still contain them. was_written: whether any may have reached the files. is_doubtful:
+        whether those that are safe may be lost by now."""
         was_written = was_written or bool(self.history.unsafe)
         safe = self.history.safe
-        self._undo(self.history.go_back())
+        ops, tell = self.history.go_back()
+        self._undo(ops)
         self.journal.go_back(safe)
         if self._behind:
             self._behind.go_back()
@@ -3945,15 +3960,17 @@ class Queue:
         if error.errno == errno.ESTALE:      # what is in a file without a name does not matter
             if self.upkeep.renewing is None:
                 log.error("%s: %s; the queue is written anew", error.filename, error.strerror)
-                self.upkeep.renew()
+            is_doubtful = True
         elif was_written:
             try:
                 self.journal.cut()
             except OSError as failure:
                 log.error("%s: cannot be cut back: %s", self.journal.path, failure.strerror)
                 error = Unclear(error.errno, error.strerror, error.filename)
+        if is_doubtful and self.upkeep.renewing is None:
+            self.upkeep.renew()              # first: who is told may do more at once
         self.host.failed(self, error)
-        self.history.tell(error)
+        tell(error)
         return error
 
     def pack(self) -> None:
@@ -4175,9 +4192,10 @@ class Queue:
         try:
             items = self._behind.read(min(unread, max(1, room // ITEM_COST)),
                                       max(4096, min(_STEP_SIZE, room)))
-        except OSError as error:
+        except (OSError, MemoryError) as error:
+            error = _as_os_error(error, self.journal.path)
             self.host.unreadable(self, error)
-            raise
+            raise error from None
         self.items.extend(items)
         self.memory += sum(map(_cost, items))
         return len(items)
@@ -4299,11 +4317,11 @@ class Queue:
         if head.place.size < _LARGE or not self.host.work:
             self.data_of(head)
             return False
-        self._loading = head
         if loading is not head:
             loaded = head.stub()
             self.host.work(self.journal.load_call(loaded),
                            functools.partial(self._loaded, head, loaded))
+        self._loading = head
         return True
 
     def _loaded(self, head, loaded, error):
@@ -4317,7 +4335,10 @@ class Queue:
     def data_of(self, item):
         """Return the data of an item in memory, read again if need be. Raises OSError."""
         if item.data is None:
-            self.journal.load_call(item)()
+            try:
+                self.journal.load_call(item)()
+            except MemoryError as error:
+                raise _as_os_error(error, self.journal.path) from None
             if self.opens.get(item.xid) is item:
                 self.open_memory += len(item.data)
             elif item.xid in self.delays.items and self.delays.items[item.xid].item is item:
@@ -4457,7 +4478,7 @@ class Queue:
                 self._stop_alarm(xid)
             elif opcode in (UNREMOVE, PUT_BACK, CONFIRM, TO_TAIL, DELAY):
                 if opcode in (UNREMOVE, PUT_BACK):
-                    item = self._take()
+                    self._take()             # a copy, if it was opened again, see _open()
                 elif opcode == TO_TAIL:
                     self._undo_append(item)
                 elif opcode == DELAY:
@@ -4506,6 +4527,13 @@ def _as_bytes(data):
         return bytes(memoryview(data))
     except TypeError:
         raise TypeError("data must be bytes, not %s" % type(data).__name__) from None
+
+
+def _as_os_error(error, path):
+    """Return an OSError itself, or what stands for a MemoryError."""
+    if isinstance(error, MemoryError):
+        return OSError(errno.ENOMEM, "out of memory", path)
+    return error
 
 
 def _check_numbers(expiry, flags, delay=0):
@@ -5178,9 +5206,15 @@ class Moves:
             while isinstance(asks, Queue) and asks.history.logged <= asks.history.safe:
                 asks = move.send(None)
             if isinstance(asks, Queue):
-                asks.history.when_safe(functools.partial(self._advance, move))
+                asks.history.when_safe(lambda error: self._broker.start(self._go_on(move, error)))
             elif self._broker.later:
                 self._broker.later(asks, functools.partial(self._advance, move))
+
+    def _go_on(self, move, error):
+        """A task: go on with a move. Not at once, while queues are written and clients have still
+        to be told what has become of that: what it does might fail, and would be taken for it."""
+        self._advance(move, error)
+        yield
 
     def _move(self, source, setting):
         """Move open items, some at a time. Yield the queue that has to be safe before it goes on,
@@ -5713,7 +5747,7 @@ class Broker:
         """Write every journal that has something to write. Return the queues written and, as
         {queue: OSError}, those of which operations have been undone since the last call."""
         written = []
-        for queue in self.dirty:             # more may come while items move between queues
+        for queue in self.dirty:             # more may come: open reads go back
             try:
                 queue.write()
                 written.append(queue)
@@ -6052,7 +6086,7 @@ class Session:
 
     @staticmethod
     def _put_back(queue, xid, error):
-        if xid in queue.opens:               # its end has been undone
+        if queue.is_open(xid):               # its end has been undone
             queue.abort(xid, orphaned=True)
 
     # -- input
@@ -6078,14 +6112,14 @@ class Session:
 
     def resume(self, now):
         """Go on with the command in hand, or with the input that has been kept."""
+        self.now = now
         if self.state is WORKING:
-            self.now = now
             if self.command is not None:
                 given, self._given = self._given, None
                 self._go_on(given)
             if self.state is WORKING and self.command is None:
                 self._run_kept()
-            self._end_if_done()
+        self._end_if_done()
 
     def _stop(self, data, pos):
         """Keep the input from data[pos] on, which has not been run, and derive the state."""
@@ -6148,7 +6182,8 @@ class Session:
 
     def _deliver(self, queue, item):
         if item is not None:
-            self._rest_on(queue)             # in this turn, though the answer may be of the next
+            # In this turn, though the answer may be of the next.
+            self._rest_on(queue, item if self.asks.peek else True)
             if self.asks.open:
                 self._note_open(queue, item)
         self._wake(self.command, (queue, item))
@@ -6226,7 +6261,7 @@ class Session:
             self.close(self.now)
         elif error and self.state is not CLOSED:       # else `out` has gone
             self._fail({queue: error}, entries)
-        self._end_if_done()
+        self._update()
         if not self.holds:
             self.broker.woken.append(self)   # to be sent, and resumed
 
@@ -6248,7 +6283,7 @@ class Session:
         for queue in failed:
             mine = [xid for other, xid, _ in self._ended if other is queue]
             mine += self.open_reads.pop(queue, ())
-            mine = [xid for xid in mine if xid in queue.opens]
+            mine = list(filter(queue.is_open, mine))
             if mine:
                 self.open_reads[queue] = {xid: (self.now, next(self._opened)) for xid in mine}
         self._update()
@@ -6256,7 +6291,7 @@ class Session:
     def _has_ended(self, index):
         """Return whether the command of an answer has closed a read, which has not been undone.
         Then it is not refused, though it finds no item: that would say that it is still open."""
-        ended = [xid in queue.opens for queue, xid, at in self._ended if at == index]
+        ended = [queue.is_open(xid) for queue, xid, at in self._ended if at == index]
         return bool(ended) and not any(ended)
 
     def turn_away(self, error):
@@ -6321,7 +6356,7 @@ class Session:
 
     def _reads_of(self, queue):
         """Return the xids that are open here, without those that have timed out."""
-        return [xid for xid in self.open_reads.get(queue, ()) if xid in queue.opens]
+        return list(filter(queue.is_open, self.open_reads.get(queue, ())))
 
     # -- reading
 
@@ -6373,9 +6408,11 @@ class Session:
         see Queue.abort()."""
         reads = self.open_reads.get(queue, {})
         xids = list(itertools.islice(reads, count))
-        self._rest_on(queue, whole)
         ended = (sum([queue.confirm(xid) for xid in xids]) if confirm
                  else queue.abort(*xids, now=self.now, **how))
+        history = queue.history
+        if history.ops or history.unsafe:    # else nothing of it can be undone
+            self._rest_on(queue, whole)
         for xid in xids:
             self._ended.append((queue, xid, len(self.out)))
             del reads[xid]
@@ -6448,12 +6485,13 @@ class Session:
                 if cost > _STEP_SIZE or cost and len(broker.dirty) > _MOST_DIRTY:
                     cost = 0
                     yield
+                taken = False                # if it was deleted since the last step
                 if not queue.closed:
                     taken = (queue.add_later(item, delay, flags, expiry, self.now) if delay
                              else queue.add(item, flags, expiry, self.now))
-                    stored &= taken or number >= len(route.targets)
                     self._rest_on(queue)
                     cost += len(item) + _COMMAND_COST
+                stored &= taken or number >= len(route.targets)
             count += stored
             if not stored:
                 broker.refused["full"] += 1
@@ -7079,24 +7117,25 @@ class MemcacheSession(LineSession):
         changed = []
         if key.close or key.abort or key.touch:
             changed = self._end_beyond(queues, key)
+            # After that the answer does not rest on them: what fails later is another's.
             for queue in changed if not key.touch else ():
                 error = yield queue.history.when_safe
                 if error:
                     raise Refused("SERVER_ERROR", _why(error), reason=_reason(error))
             if not key.open:
-                return changed if key.touch else []    # it is safe
+                return []
         self._check_reads()
         self._check_user("get_users", *names)
         if key.peek:
             yield from self._browse(get, key, queues)
-            return changed
+            return []
         queues = []
         for name in names:
             queue = yield from self._queue(name)
             if queue:
                 queues.append(queue)
-        is_new = yield from self._read_beyond(get, key, queues)
-        return queues if is_new and not changed else []        # what is safe is not refused
+        given = yield from self._read_beyond(get, key, queues)
+        return [] if changed else given        # what has been closed is safe, and is not refused
 
     def _browse(self, get, key, queues):
         """Show the first items of the first of these queues that has any."""
@@ -7117,12 +7156,12 @@ class MemcacheSession(LineSession):
             yield
 
     def _read_beyond(self, get, key, queues):
-        """Give up to key.count items of the first of these queues that have any; return whether
-        none of them is of an earlier turn."""
+        """Give up to key.count items of the first of these queues that have any; return the queue
+        of each, none if some are of an earlier turn."""
         for queue in queues:
             self._check_opens(queue, plain=not key.open)
-        given = 0
-        while given < key.count:
+        given = []
+        while len(given) < key.count:
             if key.open:
                 queues = list(filter(self._may_open, queues))
             wait = not given and key.wait > 0
@@ -7137,26 +7176,26 @@ class MemcacheSession(LineSession):
                 break
             if item is None:
                 break
-            given += 1
+            given.append(queue)
             self._count_read(queue, item)
             if key.timeout:
                 limit = queue.config.open_transaction_timeout or key.timeout
                 queue.limit(item.xid, min(key.timeout, limit))
             self._give(get, key, queue, item)
-            if given == 1:
+            if len(given) == 1:
                 turn = self.touched          # the next one has a list of its own
             if self.load > self.most_load:
                 yield
         if not given:
             self._count_read(queues[0] if queues else None, None)
-        return not given or self.touched is turn
+        return given if not given or self.touched is turn else []
 
     def _end_beyond(self, queues, key):
         """Close, abort or touch the oldest open reads of these queues; return the queues."""
         # To touch one that has timed out is too late.
         reads = sorted([(number, queue.name, xid) for queue in queues
                         for xid, (_, number) in self.open_reads.get(queue, {}).items()
-                        if not key.touch or xid in queue.opens])[:key.count]
+                        if not key.touch or queue.is_open(xid)])[:key.count]
         ended = {}
         for _, name, xid in reads:
             ended.setdefault(self.broker.queues[name], []).append(xid)
@@ -7674,7 +7713,7 @@ class ThriftSession(Session):
         super()._fail(failed, entries)
         # The items of a get that could not be confirmed: the client knows no ids of them.
         for queue in failed:
-            xids = [xid for other, xid in ended if other is queue and xid in queue.opens]
+            xids = [xid for other, xid in ended if other is queue and queue.is_open(xid)]
             for xid in xids:
                 del self.open_reads[queue][xid]
             queue.abort(*xids, orphaned=True)
@@ -7738,7 +7777,7 @@ class ThriftSession(Session):
     def _room(self, queue):
         """Return how many more items of a queue the client may have that go back by themselves.
         Raises Refused if it may have none."""
-        lent = [xid for xid in self._lent.pop(queue, ()) if xid in queue.opens]
+        lent = list(filter(queue.is_open, self._lent.pop(queue, ())))
         if lent:
             self._lent[queue] = lent
         limit = self.broker.settings.max_open_transactions
@@ -10190,7 +10229,8 @@ class Server:
         for connection in active:
             self.visit(connection, Connection.flush, failed, unsafe)
         if self.broker.woken:            # the others have nothing more to do
-            self.broker.woken = [one for one in self.broker.woken if one.state is WORKING]
+            self.broker.woken = [one for one in self.broker.woken
+                                 if one.state is WORKING or one.at_end]
 
     # -- the end
 

@@ -1697,9 +1697,10 @@ def test_two_damaged_places_in_two_files(tmp_path, caplog):
 
 def test_stand_ins_for_lost_items_are_given_to_nobody(tmp_path):
     spool_of(tmp_path, q=addx(b"a") + b"\xee" * 100 + addx(b"b") + addx(b"c"))
-    queue = load(tmp_path)
+    queue = load(tmp_path, expire_to_queue="late")
     buried = []
-    queue.bury = lambda queue, item: buried.append(item)
+    queue.host.moves = types.SimpleNamespace(
+        bury=lambda *moved: buried.append(moved), is_burying_much=lambda queue: False)
     assert data_of(take(queue, 4)) == [b"a", b"b", b"c", None]
     assert not buried and not queue.opens
     queue.close()
@@ -4246,6 +4247,170 @@ def test_rotated_files_are_not_kept_open(tmp_path):
     queue.close()
 
 
+def test_the_count_of_deliveries_is_undone_with_what_was_counted(tmp_path, disk):
+    """The item was opened again meanwhile, as a copy without its data."""
+    bench = Bench()
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(max_memory_size=700), (), bench)
+    fill(queue, *(digit * 300 for digit in (b"1", b"2", b"3", b"4")))
+    queue.write()
+    take(queue, 1)
+    item = queue.remove(open=True, now=NOW)
+    assert item.data == b"2" * 300 and item.place        # it was read behind
+    queue.abort(item.xid, delay=10, now=NOW)
+    take(queue, 1, open=True)
+    queue.write()
+    delayed, = queue.delays.items.values()
+    again = queue.remove(open=True, now=NOW + 10)
+    queue.abort(again.xid, now=NOW + 10)
+    assert again.deliveries == 2
+    queue.configure(kestrel.QueueConfig(max_memory_size=0))
+    queue.remove(open=True, now=NOW + 10)
+    assert [item.data for item in queue.opens.values()] == [b"3" * 300, None]
+    disk.failing = {"pwrite": errno.EIO}
+    with pytest.raises(OSError):
+        queue.write()
+    assert list(queue.delays.items.values()) == [delayed] and delayed.item.deliveries == 1
+
+
+def test_what_is_done_on_hearing_of_a_failure_is_written_once(tmp_path):
+    """Everything is written anew, since it may not be on the disk, and not with what is done
+    then: that is written after it."""
+    bench = Bench()
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(sync_journal=100), (), bench)
+    fill(queue, b"1", b"2")
+    item = queue.remove(open=True, now=NOW)
+    queue.write()
+    queue.confirm(item.xid)
+    queue.history.when_safe(lambda error: error and queue.abort(item.xid, now=NOW))
+    fail_sync(queue)
+    assert data_of(queue.items) == [b"1", b"2"]
+    queue.write()
+    bench.run()
+    queue.write()
+    assert contents_of(tmp_path) == [b"1", b"2"]
+    take(queue, 2)
+    queue.write()
+    assert contents_of(tmp_path) == []
+
+
+def test_a_put_is_taken_though_there_is_no_memory_for_who_waits(tmp_path, monkeypatch):
+    bench = Bench()
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(max_memory_size=1000), (), bench)
+    fill(queue, *[b"x" * 900] * 4)
+    queue.write()
+    take(queue, 1)
+    got = []
+    queue.pause(kestrel.PAUSED_OUT)
+    queue.wait(kestrel.Waiter(lambda queue, item: got.append(item)))
+    queue.paused = 0                                     # who waits is not served yet
+    pread = os.pread
+
+    def fail(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(kestrel.os, "pread", fail)
+    assert queue.add(b"5", now=NOW) and not got
+    with pytest.raises(OSError) as caught:
+        queue.remove(now=NOW)
+    assert caught.value.errno == errno.ENOMEM
+    monkeypatch.setattr(kestrel.os, "pread", pread)
+    queue.recover(NOW)
+    assert data_of(got) == [b"x" * 900]
+
+
+def test_keep_journal_is_turned_off_while_all_is_written_anew(tmp_path):
+    bench = Bench()
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(sync_journal=100), (), bench)
+    fill(queue, b"1")
+    queue.write()
+    fail_sync(queue)
+    assert queue.upkeep.renewing is not None
+    queue.configure(kestrel.QueueConfig(keep_journal=False))
+    bench.run()
+    assert not os.listdir(str(tmp_path)) and queue.upkeep.renewing is None
+    fill(queue, b"2")
+    queue.write()
+    assert data_of(queue.items) == [b"1", b"2"]
+
+
+def test_who_waits_for_an_fsync_hears_of_it_though_the_file_was_packed_meanwhile(tmp_path):
+    bench = Bench()
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(
+        sync_journal=100, max_memory_size=200, default_journal_size=1 << 20), (), bench)
+    fill(queue, b"1" * 300)
+    queue.write()
+    bench.run()                                          # it goes on with another file
+    fill(queue, b"2")
+    queue.write()
+    call, under_way = queue.begin_sync()
+    take(queue, 1)
+    told = []
+    queue.history.when_durable(told.append)
+    queue.write()
+    assert len(queue.journal.passed) == 1
+    bench.run()
+    assert not queue.journal.passed and call() is None and not told
+    queue.synced(under_way)
+    assert queue.needs_sync() and not told
+    sync(queue)
+    assert told == [None] and not queue.needs_sync()
+
+
+def test_a_large_item_that_could_not_be_opened_is_read_later(tmp_path, monkeypatch, disk):
+    """It counted as one that a worker was reading, for ever: nobody was given anything."""
+    for name in ("_LARGE", "_SPAN"):
+        monkeypatch.setattr(kestrel, name, 10000)
+    bench, jobs = Bench(), []
+    bench.work = lambda call, done: jobs.append((call, done))
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(max_memory_size=20000), (), bench)
+    fill(queue, *[b"x" * 19000] * 3)
+    queue.write()
+    call, done = jobs.pop()
+    done(call())
+    take(queue, 1)
+    assert queue._refill() and queue.items[0].data is None
+    disk.failing, disk.once = {"open": errno.EMFILE}, True
+    with pytest.raises(OSError):
+        queue.remove(now=NOW)
+    assert queue.remove(now=NOW) is None
+    call, done = jobs.pop()
+    done(call())
+    assert queue.remove(now=NOW).data == b"x" * 19000
+
+
+def test_a_flush_during_a_large_write_is_undone(tmp_path, monkeypatch, disk):
+    """What had been on its way to the disk counted twice, and an item was given twice."""
+    monkeypatch.setattr(kestrel, "_LARGE", 500)
+    bench, jobs = Bench(), []
+    bench.work = lambda call, done: jobs.append((call, done))
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(max_memory_size=1000), (), bench)
+
+    def write(*data):
+        fill(queue, *data)
+        queue.write()
+
+    def work():
+        call, done = jobs.pop()
+        done(call())
+
+    write(b"1" * 900, b"2" * 900)
+    work()
+    bench.run()                              # it goes on with another file
+    write(b"3" * 900, b"x")
+    work()
+    write(b"4" * 900, b"y")
+    queue.flush()                            # while the worker writes these
+    work()
+    disk.failing, disk.once = {"pwrite": errno.ENOSPC}, True
+    with pytest.raises(OSError):
+        queue.write()
+    assert queue.count == 6
+    assert [item.data[:1] for item in take(queue, 6)] == [b"1", b"2", b"3", b"x", b"4", b"y"]
+    assert queue.count == 0 and queue.remove(now=NOW) is None
+    queue.write()
+    assert contents_of(tmp_path) == []
+
+
 # == Broker ===============================================================================
 
 
@@ -4462,6 +4627,7 @@ def test_a_damaged_dead_letter_is_dropped_and_holds_nothing_up(tmp_path):
     last = work.remove(open=True, now=NOW)
     assert last.data == b"c" * 300000
     work.abort(last.xid, now=NOW)
+    settle(broker)
     run_tasks(broker)
     settle(broker)
     assert broker.queues["dead"].count == 2 and not work.count and not work.opens
@@ -4542,6 +4708,7 @@ def test_a_move_loses_nothing_wherever_it_stops(tmp_path):
         queue.write()
         spool = tmp_path / "spool"
         states.append((contents_of(spool, "work"), contents_of(spool, "late")))
+        run_tasks(broker)
     assert states == [([b"1"], []), ([b"1"], [b"1"]), ([], [b"1"])]
 
 
@@ -4578,7 +4745,8 @@ def test_a_move_that_cannot_be_written_is_taken_back(tmp_path, disk):
 
     late.write = fail
     broker.queues["work"].discard_expired(NOW + 10)
-    commit(broker, NOW + 10)                  # open on record, but not put into late
+    commit(broker, NOW + 10)                  # open on record,
+    commit(broker, NOW + 10)                  # but not put into late
     del late.write
     disk.failing = {}
     calls.pop()()
@@ -4820,12 +4988,13 @@ def test_a_move_whose_confirmation_fails_is_confirmed_later(tmp_path, disk):
 
     work.confirm = fail
     work.discard_expired(NOW + 10)
-    commit(broker, NOW + 10)
+    for _ in range(3):
+        commit(broker, NOW + 10)
     late = broker.queues["late"]
     assert late.remove(now=NOW + 10).data == b"1" and len(work.opens) == 1
     while calls:
         calls.pop()()
-        commit(broker, NOW + 10)
+        settle(broker, NOW + 10)
     assert not work.opens and not late.count
     spool = tmp_path / "spool"
     assert contents_of(spool, "work") == contents_of(spool, "late") == []
@@ -4841,8 +5010,9 @@ def test_an_item_that_is_opened_again_is_moved_once(tmp_path, disk):
     work, late = broker.queues["work"], broker.queue("late", NOW)
     settle(broker)
     work.discard_expired(NOW + 10)
-    work.write()
-    late.write()
+    for queue in (work, late):
+        queue.write()
+        run_tasks(broker)
     disk.failing = {"pwrite": errno.ENOSPC}
     broker.write()
     assert late.count == len(work.opens) == 1         # it is confirmed later
@@ -4879,6 +5049,7 @@ def test_a_move_is_made_once_though_fsyncs_fail(tmp_path, failing):
                     failed = True
                 else:
                     sync(queue)
+        run_tasks(broker)
         for call in calls:
             call()
         del calls[:]
@@ -4961,6 +5132,40 @@ def test_reads_that_were_open_go_back_though_the_disk_was_full_at_the_start(
     server.broker.stopping = True
     server.run()
     assert contents(load(tmp_path)) == [b"a"]
+
+
+def test_what_is_stored_does_not_fail_with_a_move(tmp_path, disk):
+    """It is not gone on with while queues are written: one that had been written was written
+    again, and clients took its failure for that of what they had done."""
+    talk = Talk(tmp_path)
+    talk(set_("q", "1"))
+    broker, session = talk.broker, talk.session()
+    broker.moves.move(broker.queues["q"], broker.queue("r", NOW), 1, NOW, lambda result: None)
+    session.feed(set_("q", "2").encode(), NOW)
+    disk.failing, disk.good = {"pwrite": errno.ENOSPC}, 2
+    _, failed = broker.write()
+    session.settle(failed, set())
+    assert b"".join(session.take()) == b"STORED\r\n"
+
+
+def test_what_is_put_to_a_queue_that_is_deleted_meanwhile_is_not_stored(tmp_path):
+    """In the second of two steps; max_queue_age deletes a queue that has just become empty."""
+    clock = Clock()
+    broker = broker_of(tmp_path, "[queue q]\nmax_queue_age = 1s\n", later=clock,
+                       uptime=lambda: clock.time / 1000)
+    session = kestrel.Session(broker)
+    session.now = NOW
+    steps = session._put(broker.route(b"q", NOW), [b"x" * (1 << 20)] * 2)
+    next(steps)
+    settle(broker)
+    assert broker.queues["q"].remove(now=NOW).data
+    settle(broker)
+    clock.time = 2000
+    sweep(broker, NOW)
+    assert "q" not in broker.queues
+    with pytest.raises(StopIteration) as stop:
+        next(steps)
+    assert stop.value.value == 1             # the other is not there
 
 
 # == Protocols: memcache ==================================================================
@@ -6827,6 +7032,47 @@ def test_what_is_on_its_way_to_the_dead_letters_cannot_be_closed(tmp_path, disk)
     assert dead.count == 1 and not work.opens and not work.delays.dying
 
 
+@pytest.mark.parametrize("is_undone", [False, True])
+def test_an_abort_that_is_undone_makes_no_dead_letter(tmp_path, disk, is_undone):
+    """The client was told of a failure, and the item was a dead letter all the same; the client
+    still seemed to have it, and closed that instead of the next item."""
+    talk = timed_talk(tmp_path, DEADLY.replace("3", "1"))
+    put_all(talk, "work", "a", "b")
+    work, dead = talk.broker.queues["work"], talk.broker.queue("dead", NOW)
+    assert values("a", "b", key="work/open/n=2") == talk("get work/open/n=2\r\n")
+    session, other = talk.session(), talk.session("other")
+    aborts, puts = (session, b"get work/abort\r\n"), (other, set_("work", "c").encode())
+    for one, command in (puts, aborts) if is_undone else (aborts, puts):
+        one.feed(command, NOW)
+    disk.failing = {"pwrite": errno.ENOSPC}
+    _, failed = talk.broker.write()
+    for one in (session, other):
+        one.settle(failed, set())
+    assert (b"".join(session.take()) == b"END\r\n") != is_undone
+    disk.failing = {}
+    for _ in range(3):
+        run_tasks(talk.broker)
+        settle(talk.broker)
+    assert list(session.open_reads[work]) == list(work.opens)
+    assert (items_of(talk.broker, "dead") == [b"a"]) != is_undone
+    assert talk("get work/close/n=2\r\n") == "END\r\n"
+    assert not (work.opens or work.delays.dying or work.count)
+
+
+def test_a_read_that_has_timed_out_for_the_last_time_does_not_stand_in_the_way(tmp_path):
+    """The dead_letter_queue takes nothing for now."""
+    talk = timed_talk(tmp_path, DEADLY.replace("3", "1"))
+    put_all(talk, "work", "a", "b", "c")
+    talk.broker.queue("dead", NOW)
+    talk("pause dead in\r\n")
+    assert values("a", key="work/open/timeout=10") == talk("get work/open/timeout=10\r\n")
+    talk.clock.reach(talk.clock.time + 20)
+    assert talk("get work\r\n") == values("b", key="work")
+    assert talk("get work/open\r\n") == values("c", key="work/open")
+    assert talk("confirm work 2\r\n") == "ERROR\r\n"
+    assert len(talk.broker.queues["work"].opens) == 2
+
+
 def test_a_last_delivery_that_is_undone_does_not_count(tmp_path, disk):
     """It left the count one higher, each time."""
     talk = timed_talk(tmp_path, DEADLY)
@@ -7049,6 +7295,91 @@ def test_a_close_that_is_undone_is_refused_together_with_the_read(talk, disk):
     talk.session().feed(b"get q/close/open\r\n", NOW)
     assert failing_turn(talk, disk, "client") == [b"SERVER_ERROR q: Input/output error\r\n"]
     assert data_of(talk.broker.queues["q"].opens.values()) == [b"1"]
+
+
+def test_who_waits_to_peek_hears_nothing_of_a_failed_put_either(talk, disk):
+    """The head of the answer was an error, and its rest came behind that."""
+    talk(set_("q", "1"))
+    waits, other = talk.session("waits"), talk.session("other")
+    other.feed(b"get q/open\r\n", NOW)
+    waits.feed(b"get q/peek/t=1000\r\n", NOW)
+    waits.resume(NOW)
+    assert waits.state == "waiting"
+    disk.failing = {"pwrite": errno.ENOSPC}
+    _, failed = talk.broker.write()          # it is at the head again
+    other.settle(failed, set())
+    talk.broker.queues["q"].recover(NOW)
+    waits.resume(NOW)
+    other.feed(set_("q", "2").encode(), NOW)
+    _, failed = talk.broker.write()
+    waits.settle(failed, set())
+    assert b"".join(waits.take()) == b"VALUE q/peek/t=1000 0 1\r\n1\r\nEND\r\n"
+
+
+def test_a_close_that_is_safe_does_not_fail_with_what_others_do_then(talk, disk):
+    """It is answered in the turn after it has been written."""
+    talk(set_("q", "1"))
+    talk("get q/open\r\n")
+    session, other = talk.session(), talk.session("other")
+    session.feed(b"get q/close/n=2\r\n", NOW)
+    assert not talk.broker.write()[1]
+    session.settle({}, set())
+    other.feed(set_("q", "2").encode(), NOW)
+    session.resume(NOW)
+    disk.failing = {"pwrite": errno.ENOSPC}
+    _, failed = talk.broker.write()
+    session.settle(failed, set())
+    other.settle(failed, set())
+    assert b"".join(other.take()).startswith(b"SERVER_ERROR ")
+    assert not talk.broker.queues["q"].opens and b"".join(session.take()) == b"END\r\n"
+
+
+def test_a_get_of_several_queues_does_not_fail_with_those_that_gave_nothing(talk, disk):
+    talk(set_("q", "1") + set_("r", "2"))
+    talk("get r\r\n")
+    session, other = talk.session(), talk.session("other")
+    session.feed(b"get r/or=q\r\n", NOW)
+    other.feed(set_("r", "3").encode(), NOW)
+    talk.broker.queues["q"].write()
+    disk.failing = {"pwrite": errno.ENOSPC}
+    _, failed = talk.broker.write()
+    session.settle(failed, set())
+    assert b"".join(session.take()) == b"VALUE r/or=q 0 1\r\n1\r\nEND\r\n"
+    assert not talk.broker.queues["q"].count
+
+
+def test_what_comes_back_when_a_put_fails_is_given_to_who_waits(tmp_path):
+    """The client that has put has closed its side; its open read goes back, but not while queues
+    are written: who is given that item would be told of a failure that was there before."""
+    talk = Talk(tmp_path, "[queue]\nsync_journal = 0\n")
+    broker = talk.broker
+    queue = broker.queue("q", NOW)
+    leaves, waits = talk.session("leaves"), talk.session("waits")
+    queue.add(b"1", now=NOW)
+    leaves.feed(b"get q/open\r\n", NOW)
+    broker.write()
+    sync(queue)
+    leaves.take()
+    waits.feed(b"get q/t=1000\r\n", NOW)
+    waits.resume(NOW)
+    queue.pause(kestrel.PAUSED_OUT)
+    leaves.feed(set_("q", "2").encode(), NOW)
+    broker.write()
+    leaves.settle({}, {queue})
+    leaves.hang_up(NOW)
+    assert leaves.state == "held"
+    fail_sync(queue)                         # the pause is undone, too
+    for _ in range(2):
+        _, failed = broker.write()
+        for session in (leaves, waits):
+            session.settle(failed, {queue})
+        for session in (leaves, waits):
+            session.resume(NOW)
+    broker.write()
+    waits.settle({}, {queue})
+    sync(queue)
+    assert b"".join(leaves.take()).startswith(b"SERVER_ERROR ") and leaves.is_over()
+    assert b"".join(waits.take()) == b"VALUE q/t=1000 0 1\r\n1\r\nEND\r\n"
 
 
 # == Protocols: text ======================================================================
@@ -9107,12 +9438,15 @@ def test_a_move_is_answered_when_the_children_have_their_copies(talk):
     talk.broker.moves.move(queues["q"], queues["r"], 9, NOW, told.append)
     for _ in range(4):
         talk.broker.write()
+        run_tasks(talk.broker)
         assert not told and len(queues["q"].opens) == 2
         sync(queues["q"])                    # but not the child
     sync(queues["r+child"])
+    run_tasks(talk.broker)
     talk.broker.write()
     assert not queues["q"].opens and not told
     sync(queues["q"])
+    run_tasks(talk.broker)
     assert told == [(2, None)]
     assert items_of(talk.broker, "r+child") == items_of(talk.broker, "r") == [b"1", b"2"]
 
@@ -9127,15 +9461,16 @@ def test_a_move_is_answered_though_it_cannot_be_finished(tmp_path, disk):
     talk.broker.write()
     talk.broker.moves.move(queues["q"], queues["r"], 9, NOW, told.append)
     disk.failing, disk.good = {"pwrite": errno.ENOSPC}, 2      # open in q, and put to r
-    for _ in range(3):
+    for _ in range(4):
         talk.broker.write()
+        run_tasks(talk.broker)
         talk.clock.reach(talk.clock.time + 1)
-    talk.broker.write()
     assert [(moved, bool(error)) for moved, error in told] == [(2, True)]
     disk.failing = {}
     for second in range(1, 9):
         talk.clock.reach(second * 1000)
         talk.broker.write()
+        run_tasks(talk.broker)
     assert not queues["q"].opens and not queues["q"].count
     assert items_of(talk.broker, "r") == [b"1", b"2"]
 
@@ -9157,6 +9492,7 @@ def test_a_move_is_answered_though_a_child_cannot_take_its_copies(tmp_path, monk
     talk.broker.moves.move(queues["q"], queues["r"], 9, NOW, told.append)
     for _ in range(9):
         talk.broker.write()
+        run_tasks(talk.broker)
         talk.clock.reach(talk.clock.time + 1)
     (moved, error), = told
     assert error.errno == errno.ENOMEM and not queues["q"].opens
@@ -9180,6 +9516,7 @@ def test_large_items_that_expire_are_dropped_a_few_at_a_time(tmp_path, monkeypat
         assert sum(kestrel._size(op[1]) for op in queue.history.ops if op[0] == 1) < 100000
         assert sum(map(kestrel._size, queue.opens.values())) < 60000
         talk.broker.write()
+        run_tasks(talk.broker)
         talk.clock.reach(talk.clock.time + 5)
         session.resume(talk.now)
         seen.append(queue.count)
@@ -9222,6 +9559,7 @@ def test_expired_items_are_moved_though_memory_is_short(tmp_path):
     for _ in range(200):
         talk.broker.queues["q"].discard_expired(talk.now)
         talk.broker.write()
+        run_tasks(talk.broker)
         talk.clock.reach(talk.clock.time + 5)
     assert not talk.broker.queues["q"].opens and talk.broker.queues["q"].count == 0
     assert talk.broker.queues["late"].count == 100
