@@ -84,6 +84,15 @@ os.fsync = _fsync                         # the daemons have their own
 # == Helpers ==============================================================================
 
 
+@pytest.fixture
+def tmp_path(tmp_path, request):
+    """A directory; it is deleted at once, before it gets to the disk, unless the test fails."""
+    failed = request.session.testsfailed
+    yield tmp_path
+    if request.session.testsfailed == failed:
+        shutil.rmtree(str(tmp_path))
+
+
 def config_of(path, text="", **overrides):
     """A Config from the text of a file; its spool is in `path` unless it says otherwise."""
     file = path / "kestrel.conf"
