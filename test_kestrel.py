@@ -806,15 +806,17 @@ def nothing_comes(client):
 
 
 @contextlib.contextmanager
-def no_cycles():
-    """Check that nothing is left for a garbage collector: the daemon runs without one."""
+def no_cycles(*kinds):
+    """Check that nothing, or nothing of these kinds, is left for a garbage collector: the daemon
+    runs without one."""
     gc.collect()
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
         yield
         gc.collect()
-        found = collections.Counter(type(thing).__name__ for thing in gc.garbage)
+        found = collections.Counter(type(thing).__name__ for thing in gc.garbage
+                                    if isinstance(thing, kinds or object))
         assert not found
     finally:
         gc.enable()
@@ -839,6 +841,20 @@ def run(*arguments, **options):
     done = subprocess.run(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           universal_newlines=True, timeout=60, **options)
     return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def main(capsys, caplog):
+    """Run the program in this process: its exit status, what it printed, what it told of."""
+    caplog.set_level(logging.INFO)
+
+    def main(*arguments):
+        caplog.clear()
+        status = kestrel.main([str(word) for word in arguments])
+        out, err = capsys.readouterr()
+        return status, out, caplog.text + err
+
+    return main
 
 
 def end_of(process):
@@ -4205,10 +4221,7 @@ def test_a_failed_write_leaves_no_cycle(tmp_path, disk):
     """What it held would stay for good: the daemon runs without the garbage collector."""
     talk = Talk(tmp_path)
     talk(set_("q", "1"))
-    gc.collect()
-    gc.disable()
-    gc.set_debug(gc.DEBUG_SAVEALL)
-    try:
+    with no_cycles(OSError, kestrel.Item):
         for failing in ("pwrite", "fsync"):
             disk.failing = {failing: errno.ENOSPC}
             session = kestrel.MemcacheSession(talk.broker)
@@ -4218,12 +4231,6 @@ def test_a_failed_write_leaves_no_cycle(tmp_path, disk):
             session.close(NOW)
             disk.failing = {}
         del session
-        gc.collect()
-        assert not [thing for thing in gc.garbage if isinstance(thing, (OSError, kestrel.Item))]
-    finally:
-        gc.enable()
-        gc.set_debug(0)
-        gc.garbage.clear()
 
 
 def test_rotated_files_are_not_kept_open(tmp_path):
@@ -8794,7 +8801,7 @@ def test_a_failing_disk_is_seen(serve, disk, caplog, skip):
     assert client.put("q", b"2").startswith("SERVER_ERROR")
     assert client.ask("get q\r\n").startswith("SERVER_ERROR")
     why = "the journal of q cannot be written: q: No space left on device"
-    until(lambda: skip(1, server.server) or "service resumes by itself" in caplog.text)
+    until(lambda: skip(10, server.server) or "service resumes by itself" in caplog.text)
     assert caplog.text.count("resumes") < caplog.text.count("cannot be written")
     assert get_page(admin, "/writable") == get_page(admin, "/readable") == (503, why + "\n")
     told = get_page(admin, "/metrics")[1]
@@ -10093,23 +10100,13 @@ def test_a_reload_can_change_allow_and_admin_commands_but_not_the_users_file(
 
 def test_tls_clients_leave_nothing_behind(serve, tmp_path):
     server = serve(secured(tmp_path))
-    gc.collect()
-    gc.disable()
-    gc.set_debug(gc.DEBUG_SAVEALL)
-    try:
+    with no_cycles(kestrel.Connection, kestrel.Session, kestrel.tls_socket_class()):
         for number in range(5):
             with tls_client(server.port, tmp_path) as client:
                 client.ask(LOGIN if number % 2 else "get q\r\n")
             with Client(server.port) as client, contextlib.suppress(ConnectionError):
                 client.ask("version\r\n")
         until(lambda: not server.server.connections)
-        gc.collect()
-        assert not [thing for thing in gc.garbage if isinstance(
-            thing, (kestrel.Connection, kestrel.Session, kestrel.tls_socket_class()))]
-    finally:
-        gc.enable()
-        gc.set_debug(0)
-        gc.garbage.clear()
 
 
 def test_a_unix_socket(serve, short_path, caplog):
@@ -10209,7 +10206,7 @@ def test_a_client_that_takes_nothing_is_closed_and_its_items_go_back(serve, capl
     greedy.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.put("q", b"x" * (8 << 20))
     greedy.send("get q/open\r\n")
-    until(lambda: skip(1, server.server) or "is not reading its answers" in caplog.text)
+    until(lambda: skip(10, server.server) or "is not reading its answers" in caplog.text)
     assert client.get("q") == b"x" * (8 << 20)
     assert client.stats()["curr_connections"] == "1"
 
@@ -11126,13 +11123,6 @@ def test_the_address_of_a_server(server, found):
         assert kestrel._host_and_port(server, 7) == found
 
 
-def test_the_module_can_be_imported_without_effects(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.path.insert(0, %r); import kestrel" % HERE],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=str(tmp_path), timeout=60)
-    assert (done.returncode, done.stdout) == (0, b"") and os.listdir(str(tmp_path)) == []
-
-
 # == Command line =========================================================================
 
 
@@ -11177,7 +11167,7 @@ def test_memory_that_runs_out_is_answered(daemon):
     with server.client() as client:
         assert client.put("q", b"x") == "STORED\r\n"
         refused = 0
-        for size in range(30000000, 120000000, 15000000):
+        for size in (40000000, 70000000, 100000000):
             with server.client() as other:
                 with contextlib.suppress(OSError):     # it may not read to the end
                     other.send(b"set big 0 0 %d\r\n" % size + b"x" * size + b"\r\n")
@@ -11227,19 +11217,19 @@ def test_it_starts_with_no_set_up(tmp_path):
     assert (tmp_path / "spool").stat().st_mode & 0o777 == 0o700
 
 
-def test_check(tmp_path):
+def test_check(tmp_path, main):
     (tmp_path / "good").write_text("[queue q]\nmax_items = 7\n")
-    status, out, err = run("--check", "-c", tmp_path / "good", "--port", 5)
+    status, out, err = main("--check", "-c", tmp_path / "good", "--port", 5)
     assert (status, err) == (0, "")
     assert "memcache_port = 5\n" in out and "[queue q]\nmax_items = 7\n" in out
     (tmp_path / "bad").write_text("[queue q]\n\nmax_items = many\n")
-    status, out, err = run("--check", "-c", tmp_path / "bad")
+    status, out, err = main("--check", "-c", tmp_path / "bad")
     assert (status, out) == (78, "")
     assert err.startswith("%s:3: max_items: 'many'" % (tmp_path / "bad"))
-    assert run("-c", tmp_path / "bad")[0] == 78
+    assert main("-c", tmp_path / "bad")[0] == 78
     (tmp_path / "bad").write_text("[queue q]\nmax_items = many\nmax_age = old\n[server]\nport = 5\n")
     for check in ["--check"], []:
-        status, out, err = run("-c", tmp_path / "bad", "--port", "many", *check)
+        status, out, err = main("-c", tmp_path / "bad", "--port", "many", *check)
         assert (status, out) == (78, "")
         assert [line.split(": ")[0] for line in err.splitlines()] == [
             "%s:%d" % (tmp_path / "bad", number) for number in (2, 3, 5)] + ["command line"]
@@ -11742,11 +11732,11 @@ def test_top_survives_a_restart(serve, short_path, monkeypatch, capfd):
     assert re.search("closed|Broken pipe|reset|No such file|refused", told[1])
 
 
-def test_dump(tmp_path):
+def test_dump(tmp_path, main):
     good = addx(b"a\r\nb", NOW, NOW + 5) + xid_record(9, 7) + b"\1" + struct.pack(
         "<BiqqII", 10, 25, NOW, 0, 9, 2) + b"x"
     spool_of(tmp_path, q=good, bad=good + b"\xff" * 10)
-    status, out, err = run("--dump", tmp_path / "q")
+    status, out, err = main("--dump", tmp_path / "q")
     assert (status, err) == (0, "")
     assert [line.split() for line in out.splitlines()] == [
         ["0", "ADDX", "add_time=%d" % NOW, "expiry=%d" % (NOW + 5), "size=4",
@@ -11754,7 +11744,7 @@ def test_dump(tmp_path):
         ["25", "REMOVE_TENTATIVE_XID", "xid=7"], ["30", "REMOVE"],
         ["31", "ADDF", "add_time=%d" % NOW, "expiry=0", "size=1", "data='x'", "flags=9",
          "deliveries=2"]]
-    status, out, err = run("--json", "--dump", tmp_path / "q", tmp_path / "bad")
+    status, out, err = main("--json", "--dump", tmp_path / "q", tmp_path / "bad")
     records = [json.loads(line) for line in out.splitlines()]
     assert status == 1 and len(records) == 9
     assert records[0]["data"] == "a\r\nb" and records[3]["data"] == "x"
@@ -11762,51 +11752,51 @@ def test_dump(tmp_path):
                           "operation": "REMOVE_TENTATIVE_XID"}
     assert records[-1]["offset"] == len(good) and records[-1]["bytes"] == 10
     assert (tmp_path / "bad").read_bytes() == good + b"\xff" * 10
-    assert run("--dump", "--json", tmp_path / "q", tmp_path / "bad")[1] == out
-    assert run("--dump", tmp_path / "none")[0] == 1
+    assert main("--dump", "--json", tmp_path / "q", tmp_path / "bad")[1] == out
+    assert main("--dump", tmp_path / "none")[0] == 1
     spool_of(tmp_path, middle=good + b"\xff" * 10 + good)
-    status, out, err = run("--dump", tmp_path / "middle")
+    status, out, err = main("--dump", tmp_path / "middle")
     assert status == 1 and len(out.splitlines()) == 9
     assert "10 bytes are damaged" in out
     spool_of(tmp_path, binary=addx(b"\xff" * 100))
-    assert json.loads(run("--dump", "--json", tmp_path / "binary")[1])["base64"] == (
+    assert json.loads(main("--dump", "--json", tmp_path / "binary")[1])["base64"] == (
         base64.b64encode(b"\xff" * 100).decode())
 
 
-def test_pack_a_queue_that_is_not_in_use(daemon, tmp_path):
+def test_pack_a_queue_that_is_not_in_use(tmp_path, main):
     spool = tmp_path / "spool"
     spool.mkdir()
     spool_of(spool, q__5=addx(b"a") + addx(b"b") + addx(b"c"), q__9=b"\1" + addx(b"d"),
              q=xid_record(9, 3) + xid_record(6, 3), empty=addx(b"x") + b"\1")
-    status, out, err = run("--pack", spool / "q")
+    status, out, err = main("--pack", spool / "q")
     assert status == 0 and "2 items" in err
     assert sorted(os.listdir(str(spool))) == ["empty", "q"]
     assert plain(spool / "q") == xid_record(4, 3) + addx(b"c") + addx(b"d")
-    assert run("--pack", spool / "empty")[0] == 0
+    assert main("--pack", spool / "empty")[0] == 0
     assert (spool / "empty").read_bytes() == b""
-    assert run("--pack", spool / "none")[0] == 1
+    assert main("--pack", spool / "none")[0] == 1
 
 
-def test_what_is_no_journal_is_not_packed(tmp_path):
+def test_what_is_no_journal_is_not_packed(tmp_path, main):
     for name, data in [("passwd", b"root:x:0:0::/root:/bin/sh\n"), ("text", b"\n  x\n"),
                        ("damaged", addx(b"a") + b"\xff" + addx(b"b"))]:
         (tmp_path / name).write_bytes(data)
-        status, out, err = run("--pack", tmp_path / name)
+        status, out, err = main("--pack", tmp_path / name)
         assert status == 1 and "Nothing was changed" in err
         assert (tmp_path / name).read_bytes() == data
     assert sorted(os.listdir(str(tmp_path))) == ["damaged", "passwd", "text"]
     (tmp_path / "torn").write_bytes(addx(b"a") + b"\1" + addx(b"b")[:-1])
-    assert run("--pack", tmp_path / "torn")[0] == 0 and (tmp_path / "torn").read_bytes() == b""
+    assert main("--pack", tmp_path / "torn")[0] == 0 and (tmp_path / "torn").read_bytes() == b""
 
 
-def test_a_queue_that_a_server_holds_is_not_packed(daemon, tmp_path):
+def test_a_queue_that_a_server_holds_is_not_packed(daemon, tmp_path, main):
     spool = tmp_path / "spool"
     spool.mkdir()
     spool_of(spool, q=addx(b"c") + addx(b"d"))
     server = daemon()
-    status, out, err = run("--pack", spool / "q")
+    status, out, err = main("--pack", spool / "q")
     assert status == 1 and "held by another server" in err
-    assert run("--dump", spool / "q")[0] == 0
+    assert main("--dump", spool / "q")[0] == 0
     with server.client() as client:
         assert [client.get("q"), client.get("q"), client.get("q")] == [b"c", b"d", None]
 
@@ -12192,12 +12182,12 @@ def test_other_signals_are_logged_and_ignored(daemon):
     assert one.end(signal.SIGTERM) == 0
 
 
-def test_log_level(tmp_path):
+def test_log_level(tmp_path, main):
     (tmp_path / "conf").write_text("[server]\nlog_file = /no/such/place\n")
-    status, _, err = run("-c", tmp_path / "conf")
+    status, _, err = main("-c", tmp_path / "conf")
     assert status == 78 and "log_file: there is no directory /no/such" in err
     (tmp_path / "conf").write_text("[server]\nlog_level = loud\n")
-    status, _, err = run("-c", tmp_path / "conf")
+    status, _, err = main("-c", tmp_path / "conf")
     assert status == 78 and "log_level" in err
     port = free_port()
     (tmp_path / "conf").write_text("[server]\nlog_level = error\nadmin_port = 0\n")
@@ -12233,11 +12223,12 @@ def test_log_lines_that_repeat_are_limited(monkeypatch):
     assert all(line("said", 100, name="kestrel.trace") for _ in range(1000))
 
 
-def test_hash_password_on_the_command_line():
-    status, out, err = run("--hash-password", input="a secret\n")
+def test_hash_password_on_the_command_line(main, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a secret\n"))
+    status, out, err = main("--hash-password")
     assert status == 0 and err == ""
     assert kestrel.is_password(b"a secret", out.strip())
-    assert run("--hash-password", input="") == (1, "", "kestrel.py: there is no password\n")
+    assert main("--hash-password") == (1, "", "kestrel.py: there is no password\n")
 
 
 def test_spool_and_files_are_for_their_owner_only(daemon, tmp_path):
@@ -12399,7 +12390,7 @@ def test_a_copy_of_a_spool_that_is_in_use(tmp_path):
     assert sorted(os.listdir(str(dest))) == [".copy", "other"]
 
 
-def test_only_what_is_a_copy_is_overwritten(daemon, tmp_path):
+def test_only_what_is_a_copy_is_overwritten(tmp_path, main):
     (tmp_path / "spool").mkdir()
     spool_of(tmp_path / "spool", q=addx(b"x"))
     (tmp_path / "mine").mkdir()
@@ -12408,12 +12399,12 @@ def test_only_what_is_a_copy_is_overwritten(daemon, tmp_path):
         with pytest.raises(OSError, match=words):
             kestrel.copy_spool(str(tmp_path / "spool"), str(tmp_path / dest))
     assert (tmp_path / "mine" / "notes").read_text() == "mine"
-    assert run("--copy", tmp_path / "spool", tmp_path / "dest")[0] == 0
-    assert run("--copy", tmp_path / "spool", tmp_path / "dest")[0] == 0
+    assert main("--copy", tmp_path / "spool", tmp_path / "dest")[0] == 0
+    assert main("--copy", tmp_path / "spool", tmp_path / "dest")[0] == 0
     with kestrel.serve(spool=str(tmp_path / "dest")) as server, kestrel.Client(
             port=server.port) as client:
         assert client.get("q") == b"x" and client.put("q", b"new")
-    status, _, err = run("--copy", tmp_path / "spool", tmp_path / "dest")
+    status, _, err = main("--copy", tmp_path / "spool", tmp_path / "dest")
     assert status == 1 and "a server has used it" in err
     assert contents_of(tmp_path / "dest") == [b"new"]
 
@@ -13052,14 +13043,14 @@ def test_strangers(serve, tmp_path, caplog, monkeypatch, with_tls, share):
     if with_tls:
         assert good.ask(LOGIN) == "STORED\r\n"
     broker = server.server.broker
-    count = int(os.environ.get("KESTREL_STRANGERS", 1000)) // share
+    count = int(os.environ.get("KESTREL_STRANGERS", 600)) // share
     sizes, slowest = [], 0
     for number in range(1, count + 1):
         protocol = misbehave(chances, ports, tls)
         start = time.monotonic()
         assert good.ask("version\r\n") == "VERSION 1.0.0\r\n", protocol
         slowest = max(slowest, time.monotonic() - start)
-        if number % 500 == 0 or number == count:
+        if number % 100 == 0 or number == count:
             until(lambda: good.stats()["curr_connections"] == "1")
             stats = good.stats()
             assert not [key for key, value in stats.items() if value.startswith("-")]
