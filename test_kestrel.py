@@ -81,6 +81,14 @@ def _fsync(fd):
 
 os.fsync = _fsync                         # the daemons have their own
 
+# In memory, where that is possible: ext4 writes what replaces a file at once. With TMPDIR it is
+# another directory, as /tmp on a disk.
+with contextlib.suppress(OSError, AttributeError):
+    _memory = os.statvfs("/dev/shm")
+    if "TMPDIR" not in os.environ and not _memory.f_flag & os.ST_NOEXEC and (
+            _memory.f_bavail * _memory.f_frsize > 1 << 30):
+        tempfile.tempdir = "/dev/shm"
+
 # == Helpers ==============================================================================
 
 
