@@ -694,6 +694,12 @@ class UnixClient(Client):
         self.file = self.sock.makefile("rb")
 
 
+def stop(server):
+    """Stop a Server that no thread runs."""
+    server.broker.stopping = True
+    server.run()
+
+
 class ServerThread:
     """A server on a free port, run by a thread."""
 
@@ -715,6 +721,12 @@ class ServerThread:
     def client(self):
         self.clients.append(Client(self.port))
         return self.clients[-1]
+
+    def count_turns(self):
+        """Return a list that becomes longer with each turn."""
+        turns, turn = [], self.server.turn
+        self.server.turn = lambda: turns.append(0) or turn()
+        return turns
 
     def stop(self):
         self.server.broker.stopping = True
@@ -796,6 +808,11 @@ class HeldFsync:
             real(fd)
 
         monkeypatch.setattr(kestrel.os, "fsync", fsync)
+
+    def hold(self, client, text):
+        """Send a command that calls fsync; it has."""
+        client.send(text)
+        assert self.called.acquire(timeout=20)
 
     def disarm(self):
         self.armed = False
@@ -1022,8 +1039,7 @@ def turned_by_hand(path, text, count):
     yield server, clients
     for client in clients:
         client.close()
-    server.broker.stopping = True
-    server.run()
+    stop(server)
 
 
 def turns_of(session, data):
@@ -4965,8 +4981,7 @@ def test_reads_that_were_open_go_back_though_the_disk_was_full_at_the_start(
     disk.failing = {}
     while not queue.count or queue.history.safe < queue.history.logged:
         server.turn()
-    server.broker.stopping = True
-    server.run()
+    stop(server)
     assert contents(load(tmp_path)) == [b"a"]
 
 
@@ -7894,25 +7909,19 @@ def test_a_client_that_hangs_up_while_it_waits_costs_nothing(serve):
 @promise(4)
 def test_hang_ups_of_a_turn_are_seen_before_its_items_are_handed_out(tmp_path):
     """A waiter hangs up and an item is put in the very same turn of the loop."""
-    server = kestrel.Server(config_of(tmp_path, memcache_port="0"))
-    port = server.listeners[0].address[1]
-    clients = [Client(port) for _ in range(6)]
-    putter, waiters = clients[0], clients[1:]
-    for client in waiters:
-        client.send("get q/t=20000\r\n")
-    while len(server.broker.queue("q").waiters) < len(waiters):
+    with turned_by_hand(tmp_path, "", 6) as (server, (putter, *waiters)):
+        for client in waiters:
+            client.send("get q/t=20000\r\n")
+        while len(server.broker.queue("q").waiters) < len(waiters):
+            server.turn()
+        putter.send(b"set q 0 0 1\r\nx\r\n")
+        for client in waiters[:-1]:
+            client.close()
+        poll = server.poller.poll            # the put is heard of first
+        server.poller.poll = lambda timeout: sorted(
+            poll(timeout), key=lambda event: event[0] in server.waiting)
         server.turn()
-    putter.send(b"set q 0 0 1\r\nx\r\n")
-    for client in waiters[:-1]:
-        client.close()
-    time.sleep(0.05)                         # all of it is there before the loop looks
-    poll = server.poller.poll                # the put is heard of first
-    server.poller.poll = lambda timeout: sorted(
-        poll(timeout), key=lambda event: event[0] in server.waiting)
-    server.turn()
-    assert waiters[-1].item() == b"x"
-    server.broker.stopping = True
-    server.run()
+        assert waiters[-1].item() == b"x"
 
 
 def test_what_a_reset_connection_still_had_to_say_takes_nothing(serve, monkeypatch):
@@ -8088,21 +8097,15 @@ def test_the_server_does_not_sleep_while_waits_are_short(
 def test_a_turn_sees_to_some_connections_and_the_next_to_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(kestrel, "_FEED_SECONDS", 0)
     monkeypatch.setattr(kestrel, "_EVENTS_STEP", 3)
-    server = kestrel.Server(config_of(tmp_path, memcache_port="0"))
-    clients = [Client(server.listeners[0].address[1]) for _ in range(10)]
-    while len(server.connections) < 10:
-        server.turn()
-    for client in clients:
-        client.send("set q 0 0 1\r\nx\r\n")
-    until(lambda: server.poller.ready(True) or len(server.poller.poll(0)) == 10)
-    server.broker.route(b"q")
-    for done in 3, 6, 9, 10:
-        server.turn()
-        assert server.broker.queues["q"].count == done
-    assert {client.line() for client in clients} == {"STORED\r\n"}
-    for client in clients:
-        client.close()
-    server._stop()
+    with turned_by_hand(tmp_path, "", 10) as (server, clients):
+        for client in clients:
+            client.send("set q 0 0 1\r\nx\r\n")
+        until(lambda: len(server.poller.poll(0)) == 10)
+        server.broker.route(b"q")
+        for done in 3, 6, 9, 10:
+            server.turn()
+            assert server.broker.queues["q"].count == done
+        assert {client.line() for client in clients} == {"STORED\r\n"}
 
 
 def test_large_files_are_let_go_of_by_another_thread(serve, monkeypatch):
@@ -8141,39 +8144,30 @@ def test_not_all_queues_are_fsynced_at_once(serve, monkeypatch):
     assert {client.line() for client in clients} == {"STORED\r\n"}
 
 
-def test_client_timeout_starts_with_the_answer(tmp_path, monkeypatch):
-    clock = types.SimpleNamespace(monotonic=lambda: clock.now, time_ns=time.time_ns, now=100.0)
-    monkeypatch.setattr(kestrel, "time", clock)
-    server = kestrel.Server(config_of(tmp_path, memcache_port="0", client_timeout="60s"))
+def test_client_timeout_starts_with_the_answer(tmp_path, skip):
+    def turns(seconds):
+        skip(seconds)
+        for _ in range(2):
+            server.interrupt()               # so that no turn waits
+            server.turn()
 
-    def turns(now):
-        clock.now = now
-        server.interrupt()                   # so that no turn waits
-        server.turn()
-        server.interrupt()
-        server.turn()
-
-    with Client(server.listeners[0].address[1]) as client, Client(server.listeners[0].address[1]) as other:
-        turns(100)
+    with turned_by_hand(tmp_path, "[server]\nclient_timeout = 60s\n", 1) as (server, (client,)):
         client.send("get q/t=600000\r\n")
-        turns(101)
-        turns(170)
-        other.close()
-        other = Client(server.listeners[0].address[1])
-        turns(250)
-        other.send("set q 0 0 1\r\nx\r\n")
-        turns(251)
+        turns(1)
+        turns(150)
+        with Client(server.port) as other:
+            turns(1)
+            other.send("set q 0 0 1\r\nx\r\n")
+            turns(1)
         assert client.item() == b"x"
-        turns(305)
+        turns(54)
         client.send("version\r\n")
-        turns(306)
+        turns(1)
         assert client.line() == "VERSION 1.0.0\r\n"
-        turns(360)
-        turns(367)
+        turns(54)
+        assert len(server.connections) == 1
+        turns(7)
         assert client.line() == ""
-        other.close()
-    server.broker.stopping = True
-    server.run()
 
 
 def commands_of(session_type):
@@ -8395,8 +8389,7 @@ def test_half_a_command_is_given_up_after_send_timeout(tmp_path, skip, protocol,
         turns(11)
         assert not server.connections
         client.file.read()
-    server.broker.stopping = True
-    server.run()
+    stop(server)
 
 
 @pytest.mark.parametrize("command, said", [
@@ -8406,8 +8399,7 @@ def test_what_rests_on_the_work_of_another_waits_for_it(serve, monkeypatch, comm
     client, other = server.client(), server.client()
     client.put("q", b"x")
     held = HeldFsync(monkeypatch)
-    client.send("flush q\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "flush q\r\n")
     other.send(command)
     nothing_comes(other)
     held.error = errno.EIO
@@ -8443,8 +8435,7 @@ def test_the_loop_rests_while_a_half_closed_client_is_held(serve, monkeypatch):
     client.send("set q 0 0 1\r\nx\r\n")
     client.sock.shutdown(socket.SHUT_WR)
     assert held.called.acquire(timeout=20)
-    turns, turn = [], server.server.turn
-    server.server.turn = lambda: turns.append(0) or turn()
+    turns = server.count_turns()
     time.sleep(0.05)
     assert len(turns) < 20
     held.disarm()
@@ -8461,8 +8452,7 @@ def test_an_item_that_is_delivered_while_it_is_written_is_answered_when_it_is_sa
     waiter.send("get dead/t=20000\r\n")
     until(lambda: server.server.broker.queues["dead"].waiters)
     held = HeldFsync(monkeypatch)
-    client.send("get src\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "get src\r\n")
     nothing_comes(waiter)
     held.disarm()
     assert waiter.item() == b"x"
@@ -8603,8 +8593,7 @@ def test_a_server_that_cannot_start_lets_go_of_the_spool(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             kestrel.Server(config_of(tmp_path, memcache_port="0"))
     server = kestrel.Server(config_of(tmp_path, memcache_port="0"))
-    server.broker.stopping = True
-    server.run()
+    stop(server)
 
 
 def test_silent_connections_are_probed(serve, short_path):
@@ -8622,8 +8611,7 @@ def test_an_address_that_this_machine_does_not_have_is_left_out(tmp_path, caplog
         tmp_path, "[server]\nlisten = 192.0.2.1, 127.0.0.1\n", memcache_port="0"))
     assert "cannot listen on 192.0.2.1:0" in caplog.text
     port = server.port
-    server.broker.stopping = True
-    server.run()
+    stop(server)
     with pytest.raises(OSError, match="cannot listen on 192.0.2.1"):
         kestrel.Server(config_of(tmp_path, "[server]\nlisten = 192.0.2.1\n", memcache_port="0"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -8672,8 +8660,7 @@ def test_with_sync_journal_0_answers_wait_for_the_fsync_and_share_it(serve, monk
     server = serve("[queue]\nsync_journal = never\n[queue safe]\nsync_journal = 0\n")
     clients = [server.client() for _ in range(20)]
     other = server.client()
-    clients[0].send("set safe 0 0 1\r\nx\r\nversion\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(clients[0], "set safe 0 0 1\r\nx\r\nversion\r\n")
     for client in clients[1:]:
         client.send("set safe 0 0 1\r\nx\r\n")
     until(lambda: other.stats()["queue_safe_items"] == "20")
@@ -8711,8 +8698,7 @@ def test_a_plain_get_waits_for_the_fsync_of_its_record(serve, monkeypatch):
     waiting.send("get r/t=20000\r\n")
     until(lambda: client.stats().get("queue_r_waiters") == "1")
     held = HeldFsync(monkeypatch)
-    client.send("get q\r\nset r 0 0 1\r\n2\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "get q\r\nset r 0 0 1\r\n2\r\n")
     nothing_comes(client)
     held.disarm()
     assert client.item() == b"1"
@@ -8727,8 +8713,7 @@ def test_a_failed_fsync_is_told_and_service_resumes(serve, monkeypatch, tmp_path
     assert client.put("q", b"1") == "STORED\r\n"
     held = HeldFsync(monkeypatch)
     held.error = errno.EIO
-    client.send("set q 0 0 1\r\n2\r\nget q/open\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "set q 0 0 1\r\n2\r\nget q/open\r\n")
     other.send("set q 0 0 1\r\n3\r\n")
     until(lambda: server.server.broker.stats.cmd_set >= 3)
     held.go.release()
@@ -9166,8 +9151,7 @@ def test_a_disk_that_hangs_is_one_that_fails(serve, monkeypatch, caplog):
 def test_a_start_that_refuses_says_how_to_end_that(tmp_path, caplog):
     server = kestrel.Server(config_of(
         tmp_path, "[server]\nmemcache_port = 0\ndefault_status = quiescent\n"))
-    server.broker.stopping = True
-    server.run()
+    stop(server)
     assert "the status is QUIESCENT" in caplog.text and "`status up` ends that" in caplog.text
 
 
@@ -9298,8 +9282,7 @@ def test_an_earlier_fsync_does_not_release_later_answers(serve, monkeypatch):
     client.put("r", b"1")
     client.get("r")
     held = HeldFsync(monkeypatch)
-    client.send("set q 0 0 1\r\n2\r\nget r/t=20000\r\n")
-    assert held.called.acquire(timeout=20)           # of q
+    held.hold(client, "set q 0 0 1\r\n2\r\nget r/t=20000\r\n")  # of q
     other.send("set r 0 0 1\r\n3\r\n")               # delivered to the held client
     until(lambda: server.server.broker.queues["r"].count == 0)
     held.go.release()
@@ -9318,8 +9301,7 @@ def test_sync_journal_changes_at_once(serve, tmp_path, monkeypatch):
     assert client.put("q", b"1") == "STORED\r\n"
     (tmp_path / "kestrel.conf").write_text("[queue]\nsync_journal = 0\n")
     assert other.ask("reload\r\n") == "Reloaded config.\r\n"
-    client.send("set q 0 0 1\r\n2\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "set q 0 0 1\r\n2\r\n")
     nothing_comes(client)
     held.disarm()
     assert client.line() == "STORED\r\n"
@@ -9373,8 +9355,7 @@ def test_answers_in_hand_are_not_taken_back_by_a_later_failure(serve, monkeypatc
     client, other = server.client(), server.client()
     client.put("safe", b"1")
     held = HeldFsync(monkeypatch)
-    client.send("set safe 0 0 1\r\n2\r\nget q/t=20000\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "set safe 0 0 1\r\n2\r\nget q/t=20000\r\n")
     assert other.put("q", b"x") == "STORED\r\n"      # delivered to the held client
     disk.failing = {"pwrite": errno.ENOSPC}
     assert other.put("q", b"y").startswith("SERVER_ERROR")
@@ -9404,9 +9385,7 @@ def test_the_loop_rests_while_answers_are_held(serve, monkeypatch):
     assert held.called.acquire(timeout=20)
     while owed:                                        # what is safe is sent all the same
         owed -= len(slow.recv(min(owed, 1 << 20)))
-    turns = []
-    turn = server.server.turn
-    server.server.turn = lambda: turns.append(1) or turn()
+    turns = server.count_turns()
     server.server.interrupt()
     time.sleep(0.05)
     assert len(turns) < 20
@@ -9450,8 +9429,7 @@ def test_a_monitor_keeps_its_time_though_it_was_held(serve, monkeypatch, skip):
     client, other = server.client(), server.client()
     client.put("q", b"1")
     held = HeldFsync(monkeypatch)
-    client.send("monitor q 1\r\n")                   # opens 1, and is held beyond its time
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "monitor q 1\r\n")                        # opens 1, and is held beyond its time
     skip(1.1)
     held.disarm()
     assert client.item() == b"1"
@@ -9558,8 +9536,7 @@ def test_stopping_sends_what_an_fsync_has_held_up(serve, monkeypatch):
     held = HeldFsync(monkeypatch)
     server = serve("[queue]\nsync_journal = 0\n")
     client = server.client()
-    client.send("set q 0 0 1\r\nx\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "set q 0 0 1\r\nx\r\n")
     server.server.broker.stopping = True
     server.server.interrupt()
     held.disarm()
@@ -9635,8 +9612,7 @@ def test_deleted_is_answered_when_it_is_durable(serve, monkeypatch):
     client = server.client()
     client.put("q", b"x")
     held = HeldFsync(monkeypatch)
-    client.send("delete q\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "delete q\r\n")
     nothing_comes(client)
     held.disarm()
     assert client.line() == "DELETED\r\n"
@@ -9801,12 +9777,9 @@ def test_no_turn_is_made_for_a_job_that_is_held(serve, monkeypatch):
     for name in "abc":
         client.put(name, b"x")
     held = HeldFsync(monkeypatch)
-    client.send("flush_all\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "flush_all\r\n")
     other.ask("version\r\n")
-    turns = []
-    turn = server.server.turn
-    monkeypatch.setattr(server.server, "turn", lambda: turns.append(1) or turn())
+    turns = server.count_turns()
     for _ in range(20):
         other.ask("version\r\n")
     assert len(turns) < 100
@@ -9847,8 +9820,7 @@ def test_the_end_waits_for_answers_that_wait_for_one_fsync_after_the_other(serve
     server = serve("[queue]\nsync_journal = 0\n")
     first, second = server.client(), server.client()
     held = HeldFsync(monkeypatch)
-    first.send("set q 0 0 1\r\nx\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(first, "set q 0 0 1\r\nx\r\n")
     second.send("set q 0 0 1\r\ny\r\n")
     until(lambda: server.server.syncs.wanted)
     server.server.broker.stopping = True
@@ -10147,8 +10119,7 @@ def test_unix_sockets_that_are_left_in_use_or_no_sockets(tmp_path, short_path):
     other.mkdir()
     with pytest.raises(OSError, match="cannot listen on unix:%s: Address already in use" % path):
         kestrel.Server(config_of(other, text))
-    server.broker.stopping = True
-    server.run()
+    stop(server)
     assert not path.exists()
     path.write_text("something else")
     with pytest.raises(OSError, match="cannot listen on unix:.*: there is something else"):
@@ -10191,8 +10162,7 @@ def test_every_address_of_both_kinds(tmp_path):
     assert [one.address[0] for one in server.listeners] == addresses
     for one in server.listeners[1:]:         # with the port of the first one it is in its way else
         assert one.sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 1
-    server.broker.stopping = True
-    server.run()
+    stop(server)
 
 
 @pytest.mark.parametrize("settings, warned", [
@@ -10605,9 +10575,7 @@ def test_a_client_is_sent_so_much_in_a_turn(serve, monkeypatch):
     client = server.client()
     data = bytes(range(256)) * 4000
     client.put("q", data)
-    turns = []
-    turn = server.server.turn
-    server.server.turn = lambda: turns.append(1) or turn()
+    turns = server.count_turns()
     assert client.get("q/peek") == data
     assert len(turns) > 200
     # Many small answers, and large ones between them.
@@ -12659,7 +12627,7 @@ class Disk:
 
     def found(self, names, data):
         """What a server finds in a directory like that."""
-        path = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        path = tempfile.mkdtemp()
         try:
             for name, number in names.items():
                 with open(os.path.join(path, os.path.basename(name)), "wb") as file:
