@@ -101,9 +101,15 @@ def frozen():
 
 @pytest.fixture
 def tmp_path(tmp_path, request):
-    """A directory; it is deleted at once, before it gets to the disk, unless the test fails."""
-    failed = request.session.testsfailed
-    yield tmp_path
+    """A directory; unless the test fails it is deleted at once, before it gets to the disk. The
+    journals that were opened are closed, lest their descriptors add up."""
+    opened, failed, count = [], request.session.testsfailed, kestrel.Budget.opened
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kestrel.Budget, "opened", lambda budget, file: (
+            opened.append((budget, file)), count(budget, file)))
+        yield tmp_path
+    for budget, file in opened:
+        budget.close(file)
     if request.session.testsfailed == failed:
         shutil.rmtree(str(tmp_path))
 
@@ -852,7 +858,7 @@ def no_cycles(*kinds):
 @functools.lru_cache(None)
 def compiled():
     """kestrel.py, compiled once for all processes: that is half of what it takes to start one."""
-    directory = tempfile.mkdtemp()
+    directory = tempfile.mkdtemp(prefix="kestrel-")
     atexit.register(shutil.rmtree, directory)
     return py_compile.compile(kestrel.__file__, os.path.join(directory, "kestrel.pyc"))
 
