@@ -81,7 +81,37 @@ def _fsync(fd):
 
 os.fsync = _fsync                         # the daemons have their own
 
+# In memory, where that is possible: ext4 writes what replaces a file at once. With TMPDIR it is
+# another directory, as /tmp on a disk.
+with contextlib.suppress(OSError, AttributeError):
+    _memory = os.statvfs("/dev/shm")
+    if "TMPDIR" not in os.environ and not _memory.f_flag & os.ST_NOEXEC and (
+            _memory.f_bavail * _memory.f_frsize > 1 << 30):
+        tempfile.tempdir = "/dev/shm"
+
 # == Helpers ==============================================================================
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen():
+    """What is there before the first test concerns no collection of garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def tmp_path(tmp_path, request):
+    """A directory; unless the test fails it is deleted at once, before it gets to the disk. The
+    journals that were opened are closed, lest their descriptors add up."""
+    opened, failed, count = [], request.session.testsfailed, kestrel.Budget.opened
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kestrel.Budget, "opened", lambda budget, file: (
+            opened.append((budget, file)), count(budget, file)))
+        yield tmp_path
+    for budget, file in opened:
+        budget.close(file)
+    if request.session.testsfailed == failed:
+        shutil.rmtree(str(tmp_path))
 
 
 def config_of(path, text="", **overrides):
@@ -613,6 +643,7 @@ class Client:
 
     def __init__(self, port, address="127.0.0.1"):
         self.sock = socket.create_connection((address, port), timeout=20)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.file = self.sock.makefile("rb")
 
     def send(self, text):
@@ -669,6 +700,12 @@ class UnixClient(Client):
         self.file = self.sock.makefile("rb")
 
 
+def stop(server):
+    """Stop a Server that no thread runs."""
+    server.broker.stopping = True
+    server.run()
+
+
 class ServerThread:
     """A server on a free port, run by a thread."""
 
@@ -690,6 +727,12 @@ class ServerThread:
     def client(self):
         self.clients.append(Client(self.port))
         return self.clients[-1]
+
+    def count_turns(self):
+        """Return a list that becomes longer with each turn."""
+        turns, turn = [], self.server.turn
+        self.server.turn = lambda: turns.append(0) or turn()
+        return turns
 
     def stop(self):
         self.server.broker.stopping = True
@@ -715,6 +758,24 @@ def serve(tmp_path):
 
 
 @pytest.fixture
+def skip(monkeypatch):
+    """skip(seconds, server): so much time goes by at once; the server, which a thread runs, has
+    begun a turn since."""
+    def skip(seconds, server=None):
+        nonlocal skipped
+        skipped += seconds
+        now = kestrel.time.monotonic()
+        if server:
+            server.interrupt()
+            until(lambda: server.mono >= now)
+
+    skipped = 0
+    monkeypatch.setattr(kestrel, "time", types.SimpleNamespace(**{
+        **vars(time), "monotonic": lambda: time.monotonic() + skipped, "sleep": skip}))
+    return skip
+
+
+@pytest.fixture
 def short_path():
     """A directory whose name is short enough for the path of a UNIX socket."""
     path = tempfile.mkdtemp(prefix="k")
@@ -724,10 +785,11 @@ def short_path():
 
 def until(condition):
     """Wait for something that another thread or process brings about."""
-    deadline = time.monotonic() + 20
+    deadline, pause = time.monotonic() + 20, 0.0001
     while not condition():
         assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.002)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.004)
 
 
 class HeldFsync:
@@ -753,6 +815,11 @@ class HeldFsync:
 
         monkeypatch.setattr(kestrel.os, "fsync", fsync)
 
+    def hold(self, client, text):
+        """Send a command that calls fsync; it has."""
+        client.send(text)
+        assert self.called.acquire(timeout=20)
+
     def disarm(self):
         self.armed = False
         for _ in range(1000):
@@ -760,23 +827,27 @@ class HeldFsync:
 
 
 def nothing_comes(client):
-    client.sock.settimeout(0.1)
-    with pytest.raises(OSError):
-        client.sock.recv(1)
-    client.sock.settimeout(20)
-    client.file = client.sock.makefile("rb")
+    """Nothing is sent to it, though the server has some turns."""
+    with Client(client.sock.getpeername()[1]) as other:
+        for _ in range(5):
+            assert other.ask("version\r\n") == "VERSION 1.0.0\r\n"
+    poll = select.poll()
+    poll.register(client.sock, select.POLLIN)
+    assert not poll.poll(10)
 
 
 @contextlib.contextmanager
-def no_cycles():
-    """Check that nothing is left for a garbage collector: the daemon runs without one."""
+def no_cycles(*kinds):
+    """Check that nothing, or nothing of these kinds, is left for a garbage collector: the daemon
+    runs without one."""
     gc.collect()
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
         yield
         gc.collect()
-        found = collections.Counter(type(thing).__name__ for thing in gc.garbage)
+        found = collections.Counter(type(thing).__name__ for thing in gc.garbage
+                                    if isinstance(thing, kinds or object))
         assert not found
     finally:
         gc.enable()
@@ -787,13 +858,13 @@ def no_cycles():
 @functools.lru_cache(None)
 def compiled():
     """kestrel.py, compiled once for all processes: that is half of what it takes to start one."""
-    directory = tempfile.mkdtemp()
+    directory = tempfile.mkdtemp(prefix="kestrel-")
     atexit.register(shutil.rmtree, directory)
     return py_compile.compile(kestrel.__file__, os.path.join(directory, "kestrel.pyc"))
 
 
 def command(*arguments):
-    return [sys.executable, compiled(), *map(str, arguments)]
+    return [sys.executable, "-S", compiled(), *map(str, arguments)]      # nothing is installed
 
 
 def run(*arguments, **options):
@@ -801,6 +872,26 @@ def run(*arguments, **options):
     done = subprocess.run(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           universal_newlines=True, timeout=60, **options)
     return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def main(capsys, caplog):
+    """Run the program in this process: its exit status, what it printed, what it told of."""
+    caplog.set_level(logging.INFO)
+
+    def main(*arguments):
+        caplog.clear()
+        status = kestrel.main([str(word) for word in arguments])
+        out, err = capsys.readouterr()
+        return status, out, caplog.text + err
+
+    return main
+
+
+def end_of(process):
+    """Wait for it, more closely than wait() with a timeout does; return its exit status."""
+    until(lambda: process.poll() is not None)
+    return process.returncode
 
 
 class Daemon:
@@ -836,7 +927,7 @@ class Daemon:
     def end(self, number):
         """Send a signal that ends it; returns the exit status."""
         self.process.send_signal(number)
-        return self.process.wait(20)
+        return end_of(self.process)
 
 
 @pytest.fixture
@@ -954,8 +1045,7 @@ def turned_by_hand(path, text, count):
     yield server, clients
     for client in clients:
         client.close()
-    server.broker.stopping = True
-    server.run()
+    stop(server)
 
 
 def turns_of(session, data):
@@ -3434,14 +3524,12 @@ def test_what_fails_later_is_no_answer_to_what_was_written(tmp_path, disk, monke
         client.send("set q/sync 0 0 1\r\nx\r\n")
         while not server.broker.queues["q"].history.syncing:
             server.turn()
-        server.turn()
         disk.failing = {"pwrite": errno.ENOSPC}
         other.send("set q 0 0 1\r\ny\r\n")
         done = len(server.worker.done)
         goes_on.set()
         until(lambda: len(server.worker.done) > done)
-        time.sleep(0.1)                      # both are there in one turn
-        server.turn()
+        server.turn()                        # both are there in this one
         disk.failing = {}
         for _ in range(10):
             server.interrupt()
@@ -4214,10 +4302,7 @@ def test_a_failed_write_leaves_no_cycle(tmp_path, disk):
     """What it held would stay for good: the daemon runs without the garbage collector."""
     talk = Talk(tmp_path)
     talk(set_("q", "1"))
-    gc.collect()
-    gc.disable()
-    gc.set_debug(gc.DEBUG_SAVEALL)
-    try:
+    with no_cycles(OSError, kestrel.Item):
         for failing in ("pwrite", "fsync"):
             disk.failing = {failing: errno.ENOSPC}
             session = kestrel.MemcacheSession(talk.broker)
@@ -4227,12 +4312,6 @@ def test_a_failed_write_leaves_no_cycle(tmp_path, disk):
             session.close(NOW)
             disk.failing = {}
         del session
-        gc.collect()
-        assert not [thing for thing in gc.garbage if isinstance(thing, (OSError, kestrel.Item))]
-    finally:
-        gc.enable()
-        gc.set_debug(0)
-        gc.garbage.clear()
 
 
 def test_rotated_files_are_not_kept_open(tmp_path):
@@ -5129,8 +5208,7 @@ def test_reads_that_were_open_go_back_though_the_disk_was_full_at_the_start(
     disk.failing = {}
     while not queue.count or queue.history.safe < queue.history.logged:
         server.turn()
-    server.broker.stopping = True
-    server.run()
+    stop(server)
     assert contents(load(tmp_path)) == [b"a"]
 
 
@@ -6170,7 +6248,7 @@ def test_a_turn_writes_so_many_queues(tmp_path, protocol, command):
 
 
 def test_a_job_waits_for_a_client_that_takes_nothing(tmp_path):
-    talk = Talk(tmp_path, "[server]\nmax_output_buffer = 100kb\n")
+    talk = Talk(tmp_path, "[server]\nmax_output_buffer = 100kb\n[queue]\nkeep_journal = false\n")
     for number in range(1000):
         talk.broker.queue("q%d" % number, NOW)
     session = talk.session()
@@ -8135,7 +8213,7 @@ def test_the_admin_port_over_sockets(serve):
 
 
 def test_an_idle_admin_connection_is_closed(serve, monkeypatch):
-    monkeypatch.setattr(kestrel.AdminSession, "idle_timeout", 100)
+    monkeypatch.setattr(kestrel.AdminSession, "idle_timeout", 30)
     port = free_port()
     server = serve("[server]\nadmin_port = %d\n" % port)
     client = server.client()
@@ -8311,7 +8389,7 @@ def test_a_status_command_is_told_of_each_change(serve, tmp_path, caplog):
 
 
 def test_a_status_command_that_hangs_or_is_not_there(serve, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(kestrel, "_ANNOUNCE_SECONDS", 0.2)
+    monkeypatch.setattr(kestrel, "_ANNOUNCE_SECONDS", 0.05)
     server = serve("[server]\nstatus_command = sh -c 'exec sleep 60'\n")
     assert server.client().put("q", b"1") == "STORED\r\n"
     until(lambda: "timed out" in caplog.text)
@@ -8371,25 +8449,19 @@ def test_a_client_that_hangs_up_while_it_waits_costs_nothing(serve):
 @promise(4)
 def test_hang_ups_of_a_turn_are_seen_before_its_items_are_handed_out(tmp_path):
     """A waiter hangs up and an item is put in the very same turn of the loop."""
-    server = kestrel.Server(config_of(tmp_path, memcache_port="0"))
-    port = server.listeners[0].address[1]
-    clients = [Client(port) for _ in range(6)]
-    putter, waiters = clients[0], clients[1:]
-    for client in waiters:
-        client.send("get q/t=20000\r\n")
-    while len(server.broker.queue("q").waiters) < len(waiters):
+    with turned_by_hand(tmp_path, "", 6) as (server, (putter, *waiters)):
+        for client in waiters:
+            client.send("get q/t=20000\r\n")
+        while len(server.broker.queue("q").waiters) < len(waiters):
+            server.turn()
+        putter.send(b"set q 0 0 1\r\nx\r\n")
+        for client in waiters[:-1]:
+            client.close()
+        poll = server.poller.poll            # the put is heard of first
+        server.poller.poll = lambda timeout: sorted(
+            poll(timeout), key=lambda event: event[0] in server.waiting)
         server.turn()
-    putter.send(b"set q 0 0 1\r\nx\r\n")
-    for client in waiters[:-1]:
-        client.close()
-    time.sleep(0.05)                         # all of it is there before the loop looks
-    poll = server.poller.poll                # the put is heard of first
-    server.poller.poll = lambda timeout: sorted(
-        poll(timeout), key=lambda event: event[0] in server.waiting)
-    server.turn()
-    assert waiters[-1].item() == b"x"
-    server.broker.stopping = True
-    server.run()
+        assert waiters[-1].item() == b"x"
 
 
 def test_what_a_reset_connection_still_had_to_say_takes_nothing(serve, monkeypatch):
@@ -8460,7 +8532,7 @@ def test_what_a_half_closed_client_asked_is_answered(serve):
 def test_input_behind_a_wait_is_bounded(serve):
     server = serve()
     client, other = server.client(), server.client()
-    client.sock.settimeout(0.2)
+    client.sock.settimeout(0.05)
     client.send("get q/t=20000\r\n")
     with pytest.raises(OSError):             # the server reads no more, the socket fills
         for _ in range(1000):
@@ -8475,7 +8547,7 @@ def test_input_behind_a_wait_is_bounded(serve):
 def test_client_timeout(serve):
     server = serve("[server]\nclient_timeout = 60ms\n")
     idle, waiting = server.client(), server.client()
-    waiting.send("get q/t=300\r\n")
+    waiting.send("get q/t=100\r\n")
     assert idle.line() == ""
     assert waiting.item() is None
     assert waiting.line() == ""
@@ -8509,7 +8581,7 @@ def test_a_client_that_hangs_up_before_its_fsync_does_not_make_the_loop_spin(ser
     until(lambda: connection.session.at_end)
     turns = server.server.broker.metrics["turn_usec"].buckets
     before = sum(turns)
-    time.sleep(0.2)
+    time.sleep(0.05)
     assert sum(turns) - before < 20
     held.go.release()
     assert client.line() == "STORED\r\n" and client.line() == ""
@@ -8565,21 +8637,15 @@ def test_the_server_does_not_sleep_while_waits_are_short(
 def test_a_turn_sees_to_some_connections_and_the_next_to_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(kestrel, "_FEED_SECONDS", 0)
     monkeypatch.setattr(kestrel, "_EVENTS_STEP", 3)
-    server = kestrel.Server(config_of(tmp_path, memcache_port="0"))
-    clients = [Client(server.listeners[0].address[1]) for _ in range(10)]
-    while len(server.connections) < 10:
-        server.turn()
-    for client in clients:
-        client.send("set q 0 0 1\r\nx\r\n")
-    until(lambda: server.poller.ready(True) or len(server.poller.poll(0)) == 10)
-    server.broker.route(b"q")
-    for done in 3, 6, 9, 10:
-        server.turn()
-        assert server.broker.queues["q"].count == done
-    assert {client.line() for client in clients} == {"STORED\r\n"}
-    for client in clients:
-        client.close()
-    server._stop()
+    with turned_by_hand(tmp_path, "", 10) as (server, clients):
+        for client in clients:
+            client.send("set q 0 0 1\r\nx\r\n")
+        until(lambda: len(server.poller.poll(0)) == 10)
+        server.broker.route(b"q")
+        for done in 3, 6, 9, 10:
+            server.turn()
+            assert server.broker.queues["q"].count == done
+        assert {client.line() for client in clients} == {"STORED\r\n"}
 
 
 def test_large_files_are_let_go_of_by_another_thread(serve, monkeypatch):
@@ -8613,44 +8679,36 @@ def test_not_all_queues_are_fsynced_at_once(serve, monkeypatch):
     for number, client in enumerate(clients):
         client.send("set q%d 0 0 1\r\nx\r\n" % number)
     until(lambda: len(server.server.syncs.wanted) == 7)
-    assert len(server.server.syncs._running) == 3
+    nothing_comes(clients[0])                # all of it was in one turn, or in some
+    assert len(server.server.syncs._running) == 3 and len(server.server.syncs.wanted) == 7
     held.disarm()
     assert {client.line() for client in clients} == {"STORED\r\n"}
 
 
-def test_client_timeout_starts_with_the_answer(tmp_path, monkeypatch):
-    clock = types.SimpleNamespace(monotonic=lambda: clock.now, time_ns=time.time_ns, now=100.0)
-    monkeypatch.setattr(kestrel, "time", clock)
-    server = kestrel.Server(config_of(tmp_path, memcache_port="0", client_timeout="60s"))
+def test_client_timeout_starts_with_the_answer(tmp_path, skip):
+    def turns(seconds):
+        skip(seconds)
+        for _ in range(2):
+            server.interrupt()               # so that no turn waits
+            server.turn()
 
-    def turns(now):
-        clock.now = now
-        server.interrupt()                   # so that no turn waits
-        server.turn()
-        server.interrupt()
-        server.turn()
-
-    with Client(server.listeners[0].address[1]) as client, Client(server.listeners[0].address[1]) as other:
-        turns(100)
+    with turned_by_hand(tmp_path, "[server]\nclient_timeout = 60s\n", 1) as (server, (client,)):
         client.send("get q/t=600000\r\n")
-        turns(101)
-        turns(170)
-        other.close()
-        other = Client(server.listeners[0].address[1])
-        turns(250)
-        other.send("set q 0 0 1\r\nx\r\n")
-        turns(251)
+        turns(1)
+        turns(150)
+        with Client(server.port) as other:
+            turns(1)
+            other.send("set q 0 0 1\r\nx\r\n")
+            turns(1)
         assert client.item() == b"x"
-        turns(305)
+        turns(54)
         client.send("version\r\n")
-        turns(306)
+        turns(1)
         assert client.line() == "VERSION 1.0.0\r\n"
-        turns(360)
-        turns(367)
+        turns(54)
+        assert len(server.connections) == 1
+        turns(7)
         assert client.line() == ""
-        other.close()
-    server.broker.stopping = True
-    server.run()
 
 
 def commands_of(session_type):
@@ -8739,7 +8797,6 @@ def test_a_turn_reports_on_so_many_queues(tmp_path, monkeypatch):
         while sum(connection.session.state == "ready" and not connection.unsent
                   for connection in server.connections.values()) < 20 or not pinged:
             clients[-1].send("version\r\n")
-            time.sleep(0.001)
             del counted[:]
             server.turn()
             pinged += clients[-1].line() == "VERSION 1.0.0\r\n"
@@ -8851,34 +8908,29 @@ def test_answers_that_nobody_reads_count_as_memory(serve, caplog):
     ("memcache", b"set q 0 0 10\r\nabc"), ("memcache", b"get q"), ("memcache", b"set q 0 0 10\r\n"),
     ("memcache", b"set q 0 0 999999999\r\nabc"), ("text", b"put q:\nabc\n"), ("text", b"put"),
     ("thrift", b"\0\0\0\x50abc"), ("admin", b"GET / HT")])
-def test_half_a_command_is_given_up_after_send_timeout(tmp_path, monkeypatch, protocol, half):
-    clock = types.SimpleNamespace(monotonic=lambda: clock.now, time_ns=time.time_ns, now=100.0)
-    monkeypatch.setattr(kestrel, "time", clock)
+def test_half_a_command_is_given_up_after_send_timeout(tmp_path, skip, protocol, half):
     server = kestrel.Server(config_of(
         tmp_path, "[server]\nsend_timeout = 60s\ntext_port = 0\nthrift_port = 0\n"
         "admin_port = %d\n" % free_port(), memcache_port="0"))
     port, = [one.address[1] for one in server.listeners if one.protocol == protocol]
 
-    def turns(now):
-        clock.now = now
+    def turns(seconds):
+        skip(seconds)
         for _ in range(3):
             server.interrupt()
-            time.sleep(0.001)
             server.turn()
 
     with Client(port) as client:
-        client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for number, byte in enumerate(half):
+        for byte in half:
             client.send(bytes([byte]))
-            turns(100 + 50 * number)             # as long as something comes it may go on
+            turns(50)                        # as long as something comes it may go on
             assert len(server.connections) == 1
-        turns(clock.now + 59)
+        turns(50)
         assert len(server.connections) == 1
-        turns(clock.now + 2)
+        turns(11)
         assert not server.connections
         client.file.read()
-    server.broker.stopping = True
-    server.run()
+    stop(server)
 
 
 @pytest.mark.parametrize("command, said", [
@@ -8888,8 +8940,7 @@ def test_what_rests_on_the_work_of_another_waits_for_it(serve, monkeypatch, comm
     client, other = server.client(), server.client()
     client.put("q", b"x")
     held = HeldFsync(monkeypatch)
-    client.send("flush q\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "flush q\r\n")
     other.send(command)
     nothing_comes(other)
     held.error = errno.EIO
@@ -8925,8 +8976,7 @@ def test_the_loop_rests_while_a_half_closed_client_is_held(serve, monkeypatch):
     client.send("set q 0 0 1\r\nx\r\n")
     client.sock.shutdown(socket.SHUT_WR)
     assert held.called.acquire(timeout=20)
-    turns, turn = [], server.server.turn
-    server.server.turn = lambda: turns.append(0) or turn()
+    turns = server.count_turns()
     time.sleep(0.05)
     assert len(turns) < 20
     held.disarm()
@@ -8943,8 +8993,7 @@ def test_an_item_that_is_delivered_while_it_is_written_is_answered_when_it_is_sa
     waiter.send("get dead/t=20000\r\n")
     until(lambda: server.server.broker.queues["dead"].waiters)
     held = HeldFsync(monkeypatch)
-    client.send("get src\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "get src\r\n")
     nothing_comes(waiter)
     held.disarm()
     assert waiter.item() == b"x"
@@ -9061,16 +9110,16 @@ def test_a_put_with_sync_is_answered_though_nothing_is_left_to_be_written(serve,
         "NOT_STORED\r\n" if key == "full" else "STORED\r\n")
 
 
-def test_timers_run_though_there_is_always_more_to_do(tmp_path, monkeypatch):
+def test_timers_run_though_there_is_always_more_to_do(tmp_path, monkeypatch, skip):
     monkeypatch.setattr(kestrel, "_FEED_SECONDS", 0)
     monkeypatch.setattr(kestrel, "_EVENTS_STEP", 1)
     with turned_by_hand(tmp_path, "", 12) as (server, clients):
         clients[0].send("get q/t=50\r\n")
-        for _ in range(200):
+        for _ in range(50):
             for client in clients[1:]:
                 client.send("version\r\n")
             server.turn()
-            time.sleep(0.001)
+            skip(0.002)
         clients[0].sock.settimeout(1)
         assert clients[0].item() is None
 
@@ -9085,8 +9134,7 @@ def test_a_server_that_cannot_start_lets_go_of_the_spool(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             kestrel.Server(config_of(tmp_path, memcache_port="0"))
     server = kestrel.Server(config_of(tmp_path, memcache_port="0"))
-    server.broker.stopping = True
-    server.run()
+    stop(server)
 
 
 def test_silent_connections_are_probed(serve, short_path):
@@ -9104,8 +9152,7 @@ def test_an_address_that_this_machine_does_not_have_is_left_out(tmp_path, caplog
         tmp_path, "[server]\nlisten = 192.0.2.1, 127.0.0.1\n", memcache_port="0"))
     assert "cannot listen on 192.0.2.1:0" in caplog.text
     port = server.port
-    server.broker.stopping = True
-    server.run()
+    stop(server)
     with pytest.raises(OSError, match="cannot listen on 192.0.2.1"):
         kestrel.Server(config_of(tmp_path, "[server]\nlisten = 192.0.2.1\n", memcache_port="0"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -9154,8 +9201,7 @@ def test_with_sync_journal_0_answers_wait_for_the_fsync_and_share_it(serve, monk
     server = serve("[queue]\nsync_journal = never\n[queue safe]\nsync_journal = 0\n")
     clients = [server.client() for _ in range(20)]
     other = server.client()
-    clients[0].send("set safe 0 0 1\r\nx\r\nversion\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(clients[0], "set safe 0 0 1\r\nx\r\nversion\r\n")
     for client in clients[1:]:
         client.send("set safe 0 0 1\r\nx\r\n")
     until(lambda: other.stats()["queue_safe_items"] == "20")
@@ -9193,8 +9239,7 @@ def test_a_plain_get_waits_for_the_fsync_of_its_record(serve, monkeypatch):
     waiting.send("get r/t=20000\r\n")
     until(lambda: client.stats().get("queue_r_waiters") == "1")
     held = HeldFsync(monkeypatch)
-    client.send("get q\r\nset r 0 0 1\r\n2\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "get q\r\nset r 0 0 1\r\n2\r\n")
     nothing_comes(client)
     held.disarm()
     assert client.item() == b"1"
@@ -9209,8 +9254,7 @@ def test_a_failed_fsync_is_told_and_service_resumes(serve, monkeypatch, tmp_path
     assert client.put("q", b"1") == "STORED\r\n"
     held = HeldFsync(monkeypatch)
     held.error = errno.EIO
-    client.send("set q 0 0 1\r\n2\r\nget q/open\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "set q 0 0 1\r\n2\r\nget q/open\r\n")
     other.send("set q 0 0 1\r\n3\r\n")
     until(lambda: server.server.broker.stats.cmd_set >= 3)
     held.go.release()
@@ -9227,7 +9271,7 @@ def test_a_failed_fsync_is_told_and_service_resumes(serve, monkeypatch, tmp_path
 
 def test_a_failed_fsync_of_acknowledged_records_writes_them_anew(
         serve, disk, tmp_path, monkeypatch):
-    monkeypatch.setattr(kestrel, "RETRY_MS", 100)
+    monkeypatch.setattr(kestrel, "RETRY_MS", 20)
     server = serve("[queue]\nsync_journal = 1ms\n")
     client = server.client()
     disk.failing = {"fsync": errno.EIO}
@@ -9242,9 +9286,7 @@ def test_a_failed_fsync_of_acknowledged_records_writes_them_anew(
 
 
 @promise(2)
-def test_a_full_disk_costs_nothing_that_was_acknowledged(
-        serve, disk, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(kestrel, "_CALM_SECONDS", 0)
+def test_a_full_disk_costs_nothing_that_was_acknowledged(serve, disk, tmp_path, caplog, skip):
     caplog.set_level("INFO")
     server = serve("[queue]\nsync_journal = never\n")
     client, other = server.client(), server.client()
@@ -9266,7 +9308,7 @@ def test_a_full_disk_costs_nothing_that_was_acknowledged(
     assert client.put("q", b"4") == "STORED\r\n"
     assert client.get("q/close") is None
     assert [other.get("q"), other.get("q"), other.get("q")] == [b"2", b"4", None]
-    until(lambda: "can be written again" in caplog.text)
+    until(lambda: skip(1, server.server) or "can be written again" in caplog.text)
     assert contents_of(tmp_path / "spool") == []
 
 
@@ -9279,13 +9321,10 @@ def get_page(port, path):
         return error.code, error.read().decode()
 
 
-def test_a_failing_disk_is_seen(serve, disk, caplog, monkeypatch):
+def test_a_failing_disk_is_seen(serve, disk, caplog, skip):
     """By load balancers, metrics, the page, and the log, until it can be written again, though
     nobody puts anything meanwhile."""
     caplog.set_level("INFO")
-    monkeypatch.setattr(kestrel, "_CALM_SECONDS", 0.1)
-    monkeypatch.setattr(kestrel, "_REMIND_SECONDS", 0.2)
-    monkeypatch.setattr(kestrel, "RETRY_MS", 20)
     admin = free_port()
     server = serve("[server]\nadmin_port = %d\n[queue]\nsync_journal = never\n" % admin)
     client = server.client()
@@ -9296,7 +9335,7 @@ def test_a_failing_disk_is_seen(serve, disk, caplog, monkeypatch):
     assert client.put("q", b"2").startswith("SERVER_ERROR")
     assert client.ask("get q\r\n").startswith("SERVER_ERROR")
     why = "the journal of q cannot be written: q: No space left on device"
-    until(lambda: "service resumes by itself" in caplog.text)
+    until(lambda: skip(10, server.server) or "service resumes by itself" in caplog.text)
     assert caplog.text.count("resumes") < caplog.text.count("cannot be written")
     assert get_page(admin, "/writable") == get_page(admin, "/readable") == (503, why + "\n")
     told = get_page(admin, "/metrics")[1]
@@ -9305,7 +9344,7 @@ def test_a_failing_disk_is_seen(serve, disk, caplog, monkeypatch):
     assert int(re.search(r"kestrel_spool_free_bytes (\d+)\n", told)[1]) > 0
     assert json.loads(get_page(admin, "/queues.json")[1])["trouble"] == why
     disk.failing = {}
-    until(lambda: get_page(admin, "/writable")[0] == 200)
+    until(lambda: skip(1, server.server) or get_page(admin, "/writable")[0] == 200)
     assert json.loads(get_page(admin, "/queues.json")[1])["trouble"] == ""
     assert "the journal of q can be written again" in caplog.text
     assert client.get("q") == b"1"
@@ -9337,9 +9376,7 @@ def test_puts_are_refused_before_the_disk_is_full(serve, monkeypatch, caplog):
     assert "9mb free, puts are refused" in caplog.text
 
 
-def test_items_that_cannot_be_read_are_seen(serve, disk, monkeypatch):
-    monkeypatch.setattr(kestrel, "RETRY_MS", 20)
-    monkeypatch.setattr(kestrel, "_CALM_SECONDS", 0.1)
+def test_items_that_cannot_be_read_are_seen(serve, disk, skip):
     admin = free_port()
     server = serve("[server]\nadmin_port = %d\n[queue]\nmax_memory_size = 64kb\n" % admin)
     client = server.client()
@@ -9352,7 +9389,7 @@ def test_items_that_cannot_be_read_are_seen(serve, disk, monkeypatch):
     assert get_page(admin, "/readable") == (
         503, "the journal of q cannot be read: journal: Input/output error\n")
     disk.failing = {}
-    until(lambda: get_page(admin, "/readable")[0] == 200)
+    until(lambda: skip(1, server.server) or get_page(admin, "/readable")[0] == 200)
     assert client.get("q") == b"x" * 10000
 
 
@@ -9686,8 +9723,7 @@ def test_a_disk_that_hangs_is_one_that_fails(serve, monkeypatch, caplog):
 def test_a_start_that_refuses_says_how_to_end_that(tmp_path, caplog):
     server = kestrel.Server(config_of(
         tmp_path, "[server]\nmemcache_port = 0\ndefault_status = quiescent\n"))
-    server.broker.stopping = True
-    server.run()
+    stop(server)
     assert "the status is QUIESCENT" in caplog.text and "`status up` ends that" in caplog.text
 
 
@@ -9768,7 +9804,7 @@ def test_get_of_many_keys_passes_over_a_queue_that_fails(serve, monkeypatch):
 
 
 def test_open_reads_of_a_client_that_left_while_the_disk_was_full(serve, disk, monkeypatch):
-    monkeypatch.setattr(kestrel, "RETRY_MS", 100)
+    monkeypatch.setattr(kestrel, "RETRY_MS", 20)
     server = serve("[queue]\nsync_journal = never\n")
     client, other = server.client(), server.client()
     client.put("q", b"1")
@@ -9780,8 +9816,7 @@ def test_open_reads_of_a_client_that_left_while_the_disk_was_full(serve, disk, m
     assert other.get("q/t=20000") == b"1"
 
 
-def test_a_kernel_that_cannot_accept_is_not_asked_all_the_time(serve, monkeypatch, caplog):
-    monkeypatch.setattr(kestrel, "_ACCEPT_AGAIN_SECONDS", 0.3)
+def test_a_kernel_that_cannot_accept_is_not_asked_all_the_time(serve, skip, caplog):
     server = serve()
     client = server.client()
     client.put("q", b"x")
@@ -9805,6 +9840,7 @@ def test_a_kernel_that_cannot_accept_is_not_asked_all_the_time(serve, monkeypatc
         client.get("q")
     assert exhausted.calls == 1
     exhausted.over = True
+    skip(1, server.server)
     assert late.put("q", b"y") == "STORED\r\n"
     assert caplog.text.count("cannot accept") == 1
     listener.sock = exhausted.sock
@@ -9818,8 +9854,7 @@ def test_an_earlier_fsync_does_not_release_later_answers(serve, monkeypatch):
     client.put("r", b"1")
     client.get("r")
     held = HeldFsync(monkeypatch)
-    client.send("set q 0 0 1\r\n2\r\nget r/t=20000\r\n")
-    assert held.called.acquire(timeout=20)           # of q
+    held.hold(client, "set q 0 0 1\r\n2\r\nget r/t=20000\r\n")  # of q
     other.send("set r 0 0 1\r\n3\r\n")               # delivered to the held client
     until(lambda: server.server.broker.queues["r"].count == 0)
     held.go.release()
@@ -9838,8 +9873,7 @@ def test_sync_journal_changes_at_once(serve, tmp_path, monkeypatch):
     assert client.put("q", b"1") == "STORED\r\n"
     (tmp_path / "kestrel.conf").write_text("[queue]\nsync_journal = 0\n")
     assert other.ask("reload\r\n") == "Reloaded config.\r\n"
-    client.send("set q 0 0 1\r\n2\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "set q 0 0 1\r\n2\r\n")
     nothing_comes(client)
     held.disarm()
     assert client.line() == "STORED\r\n"
@@ -9893,8 +9927,7 @@ def test_answers_in_hand_are_not_taken_back_by_a_later_failure(serve, monkeypatc
     client, other = server.client(), server.client()
     client.put("safe", b"1")
     held = HeldFsync(monkeypatch)
-    client.send("set safe 0 0 1\r\n2\r\nget q/t=20000\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "set safe 0 0 1\r\n2\r\nget q/t=20000\r\n")
     assert other.put("q", b"x") == "STORED\r\n"      # delivered to the held client
     disk.failing = {"pwrite": errno.ENOSPC}
     assert other.put("q", b"y").startswith("SERVER_ERROR")
@@ -9924,12 +9957,10 @@ def test_the_loop_rests_while_answers_are_held(serve, monkeypatch):
     assert held.called.acquire(timeout=20)
     while owed:                                        # what is safe is sent all the same
         owed -= len(slow.recv(min(owed, 1 << 20)))
-    turns = []
-    turn = server.server.turn
-    server.server.turn = lambda: turns.append(1) or turn()
+    turns = server.count_turns()
     server.server.interrupt()
-    time.sleep(0.2)
-    assert len(turns) < 100
+    time.sleep(0.05)
+    assert len(turns) < 20
     held.disarm()
     assert slow.recv(100) == b"STORED\r\n"
     slow.close()
@@ -9937,6 +9968,7 @@ def test_the_loop_rests_while_answers_are_held(serve, monkeypatch):
 
 def test_running_out_of_descriptors_only_delays(serve, monkeypatch):
     """Neither an fsync nor a write fails for it."""
+    monkeypatch.setattr(kestrel, "_SYNC_AGAIN_MS", 5)
     server = serve("[queue]\nsync_journal = 0\n")
     client = server.client()
     client.put("q", b"1")
@@ -9964,14 +9996,13 @@ def test_running_out_of_descriptors_only_delays(serve, monkeypatch):
     assert [client.get("q") for _ in range(4)] == [b"1", b"2", b"3", None]
 
 
-def test_a_monitor_keeps_its_time_though_it_was_held(serve, monkeypatch):
+def test_a_monitor_keeps_its_time_though_it_was_held(serve, monkeypatch, skip):
     server = serve("[queue]\nsync_journal = 0\n")
     client, other = server.client(), server.client()
     client.put("q", b"1")
     held = HeldFsync(monkeypatch)
-    client.send("monitor q 1\r\n")                   # opens 1, and is held beyond its time
-    assert held.called.acquire(timeout=20)
-    time.sleep(1.1)
+    held.hold(client, "monitor q 1\r\n")      # opens 1, and is held beyond its time
+    skip(1.1)
     held.disarm()
     assert client.item() == b"1"
     assert client.item() is None
@@ -10077,8 +10108,7 @@ def test_stopping_sends_what_an_fsync_has_held_up(serve, monkeypatch):
     held = HeldFsync(monkeypatch)
     server = serve("[queue]\nsync_journal = 0\n")
     client = server.client()
-    client.send("set q 0 0 1\r\nx\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "set q 0 0 1\r\nx\r\n")
     server.server.broker.stopping = True
     server.server.interrupt()
     held.disarm()
@@ -10154,8 +10184,7 @@ def test_deleted_is_answered_when_it_is_durable(serve, monkeypatch):
     client = server.client()
     client.put("q", b"x")
     held = HeldFsync(monkeypatch)
-    client.send("delete q\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "delete q\r\n")
     nothing_comes(client)
     held.disarm()
     assert client.line() == "DELETED\r\n"
@@ -10320,12 +10349,9 @@ def test_no_turn_is_made_for_a_job_that_is_held(serve, monkeypatch):
     for name in "abc":
         client.put(name, b"x")
     held = HeldFsync(monkeypatch)
-    client.send("flush_all\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(client, "flush_all\r\n")
     other.ask("version\r\n")
-    turns = []
-    turn = server.server.turn
-    monkeypatch.setattr(server.server, "turn", lambda: turns.append(1) or turn())
+    turns = server.count_turns()
     for _ in range(20):
         other.ask("version\r\n")
     assert len(turns) < 100
@@ -10366,8 +10392,7 @@ def test_the_end_waits_for_answers_that_wait_for_one_fsync_after_the_other(serve
     server = serve("[queue]\nsync_journal = 0\n")
     first, second = server.client(), server.client()
     held = HeldFsync(monkeypatch)
-    first.send("set q 0 0 1\r\nx\r\n")
-    assert held.called.acquire(timeout=20)
+    held.hold(first, "set q 0 0 1\r\nx\r\n")
     second.send("set q 0 0 1\r\ny\r\n")
     until(lambda: server.server.syncs.wanted)
     server.server.broker.stopping = True
@@ -10466,22 +10491,19 @@ def test_the_end_of_a_tls_connection_is_told(serve, tmp_path):
         assert said == b"STORED\r\nVERSION 1.0.0\r\n"
 
 
-def test_who_does_not_log_in_has_to_go_and_who_does_may_stay(serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(kestrel, "LOGIN_MS", 300)
+def test_who_does_not_log_in_has_to_go_and_who_does_may_stay(serve, tmp_path, skip):
     server = serve(secured(tmp_path, "client_timeout = 1h\n"))
-    start = time.monotonic()
     mute, shy, good = Client(server.port), tls_client(server.port, tmp_path), tls_client(
         server.port, tmp_path)
     assert good.ask(LOGIN) == "STORED\r\n"
-    with contextlib.suppress(OSError):
-        for char in "set any 0 0 12\r\nbob a se":     # a byte now and then is not enough
-            shy.send(char)
-            time.sleep(0.05)
-    with contextlib.suppress(ConnectionError):
-        assert shy.line() == ""
-    assert mute.line() == ""
-    assert time.monotonic() - start > 0.29
-    time.sleep(0.1)
+    for char in "set any 0 0 12\r\nbob a secre":      # a byte now and then is not enough
+        shy.send(char)
+        skip(2, server.server)
+    assert good.ask("version\r\n") == "VERSION 1.0.0\r\n"
+    assert len(server.server.connections) == 3
+    skip(10, server.server)
+    assert shy.line() == mute.line() == ""
+    skip(1000, server.server)
     assert good.ask("version\r\n") == "VERSION 1.0.0\r\n"
     for client in (mute, shy, good):
         client.close()
@@ -10658,37 +10680,15 @@ def test_a_reload_can_change_allow_and_admin_commands_but_not_the_users_file(
     assert client.ask("version\r\n") == "VERSION 1.0.0\r\n"
 
 
-def test_a_slow_reader_over_tls_is_not_closed_while_it_takes_something(serve, tmp_path):
-    server = serve(secured(tmp_path, "send_timeout = 300ms\n"))
-    with tls_client(server.port, tmp_path) as slow:
-        assert slow.ask(LOGIN) == "STORED\r\n"
-        slow.put("q", b"x" * (4 << 20))
-        slow.send("get q\r\n")
-        got = 0
-        while got < 4 << 20:
-            got += len(slow.sock.recv(1 << 16))
-            time.sleep(0.002)                # longer in all than send_timeout
-
-
 def test_tls_clients_leave_nothing_behind(serve, tmp_path):
     server = serve(secured(tmp_path))
-    gc.collect()
-    gc.disable()
-    gc.set_debug(gc.DEBUG_SAVEALL)
-    try:
+    with no_cycles(kestrel.Connection, kestrel.Session, kestrel.tls_socket_class()):
         for number in range(5):
             with tls_client(server.port, tmp_path) as client:
                 client.ask(LOGIN if number % 2 else "get q\r\n")
             with Client(server.port) as client, contextlib.suppress(ConnectionError):
                 client.ask("version\r\n")
         until(lambda: not server.server.connections)
-        gc.collect()
-        assert not [thing for thing in gc.garbage if isinstance(
-            thing, (kestrel.Connection, kestrel.Session, kestrel.tls_socket_class()))]
-    finally:
-        gc.enable()
-        gc.set_debug(0)
-        gc.garbage.clear()
 
 
 def test_a_unix_socket(serve, short_path, caplog):
@@ -10721,8 +10721,7 @@ def test_unix_sockets_that_are_left_in_use_or_no_sockets(tmp_path, short_path):
     other.mkdir()
     with pytest.raises(OSError, match="cannot listen on unix:%s: Address already in use" % path):
         kestrel.Server(config_of(other, text))
-    server.broker.stopping = True
-    server.run()
+    stop(server)
     assert not path.exists()
     path.write_text("something else")
     with pytest.raises(OSError, match="cannot listen on unix:.*: there is something else"):
@@ -10765,8 +10764,7 @@ def test_every_address_of_both_kinds(tmp_path):
     assert [one.address[0] for one in server.listeners] == addresses
     for one in server.listeners[1:]:         # with the port of the first one it is in its way else
         assert one.sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 1
-    server.broker.stopping = True
-    server.run()
+    stop(server)
 
 
 @pytest.mark.parametrize("settings, warned", [
@@ -10782,24 +10780,21 @@ def test_one_warning_if_there_is_no_rule_of_access(serve, tmp_path, caplog, sett
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) == warned
 
 
-def test_a_client_that_takes_nothing_is_closed_and_its_items_go_back(serve, caplog):
-    server = serve("[server]\nsend_timeout = 200ms\nmax_output_buffer = 64kb\n")
+def test_a_client_that_takes_nothing_is_closed_and_its_items_go_back(serve, caplog, skip):
+    server = serve("[server]\nmax_output_buffer = 64kb\n")
     client, greedy = server.client(), server.client()
     greedy.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.put("q", b"x" * (8 << 20))
     greedy.send("get q/open\r\n")
-    until(lambda: "is not reading its answers" in caplog.text)
+    until(lambda: skip(10, server.server) or "is not reading its answers" in caplog.text)
     assert client.get("q") == b"x" * (8 << 20)
     assert client.stats()["curr_connections"] == "1"
 
 
-def test_a_client_that_speaks_but_takes_nothing_is_closed(tmp_path, monkeypatch):
-    clock = types.SimpleNamespace(monotonic=lambda: clock.now, time_ns=time.time_ns, now=100.0)
-    monkeypatch.setattr(kestrel, "time", clock)
+def test_a_client_that_speaks_but_takes_nothing_is_closed(tmp_path, skip):
     with turned_by_hand(tmp_path, "[server]\nsend_timeout = 60s\n", 1) as (server, (client,)):
         put_some(server, "q", b"x" * (8 << 20))
         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection, = server.connections.values()
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         client.send(b"get q/peek\r\n")
@@ -10813,7 +10808,7 @@ def test_a_client_that_speaks_but_takes_nothing_is_closed(tmp_path, monkeypatch)
             left = sum(map(len, connection.unsent))
         for number in range(8):
             assert number > 5 or len(server.connections) == 1
-            clock.now += 10
+            skip(10)
             with contextlib.suppress(OSError):
                 client.send(b"v")
             for _ in range(3):
@@ -10822,16 +10817,23 @@ def test_a_client_that_speaks_but_takes_nothing_is_closed(tmp_path, monkeypatch)
         assert not server.connections
 
 
-def test_a_client_that_takes_its_answer_slowly_is_not_closed(serve):
-    server = serve("[server]\nsend_timeout = 300ms\n")
-    client, slow = server.client(), server.client()
-    client.put("q", b"x" * (4 << 20))
+@pytest.mark.parametrize("with_tls", [False, True])
+def test_a_client_that_takes_its_answer_slowly_is_not_closed(serve, tmp_path, skip, with_tls):
+    server = serve((secured(tmp_path) if with_tls else "[server]\n") + "send_timeout = 20s\n")
+    slow = tls_client(server.port, tmp_path) if with_tls else server.client()
+    assert not with_tls or slow.ask(LOGIN) == "STORED\r\n"
+    slow.put("q", b"x" * (4 << 20))
+    connection, = server.server.connections.values()
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    slow.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
     slow.send("get q\r\n")
-    got = b""
-    while not got.endswith(b"END\r\n"):
-        got += slow.sock.recv(1 << 16)
-        time.sleep(0.01)                     # longer in all than send_timeout
-    assert len(got) > 4 << 20
+    left = 4 << 20
+    while left > 0:
+        data = slow.sock.recv(1 << 16)
+        assert data
+        left -= len(data)
+        skip(0.5, server.server)             # longer in all than send_timeout
+    slow.close()
 
 
 @pytest.mark.parametrize("allow, served", [
@@ -10941,13 +10943,13 @@ def test_a_proxy_that_is_not_named_is_not_believed(serve, caplog):
         assert client.get("q") is None
 
 
-def test_proxies_that_say_nothing_count_as_connections(serve, monkeypatch):
-    monkeypatch.setattr(kestrel, "LOGIN_MS", 400)
+def test_proxies_that_say_nothing_count_as_connections(serve, skip):
     server = serve("[server]\nproxy_protocol = 127.0.0.1\nmax_connections = 3\n")
     silent = [Client(server.port) for _ in range(3)]
     until(lambda: len(server.server.introductions) == 3)
     with Client(server.port) as client, contextlib.suppress(ConnectionError):
         assert client.file.read() == b""
+    skip(kestrel.LOGIN_MS / 1000, server.server)
     for client in silent:
         assert client.file.read() == b""     # closed after a while
     assert not server.server.introductions
@@ -10955,7 +10957,7 @@ def test_proxies_that_say_nothing_count_as_connections(serve, monkeypatch):
         assert client.ask("PROXY UNKNOWN\r\nversion\r\n").startswith("VERSION")
     with Client(server.port) as client:      # it is hung up on at the end
         client.send("PROXY ")
-        until(lambda: server.server.introductions)
+        until(lambda: any(one._head for one in list(server.server.introductions)))
         server.stop()
         assert client.file.read() == b""
 
@@ -11029,9 +11031,8 @@ def test_a_journal_that_cannot_be_opened_costs_only_its_queue(daemon, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
-def test_no_descriptors_left_for_who_comes_in(serve, caplog, monkeypatch, number):
+def test_no_descriptors_left_for_who_comes_in(serve, caplog, skip, number):
     """The client waits, and those who are there do not notice."""
-    monkeypatch.setattr(kestrel, "_ACCEPT_AGAIN_SECONDS", 0.2)
     server = serve()
     good = server.client()
     assert good.ask("version\r\n") == "VERSION 1.0.0\r\n"
@@ -11043,6 +11044,7 @@ def test_no_descriptors_left_for_who_comes_in(serve, caplog, monkeypatch, number
     for _ in range(20):
         assert good.ask("version\r\n") == "VERSION 1.0.0\r\n"
     assert os.strerror(number) in caplog.text and table.asked == 1
+    skip(1, server.server)
     assert late.line() == "VERSION 1.0.0\r\n"
 
 
@@ -11060,13 +11062,13 @@ def test_half_commands_by_the_hundred(serve):
     assert client.stats()["curr_items"] == "0" and len(server.server.connections) == 1
 
 
-def test_a_byte_now_and_then_is_no_idleness_and_costs_nobody(serve):
-    server = serve("[server]\nclient_timeout = 300ms\n")
+def test_a_byte_now_and_then_is_no_idleness_and_costs_nobody(serve, skip):
+    server = serve("[server]\nclient_timeout = 30s\n")
     slow, silent = server.client(), server.client()
     silent.send("get q")
     for char in "version\r\n":
         slow.send(char)
-        time.sleep(0.05)                     # longer in all than client_timeout
+        skip(5, server.server)               # longer in all than client_timeout
     assert slow.line() == "VERSION 1.0.0\r\n"
     assert silent.line() == ""
 
@@ -11087,14 +11089,14 @@ def test_a_monitor_that_is_not_read_is_closed_and_its_items_go_back(serve, caplo
     assert "is not reading its answers" in caplog.text
 
 
-def test_who_has_spoken_in_time_is_heard_though_many_are_at_once(tmp_path, monkeypatch):
+def test_who_has_spoken_in_time_is_heard_though_many_are_at_once(tmp_path, monkeypatch, skip):
     """After a while in which the process did not run, say."""
     monkeypatch.setattr(kestrel, "_FEED_SECONDS", 0)
     monkeypatch.setattr(kestrel, "_EVENTS_STEP", 2)
     with turned_by_hand(tmp_path, "[server]\nclient_timeout = 300ms\n", 9) as (server, clients):
         for client in clients:
             client.send("version\r\n")
-        time.sleep(0.4)
+        skip(0.4)
         for _ in range(20):
             server.interrupt()                   # lest it waits for more
             server.turn()
@@ -11186,9 +11188,7 @@ def test_a_client_is_sent_so_much_in_a_turn(serve, monkeypatch):
     client = server.client()
     data = bytes(range(256)) * 4000
     client.put("q", data)
-    turns = []
-    turn = server.server.turn
-    server.server.turn = lambda: turns.append(1) or turn()
+    turns = server.count_turns()
     assert client.get("q/peek") == data
     assert len(turns) > 200
     # Many small answers, and large ones between them.
@@ -11302,18 +11302,18 @@ def wall(monkeypatch):
 @pytest.mark.parametrize("offset", [-3600000, 3600000])
 def test_what_waits_does_not_go_by_the_time_of_day(serve, wall, offset):
     server = serve("[server]\nclient_timeout = 1h\nexpiration_timer_frequency = 50ms\n"
-                   "[queue]\nopen_transaction_timeout = 400ms\nsync_journal = 50ms\n")
+                   "[queue]\nopen_transaction_timeout = 150ms\nsync_journal = 50ms\n")
     waiting, reader, client = server.client(), server.client(), server.client()
     client.put("q", b"x")
     start = time.monotonic()
-    waiting.send("get other/t=400\r\n")
+    waiting.send("get other/t=150\r\n")
     assert reader.get("q/open") == b"x"
     assert client.ask("version\r\n") == "VERSION 1.0.0\r\n"
     wall.offset = offset
     assert client.get("q/t=10000") == b"x"             # when the read timed out
-    assert time.monotonic() - start > 0.39
+    assert time.monotonic() - start > 0.14
     assert waiting.item() is None
-    assert time.monotonic() - start > 0.39
+    assert time.monotonic() - start > 0.14
     assert client.put("other", b"y") == "STORED\r\n"
     assert waiting.get("other/t=10000") == b"y"
     stats = client.stats()
@@ -11344,17 +11344,17 @@ def test_expiry_goes_by_the_time_of_day_and_survives_it(serve, wall):
 
 
 def test_a_process_that_was_stopped_for_a_while(daemon):
-    server = daemon("[server]\nclient_timeout = 500ms\n")
+    server = daemon("[server]\nclient_timeout = 300ms\n")
     with server.client() as short, server.client() as long, server.client() as other:
         assert other.ask("version\r\n") == "VERSION 1.0.0\r\n"
-        short.send("get q/t=300\r\n")
+        short.send("get q/t=200\r\n")
         long.send("get w/t=60000\r\n")
         other.send("stats\r\n")
         for line in iter(other.line, "END\r\n"):
             pass
         server.process.send_signal(signal.SIGSTOP)
         other.send("set w 0 0 1\r\nx\r\n")
-        time.sleep(0.8)
+        time.sleep(0.5)
         server.process.send_signal(signal.SIGCONT)
         assert short.item() is None
         assert other.line() == "STORED\r\n"          # it spoke in time
@@ -11585,7 +11585,7 @@ def test_a_client_waits_for_several_servers_at_once(servers):
     with cluster_of(started) as cluster:
         assert cluster.get("q", timeout=0.01) is None
         for client in clients * 2:
-            timer = threading.Timer(0.05, client.put, ("q", b"late"))
+            timer = threading.Timer(0.02, client.put, ("q", b"late"))
             timer.start()
             assert cluster.get("q", timeout=20) == b"late"
             timer.join()
@@ -11675,7 +11675,7 @@ def test_several_servers_over_tls(serve, tmp_path):
                         tls=context) as cluster, kestrel.Client(
                             "localhost", server.port, user="ann", password="a secret",
                             tls=context) as client:
-        timer = threading.Timer(0.1, client.put, ("q", b"late"))
+        timer = threading.Timer(0.03, client.put, ("q", b"late"))
         timer.start()
         assert cluster.get("q", timeout=20) == b"late"
         timer.join()
@@ -11695,7 +11695,7 @@ def test_a_server_that_comes_back_is_used_again(servers, monkeypatch):
             with kestrel.serve(port):
                 with kestrel.Client(port=port) as client:
                     until(lambda: cluster.put("q", b"x") and sum(counts_of([client], "q")))
-                    assert cluster.get("none", timeout=0.1) is None
+                    assert cluster.get("none", timeout=0.01) is None
         left = sum(counts_of(clients, "q"))
         assert len(list(cluster.work("q"))) == left > 20
 
@@ -11710,13 +11710,6 @@ def test_the_address_of_a_server(server, found):
             kestrel._host_and_port(server, 7)
     else:
         assert kestrel._host_and_port(server, 7) == found
-
-
-def test_the_module_can_be_imported_without_effects(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.path.insert(0, %r); import kestrel" % HERE],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=str(tmp_path), timeout=60)
-    assert (done.returncode, done.stdout) == (0, b"") and os.listdir(str(tmp_path)) == []
 
 
 # == Command line =========================================================================
@@ -11742,13 +11735,13 @@ def test_clients_beyond_the_limit_of_open_files_are_refused(daemon):
     assert one.client().ask("version\r\n") == "VERSION 1.0.0\r\n"
 
 
-def test_the_longest_turn_is_told_of_once(serve, monkeypatch):
+def test_the_longest_turn_is_told_of_once(serve, monkeypatch, skip):
     server = serve()
     client = server.client()
     pwrite = os.pwrite
 
     def slow(*arguments):
-        time.sleep(0.5)                      # this is the long turn
+        skip(0.5)                            # this is the long turn
         return pwrite(*arguments)
 
     monkeypatch.setattr(kestrel.os, "pwrite", slow)
@@ -11763,7 +11756,7 @@ def test_memory_that_runs_out_is_answered(daemon):
     with server.client() as client:
         assert client.put("q", b"x") == "STORED\r\n"
         refused = 0
-        for size in range(30000000, 120000000, 15000000):
+        for size in (40000000, 70000000, 100000000):
             with server.client() as other:
                 with contextlib.suppress(OSError):     # it may not read to the end
                     other.send(b"set big 0 0 %d\r\n" % size + b"x" * size + b"\r\n")
@@ -11813,19 +11806,19 @@ def test_it_starts_with_no_set_up(tmp_path):
     assert (tmp_path / "spool").stat().st_mode & 0o777 == 0o700
 
 
-def test_check(tmp_path):
+def test_check(tmp_path, main):
     (tmp_path / "good").write_text("[queue q]\nmax_items = 7\n")
-    status, out, err = run("--check", "-c", tmp_path / "good", "--port", 5)
+    status, out, err = main("--check", "-c", tmp_path / "good", "--port", 5)
     assert (status, err) == (0, "")
     assert "memcache_port = 5\n" in out and "[queue q]\nmax_items = 7\n" in out
     (tmp_path / "bad").write_text("[queue q]\n\nmax_items = many\n")
-    status, out, err = run("--check", "-c", tmp_path / "bad")
+    status, out, err = main("--check", "-c", tmp_path / "bad")
     assert (status, out) == (78, "")
     assert err.startswith("%s:3: max_items: 'many'" % (tmp_path / "bad"))
-    assert run("-c", tmp_path / "bad")[0] == 78
+    assert main("-c", tmp_path / "bad")[0] == 78
     (tmp_path / "bad").write_text("[queue q]\nmax_items = many\nmax_age = old\n[server]\nport = 5\n")
     for check in ["--check"], []:
-        status, out, err = run("-c", tmp_path / "bad", "--port", "many", *check)
+        status, out, err = main("-c", tmp_path / "bad", "--port", "many", *check)
         assert (status, out) == (78, "")
         assert [line.split(": ")[0] for line in err.splitlines()] == [
             "%s:%d" % (tmp_path / "bad", number) for number in (2, 3, 5)] + ["command line"]
@@ -12454,11 +12447,11 @@ def test_top_survives_a_restart(serve, short_path, monkeypatch, capfd):
     assert re.search("closed|Broken pipe|reset|No such file|refused", told[1])
 
 
-def test_dump(tmp_path):
+def test_dump(tmp_path, main):
     good = addx(b"a\r\nb", NOW, NOW + 5) + xid_record(9, 7) + b"\1" + struct.pack(
         "<BiqqII", 10, 25, NOW, 0, 9, 2) + b"x"
     spool_of(tmp_path, q=good, bad=good + b"\xff" * 10)
-    status, out, err = run("--dump", tmp_path / "q")
+    status, out, err = main("--dump", tmp_path / "q")
     assert (status, err) == (0, "")
     assert [line.split() for line in out.splitlines()] == [
         ["0", "ADDX", "add_time=%d" % NOW, "expiry=%d" % (NOW + 5), "size=4",
@@ -12466,7 +12459,7 @@ def test_dump(tmp_path):
         ["25", "REMOVE_TENTATIVE_XID", "xid=7"], ["30", "REMOVE"],
         ["31", "ADDF", "add_time=%d" % NOW, "expiry=0", "size=1", "data='x'", "flags=9",
          "deliveries=2"]]
-    status, out, err = run("--json", "--dump", tmp_path / "q", tmp_path / "bad")
+    status, out, err = main("--json", "--dump", tmp_path / "q", tmp_path / "bad")
     records = [json.loads(line) for line in out.splitlines()]
     assert status == 1 and len(records) == 9
     assert records[0]["data"] == "a\r\nb" and records[3]["data"] == "x"
@@ -12474,51 +12467,51 @@ def test_dump(tmp_path):
                           "operation": "REMOVE_TENTATIVE_XID"}
     assert records[-1]["offset"] == len(good) and records[-1]["bytes"] == 10
     assert (tmp_path / "bad").read_bytes() == good + b"\xff" * 10
-    assert run("--dump", "--json", tmp_path / "q", tmp_path / "bad")[1] == out
-    assert run("--dump", tmp_path / "none")[0] == 1
+    assert main("--dump", "--json", tmp_path / "q", tmp_path / "bad")[1] == out
+    assert main("--dump", tmp_path / "none")[0] == 1
     spool_of(tmp_path, middle=good + b"\xff" * 10 + good)
-    status, out, err = run("--dump", tmp_path / "middle")
+    status, out, err = main("--dump", tmp_path / "middle")
     assert status == 1 and len(out.splitlines()) == 9
     assert "10 bytes are damaged" in out
     spool_of(tmp_path, binary=addx(b"\xff" * 100))
-    assert json.loads(run("--dump", "--json", tmp_path / "binary")[1])["base64"] == (
+    assert json.loads(main("--dump", "--json", tmp_path / "binary")[1])["base64"] == (
         base64.b64encode(b"\xff" * 100).decode())
 
 
-def test_pack_a_queue_that_is_not_in_use(daemon, tmp_path):
+def test_pack_a_queue_that_is_not_in_use(tmp_path, main):
     spool = tmp_path / "spool"
     spool.mkdir()
     spool_of(spool, q__5=addx(b"a") + addx(b"b") + addx(b"c"), q__9=b"\1" + addx(b"d"),
              q=xid_record(9, 3) + xid_record(6, 3), empty=addx(b"x") + b"\1")
-    status, out, err = run("--pack", spool / "q")
+    status, out, err = main("--pack", spool / "q")
     assert status == 0 and "2 items" in err
     assert sorted(os.listdir(str(spool))) == ["empty", "q"]
     assert plain(spool / "q") == xid_record(4, 3) + addx(b"c") + addx(b"d")
-    assert run("--pack", spool / "empty")[0] == 0
+    assert main("--pack", spool / "empty")[0] == 0
     assert (spool / "empty").read_bytes() == b""
-    assert run("--pack", spool / "none")[0] == 1
+    assert main("--pack", spool / "none")[0] == 1
 
 
-def test_what_is_no_journal_is_not_packed(tmp_path):
+def test_what_is_no_journal_is_not_packed(tmp_path, main):
     for name, data in [("passwd", b"root:x:0:0::/root:/bin/sh\n"), ("text", b"\n  x\n"),
                        ("damaged", addx(b"a") + b"\xff" + addx(b"b"))]:
         (tmp_path / name).write_bytes(data)
-        status, out, err = run("--pack", tmp_path / name)
+        status, out, err = main("--pack", tmp_path / name)
         assert status == 1 and "Nothing was changed" in err
         assert (tmp_path / name).read_bytes() == data
     assert sorted(os.listdir(str(tmp_path))) == ["damaged", "passwd", "text"]
     (tmp_path / "torn").write_bytes(addx(b"a") + b"\1" + addx(b"b")[:-1])
-    assert run("--pack", tmp_path / "torn")[0] == 0 and (tmp_path / "torn").read_bytes() == b""
+    assert main("--pack", tmp_path / "torn")[0] == 0 and (tmp_path / "torn").read_bytes() == b""
 
 
-def test_a_queue_that_a_server_holds_is_not_packed(daemon, tmp_path):
+def test_a_queue_that_a_server_holds_is_not_packed(daemon, tmp_path, main):
     spool = tmp_path / "spool"
     spool.mkdir()
     spool_of(spool, q=addx(b"c") + addx(b"d"))
     server = daemon()
-    status, out, err = run("--pack", spool / "q")
+    status, out, err = main("--pack", spool / "q")
     assert status == 1 and "held by another server" in err
-    assert run("--dump", spool / "q")[0] == 0
+    assert main("--dump", spool / "q")[0] == 0
     with server.client() as client:
         assert [client.get("q"), client.get("q"), client.get("q")] == [b"c", b"d", None]
 
@@ -12938,12 +12931,12 @@ def test_other_signals_are_logged_and_ignored(daemon):
     assert one.end(signal.SIGTERM) == 0
 
 
-def test_log_level(tmp_path):
+def test_log_level(tmp_path, main):
     (tmp_path / "conf").write_text("[server]\nlog_file = /no/such/place\n")
-    status, _, err = run("-c", tmp_path / "conf")
+    status, _, err = main("-c", tmp_path / "conf")
     assert status == 78 and "log_file: there is no directory /no/such" in err
     (tmp_path / "conf").write_text("[server]\nlog_level = loud\n")
-    status, _, err = run("-c", tmp_path / "conf")
+    status, _, err = main("-c", tmp_path / "conf")
     assert status == 78 and "log_level" in err
     port = free_port()
     (tmp_path / "conf").write_text("[server]\nlog_level = error\nadmin_port = 0\n")
@@ -12979,11 +12972,12 @@ def test_log_lines_that_repeat_are_limited(monkeypatch):
     assert all(line("said", 100, name="kestrel.trace") for _ in range(1000))
 
 
-def test_hash_password_on_the_command_line():
-    status, out, err = run("--hash-password", input="a secret\n")
+def test_hash_password_on_the_command_line(main, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a secret\n"))
+    status, out, err = main("--hash-password")
     assert status == 0 and err == ""
     assert kestrel.is_password(b"a secret", out.strip())
-    assert run("--hash-password", input="") == (1, "", "kestrel.py: there is no password\n")
+    assert main("--hash-password") == (1, "", "kestrel.py: there is no password\n")
 
 
 def test_spool_and_files_are_for_their_owner_only(daemon, tmp_path):
@@ -13032,7 +13026,7 @@ new KestrelConfig {
 '''
 
 
-def test_verify_says_what_is_good(tmp_path, capsys):
+def test_verify_says_what_is_good(tmp_path, capsys, skip):
     queue = load(tmp_path)
     fill(queue, b"a", b"b")
     queue.close()
@@ -13061,7 +13055,7 @@ def test_verify_says_what_is_good(tmp_path, capsys):
     assert kestrel.main(["--verify", str(tmp_path)]) == 0
 
 
-def test_a_file_that_is_written_to_while_it_is_dumped(tmp_path, monkeypatch):
+def test_a_file_that_is_written_to_while_it_is_dumped(tmp_path, monkeypatch, skip):
     """Its last write was not whole, and is when it is looked at again."""
     spool_of(tmp_path, q=addx(b"a") + addx(b"b")[:-1])
     find_damage = kestrel.find_damage
@@ -13081,7 +13075,7 @@ def test_a_file_that_is_written_to_while_it_is_dumped(tmp_path, monkeypatch):
     assert not found["damage"] and found["items"] == 2
 
 
-def test_a_scrub_tells_of_damage(serve, tmp_path, caplog, monkeypatch):
+def test_a_scrub_tells_of_damage(serve, tmp_path, caplog, skip):
     server = serve("[server]\nscrub_interval = 50ms\nadmin_port = %d\n" % free_port())
     caplog.set_level(logging.INFO)
     client = server.client()
@@ -13145,7 +13139,7 @@ def test_a_copy_of_a_spool_that_is_in_use(tmp_path):
     assert sorted(os.listdir(str(dest))) == [".copy", "other"]
 
 
-def test_only_what_is_a_copy_is_overwritten(daemon, tmp_path):
+def test_only_what_is_a_copy_is_overwritten(tmp_path, main):
     (tmp_path / "spool").mkdir()
     spool_of(tmp_path / "spool", q=addx(b"x"))
     (tmp_path / "mine").mkdir()
@@ -13154,12 +13148,12 @@ def test_only_what_is_a_copy_is_overwritten(daemon, tmp_path):
         with pytest.raises(OSError, match=words):
             kestrel.copy_spool(str(tmp_path / "spool"), str(tmp_path / dest))
     assert (tmp_path / "mine" / "notes").read_text() == "mine"
-    assert run("--copy", tmp_path / "spool", tmp_path / "dest")[0] == 0
-    assert run("--copy", tmp_path / "spool", tmp_path / "dest")[0] == 0
+    assert main("--copy", tmp_path / "spool", tmp_path / "dest")[0] == 0
+    assert main("--copy", tmp_path / "spool", tmp_path / "dest")[0] == 0
     with kestrel.serve(spool=str(tmp_path / "dest")) as server, kestrel.Client(
             port=server.port) as client:
         assert client.get("q") == b"x" and client.put("q", b"new")
-    status, _, err = run("--copy", tmp_path / "spool", tmp_path / "dest")
+    status, _, err = main("--copy", tmp_path / "spool", tmp_path / "dest")
     assert status == 1 and "a server has used it" in err
     assert contents_of(tmp_path / "dest") == [b"new"]
 
@@ -13406,7 +13400,7 @@ class Disk:
 
     def found(self, names, data):
         """What a server finds in a directory like that."""
-        path = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        path = tempfile.mkdtemp()
         try:
             for name, number in names.items():
                 with open(os.path.join(path, os.path.basename(name)), "wb") as file:
@@ -13798,14 +13792,14 @@ def test_strangers(serve, tmp_path, caplog, monkeypatch, with_tls, share):
     if with_tls:
         assert good.ask(LOGIN) == "STORED\r\n"
     broker = server.server.broker
-    count = int(os.environ.get("KESTREL_STRANGERS", 1000)) // share
+    count = int(os.environ.get("KESTREL_STRANGERS", 600)) // share
     sizes, slowest = [], 0
     for number in range(1, count + 1):
         protocol = misbehave(chances, ports, tls)
         start = time.monotonic()
         assert good.ask("version\r\n") == "VERSION 1.0.0\r\n", protocol
         slowest = max(slowest, time.monotonic() - start)
-        if number % 500 == 0 or number == count:
+        if number % 100 == 0 or number == count:
             until(lambda: good.stats()["curr_connections"] == "1")
             stats = good.stats()
             assert not [key for key, value in stats.items() if value.startswith("-")]
