@@ -3904,6 +3904,12 @@ class Queue:
             self.sync_failed(*failure)
         self.host.changed(self)
 
+    def lasting(self):
+        """Return the position of the last operation that a power failure cannot undo; of the last
+        that is safe, if nobody fsyncs the journal."""
+        is_synced = self.config.sync_journal is not None and self.host.later
+        return self.history.durable if is_synced else self.history.safe
+
     def begin_sync(self):
         """Return the call that fsyncs what has been written, and the Sync to pass on to
         synced() then, or to sync_failed(). Raises OSError."""
@@ -4844,7 +4850,8 @@ class Upkeep:
         if self.renewing is not None:
             return self._renew()
         if journal.passings:
-            passing = journal.next_passing(queue.history.safe)
+            # What was in them may have gone on to newer files, which must not be lost alone.
+            passing = journal.next_passing(queue.lasting())
             if passing:
                 return journal.pack(passing, queue.state())
         if queue.count or queue.opens or queue.delays.items:
@@ -5206,7 +5213,9 @@ class Moves:
             while isinstance(asks, Queue) and asks.history.logged <= asks.history.safe:
                 asks = move.send(None)
             if isinstance(asks, Queue):
-                asks.history.when_safe(lambda error: self._broker.start(self._go_on(move, error)))
+                asks = asks.history.when_safe
+            if callable(asks):
+                asks(lambda error: self._broker.start(self._go_on(move, error)))
             elif self._broker.later:
                 self._broker.later(asks, functools.partial(self._advance, move))
 
@@ -5218,7 +5227,8 @@ class Moves:
 
     def _move(self, source, setting):
         """Move open items, some at a time. Yield the queue that has to be safe before it goes on,
-        and then be sent the error, if any; or the milliseconds after which to go on.
+        or what calls back then, and be sent the error, if any; or the milliseconds after which to
+        go on.
 
         They stay open until they are safe in all the queues they go to: what fails on the way is
         undone, or tried again, and a crash finds them here, or there, or in both places.
@@ -5296,14 +5306,14 @@ class Moves:
         must_fit = setting != "expire_to_queue" or first.paused & PAUSED_IN
         count, error = (0, None) if first.closed else self._add_moved(
             source, first, moving, must_fit)
-        failure = yield first
+        failure = yield from self._until_lasting(first)
         if failure or first.closed:
             return 0, failure or OSError(errno.ESTALE, "it was deleted", first.name)
         for queue in others:
             left = moving[:count] if queue is not source else []     # a child would have it again
             while left and not queue.closed:
                 added, problem = self._add_moved(source, queue, left, False)
-                failure = yield queue
+                failure = yield from self._until_lasting(queue)
                 left = left if failure else left[added:]
                 if failure or problem:
                     if setting is None:
@@ -5311,6 +5321,15 @@ class Moves:
                         break
                     yield RETRY_MS
         return count, error
+
+    def _until_lasting(self, queue):
+        """Wait until what was put into a queue is safe, and fsynced if it ever is: a power failure
+        must not take items from both queues. Return the OSError if it was undone."""
+        error = yield queue
+        if not error and queue.lasting() < queue.history.safe:
+            self._broker.changed(queue)      # it is fsynced at once
+            error = yield queue.history.when_durable
+        return error
 
     @staticmethod
     def _add_moved(source, queue, moving, must_fit):

@@ -466,6 +466,9 @@ def items_of(broker, name):
 def commit(broker, now):
     """What a turn does of it; returns what has been written, and what could not be."""
     written, failed = broker.write()
+    for queue in written:
+        if queue.history.syncing and queue.config.sync_journal:        # somebody waits for it
+            sync(queue)
     for _ in range(len(broker.tasks)):
         task = broker.tasks.popleft()
         error = step_of(task)
@@ -4415,7 +4418,7 @@ def test_keep_journal_is_turned_off_while_all_is_written_anew(tmp_path):
 def test_who_waits_for_an_fsync_hears_of_it_though_the_file_was_packed_meanwhile(tmp_path):
     bench = Bench()
     queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(
-        sync_journal=100, max_memory_size=200, default_journal_size=1 << 20), (), bench)
+        sync_journal=None, max_memory_size=200, default_journal_size=1 << 20), (), bench)
     fill(queue, b"1" * 300)
     queue.write()
     bench.run()                                          # it goes on with another file
@@ -4433,6 +4436,33 @@ def test_who_waits_for_an_fsync_hears_of_it_though_the_file_was_packed_meanwhile
     assert queue.needs_sync() and not told
     sync(queue)
     assert told == [None] and not queue.needs_sync()
+
+
+@promise(3)
+def test_a_file_is_not_dropped_before_what_went_on_from_it_is_fsynced(tmp_path):
+    """An item that was at the tail again was lost in a power failure, though it had been fsynced:
+    a pack had taken it out of the old file, and the new one did not reach the disk."""
+    bench = Bench()
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(
+        sync_journal=100, max_memory_size=200, default_journal_size=1 << 20), (), bench)
+    fill(queue, b"1", b"2" * 300)
+    opened = queue.remove(open=True, now=NOW)
+    queue.write()
+    bench.run()                                          # it goes on with another file
+    sync(queue)
+    fsynced = os.path.getsize(str(tmp_path / "q"))
+    queue.abort(opened.xid, tail=True)
+    queue.write()
+    take(queue, 1)
+    queue.write()
+    bench.run()
+    shutil.copytree(str(tmp_path), str(tmp_path / "crashed"))
+    os.truncate(str(tmp_path / "crashed" / "q"), fsynced)
+    assert b"1" in contents_of(tmp_path / "crashed")
+    sync(queue)
+    bench.run()
+    assert not queue.journal.passed and contents_of(tmp_path) == [b"1"]
+    queue.close()
 
 
 def test_a_large_item_that_could_not_be_opened_is_read_later(tmp_path, monkeypatch, disk):
@@ -5052,7 +5082,8 @@ def test_keep_journal_turned_on_is_safe_at_each_moment(tmp_path):
 
 
 def test_a_move_whose_confirmation_fails_is_confirmed_later(tmp_path, disk):
-    broker = broker_of(tmp_path, "[queue work]\nexpire_to_queue = late\n")
+    broker = broker_of(tmp_path, "[queue]\nsync_journal = never\n"
+                                 "[queue work]\nexpire_to_queue = late\n")
     calls = []
     broker.later = lambda delay, call: calls.append(call)
     put(broker, "work", b"1", expiry=NOW + 10)
@@ -5079,11 +5110,33 @@ def test_a_move_whose_confirmation_fails_is_confirmed_later(tmp_path, disk):
     assert contents_of(spool, "work") == contents_of(spool, "late") == []
 
 
+@promise(3)
+def test_a_power_failure_takes_no_item_from_both_queues(tmp_path):
+    """One could: the end of the item in the one was fsynced before the item in the other."""
+    clock = Clock()
+    broker = broker_of(tmp_path, later=clock)
+    put(broker, "q", b"1")
+    q, r = broker.queues["q"], broker.queue("r", NOW)
+    told = []
+    broker.moves.move(q, r, 1, NOW, told.append)
+    for _ in range(3):
+        broker.write()
+        run_tasks(broker)
+    assert r.count == len(q.opens) == 1 and not told
+    sync(r)
+    for _ in range(3):
+        broker.write()
+        run_tasks(broker)
+        clock.reach(clock.time + 1)
+    assert told == [(1, None)] and not q.opens
+
+
 @promise(7)
 def test_an_item_that_is_opened_again_is_moved_once(tmp_path, disk):
     """Its first open read was undone while it waited for others to be moved."""
     clock = Clock()
-    broker = broker_of(tmp_path, "[queue work]\nexpire_to_queue = late\n", later=clock)
+    broker = broker_of(tmp_path, "[queue]\nsync_journal = never\n"
+                                 "[queue work]\nexpire_to_queue = late\n", later=clock)
     put(broker, "work", b"1", expiry=NOW + 10)
     put(broker, "work", b"2", expiry=NOW + 20)
     work, late = broker.queues["work"], broker.queue("late", NOW)
@@ -6548,7 +6601,8 @@ def test_delayed_items_have_their_share_of_the_memory(tmp_path):
 
 
 def test_children_and_aliases_of_delayed_and_synced_items(tmp_path):
-    talk = Talk(tmp_path, "[alias both]\ndestination_queues = a, b\n")
+    talk = Talk(tmp_path, "[queue]\nsync_journal = never\n"
+                "[alias both]\ndestination_queues = a, b\n")
     talk("get fan+one\r\n")
     assert talk("set fan/delay=50 0 0 1\r\nx\r\nset both/delay=50/sync 0 0 1\r\ny\r\n")
     queues = talk.broker.queues
@@ -9491,7 +9545,7 @@ def test_a_move_is_answered_when_the_children_have_their_copies(talk):
 @promise(2)
 def test_a_move_is_answered_though_it_cannot_be_finished(tmp_path, disk):
     """What has arrived is confirmed when the disk is well again; the client does not wait."""
-    talk = timed_talk(tmp_path)
+    talk = timed_talk(tmp_path, "[queue]\nsync_journal = never\n")
     put_some(talk, "q", b"1", b"2")
     queues, told = talk.broker.queues, []
     talk.broker.queue("r", NOW)
@@ -9515,7 +9569,7 @@ def test_a_move_is_answered_though_it_cannot_be_finished(tmp_path, disk):
 @promise(2)
 def test_a_move_is_answered_though_a_child_cannot_take_its_copies(tmp_path, monkeypatch):
     """The client does not wait until it can."""
-    talk = timed_talk(tmp_path)
+    talk = timed_talk(tmp_path, "[queue]\nsync_journal = never\n")
     put_some(talk, "q", b"1", b"2")
     queues, told = talk.broker.queues, []
     talk.broker.queue("r", NOW)
@@ -9542,7 +9596,8 @@ def test_large_items_that_expire_are_dropped_a_few_at_a_time(tmp_path, monkeypat
     """However many a get meets: they are in memory until that is written."""
     monkeypatch.setattr(kestrel, "_STEP_SIZE", 10000)
     monkeypatch.setattr(kestrel, "_MOVE_SIZE", 10000)
-    talk = timed_talk(tmp_path, "[queue q]\nmax_age = 1s\nexpire_to_queue = %s\n" % to
+    talk = timed_talk(tmp_path, "[queue]\nsync_journal = never\n"
+                      "[queue q]\nmax_age = 1s\nexpire_to_queue = %s\n" % to
                       + "max_memory_size = 30000\n[queue late]\nmax_memory_size = 30000\n")
     put_some(talk, "q", *[b"x" * 5000] * 100)
     talk.now += 2000
@@ -9589,7 +9644,8 @@ def test_expired_items_that_cannot_be_moved_keep_their_order(tmp_path):
 
 def test_expired_items_are_moved_though_memory_is_short(tmp_path):
     """They are kept as stubs then, and stayed open for ever."""
-    talk = timed_talk(tmp_path, "[queue q]\nmax_age = 1s\nexpire_to_queue = late\n"
+    talk = timed_talk(tmp_path, "[queue]\nsync_journal = never\n"
+                      "[queue q]\nmax_age = 1s\nexpire_to_queue = late\n"
                       "max_memory_size = 4kb\n")
     put_some(talk, "q", *[b"%03d" % number + b"x" * 500 for number in range(100)])
     talk.now += 2000
