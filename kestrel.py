@@ -3904,11 +3904,18 @@ class Queue:
             self.sync_failed(*failure)
         self.host.changed(self)
 
-    def lasting(self):
-        """Return the position of the last operation that a power failure cannot undo; of the last
-        that is safe, if nobody fsyncs the journal."""
-        is_synced = self.config.sync_journal is not None and self.host.later
-        return self.history.durable if is_synced else self.history.safe
+    def is_synced(self):
+        """Return whether the journal is fsynced, sooner or later."""
+        return self.config.sync_journal is not None and self.host.later is not None
+
+    def when_lasting(self, call):
+        """Make a call, with None, when no power failure can undo what has been done so far: when it
+        is fsynced, at once, or safe if it never is; or, with an OSError, when it was undone."""
+        if self.is_synced():
+            self.host.changed(self)
+            self.history.when_durable(call)
+        else:
+            self.history.when_safe(call)
 
     def begin_sync(self):
         """Return the call that fsyncs what has been written, and the Sync to pass on to
@@ -4851,7 +4858,8 @@ class Upkeep:
             return self._renew()
         if journal.passings:
             # What was in them may have gone on to newer files, which must not be lost alone.
-            passing = journal.next_passing(queue.lasting())
+            passing = journal.next_passing(
+                queue.history.durable if queue.is_synced() else queue.history.safe)
             if passing:
                 return journal.pack(passing, queue.state())
         if queue.count or queue.opens or queue.delays.items:
@@ -5306,14 +5314,14 @@ class Moves:
         must_fit = setting != "expire_to_queue" or first.paused & PAUSED_IN
         count, error = (0, None) if first.closed else self._add_moved(
             source, first, moving, must_fit)
-        failure = yield from self._until_lasting(first)
+        failure = yield first.when_lasting       # no power failure may take them from both
         if failure or first.closed:
             return 0, failure or OSError(errno.ESTALE, "it was deleted", first.name)
         for queue in others:
             left = moving[:count] if queue is not source else []     # a child would have it again
             while left and not queue.closed:
                 added, problem = self._add_moved(source, queue, left, False)
-                failure = yield from self._until_lasting(queue)
+                failure = yield queue.when_lasting
                 left = left if failure else left[added:]
                 if failure or problem:
                     if setting is None:
@@ -5321,15 +5329,6 @@ class Moves:
                         break
                     yield RETRY_MS
         return count, error
-
-    def _until_lasting(self, queue):
-        """Wait until what was put into a queue is safe, and fsynced if it ever is: a power failure
-        must not take items from both queues. Return the OSError if it was undone."""
-        error = yield queue
-        if not error and queue.lasting() < queue.history.safe:
-            self._broker.changed(queue)      # it is fsynced at once
-            error = yield queue.history.when_durable
-        return error
 
     @staticmethod
     def _add_moved(source, queue, moving, must_fit):
