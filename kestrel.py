@@ -3077,13 +3077,18 @@ class History:
         """The position of the last operation."""
         return self.safe + len(self.unsafe) + len(self.ops)
 
-    def when_safe(self, call):
-        """Make a call, with None, when all operations so far are safe; or, with an OSError,
-        when they have been undone."""
-        if self.logged <= self.safe:
+    def when_safe(self, call, position=None):
+        """Make a call, with None, when all operations so far, or up to a position, are safe; or,
+        with an OSError, when they have been undone."""
+        position = position or self.logged
+        if position <= self.safe:
             call(None)
-        else:
-            self._pending.append((self.logged, call))
+            return
+        pending = self._pending
+        index = len(pending)
+        while index and pending[index - 1][0] > position:
+            index -= 1
+        pending.insert(index, (position, call))
 
     def when_durable(self, call):
         """Make a call, with None, when all operations so far are durable, whatever sync_journal
@@ -6178,6 +6183,8 @@ class Session:
                 asks(functools.partial(self._wake, command))
         except StopIteration:
             self._drop_command()
+        except Unclear:                  # nobody knows what has become of what it waited for
+            self.close(self.now)
         except (Refused, OSError) as error:
             self._drop_command()
             self._refuse(error)
@@ -6256,8 +6263,9 @@ class Session:
 
     def settle(self, failed, unsafe):
         """Put errors in the place of answers that rest on a failed journal, and hold those that
-        rest on operations which are not safe yet. failed: {queue: OSError}. unsafe: a set of
-        queues. It is called in the turn in which these operations were written."""
+        rest on operations which are not safe yet. failed: {queue: OSError}. unsafe: {queue: the
+        position up to which these operations are}. It is called in the turn in which they were
+        written."""
         entries, self.touched = self.touched, []
         queues = {entry[0] for entry in entries}
         if failed:
@@ -6269,7 +6277,8 @@ class Session:
         if queues:
             self.holds += len(queues)
             for queue in queues:
-                queue.history.when_safe(functools.partial(self._release, queue, entries))
+                queue.history.when_safe(
+                    functools.partial(self._release, queue, entries), unsafe[queue])
             self._update()
 
     def _release(self, queue, entries, error):
@@ -6797,7 +6806,7 @@ def _when_all_durable(queues, call):
     def settled(error):
         nonlocal left, failure
         left -= 1
-        failure = failure or error
+        failure = error if isinstance(error, Unclear) else failure or error
         if not left:
             call(failure)
 
@@ -7117,7 +7126,7 @@ class MemcacheSession(LineSession):
             try:
                 rests_on += yield from self._get_key(many, key)
             except OSError as error:
-                if get.key:
+                if get.key or isinstance(error, Unclear):
                     raise
                 log.error("get of many keys: %s", _why(error))
             if not get.key and (self.load > self.most_load or number % QUEUES_STEP == 0):
@@ -7138,8 +7147,9 @@ class MemcacheSession(LineSession):
             # After that the answer does not rest on them: what fails later is another's.
             for queue in changed if not key.touch else ():
                 error = yield queue.history.when_safe
-                if error:
-                    raise Refused("SERVER_ERROR", _why(error), reason=_reason(error))
+                if error:                # whatever the other keys give
+                    raise error if isinstance(error, Unclear) else Refused(
+                        "SERVER_ERROR", _why(error), reason=_reason(error))
             if not key.open:
                 return []
         self._check_reads()
@@ -9944,7 +9954,7 @@ class Server:
         self.now = _now()
         self.reload_wanted = False
         self._events = []                # those that the last turn had no time for
-        self._unsafe = set()             # queues with operations that are not safe
+        self._unsafe = {}                # queues with operations that are not safe, see _commit()
         self._announced = None           # the status that the status_command was run with last
         with contextlib.ExitStack() as stack:          # what is open when the rest fails
             self._open(config, dict(given), stack)
@@ -10232,8 +10242,10 @@ class Server:
         written, failed = self.broker.write()
         for queue in written:
             self.syncs.written(queue)
-        unsafe = self._unsafe = {queue for queue in itertools.chain(self._unsafe, written)
-                                 if queue.history.safe < queue.history.logged}
+        # Up to where answers rest on them: what is done from here on may fail for itself.
+        unsafe = self._unsafe = {
+            queue: queue.history.logged for queue in itertools.chain(self._unsafe, written)
+            if queue.history.safe < queue.history.logged}
         if self.syncs.wanted:
             self.syncs.start()               # they run while answers are sent
         if self._announcer:

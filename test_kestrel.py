@@ -7059,6 +7059,44 @@ def test_a_dead_letter_waits_for_nothing_but_its_queue(tmp_path):
     assert not queue.opens and items_of(talk.broker, "dead") == [b"bad"]
 
 
+@promise(2)
+def test_an_answer_does_not_fail_with_what_is_done_after_it_was_written(tmp_path):
+    """By one who left in the same turn, say. It was told SERVER_ERROR, and the item was there."""
+    talk = Talk(tmp_path, "[queue]\nsync_journal = 0\n")
+    queue = talk.broker.queue("q", NOW)
+    session = talk.session()
+    session.feed(set_("q", "x").encode(), NOW)
+    commit(talk.broker, NOW)
+    unsafe = {queue: queue.history.logged}
+    call, under_way = queue.begin_sync()
+    put(talk.broker, "q", b"later")
+    queue.history.when_safe(lambda error: None)
+    session.settle({}, unsafe)
+    assert session.state == "held" and call() is None
+    queue.synced(under_way)
+    commit(talk.broker, NOW)
+    fail_sync(queue)
+    assert session.take() == [b"STORED\r\n"] and items_of(talk.broker, "q") == [b"x"]
+
+
+@promise(2)
+@pytest.mark.parametrize("ask", ["set q/sync 0 0 1\r\ny\r\n", "get q/close/n=2\r\n"])
+def test_who_waits_for_what_may_have_happened_is_hung_up_on(tmp_path, disk, ask):
+    """It was told SERVER_ERROR, and what it had put was there afterwards."""
+    talk = Talk(tmp_path, "[queue]\nsync_journal = 0\n")
+    queue, session = talk.broker.queue("q", NOW), talk.session()
+    session.feed(set_("q", "x").encode() + b"get q/open\r\n", NOW)
+    commit(talk.broker, NOW)
+    sync(queue)
+    session.take()
+    session.feed(ask.encode(), NOW)
+    commit(talk.broker, NOW)
+    disk.failing = {"ftruncate": errno.EIO}
+    fail_sync(queue)
+    session.resume(NOW)
+    assert session.is_over() and not session.take()
+
+
 def test_an_item_is_stored_in_all_queues_after_their_fsyncs(tmp_path):
     """The second was waited for when nothing would fsync it any more."""
     talk = Talk(tmp_path, "[queue]\nsync_journal = never\n[alias al]\ndestination_queues = x, y\n")
@@ -7498,18 +7536,18 @@ def test_what_comes_back_when_a_put_fails_is_given_to_who_waits(tmp_path):
     queue.pause(kestrel.PAUSED_OUT)
     leaves.feed(set_("q", "2").encode(), NOW)
     broker.write()
-    leaves.settle({}, {queue})
+    leaves.settle({}, {queue: queue.history.logged})
     leaves.hang_up(NOW)
     assert leaves.state == "held"
     fail_sync(queue)                         # the pause is undone, too
     for _ in range(2):
         _, failed = broker.write()
         for session in (leaves, waits):
-            session.settle(failed, {queue})
+            session.settle(failed, {queue: queue.history.logged})
         for session in (leaves, waits):
             session.resume(NOW)
     broker.write()
-    waits.settle({}, {queue})
+    waits.settle({}, {queue: queue.history.logged})
     sync(queue)
     assert b"".join(leaves.take()).startswith(b"SERVER_ERROR ") and leaves.is_over()
     assert b"".join(waits.take()) == b"VALUE q/t=1000 0 1\r\n1\r\nEND\r\n"
