@@ -5788,7 +5788,8 @@ class Broker:
 
     def failed(self, queue, error):
         """Note that the operations of a queue that were not safe have been undone."""
-        self._failed[queue] = _bare(error)
+        if not isinstance(self._failed.get(queue), Unclear):   # of some nothing can be said
+            self._failed[queue] = _bare(error)
         self.note_failure(queue, error, "written")
 
     def unreadable(self, queue, error):

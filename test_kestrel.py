@@ -5280,6 +5280,28 @@ def test_what_is_stored_does_not_fail_with_a_move(tmp_path, disk):
     assert b"".join(session.take()) == b"STORED\r\n"
 
 
+@promise(2)
+def test_what_may_be_in_the_file_stays_unclear_when_more_fails_in_the_turn(tmp_path, disk):
+    """It was refused, and was there after a restart."""
+    talk = Talk(tmp_path)
+    queue, session = talk.broker.queue("q", NOW), talk.session()
+    commit(talk.broker, NOW)
+    session.feed(set_("q", "x").encode(), NOW)
+    disk.failing = {"ftruncate": errno.EIO}
+    write = queue.journal.write
+
+    def half(plan):                          # all of it is written, and yet that fails
+        write(plan)
+        queue.journal.torn.add(queue.journal.current)
+        talk.broker.changed(queue)           # somebody does more
+        raise OSError(errno.EIO, "injected")
+
+    queue.journal.write = half
+    _, failed = talk.broker.write()
+    session.settle(failed, {})
+    assert session.is_over() and not session.take()
+
+
 def test_what_is_put_to_a_queue_that_is_deleted_meanwhile_is_not_stored(tmp_path):
     """In the second of two steps; max_queue_age deletes a queue that has just become empty."""
     clock = Clock()
