@@ -1509,18 +1509,12 @@ def _may_cover(data, start, at):
 
 
 def _covered_by(data, at):
-    """Return how many bytes are covered by the CHECK at data[at]; 0 if there cannot be one."""
+    """Return how many bytes are covered by the CHECK at data[at]; 0 if there is none, or it is not
+    right for them."""
     if data[at:at + 1] == _OPCODE_CHECK and at + _CHECK.size <= len(data):
-        _, size, _, _ = _CHECK.unpack_from(data, at)
-        return size if size <= at else 0
-    return 0
-
-
-def _covered_rightly(data, at):
-    """As _covered_by(), but 0 if it has not the right check sum."""
-    covered = _covered_by(data, at)
-    if covered and _CHECK.unpack_from(data, at)[2] == zlib.crc32(data[at - covered:at]):
-        return covered
+        _, size, crc, _ = _CHECK.unpack_from(data, at)
+        if 0 < size <= at and zlib.crc32(data[at - size:at]) == crc:
+            return size
     return 0
 
 
@@ -1537,7 +1531,7 @@ def _ends_by_next(data, begin):
         at = begin + damage.offset
     else:
         return None
-    if at == begin or _covered_rightly(data, at) != at - begin:
+    if at == begin or _covered_by(data, at) != at - begin:
         return None
     *_, ends = _CHECK.unpack_from(data, at)
     return ends - moves & _MOST_ENDS
@@ -2631,7 +2625,7 @@ class Journal:
                 log.warning("%s: %s at byte %d; %s", file.path, why, begin, done)
             stands = sum(cut.lost + cut.taken + cut.back for cut in cuts)
             if len(cuts) == 1 and end == len(data) and not stands and (
-                    not _covered_rightly(data, begin)):        # a torn tail
+                    not _covered_by(data, begin)):        # a torn tail
                 os.truncate(file.path, begin)
                 self.size += begin - file.size
                 file.size = begin
@@ -2692,7 +2686,7 @@ class Journal:
             if begin == 0 and (before is not None or end == len(data)):
                 before = before or 0         # it may well have had check sums
                 yield [_mark(True, before)]
-            covered = _covered_rightly(data, begin)
+            covered = _covered_by(data, begin)
             if covered:                      # only the ends are wrong in the CHECK there
                 crc = zlib.crc32(data[begin - covered:begin])
                 yield [_CHECK.pack(CHECK, covered, crc, before)]
