@@ -11502,8 +11502,10 @@ def _dump(paths, as_json):
                     record.update(_in_json(record.pop("data")))
                 print(json.dumps({"file": path, **record}))
             elif "damage" in record:
-                print("%10d %s: %s; %d bytes are damaged" % (
-                    record["offset"], path, record["damage"], record["bytes"]))
+                print("%10d %s: %s; %s" % (
+                    record["offset"], path, record["damage"],
+                    "%d bytes are damaged" % record["bytes"] if record["bytes"]
+                    else "some writes are missing"))
             else:
                 if "data" in record:
                     record["data"] = repr(record["data"][:40])[1:]
@@ -11587,8 +11589,9 @@ def _verify(spool, as_json):
                 "BAD" if found["damage"] else "ok ", name, found["records"], found["items"],
                 found["bytes"], found["checked"]))
             for one in found["damage"]:
-                print("     %(why)s: bytes %(begin)d to %(end)d are damaged; %(lost)d items may be "
-                      "lost" % one)
+                where = ("bytes %(begin)d to %(end)d are damaged" if one["end"] > one["begin"]
+                         else "some writes are missing at byte %(begin)d")
+                print(("     %(why)s: " + where + "; %(lost)d items may be lost") % one)
     return status
 
 

@@ -3200,6 +3200,15 @@ def test_a_bit_of_the_ends_in_a_check_sum_costs_no_item(tmp_path, caplog):
             assert not caplog.text, "it was mended for good"
 
 
+def test_tools_tell_of_writes_that_are_missing(tmp_path, main):
+    data = checked_journal(add_records(b"a"), add_records(b"b"), add_records(b"c"))
+    size = len(data) - 17
+    spool_of(tmp_path, q=data[:17 + size // 3] + data[17 + size // 3 * 2:])
+    _, told, _ = main("--verify", tmp_path)
+    assert "write out of sequence: some writes are missing at byte 56; 1 items may be lost" in told
+    assert "write out of sequence; some writes are missing" in main("--dump", tmp_path / "q")[1]
+
+
 @promise(3)
 @pytest.mark.parametrize("missing, expected", [
     (0, [b"c", b"d", b"e"]), (1, [b"c", b"d", b"e"]), (2, [b"a", b"b", b"c", b"d", b"e"]),
