@@ -991,7 +991,8 @@ LOST = Item(b"", 0, 1)
 _SPAN = 1 << 18
 _MOST_ENDS = (1 << 64) - 1
 _OPCODE_CHECK = bytes([CHECK])
-_CUT_OUT = 4096                 # how many items may be missing, though no bytes look damaged
+_CUT_OUT = 1 << 18              # how many items may be missing, though no bytes look damaged,
+_CUT_OUT_LAST = 1 << 12         # and before the last write of a file, whose ends may be wrong
 _MISPLACED = 1 << 16            # how many bytes may stand in a wrong place
 
 # The first mark of a pack, and of a file that is begun while all is written anew, has other ends
@@ -1471,7 +1472,8 @@ def _next_check(data, begin, before=None):
         if not is_checked or start > enough:
             break
         is_alone = start == begin and len(after) == 1
-        pairs = _likely((before,), after, 0 if is_alone else len(data))
+        most = _CUT_OUT_LAST if is_alone else _CUT_OUT + start - begin
+        pairs = _likely((before,), after, most)
         if is_alone and (not pairs or end < len(data)):
             best, missing = (start, (before,), True), 1        # perhaps only its ends are wrong
         elif pairs and (best is None or _least(pairs) < missing):
@@ -1543,11 +1545,10 @@ def _fit(moves, size):
     return added <= size // _ADDX.size and taken + 5 * back <= size
 
 
-def _likely(before, after, size):
-    """Return those pairs of accounts of the ends that may be right in a file of `size` bytes: not
-    of what stands in a wrong place."""
-    return [pair for pair in itertools.product(before, after)
-            if max(_between(*pair)) < size // _ADDX.size + _CUT_OUT]
+def _likely(before, after, most):
+    """Return those pairs of accounts of the ends that may be right, where at most so many items are
+    missing: not of what stands in a wrong place."""
+    return [pair for pair in itertools.product(before, after) if max(_between(*pair)) < most]
 
 
 def _least(pairs):
@@ -1562,7 +1563,7 @@ def _moved_between(data, begin, before, end, after):
     if after[0] is None:                     # nothing follows that could take these items
         return before[-1], None, (0, 0, 0)
     is_sure = len(set(before)) == len(set(after)) == 1
-    likely = _likely(before, after, len(data))
+    likely = _likely(before, after, _CUT_OUT + end - begin)
     fitting = [pair for pair in likely if is_sure or _fit(_between(*pair), end - begin)]
     if likely:
         pair = min(fitting or likely, key=lambda pair: sum(_between(*pair)))
