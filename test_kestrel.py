@@ -5219,6 +5219,29 @@ def test_a_move_ends_when_the_other_queue_is_deleted_meanwhile(tmp_path, sync_jo
     assert items_of(broker, "work") == [b"a", b"b"] and not queues[0].opens
 
 
+@promise(3)
+@pytest.mark.parametrize("sync_journal", ["never", "0"])
+def test_what_has_moved_to_a_queue_that_is_deleted_then_does_not_come_back(tmp_path, sync_journal):
+    """It was put back, though clients had had it from the other queue: it was given twice."""
+    broker = broker_of(tmp_path, "[queue]\nsync_journal = %s\n" % sync_journal)
+    put(broker, "work", b"a", b"b")
+    work, other = broker.queues["work"], broker.queue("other", NOW)
+    told = []
+    broker.moves.move(work, other, 10, NOW, told.append)
+    while not other.count:
+        commit(broker, NOW)
+        if sync_journal == "0" and work.needs_sync():
+            sync(work)
+    assert other.remove(now=NOW).data == b"a" and len(work.opens) == 2
+    broker.delete(other)
+    for _ in range(5):
+        commit(broker, NOW)
+        if sync_journal == "0" and work.needs_sync():
+            sync(work)
+    assert told == [(2, None)]
+    assert not work.count and not work.opens
+
+
 def test_samples_are_bounded_and_cost_nothing_where_nothing_happens(admin):
     broker = admin.broker
     broker.queue("idle", NOW)
