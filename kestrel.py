@@ -9271,8 +9271,8 @@ class Syncs:
     def written(self, queue):
         """Schedule the fsync of a journal that has been written, as sync_journal says, or at once
         if somebody waits for it."""
-        delay = queue.config.sync_journal
-        if delay == 0 or queue.history.syncing:
+        delay, history = queue.config.sync_journal, queue.history
+        if history.safe < history.written or history.syncing:
             self.wanted[queue] = None
         elif delay is not None and queue not in self._planned:
             self._planned.add(queue)

@@ -8763,6 +8763,22 @@ def test_not_all_queues_are_fsynced_at_once(serve, monkeypatch):
     assert {client.line() for client in clients} == {"STORED\r\n"}
 
 
+def test_what_waits_for_an_fsync_gets_it_though_a_reload_turns_them_off(serve, monkeypatch):
+    """A large item had been written by the worker, and sync_journal was `never` before the fsync
+    was planned: there was none, and the client waited for good."""
+    monkeypatch.setattr(kestrel, "_LARGE", 100)
+    client = serve("[queue]\nsync_journal = 0\n").client()
+    client.put("q", b"x")
+    wrote = kestrel.Queue._wrote
+
+    def wrote_and_reloaded(queue, *result):
+        wrote(queue, *result)
+        queue.configure(kestrel.QueueConfig(sync_journal=None))
+
+    monkeypatch.setattr(kestrel.Queue, "_wrote", wrote_and_reloaded)
+    assert client.put("q", b"y" * 200) == "STORED\r\n"
+
+
 def test_client_timeout_starts_with_the_answer(tmp_path, skip):
     def turns(seconds):
         skip(seconds)
