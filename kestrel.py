@@ -6295,6 +6295,7 @@ class Session:
             if index == len(self.out):                 # by the command in hand
                 self._drop_command()
                 self.out.append(None)
+                self.broker.woken.append(self)         # it goes on behind that, or ends
             self.broker.refused[_reason(failed[queue])] += 1
             said = self.out[index]
             error = (b"" if said == b"" else self.NOTHING if self._has_ended(index)

@@ -11278,6 +11278,24 @@ def test_all_that_was_said_before_a_half_close_is_answered_though_it_was_much(se
     assert client.file.read() == b"END\r\n" + b"STORED\r\n" * 200
 
 
+def test_a_half_closed_client_is_hung_up_on_when_its_last_command_fails(serve, disk):
+    """It was answered, and stayed for good, with its open reads: nothing ran that would have seen
+    that no more was to come. The command had to wait for another queue than the one that fails."""
+    server = serve("[queue]\nsync_journal = 100ms\n")
+    client, other = server.client(), server.client()
+    client.put("q", b"x")
+    client.ask("get r\r\n")
+    client.ask("get r+child\r\n")
+    client.send("get q/open\r\n")
+    assert client.item() == b"x"
+    disk.failing, disk.once = {"pwrite": errno.ENOSPC}, True
+    client.send("get r/t=100000\r\nset r/sync 0 0 1\r\ny\r\n")
+    client.sock.shutdown(socket.SHUT_WR)
+    assert client.line() == "END\r\n" and client.line().startswith("SERVER_ERROR r")
+    until(lambda: other.get("q") == b"x")
+    assert client.file.read() == b""
+
+
 def test_a_client_is_sent_so_much_in_a_turn(serve, monkeypatch):
     monkeypatch.setattr(kestrel, "_MOST_SENT", 5000)
     server = serve("[server]\nmax_output_buffer = 10mb\n")
