@@ -5309,14 +5309,16 @@ class Moves:
     def _put_moved(self, source, moving, queues, setting=None):
         """Put items into the first of these queues, as many as it takes, and then copies of them
         into the others. Return how many are in the first, and the error, if any. Copies are put
-        until they are safe, but for a client (setting is None), which is told of the error."""
+        until they are safe, but for a client (setting is None), which is told of the error. What
+        is in a queue that is deleted goes with it: clients may have had it by then."""
         first, *others = queues
+        if first.closed:
+            return 0, OSError(errno.ESTALE, "it was deleted", first.name)
         must_fit = setting != "expire_to_queue" or first.paused & PAUSED_IN
-        count, error = (0, None) if first.closed else self._add_moved(
-            source, first, moving, must_fit)
+        count, error = self._add_moved(source, first, moving, must_fit)
         failure = yield first.when_lasting       # no power failure may take them from both
-        if failure or first.closed:
-            return 0, failure or OSError(errno.ESTALE, "it was deleted", first.name)
+        if failure:
+            return 0, failure
         for queue in others:
             left = moving[:count] if queue is not source else []     # a child would have it again
             while left and not queue.closed:
@@ -6298,6 +6300,7 @@ class Session:
             if index == len(self.out):                 # by the command in hand
                 self._drop_command()
                 self.out.append(None)
+                self.broker.woken.append(self)         # it goes on behind that, or ends
             self.broker.refused[_reason(failed[queue])] += 1
             said = self.out[index]
             error = (b"" if said == b"" else self.NOTHING if self._has_ended(index)
@@ -9275,8 +9278,8 @@ class Syncs:
     def written(self, queue):
         """Schedule the fsync of a journal that has been written, as sync_journal says, or at once
         if somebody waits for it."""
-        delay = queue.config.sync_journal
-        if delay == 0 or queue.history.syncing:
+        delay, history = queue.config.sync_journal, queue.history
+        if history.safe < history.written or history.syncing:
             self.wanted[queue] = None
         elif delay is not None and queue not in self._planned:
             self._planned.add(queue)

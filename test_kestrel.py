@@ -5228,6 +5228,29 @@ def test_a_move_ends_when_the_other_queue_is_deleted_meanwhile(tmp_path, sync_jo
     assert items_of(broker, "work") == [b"a", b"b"] and not queues[0].opens
 
 
+@promise(3)
+@pytest.mark.parametrize("sync_journal", ["never", "0"])
+def test_what_has_moved_to_a_queue_that_is_deleted_then_does_not_come_back(tmp_path, sync_journal):
+    """It was put back, though clients had had it from the other queue: it was given twice."""
+    broker = broker_of(tmp_path, "[queue]\nsync_journal = %s\n" % sync_journal)
+    put(broker, "work", b"a", b"b")
+    work, other = broker.queues["work"], broker.queue("other", NOW)
+    told = []
+    broker.moves.move(work, other, 10, NOW, told.append)
+    while not other.count:
+        commit(broker, NOW)
+        if sync_journal == "0" and work.needs_sync():
+            sync(work)
+    assert other.remove(now=NOW).data == b"a" and len(work.opens) == 2
+    broker.delete(other)
+    for _ in range(5):
+        commit(broker, NOW)
+        if sync_journal == "0" and work.needs_sync():
+            sync(work)
+    assert told == [(2, None)]
+    assert not work.count and not work.opens
+
+
 def test_samples_are_bounded_and_cost_nothing_where_nothing_happens(admin):
     broker = admin.broker
     broker.queue("idle", NOW)
@@ -8809,6 +8832,22 @@ def test_not_all_queues_are_fsynced_at_once(serve, monkeypatch):
     assert {client.line() for client in clients} == {"STORED\r\n"}
 
 
+def test_what_waits_for_an_fsync_gets_it_though_a_reload_turns_them_off(serve, monkeypatch):
+    """A large item had been written by the worker, and sync_journal was `never` before the fsync
+    was planned: there was none, and the client waited for good."""
+    monkeypatch.setattr(kestrel, "_LARGE", 100)
+    client = serve("[queue]\nsync_journal = 0\n").client()
+    client.put("q", b"x")
+    wrote = kestrel.Queue._wrote
+
+    def wrote_and_reloaded(queue, *result):
+        wrote(queue, *result)
+        queue.configure(kestrel.QueueConfig(sync_journal=None))
+
+    monkeypatch.setattr(kestrel.Queue, "_wrote", wrote_and_reloaded)
+    assert client.put("q", b"y" * 200) == "STORED\r\n"
+
+
 def test_client_timeout_starts_with_the_answer(tmp_path, skip):
     def turns(seconds):
         skip(seconds)
@@ -11306,6 +11345,24 @@ def test_all_that_was_said_before_a_half_close_is_answered_though_it_was_much(se
     client.send("get q/t=100000\r\n" + "set r 0 0 100\r\n%s\r\n" % ("x" * 100) * 200)
     client.sock.shutdown(socket.SHUT_WR)
     assert client.file.read() == b"END\r\n" + b"STORED\r\n" * 200
+
+
+def test_a_half_closed_client_is_hung_up_on_when_its_last_command_fails(serve, disk):
+    """It was answered, and stayed for good, with its open reads: nothing ran that would have seen
+    that no more was to come. The command had to wait for another queue than the one that fails."""
+    server = serve("[queue]\nsync_journal = 100ms\n")
+    client, other = server.client(), server.client()
+    client.put("q", b"x")
+    client.ask("get r\r\n")
+    client.ask("get r+child\r\n")
+    client.send("get q/open\r\n")
+    assert client.item() == b"x"
+    disk.failing, disk.once = {"pwrite": errno.ENOSPC}, True
+    client.send("get r/t=100000\r\nset r/sync 0 0 1\r\ny\r\n")
+    client.sock.shutdown(socket.SHUT_WR)
+    assert client.line() == "END\r\n" and client.line().startswith("SERVER_ERROR r")
+    until(lambda: other.get("q") == b"x")
+    assert client.file.read() == b""
 
 
 def test_a_client_is_sent_so_much_in_a_turn(serve, monkeypatch):
