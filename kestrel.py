@@ -1575,8 +1575,9 @@ def _moved_between(data, begin, before, end, after):
 # A damaged piece of a file, and why. lost: how many items may have been added there. taken, back:
 # how many were taken from the head and put back there, as far as that can be known. before, after:
 # the ends before and after it, None where there are no check sums. checked: whether there must be
-# check sums for what follows.
-Cut = collections.namedtuple("Cut", "begin end why lost taken back before after checked")
+# check sums for what follows. unclosed: how many good bytes before it have no right CHECK.
+Cut = collections.namedtuple(
+    "Cut", "begin end why lost taken back before after checked unclosed", defaults=(0,))
 
 
 def find_damage(data, start=0, ends=None, begins=0):
@@ -1626,7 +1627,7 @@ def find_damage(data, start=0, ends=None, begins=0):
                     begin, before = at, ends + _count_moves(data[closed:at])[0] & _MOST_ENDS
                     end, after, is_checked = _next_check(data, at + 1, before)
             _, after, moves = _moved_between(data, begin, (before,), end, after)
-            yield Cut(begin, end, why, *moves, before, after, is_checked)
+            yield Cut(begin, end, why, *moves, before, after, is_checked, begin - closed)
             ends, resumed = (after, None) if is_checked else (None, after)
         else:
             limit, after, is_checked = _next_check(data, closed)
@@ -2624,8 +2625,8 @@ class Journal:
                         end - begin, where, self.keep(file, source, begin, end))
                 log.warning("%s: %s at byte %d; %s", file.path, why, begin, done)
             stands = sum(cut.lost + cut.taken + cut.back for cut in cuts)
-            if len(cuts) == 1 and end == len(data) and not stands and (
-                    not _covered_by(data, begin)):        # a torn tail
+            if len(cuts) == 1 and end == len(data) and not (
+                    stands or cuts[0].unclosed):          # a torn tail
                 os.truncate(file.path, begin)
                 self.size += begin - file.size
                 file.size = begin
@@ -2675,7 +2676,7 @@ class Journal:
     @staticmethod
     def _good_pieces(data, cuts):
         done, aside = 0, _ASIDE
-        for begin, end, _, lost, taken, back, before, after, checked in cuts + [
+        for begin, end, _, lost, taken, back, before, after, checked, unclosed in cuts + [
                 Cut(len(data), len(data), None, 0, 0, 0, None, None, None)]:
             for offset in range(done, begin, _STEP_SIZE):
                 yield [data[offset:min(begin, offset + _STEP_SIZE)]]
@@ -2686,10 +2687,9 @@ class Journal:
             if begin == 0 and (before is not None or end == len(data)):
                 before = before or 0         # it may well have had check sums
                 yield [_mark(True, before)]
-            covered = _covered_by(data, begin)
-            if covered:                      # only the ends are wrong in the CHECK there
-                crc = zlib.crc32(data[begin - covered:begin])
-                yield [_CHECK.pack(CHECK, covered, crc, before)]
+            if unclosed:                     # only the ends were wrong in the CHECK there
+                crc = zlib.crc32(data[begin - unclosed:begin])
+                yield [_CHECK.pack(CHECK, unclosed, crc, before)]
             if before is None:
                 yield _encode(stands)[0]
                 if after is not None:
