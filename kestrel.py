@@ -23,7 +23,7 @@ The file is read from top to bottom; no section refers to one below its own:
      3  Records         items, records as bytes, damage
      4  Journal         the files of one queue
      5  Queue           items in order, open reads, waiters, limits, expiry
-     6  Broker          all queues by name: fanout, aliases, status, statistics
+     6  Broker          all queues by name: fanout, aliases, moves, status, statistics
      7  Protocols       memcache, text, Thrift: bytes in, bytes out; no sockets, clock, files
      8  Admin           HTTP, metrics, the web page
      9  Server          sockets, timers, fsync, signals: one turn of the loop
@@ -2556,14 +2556,14 @@ class Journal:
                 places.append((item.place, offset + len(head), zlib.crc32(data)))
             record = [head, data]
             is_open = xid and head[0] != ADD_DELAYED
-            ends = _go_on(ends, head[0] != ADD_DELAYED, 0, 0)
+            ends = ends + _MOVES[head[0]] & _MOST_ENDS
             if is_open and len(data) > _SPAN:
                 yield record, ends
                 offset += gap + len(head) + len(data)
                 record = []
             if is_open:
                 record.append(_XID.pack(OPEN, xid))
-                ends = _go_on(ends, 0, 1, 0)
+                ends = ends + _MOVES[OPEN] & _MOST_ENDS
                 if delayed:
                     record.append(_DELAY.pack(DELAY, xid, delayed.due))
             chunks += record
@@ -3072,9 +3072,10 @@ class History:
         return self.safe + len(self.unsafe) + len(self.ops)
 
     def when_safe(self, call, position=None):
-        """Make a call, with None, when all operations so far, or up to a position, are safe; or,
-        with an OSError, when they have been undone."""
-        position = position or self.logged
+        """Make a call when all operations so far, or up to a position, are safe, with None; or
+        when they have been undone, with an OSError."""
+        if position is None:
+            position = self.logged
         if position <= self.safe:
             call(None)
             return
@@ -9425,7 +9426,8 @@ class Connection:
         CLOSED     no
 
     While the client does not take its answers, tick() comes after send_timeout. While it waits
-    and its socket is not read, tick() comes each second, to see whether it has gone.
+    and its socket is not read, tick() comes each second, to see whether it has gone or has
+    half-closed its connection.
     """
 
     def __init__(self, server, sock, session):
