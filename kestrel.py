@@ -23,7 +23,7 @@ The file is read from top to bottom; no section refers to one below its own:
      3  Records         items, records as bytes, damage
      4  Journal         the files of one queue
      5  Queue           items in order, open reads, waiters, limits, expiry
-     6  Broker          all queues by name: fanout, aliases, status, statistics
+     6  Broker          all queues by name: fanout, aliases, moves, status, statistics
      7  Protocols       memcache, text, Thrift: bytes in, bytes out; no sockets, clock, files
      8  Admin           HTTP, metrics, the web page
      9  Server          sockets, timers, fsync, signals: one turn of the loop
@@ -1576,8 +1576,9 @@ def _moved_between(data, begin, before, end, after):
 # A damaged piece of a file, and why. lost: how many items may have been added there. taken, back:
 # how many were taken from the head and put back there, as far as that can be known. before, after:
 # the ends before and after it, None where there are no check sums. checked: whether there must be
-# check sums for what follows.
-Cut = collections.namedtuple("Cut", "begin end why lost taken back before after checked")
+# check sums for what follows. unclosed: how many good bytes before it have no right CHECK.
+Cut = collections.namedtuple(
+    "Cut", "begin end why lost taken back before after checked unclosed", defaults=(0,))
 
 
 def find_damage(data, start=0, ends=None, begins=0):
@@ -1627,7 +1628,7 @@ def find_damage(data, start=0, ends=None, begins=0):
                     begin, before = at, ends + _count_moves(data[closed:at])[0] & _MOST_ENDS
                     end, after, is_checked = _next_check(data, at + 1, before)
             _, after, moves = _moved_between(data, begin, (before,), end, after)
-            yield Cut(begin, end, why, *moves, before, after, is_checked)
+            yield Cut(begin, end, why, *moves, before, after, is_checked, begin - closed)
             ends, resumed = (after, None) if is_checked else (None, after)
         else:
             limit, after, is_checked = _next_check(data, closed)
@@ -2556,14 +2557,14 @@ class Journal:
                 places.append((item.place, offset + len(head), zlib.crc32(data)))
             record = [head, data]
             is_open = xid and head[0] != ADD_DELAYED
-            ends = _go_on(ends, head[0] != ADD_DELAYED, 0, 0)
+            ends = ends + _MOVES[head[0]] & _MOST_ENDS
             if is_open and len(data) > _SPAN:
                 yield record, ends
                 offset += gap + len(head) + len(data)
                 record = []
             if is_open:
                 record.append(_XID.pack(OPEN, xid))
-                ends = _go_on(ends, 0, 1, 0)
+                ends = ends + _MOVES[OPEN] & _MOST_ENDS
                 if delayed:
                     record.append(_DELAY.pack(DELAY, xid, delayed.due))
             chunks += record
@@ -2625,8 +2626,8 @@ class Journal:
                         end - begin, where, self.keep(file, source, begin, end))
                 log.warning("%s: %s at byte %d; %s", file.path, why, begin, done)
             stands = sum(cut.lost + cut.taken + cut.back for cut in cuts)
-            if len(cuts) == 1 and end == len(data) and not stands and (
-                    not _covered_by(data, begin)):        # a torn tail
+            if len(cuts) == 1 and end == len(data) and not (
+                    stands or cuts[0].unclosed):          # a torn tail
                 os.truncate(file.path, begin)
                 self.size += begin - file.size
                 file.size = begin
@@ -2676,7 +2677,7 @@ class Journal:
     @staticmethod
     def _good_pieces(data, cuts):
         done, aside = 0, _ASIDE
-        for begin, end, _, lost, taken, back, before, after, checked in cuts + [
+        for begin, end, _, lost, taken, back, before, after, checked, unclosed in cuts + [
                 Cut(len(data), len(data), None, 0, 0, 0, None, None, None)]:
             for offset in range(done, begin, _STEP_SIZE):
                 yield [data[offset:min(begin, offset + _STEP_SIZE)]]
@@ -2687,10 +2688,9 @@ class Journal:
             if begin == 0 and (before is not None or end == len(data)):
                 before = before or 0         # it may well have had check sums
                 yield [_mark(True, before)]
-            covered = _covered_by(data, begin)
-            if covered:                      # only the ends are wrong in the CHECK there
-                crc = zlib.crc32(data[begin - covered:begin])
-                yield [_CHECK.pack(CHECK, covered, crc, before)]
+            if unclosed:                     # only the ends were wrong in the CHECK there
+                crc = zlib.crc32(data[begin - unclosed:begin])
+                yield [_CHECK.pack(CHECK, unclosed, crc, before)]
             if before is None:
                 yield _encode(stands)[0]
                 if after is not None:
@@ -3073,9 +3073,10 @@ class History:
         return self.safe + len(self.unsafe) + len(self.ops)
 
     def when_safe(self, call, position=None):
-        """Make a call, with None, when all operations so far, or up to a position, are safe; or,
-        with an OSError, when they have been undone."""
-        position = position or self.logged
+        """Make a call when all operations so far, or up to a position, are safe, with None; or
+        when they have been undone, with an OSError."""
+        if position is None:
+            position = self.logged
         if position <= self.safe:
             call(None)
             return
@@ -9429,7 +9430,8 @@ class Connection:
         CLOSED     no
 
     While the client does not take its answers, tick() comes after send_timeout. While it waits
-    and its socket is not read, tick() comes each second, to see whether it has gone.
+    and its socket is not read, tick() comes each second, to see whether it has gone or has
+    half-closed its connection.
     """
 
     def __init__(self, server, sock, session):

@@ -3229,6 +3229,20 @@ def test_a_write_that_is_cut_out_costs_nothing_of_others(tmp_path, caplog, missi
     assert "write out of sequence at byte" in caplog.text and "are missing there" in caplog.text
 
 
+@pytest.mark.parametrize("covers", [17, 39, 34])
+def test_a_check_of_what_has_been_checked_already_is_damage(tmp_path, covers):
+    """It is right for the bytes before it. The queue is loaded once it is cut out: it was put in
+    again, for ever; where check sums had ended it was a struct.error."""
+    records, ends = kestrel._encode_checked(add_records(b"a"), 0)
+    data = kestrel._mark(True, 0) + b"".join(records)
+    if covers == 34:
+        data += kestrel._mark(False, ends)
+    spool_of(tmp_path, q=data + kestrel._CHECK.pack(
+        kestrel.CHECK, covers, kestrel.zlib.crc32(data[-covers:]), ends))
+    for _ in range(2):
+        assert contents_of(tmp_path) == [b"a"]
+
+
 def test_journals_that_were_joined_are_read_one_after_the_other(tmp_path):
     data = checked_journal(add_records(b"a", b"b"), remove_records(1))
     spool_of(tmp_path, q=data + data)
