@@ -4108,7 +4108,9 @@ class Queue:
         self.synced(sync)
 
     def _load(self):
-        """Read the journal, as often as it takes to repair it."""
+        """Read the journal, as often as it takes to repair it. Raises OSError if that does not
+        help."""
+        repaired = None
         while True:
             replay = Replay(self)
             try:
@@ -4117,7 +4119,11 @@ class Queue:
             except LostTail as lost:
                 self.journal.set_aside(self.journal.files[replay.number - 1], *lost.args)
             except Damage as damage:
-                self.journal.repair(damage.file or replay.file)
+                file = damage.file or replay.file
+                if repaired == (file, file.size, damage.offset):
+                    raise OSError(errno.EIO, "damaged, and cannot be repaired", file.path) from None
+                self.journal.repair(file)
+                repaired = file, file.size, damage.offset
             self._drop_items()
             self.opens.clear()
             self.delays.clear()
@@ -5776,7 +5782,7 @@ class Broker:
                 pass                         # failed() has it
             except Exception:
                 log.exception("unexpected, in the queue %s", queue.name)
-                self._failed[queue] = OSError(errno.EIO, "unexpected, see the log")
+                self._failed.setdefault(queue, OSError(errno.EIO, "unexpected, see the log"))
         self._uncounted.update(self.dirty)
         self.dirty.clear()
         failed, self._failed = self._failed, {}

@@ -3243,6 +3243,14 @@ def test_a_check_of_what_has_been_checked_already_is_damage(tmp_path, covers):
         assert contents_of(tmp_path) == [b"a"]
 
 
+def test_a_repair_that_does_not_help_ends(tmp_path, monkeypatch):
+    """So that no queue keeps the server from starting."""
+    monkeypatch.setattr(kestrel.Journal, "repair", lambda *_: 1)
+    spool_of(tmp_path, q=addx(b"a") + b"\xee" * 100 + addx(b"b"))
+    with pytest.raises(OSError, match="cannot be repaired"):
+        load(tmp_path)
+
+
 def test_journals_that_were_joined_are_read_one_after_the_other(tmp_path):
     data = checked_journal(add_records(b"a", b"b"), remove_records(1))
     spool_of(tmp_path, q=data + data)
