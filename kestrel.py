@@ -10640,10 +10640,10 @@ class Client:
                 import ssl
                 try:
                     self._sock = self._tls.wrap_socket(self._sock, server_hostname=host)
-                except (ssl.SSLError, ConnectionResetError) as error:
+                except (ssl.SSLError, ConnectionError) as error:
                     if getattr(error, "reason", None) == "WRONG_VERSION_NUMBER":
                         raise ConnectionError("the server speaks no TLS there") from None
-                    if isinstance(error, (ssl.SSLEOFError, ConnectionResetError)):
+                    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionError)):
                         raise ConnectionError("the server has closed the connection: perhaps it "
                                               "speaks no TLS there") from None
                     raise
