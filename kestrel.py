@@ -10643,7 +10643,8 @@ class Client:
                 except (ssl.SSLError, ConnectionError) as error:
                     if getattr(error, "reason", None) == "WRONG_VERSION_NUMBER":
                         raise ConnectionError("the server speaks no TLS there") from None
-                    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionError)):
+                    if isinstance(error, (
+                            ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionError)):
                         raise ConnectionError("the server has closed the connection: perhaps it "
                                               "speaks no TLS there") from None
                     raise
