@@ -11445,7 +11445,8 @@ class Output(io.FileIO):
 def _output_failed(error):
     """Print nothing any more, and tell why, unless it was a pipe that nobody reads (`| head`);
     return the exit status."""
-    sys.stdout = None                    # it would be tried once more at the end
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())   # it is flushed once more at the end
     return 0 if error.errno == errno.EPIPE else _fail(2, "%s: %s" % (_STDOUT, error.strerror))
 
 
