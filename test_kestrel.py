@@ -6396,10 +6396,10 @@ def test_one_queue_is_dumped_once(talk):
 
 
 def test_long_lines_are_not_kept(talk):
-    before = kestrel._parse_line_cached.cache_info().currsize
+    before = len(kestrel._known_lines)
     for number in range(50):
         talk("get %s\r\n" % " ".join(["k%d" % number] * 60))
-    assert kestrel._parse_line_cached.cache_info().currsize == before
+    assert len(kestrel._known_lines) == before
 
 
 def test_an_item_for_many_children_counts_for_as_many(talk):
@@ -8951,19 +8951,19 @@ def test_an_unexpected_exception_costs_one_client(
                 {11: thrift_string, 8: thrift_i32, 15: thrift_strings, 14: thrift_ids}[kind](
                     number, {11: b"q", 8: 1}.get(kind, []))
                 for number, (kind, _, _) in enumerate(kestrel._THRIFT_METHODS[name[3:]], 1)])
-    kestrel._parse_line_cached.cache_clear()
+    kestrel._known_lines.clear()
     try:
         with Client(ports[protocol]) as client:
             client.sock.settimeout(5)
             client.send(sent)
             assert client.file.read() == b""
     finally:
-        kestrel._parse_line_cached.cache_clear()
+        kestrel._known_lines.clear()
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [
         ZeroDivisionError]
     assert "%s client" % protocol in caplog.text and "unexpected, closed" in caplog.text
     monkeypatch.undo()
-    kestrel._parse_line_cached.cache_clear()
+    kestrel._known_lines.clear()
     assert other.ask("version\r\n") == "VERSION 1.0.0\r\n"
 
 
