@@ -5625,12 +5625,18 @@ class Broker:
         """Note that a client has come."""
         self.stats.total_connections += 1
         self.clients[session] = self.stats.total_connections, self.uptime()
-        self.update_refusals(at_once=False)
+        self._count_clients()
 
     def dismiss(self, session):
         """Note that a client has gone."""
         del self.clients[session]
-        self.update_refusals(at_once=False)
+        self._count_clients()
+
+    def _count_clients(self):
+        settings = self.settings
+        if (settings.connection_limit_refuse_reads != UNLIMITED
+                or settings.connection_limit_refuse_writes != UNLIMITED):
+            self.update_refusals(at_once=False)
 
     def note_stranger(self, peer, why):
         """Log that a client wants something else than this port offers, once a host."""
@@ -9090,8 +9096,6 @@ _OTHER_FILES = 20
 # How long fsyncs are waited for before the end.
 _LAST_SECONDS = 30
 
-_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-
 # The protocols; the port of each is set by memcache_port and so on.
 _PROTOCOLS = {"memcache": MemcacheSession, "text": TextSession, "thrift": ThriftSession,
               "admin": AdminSession}
@@ -9199,35 +9203,35 @@ class Poller:
     """Waits for events of sockets, and for interrupt().
 
     An event is (what was registered for the socket, whether there is something to read; else it
-    can be written). epoll is asked directly where there is one: selectors takes three times as
-    long for each event, which is 2 to 5 % of the time that a command takes.
+    can be written). epoll is used directly where there is one: selectors takes three times as long
+    for each event, which is 2 to 5 % of the time that a command takes, and for each new client.
     """
 
     is_greeting = False                  # as a Connection may be
 
     def __init__(self, busy_poll):
-        self._selector = selectors.DefaultSelector()
+        if hasattr(select, "epoll"):     # not on every system
+            self._selector = select.epoll()
+            self._read, self._write = select.EPOLLIN, select.EPOLLOUT
+        else:
+            self._selector = selectors.DefaultSelector()
+            self._read, self._write = selectors.EVENT_READ, selectors.EVENT_WRITE
         self._watched = {}               # descriptor -> (what was registered for it, events)
-        self._epoll = None
-        if hasattr(select, "epoll"):
-            self._epoll = select.epoll.fromfd(os.dup(self._selector.fileno()))
         self._busy_poll = busy_poll      # seconds
         self._short_waits = 0            # how many in a row, see wait()
         self._left, self._right = socket.socketpair()
         self._left.setblocking(False)
         self._right.setblocking(False)
-        self.watch(self._left, _READ, self)
+        self.watch(self._left, self)
 
     def poll(self, timeout):
         """Return the events that there are, or that come within `timeout` seconds (None: for
         ever)."""
-        watched = self._watched
-        if self._epoll is None:          # not on every system
-            return [(watched[key.fd][0], bool(mask & _READ))
-                    for key, mask in self._selector.select(timeout)]
+        watched, write = self._watched, self._write
+        events = (self._selector.poll(timeout, len(watched)) if hasattr(self._selector, "poll")
+                  else [(key.fd, mask) for key, mask in self._selector.select(timeout)])
         # An error, or the end of the connection, is there to be read.
-        return [(watched[fd][0], mask != select.EPOLLOUT)
-                for fd, mask in self._epoll.poll(timeout, len(watched))]
+        return [(watched[fd][0], mask != write) for fd, mask in events]
 
     def wait(self, timeout):
         """Wait for events, at most `timeout` seconds (None: for ever).
@@ -9248,21 +9252,25 @@ class Poller:
         self._short_waits = self._short_waits + 1 if is_short else 0
         return events
 
-    def watch(self, sock, mask, data=None):
-        """Watch a socket for these events, 0 for none any more."""
+    def watch(self, sock, data, read=True, write=False):
+        """Watch a socket: whether there is something to read, and whether it can be written. data:
+        what its events are given with."""
+        mask = (self._read if read else 0) | (self._write if write else 0)
         fd = sock.fileno()
-        _, before = self._watched.get(fd, (None, 0))
-        if mask == before:
-            return
-        if not mask:
-            self._selector.unregister(sock)
+        if fd not in self._watched:
+            if mask:
+                self._selector.register(fd, mask)
+                self._watched[fd] = data, mask
+        elif not mask:
+            self._selector.unregister(fd)
             del self._watched[fd]
-            return
-        if before:
-            self._selector.modify(sock, mask)
-        else:
-            self._selector.register(sock, mask)
-        self._watched[fd] = data, mask
+        elif self._watched[fd][1] != mask:
+            self._selector.modify(fd, mask)
+            self._watched[fd] = data, mask
+
+    def forget(self, sock):
+        """Watch a socket no longer."""
+        self.watch(sock, None, False)
 
     def interrupt(self):
         """End a wait, or the next one. From any thread, or a signal handler."""
@@ -9287,8 +9295,6 @@ class Poller:
 
     def close(self):
         """Close the selector; sockets are closed by their owners."""
-        if self._epoll is not None:
-            self._epoll.close()
         self._selector.close()
         self._left.close()
         self._right.close()
@@ -9490,7 +9496,7 @@ class Connection:
         self.set_trace()
         if self.is_traced:
             trace.info("%s: connected", session.who)
-        server.poller.watch(sock, _READ, self)
+        server.poller.watch(sock, self)
         self._set_alarm()
 
     def set_trace(self):
@@ -9498,7 +9504,8 @@ class Connection:
         wanted = self.server.broker.settings.enable_session_trace
         self.is_traced = wanted if isinstance(wanted, bool) else (
             _is_among(self.session.peer.ip, wanted))
-        self.state = None
+        if self.is_traced:
+            self.state = None                # see flush()
 
     def ready(self, readable):
         """Read the socket, or have answers sent: it can be read or written."""
@@ -9662,8 +9669,7 @@ class Connection:
         if session.state is CLOSED:          # it was the greediest client
             return
         self.state = None if self.buffered or session.at_end or self.is_traced else state
-        server.poller.watch(self.sock, (_READ if self._is_read() else 0)
-                            | (_WRITE if self.unsent else 0), self)
+        server.poller.watch(self.sock, self, self._is_read(), bool(self.unsent))
         self._set_alarm()
 
     def _is_read(self):
@@ -9775,7 +9781,7 @@ class Connection:
             self.unsent = []
             session.take()
             self.count_buffers()
-            server.poller.watch(self.sock, 0)
+            server.poller.forget(self.sock)
             if self._alarm:
                 server.timers.cancel(self._alarm)
             self.sock.close()
@@ -9831,7 +9837,7 @@ class Introduction:
         self._head = b""                 # what has come of it
         server = listener.server
         server.introductions.add(self)
-        server.poller.watch(sock, _READ, self)
+        server.poller.watch(sock, self)
         self._alarm = server.timers.at(server.mono + LOGIN_MS / 1000, self.close)
 
     def ready(self, readable):
@@ -9859,7 +9865,7 @@ class Introduction:
         server = self._listener.server
         server.introductions.discard(self)
         server.timers.cancel(self._alarm)
-        server.poller.watch(self._sock, 0)
+        server.poller.forget(self._sock)
 
     def close(self):
         """Hang up."""
@@ -9906,12 +9912,12 @@ class Listener:
                 continue
             except OSError as error:
                 log.error("cannot accept connections for a moment: %s", error.strerror)
-                server.poller.watch(self.sock, 0)
+                server.poller.forget(self.sock)
                 server.timers.at(server.mono + _ACCEPT_AGAIN_SECONDS, self._start)
                 return
             sock.setblocking(False)
             proxies = server.broker.settings.proxy_protocol
-            if isinstance(address, tuple) and _is_among(_ip_of(address[0]), proxies):
+            if proxies and isinstance(address, tuple) and _is_among(_ip_of(address[0]), proxies):
                 if not self._is_full(sock):
                     Introduction(self, sock, address)
             else:
@@ -9929,7 +9935,7 @@ class Listener:
         if isinstance(address, tuple):
             ip = _ip_of(address[0])
             # A client that comes from the very address that it connects to is on this machine.
-            local = ip.is_loopback or ip == _ip_of(sock.getsockname()[0])
+            local = _host_of(ip) == _THIS_MACHINE or ip == _ip_of(sock.getsockname()[0])
             if client:
                 ip, address = _ip_of(client[0]), client
                 local = local and ip.is_loopback
@@ -9976,11 +9982,11 @@ class Listener:
 
     def _start(self):
         if self.sock.fileno() >= 0:
-            self.server.poller.watch(self.sock, _READ, self)
+            self.server.poller.watch(self.sock, self)
 
     def close(self):
         """Take no more clients."""
-        self.server.poller.watch(self.sock, 0)
+        self.server.poller.forget(self.sock)
         self.sock.close()
         if isinstance(self.address, str) and not self._is_inherited:
             with contextlib.suppress(OSError):
@@ -10416,10 +10422,14 @@ def _is_among(ip, networks):
     return ip is not None and any(ip in network for network in networks)
 
 
+_THIS_MACHINE = "this machine"
+
+
+@functools.lru_cache(maxsize=1024)
 def _host_of(ip):
     """Return the key of limits per host: the IPv4 address, or the /64 of an IPv6 address."""
     if ip.is_loopback:
-        return "this machine"
+        return _THIS_MACHINE
     return str(ip) if ip.version == 4 else ip.exploded[:19]
 
 
@@ -11285,7 +11295,7 @@ class Cluster(Client):
                 continue
             with selectors.DefaultSelector() as selector:
                 for sock, member in watched.items():
-                    selector.register(sock, _READ, member)
+                    selector.register(sock, selectors.EVENT_READ, member)
                 ready = [key.data for key, _ in selector.select(min(left, _REST_SECONDS))]
             for member in ready:
                 client, member.watched = member.client(True), None
