@@ -778,7 +778,7 @@ class Logins:
     most one wrong one per host and second. Right passwords are cached.
 
     broker: has `config` with the users, `aside(work, done)`, which runs work() on a thread and
-    then done(error, seconds) on the loop, and `later`, see Alone.
+    then done(error) on the loop, and `later`, see Alone.
     """
 
     def __init__(self, broker):
@@ -830,7 +830,7 @@ class Logins:
         else:
             self._broker.aside(
                 functools.partial(self._learn, digest, login.password, self._stored(login.name)),
-                lambda error, seconds: self._finish(host, digest))
+                lambda error: self._finish(host, digest))
 
     def _learn(self, digest, password, stored):
         if is_password(password, stored):
@@ -9123,39 +9123,37 @@ class Timers:
 class Worker:
     """A thread for calls that block, above all fsync, so that the loop never does.
 
-    `done` is filled with (call, OSError or None, seconds that it took); `wake` is called after
-    each, from the thread. `unfinished` counts what is not in `done` yet or still there.
+    wake: called from the thread after each.
     """
 
     def __init__(self, wake):
-        self.done = collections.deque()
-        self.unfinished = 0
+        self.done = collections.deque()  # (done, OSError or None) of what has returned
+        self.unfinished = 0              # what has been submitted and not been taken from there
         self._wake = wake
         self._jobs = queues.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
         self._thread.start()
 
-    def submit(self, work, call):
-        """Run work(), which returns an OSError or None, on the thread; then have
-        take_results() make call(error, seconds)."""
+    def submit(self, work, done):
+        """Run work(), which returns or raises an OSError or returns None, on the thread; then have
+        take_results() call done(error)."""
         self.unfinished += 1
-        self._jobs.put((work, call))
+        self._jobs.put((work, done))
 
     def take_results(self):
-        """Make the calls for what has been done."""
+        """Make the calls that are due since work has returned."""
         while self.done:
-            call, error, seconds = self.done.popleft()
+            done, error = self.done.popleft()
             self.unfinished -= 1
-            _guard(call, error, seconds)
+            _guard(done, error)
 
     def stop(self, seconds):
-        """End the thread when it has done what has been submitted; wait so long for that."""
+        """End the thread when all that was submitted has been done; wait at most `seconds`."""
         self._jobs.put(None)
         self._thread.join(seconds)
 
     def _run(self):
-        for work, call in iter(self._jobs.get, None):
-            start = time.monotonic()
+        for work, done in iter(self._jobs.get, None):
             try:
                 error = work()
             except OSError as failure:
@@ -9163,8 +9161,17 @@ class Worker:
             except Exception:                          # it must not end the thread
                 log.exception("unexpected, on the worker thread")
                 error = OSError(errno.EIO, "unexpected, see the log")
-            self.done.append((call, error, time.monotonic() - start))
+            self.done.append((done, error))
             self._wake()
+
+
+def _timed(call, times):
+    """Make a call, and append the seconds that it took to `times`."""
+    start = time.monotonic()
+    try:
+        return call()
+    finally:
+        times.append(time.monotonic() - start)
 
 
 class Poller:
@@ -9246,13 +9253,6 @@ class Poller:
         with contextlib.suppress(BlockingIOError):
             self._left.recv(4096)
 
-    def wait_for_interrupt(self, timeout):
-        """Wait for an interrupt(), at most `timeout` seconds, and not for sockets."""
-        self._left.settimeout(timeout)
-        with contextlib.suppress(OSError):
-            self._left.recv(4096)
-        self._left.setblocking(False)
-
     def fileno(self):
         """Return what signal.set_wakeup_fd() can be given."""
         return self._right.fileno()
@@ -9311,16 +9311,17 @@ class Syncs:
                     continue
                 # It counts as one that has been done and has failed.
                 call, sync = functools.partial(_bare, error), None
-            self._running[queue] = self._server.mono
-            self._server.worker.submit(call, functools.partial(self._synced, queue, sync))
+            self._running[queue], times = self._server.mono, []
+            self._server.worker.submit(functools.partial(_timed, call, times),
+                                       functools.partial(self._synced, queue, sync, times))
 
     def _due(self, queue):
         self._planned.discard(queue)
         self.wanted[queue] = None
 
-    def _synced(self, queue, sync, error, seconds):
-        self._running.pop(queue, None)
-        queue.counters.fsync_usec = int(seconds * 1e6)
+    def _synced(self, queue, sync, times, error):
+        del self._running[queue]
+        queue.counters.fsync_usec = int(times[0] * 1e6)
         self._server.broker.metrics["fsync_usec"].add(queue.counters.fsync_usec)
         if not error:
             queue.synced(sync)
@@ -9349,7 +9350,7 @@ class Syncs:
                 functools.partial(self._looked, found))
         self._remind()
 
-    def _looked(self, found, error, seconds):
+    def _looked(self, found, error):
         broker = self._server.broker
         self._is_looking = False
         if found:
@@ -9993,8 +9994,7 @@ class Server:
                           for sock, protocol in sockets]
         self._workers = {}               # Worker -> how long its last work is waited for
         self.worker = self._start_worker(_LAST_SECONDS)
-        self.broker.work = lambda call, done: self.worker.submit(
-            call, lambda error, seconds: done(error))
+        self.broker.work = self.worker.submit
         self.broker.reloaded.append(self._set_traces)
         if config.users is not None:     # what takes the processor long delays no fsync
             self.broker.aside = self._start_worker(_LAST_SECONDS).submit
@@ -10162,7 +10162,7 @@ class Server:
             if time.monotonic() > end or len(self.broker.dirty) > _MOST_DIRTY:
                 break
 
-    def _step(self, task, error=None, seconds=0):
+    def _step(self, task, error=None):
         """Run a task one step; `error` is what came of the call that it asked for."""
         try:
             # A task that was closed meanwhile, with its queue, has no frame any more.
@@ -10220,23 +10220,23 @@ class Server:
             worker.submit(functools.partial(
                 _run_status_command, self.broker.settings.status_command, status,
                 ["%s=%s" % (one.protocol, one.name) for one in self.listeners]),
-                lambda error, seconds: None)
+                lambda error: None)
 
     def _scrub(self, worker):
         """Have all journals read and their check sums looked at."""
         found = []
         log.info("reading all journals (scrub_interval)")
         worker.submit(functools.partial(_scrub, self.broker.spool, found),
-                      functools.partial(self._scrubbed, worker, found))
+                      functools.partial(self._scrubbed, worker, found, self.mono))
 
-    def _scrubbed(self, worker, found, error, seconds):
+    def _scrubbed(self, worker, found, since, error):
         damaged = [one for one in found if one["damage"]]
         for one in damaged:
             log.error("%s: %d damaged pieces, the first at byte %d (%s); --verify tells more",
                       one["file"], len(one["damage"]), one["damage"][0]["begin"],
                       one["damage"][0]["why"])
-        log.info("%d journal files read in %d s, %d are damaged%s", len(found), seconds,
-                 len(damaged), ": %s" % error if error else "")
+        log.info("%d journal files read in %d s, %d are damaged%s", len(found),
+                 self.mono - since, len(damaged), ": %s" % error if error else "")
         self.broker.scrubbed = len(found), len(damaged), self.now
         self.later(self.broker.settings.scrub_interval, functools.partial(self._scrub, worker))
 
@@ -10285,8 +10285,7 @@ class Server:
                 self._step(self.broker.tasks.popleft())
             if not (self.worker.unfinished or self.broker.dirty) and self.syncs.is_idle():
                 break
-            if self.worker.unfinished:
-                self.poller.wait_for_interrupt(1)
+            time.sleep(0.001)
         for worker, seconds in self._workers.items():
             worker.stop(seconds)
         self.broker.work = None              # from here on blocking calls are made at once

@@ -1012,7 +1012,7 @@ class Door(Talk):
         while self.waiting or (0, ) in [timer[:1] for timer in self.timers]:
             if self.waiting:
                 work, call = self.waiting.pop(0)
-                call(work(), 0)
+                call(work())
             at_once = [call for delay, call in self.timers if not delay]
             self.timers = [timer for timer in self.timers if timer[0]]
             for call in at_once:
@@ -10528,7 +10528,7 @@ def test_the_worker_outlives_what_it_does():
     worker.submit(fail, "first")
     worker.submit(lambda: None, "second")
     assert woken.acquire(timeout=20) and woken.acquire(timeout=20)
-    assert [(call, error and error.errno) for call, error, _ in worker.done] == [
+    assert [(call, error and error.errno) for call, error in worker.done] == [
         ("first", errno.EIO), ("second", None)]
     worker.stop(20)
 
