@@ -9034,17 +9034,16 @@ _LONGEST_PROXY_2 = 4096
 # When a silent TCP connection is probed, how often, and how many probes may go unanswered.
 _KEEPALIVE = {"TCP_KEEPIDLE": 120, "TCP_KEEPINTVL": 30, "TCP_KEEPCNT": 4}
 
-# How many new clients a listener takes in a turn, how long it rests when the kernel gives it none,
-# and how often the log tells of those refused.
+# How many new clients a listener takes in a turn, and how long it rests after an accept() that
+# failed.
 _ACCEPTS = 256
 _ACCEPT_AGAIN_SECONDS = 1
-_TELL_SECONDS = 10
 
 # How long a status_command may run.
 _ANNOUNCE_SECONDS = 30
 
-# Seconds without a failure before a journal counts as recovered, and how often the log tells of
-# those that have not.
+# Seconds without a failure before a journal counts as recovered, and how often the log names those
+# that have not.
 _CALM_SECONDS = 3
 _REMIND_SECONDS = 60
 
@@ -9276,7 +9275,6 @@ class Syncs:
         self.wanted = {}                # queues to be fsynced, in order; an ordered set
         self._running = {}               # queues that are being fsynced -> since when
         self._is_looking = False         # the worker looks for look()
-        self._told = 0                   # when the log told of failing journals last
 
     def is_idle(self):
         """Return whether no fsync is wanted or under way."""
@@ -9332,10 +9330,9 @@ class Syncs:
         queue.sync_failed(sync, error)
 
     def look(self):
-        """Look each second how much space is free and, while journals fail, whether they still do.
-        The server has to try itself: load balancers have sent the clients elsewhere."""
+        """Look how much space is free and, while journals fail, whether they still do. The server
+        has to try itself: load balancers have sent the clients elsewhere."""
         broker, mono = self._server.broker, self._server.mono
-        self._server.later(RETRY_MS, self.look)
         for queue in list(broker.failing):
             queue.recover(self._server.now)
         for queue, since in self._running.items():
@@ -9348,7 +9345,6 @@ class Syncs:
             self._server.worker.submit(
                 functools.partial(_look_at, broker.spool, bool(broker.failing), found),
                 functools.partial(self._looked, found))
-        self._remind()
 
     def _looked(self, found, error):
         broker = self._server.broker
@@ -9360,13 +9356,10 @@ class Syncs:
                 broker.failing[queue] = failure._replace(when=broker.uptime())
         broker.forget_failures(_CALM_SECONDS)
 
-    def _remind(self):
-        """Tell the log once a minute of journals that fail."""
-        broker, mono = self._server.broker, self._server.mono
-        if not broker.failing:
-            self._told = mono
-        elif mono > self._told + _REMIND_SECONDS:
-            self._told = mono
+    def remind(self):
+        """Log that journals fail, if some do."""
+        broker = self._server.broker
+        if broker.failing:
             log.error("%s; %s of %s are free; %d journals fail; clients are told SERVER_ERROR, "
                       "nothing acknowledged is lost, service resumes by itself", broker.trouble(),
                       SIZE.show((broker.free_space or 0) >> 20 << 20), broker.spool,
@@ -9834,8 +9827,6 @@ class Listener:
         self._is_inherited = is_inherited
         self.address = sock.getsockname()
         self.name = _name_of(self.address)
-        self._refused = 0                # connections refused since the log told of it,
-        self._told = -_TELL_SECONDS      # and when that was
         if isinstance(self.address, tuple):
             _keep_alive(sock)
         try:
@@ -9922,12 +9913,7 @@ class Listener:
 
     def _refuse(self, sock, why):
         sock.close()
-        self._refused += 1
-        if self.server.mono >= self._told + _TELL_SECONDS:
-            log.error("%s: %d connections, %d refused", why, len(self.server.connections),
-                      self._refused)
-            self._told = self.server.mono
-            self._refused = 0
+        log.error("%s: %d connections, another is refused", why, len(self.server.connections))
 
     def _start(self):
         if self.sock.fileno() >= 0:
@@ -9969,7 +9955,8 @@ class Server:
             stack.pop_all()
         self._plan_sweep()
         self._plan_sample()
-        self.syncs.look()
+        self.every(RETRY_MS, self.syncs.look)
+        self.every(_REMIND_SECONDS * 1000, self.syncs.remind)
 
     def _open(self, config, given, stack):
         """Open the spool and the ports, load the queues, start the threads. stack: an ExitStack
@@ -10114,6 +10101,11 @@ class Server:
         entry = self.timers.at(self.mono + delay_ms / 1000, call)
         return functools.partial(self.timers.cancel, entry)
 
+    def every(self, delay_ms, call):
+        """Make a call now, and then every so many milliseconds."""
+        self.later(delay_ms, functools.partial(self.every, delay_ms, call))
+        call()
+
     def visit(self, connection, method, *arguments):
         """Call a method of a connection; what is unexpected costs its client only."""
         try:
@@ -10201,11 +10193,6 @@ class Server:
         self.broker.start(self.broker.sample(self.mono - since))
         self._plan_sample()
         self.notify(self._summary())
-
-    def keep_watch(self, delay_ms):
-        """Tell systemd's watchdog every `delay_ms` milliseconds that the loop turns."""
-        self.notify("WATCHDOG=1")
-        self.later(delay_ms, functools.partial(self.keep_watch, delay_ms))
 
     def _reload(self):
         self.notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic_ns() // 1000))
@@ -11393,7 +11380,8 @@ def main(arguments=None):
     _handle_signals(server)
     watchdog = int(os.environ.get("WATCHDOG_USEC", 0))
     if watchdog and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
-        server.keep_watch(watchdog // 2000)            # twice as often as it wants it
+        # Twice as often as it wants it, in milliseconds.
+        server.every(watchdog // 2000, lambda: server.notify("WATCHDOG=1"))
     server.run()
     return 0
 

@@ -11187,8 +11187,7 @@ def test_more_connections_than_there_may_be(serve, caplog):
         with pytest.raises(ConnectionError):
             if not server.client().ask("version\r\n"):
                 raise ConnectionError
-    assert "max_connections: 3 connections, 1 refused" in caplog.text
-    assert caplog.text.count(" refused") == 1
+    assert caplog.text.count("max_connections: 3 connections, another is refused") == 5
     clients.pop().close()
     until(lambda: clients[0].stats()["curr_connections"] == "2")
     assert server.client().ask("version\r\n") == "VERSION 1.0.0\r\n"
@@ -11936,7 +11935,7 @@ def test_clients_beyond_the_limit_of_open_files_are_refused(daemon):
                 served.append(client)
     assert 10 < len(served) < 40
     assert first.get("q") == b"x"
-    assert one.log.read_text().count(" refused") == 1
+    assert one.log.read_text().count(" refused") == kestrel._REPEATS
     for client in served:
         client.close()
     until(lambda: int(first.stats()["curr_connections"]) == 1)
