@@ -10672,19 +10672,20 @@ class Client:
             raise refused
         return taken
 
-    def _put_batch(self, queue, batch, expiry, flags):
+    def _put_batch(self, queue, batch, *how):
         """Put items at once. Return (whether each was taken, as far as that was answered, the first
         ServerError, the OSError that ended it); None where there was none."""
-        self._send(b"".join([self._set(queue, data, expiry, flags) for data in batch]))
         answers, refused = [], None
-        for _ in batch:
-            try:
-                answers.append(self._try(self._line) == b"STORED")
-            except ServerError as error:
-                answers.append(False)
-                refused = refused or error
-            except OSError as error:
-                return answers, refused, error
+        try:
+            self._send(b"".join([self._set(queue, data, *how) for data in batch]))
+            for _ in batch:
+                try:
+                    answers.append(self._try(self._line) == b"STORED")
+                except ServerError as error:
+                    answers.append(False)
+                    refused = refused or error
+        except OSError as error:
+            return answers, refused, error
         return answers, refused, None
 
     def _set(self, queue, data, expiry, flags, delay=0, sync=False):
@@ -11006,14 +11007,6 @@ _TLS_POLL_SECONDS = 0.05
 _REST_SECONDS, _REST_FACTOR = 1, 10
 
 
-class _Unknown(ConnectionError):
-    """The connection was lost before the answers to `count` puts."""
-
-    def __init__(self, count):
-        super().__init__("the connection was lost before the answers to %d puts" % count)
-        self.count = count
-
-
 def _shuffled(members):
     import random                        # which a server does not need
     return random.sample(members, len(members))
@@ -11095,33 +11088,18 @@ class Cluster(Client):
     def put(self, queue: str, data: bytes, expiry: int = 0, flags: int = 0, delay: float = 0,
             sync: bool = False) -> bool:
         """Put an item on one of the servers; return False if none has taken it."""
-        return self._put(lambda client: client.put(queue, data, expiry, flags, delay, sync))
+        return self._put(queue, [data], expiry, flags, delay, sync) == 1
 
     def put_many(self, queue: str, items: "Iterable[bytes]", expiry: int = 0,
                  flags: int = 0) -> int:
         """Put items, a batch on a server; return how many were taken."""
-        taken = 0
-        for batch in _batches(items, _PUT_AT_ONCE):
-            rest = batch
+        return sum(self._put(queue, batch, expiry, flags)
+                   for batch in _batches(items, _PUT_AT_ONCE))
 
-            def put(client):
-                nonlocal rest
-                answers, refused, failure = client._put_batch(queue, rest, expiry, flags)
-                unknown = len(rest) - len(answers)
-                rest = [data for data, answer in itertools.zip_longest(rest, answers) if not answer]
-                if failure and not (refused and not answers[-1]):      # else it was its last word
-                    raise _Unknown(unknown)
-                if refused:
-                    raise refused
-                return not rest
-
-            self._put(put)
-            taken += len(batch) - len(rest)
-        return taken
-
-    def _put(self, put):
-        """Try servers until put(client) is true. Return whether it was."""
-        failure = unknown = None
+    def _put(self, queue, items, *how):
+        """Put items on one server, and those that it does not take on the next one, and so on;
+        return how many were taken."""
+        left, failure, unknown = items, None, None
         for member in self._in_any_order(also_resting=True):
             try:
                 client = member.client()
@@ -11130,10 +11108,16 @@ class Cluster(Client):
             except (OSError, ServerError) as error:    # nothing was sent
                 failure = error
                 continue
+            tried = left
             try:
                 with member.failing():
-                    if put(client):
-                        return True
+                    answers, refused, lost = client._put_batch(queue, tried, *how)
+                    left = [item for item, is_taken in itertools.zip_longest(tried, answers)
+                            if not is_taken]
+                    if refused and (not lost or not answers[-1]):    # some refuse, and hang up
+                        raise refused
+                    if lost:
+                        raise lost
                 failure = None
             except ServerError as error:
                 if not str(error).startswith("SERVER_ERROR"):
@@ -11141,12 +11125,14 @@ class Cluster(Client):
                 failure = error
             except OSError as error:
                 failure = unknown = error
-                self.perhaps_twice += error.count if isinstance(error, _Unknown) else 1
+                self.perhaps_twice += len(tried) - len(answers)
                 log.warning("the connection to %s was lost before the answer to a put: what was "
                             "put may be there, and is put elsewhere", member.address)
+            if not left:
+                return len(items)
         if unknown or failure:
             raise unknown or failure
-        return False
+        return len(items) - len(left)
 
     def _in_any_order(self, also_resting=False):
         """Return the servers that have not failed a moment ago, and the others after them if these
