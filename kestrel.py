@@ -11318,62 +11318,60 @@ def main(arguments=None):
     """Run the daemon, or what else the arguments say; return the exit status. `arguments` default
     to the command line's."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in _COMMANDS:
-        return _run_command(*arguments)
-    parser = _argument_parser()
-    first = "".join(arguments[:1]).partition("=")[0]
-    if first in ("--server", "--user", "--tls", "--cafile"):
-        parser.error("%s comes after the command" % first)
-    options = parser.parse_args(arguments)
-    if options.dump and not options.journals:
-        parser.error("--dump needs journal files")
-    for name, tools in (("json", ("dump", "verify")), ("kestrel", ("pack",)), ("every", ("copy",))):
-        if getattr(options, name) and not any(getattr(options, tool) for tool in tools):
-            parser.error("--%s goes with --%s" % (name, " and --".join(tools)))
-    if options.journals and not options.dump:
-        name = options.journals[0]
-        parser.error(("%s takes options of its own, after it; these are the server's"
-                      if name in _COMMANDS else "there is no command %s") % name)
-    overrides = {key: value for key, value in vars(options).items()
-                 if key in SERVER_SETTINGS and value is not None}
-    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=[LogStream()])
     try:
-        status = _run_tool(options)
-        if status is None:
-            config = Config(options.config, overrides)
-        if options.check:
-            print("\n".join(config.lines()))
-            status = 0
-        if status is not None:
-            print(end="", flush=True)
-            return status
-        # A collection looks at every item in memory, for a tenth of a second with half a million
-        # of them, and finds nothing: what is let go of here is in no cycle.
-        gc.disable()
-        _set_up_log(config.server)
-        _handle_first_signals()
-        _raise_file_limit()
-        server = Server(config, _inherited(config), _notify)
+        try:
+            if arguments and arguments[0] in _COMMANDS:
+                return _run_command(*arguments)
+            options = _parse_options(arguments)
+            logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=[LogStream()])
+            status = _run_tool(options)
+            if status is not None:
+                return status
+            server = _start_server(_read_config(options))
+        finally:
+            print(end="", flush=True)        # so that its errors come here, after --help too
     except ConfigError as error:
         print(error, file=sys.stderr)
         return os.EX_CONFIG              # systemd does not start it again, see kestrel.service
     except OSError as error:
-        if error.filename == _STDOUT:
-            return _output_failed(error)
-        return _fail(1, "%s%s" % (error.filename + ": " if error.filename else "",
-                                  error.strerror or error))
-    server.broker.reloaded.append(functools.partial(_set_up_log_again, config.server))
-    _handle_signals(server)
-    watchdog = int(os.environ.get("WATCHDOG_USEC", 0))
-    if watchdog and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
-        # Twice as often as it wants it, in milliseconds.
-        server.every(watchdog // 2000, lambda: server.notify("WATCHDOG=1"))
+        if error.filename != _STDOUT:
+            return _fail(1, "%s%s" % (error.filename + ": " if error.filename else "",
+                                      error.strerror or error))
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())     # it is flushed again at the end
+        if error.errno == errno.EPIPE:       # nobody reads the pipe any more: `| head`
+            return 0
+        return _fail(2, "%s: %s" % (_STDOUT, error.strerror))
     server.run()
     return 0
 
 
+def _read_config(options):
+    """Return the Config that the options ask for. Raises ConfigError."""
+    return Config(options.config, {key: value for key, value in vars(options).items()
+                                   if key in SERVER_SETTINGS and value is not None})
+
+
+def _start_server(config):
+    """Return a Server that is ready to run as a daemon. Raises ConfigError and OSError."""
+    # A collection looks at every item in memory, for a tenth of a second with half a million
+    # of them, and finds nothing: what is let go of here is in no cycle.
+    gc.disable()
+    _set_up_log(config.server)
+    _handle_first_signals()
+    _raise_file_limit()
+    server = Server(config, _inherited(config), _notify)
+    server.broker.reloaded.append(functools.partial(_set_up_log_again, config.server))
+    _handle_signals(server)
+    watchdog = int(os.environ.get("WATCHDOG_USEC", 0))
+    if watchdog and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+        # Twice as often as systemd wants it, in milliseconds.
+        server.every(watchdog // 2000, lambda: server.notify("WATCHDOG=1"))
+    return server
+
+
 def _run_tool(options):
-    """Run what needs no settings, and return its exit status; None if nothing is asked for."""
+    """Run the tool that the options ask for, and return its exit status; None for no tool."""
     if options.dump:
         return _dump(options.journals, options.json)
     if options.pack is not None:         # an empty one may be meant: of a variable of a shell
@@ -11386,6 +11384,9 @@ def _run_tool(options):
         return _hash_password()
     if options.convert is not None:
         return _convert(options.convert)
+    if options.check:
+        print("\n".join(_read_config(options).lines()))
+        return 0
     return None
 
 
@@ -11415,23 +11416,19 @@ class Output(io.FileIO):
             return super().write(data)
 
 
-def _output_failed(error):
-    """Print nothing any more, and tell why, unless it was a pipe that nobody reads (`| head`);
-    return the exit status."""
-    with open(os.devnull, "wb") as nothing:
-        os.dup2(nothing.fileno(), sys.stdout.fileno())   # it is flushed once more at the end
-    return 0 if error.errno == errno.EPIPE else _fail(2, "%s: %s" % (_STDOUT, error.strerror))
+def _argument_type(parse):
+    """Return a function as a type for argparse: users are told the text of its ValueError."""
+    def convert(text):
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
 
 
-def _every(text):
-    """Return a time in milliseconds, as in the settings."""
-    try:
-        return TIME.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _argument_parser():
+def _parse_options(arguments):
+    """Return the options of the daemon and the tools. Exits if they make no sense."""
     parser = argparse.ArgumentParser(
         prog="kestrel.py", usage="%(prog)s [options]\n       %(prog)s COMMAND ...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -11464,7 +11461,7 @@ def _argument_parser():
     tools.add_argument("--copy", nargs=2, metavar=("SPOOL", "DEST"),
                        help="copy a spool, which a server may be using, or bring the copy up to "
                             "date")
-    parser.add_argument("--every", metavar="TIME", type=_every,
+    parser.add_argument("--every", metavar="TIME", type=_argument_type(TIME.parse),
                         help="with --copy: again and again, such as each 1s")
     tools.add_argument("--hash-password", action="store_true",
                        help="ask for a password (or read a line), print what an auth_file has "
@@ -11474,7 +11471,20 @@ def _argument_parser():
     tools.add_argument("--check", action="store_true",
                        help="check the config file, print the effective settings, and exit")
     parser.add_argument("--version", action="version", version="kestrel.py " + __version__)
-    return parser
+    first = "".join(arguments[:1]).partition("=")[0]
+    if first in ("--server", "--user", "--tls", "--cafile"):
+        parser.error("%s comes after the command" % first)
+    options = parser.parse_args(arguments)
+    if options.dump and not options.journals:
+        parser.error("--dump needs journal files")
+    for name, tools in (("json", ("dump", "verify")), ("kestrel", ("pack",)), ("every", ("copy",))):
+        if getattr(options, name) and not any(getattr(options, tool) for tool in tools):
+            parser.error("--%s goes with --%s" % (name, " and --".join(tools)))
+    if options.journals and not options.dump:
+        name = options.journals[0]
+        parser.error(("%s takes options of its own, after it; these are the server's"
+                      if name in _COMMANDS else "there is no command %s") % name)
+    return options
 
 
 def _dump(paths, as_json):
@@ -11808,10 +11818,10 @@ def _connect(options, timeout=30, server=None):
     Raises OSError, which names the server."""
     server = server or options.server
     host, port = _host_and_port(server)
-    tls = None
-    if options.tls or options.cafile:
+    tls = options.cafile
+    if options.tls and not tls:
         import ssl
-        tls = ssl.create_default_context(cafile=options.cafile)
+        tls = ssl.create_default_context()
     with _naming(server):
         return Client(host, port, timeout, options.user, options.password, tls)
 
@@ -11854,26 +11864,25 @@ def _command_put(client, options):
         items = [sys.stdin.buffer.read()]
     else:
         items = (line.rstrip(b"\n") for line in sys.stdin.buffer)
+    _put_all(options, ((client.put(options.queue, item, options.expiry, 0, options.delay,
+                                   options.sync), 1) for item in items))
+
+
+def _put_all(options, puts, show=lambda done: None):
+    """Put items, and return how many. puts: does so while it yields (how many were taken, of how
+    many). show: is told how many items are done. Raises ValueError when some are not taken."""
     done = 0
     try:
-        for done, item in enumerate(items):
-            if not client.put(options.queue, item, options.expiry, 0, options.delay,
-                              options.sync):
-                raise ValueError("%s is full or paused; %d items were put" % (
-                    options.queue, done))
-    except _BREAKING_OFF:
-        _tell_put(done)
+        for taken, count in puts:
+            done += taken
+            if taken < count:
+                raise ValueError("%s is full or paused; %d items were put" % (options.queue, done))
+            show(done)
+    except (OSError, ServerError, KeyboardInterrupt):
+        if done:                             # so that they are not put again
+            print("kestrel.py: at least %d items were put; then:" % done, file=sys.stderr)
         raise
-
-
-# What may end a put of many items at any time.
-_BREAKING_OFF = OSError, ServerError, KeyboardInterrupt
-
-
-def _tell_put(count):
-    """Tell how many items were put before something went wrong: they are not to be put again."""
-    if count:
-        print("kestrel.py: at least %d items were put; then:" % count, file=sys.stderr)
+    return done
 
 
 def _command_get(client, options):
@@ -11907,7 +11916,7 @@ def _command_export(client, options):
 
 def _command_import(client, options):
     """Put what export has printed."""
-    done, bad = 0, None
+    bad = None
 
     def rows():
         nonlocal bad
@@ -11925,16 +11934,7 @@ def _command_import(client, options):
             yield row
 
     show = _progress(None)
-    try:
-        for taken, count in _put_exported(client, options.queue, rows()):
-            done += taken
-            if taken < count:
-                raise ValueError("%s is full or paused; %d items were put" % (
-                    options.queue, done))
-            show(done)
-    except _BREAKING_OFF:
-        _tell_put(done)
-        raise
+    done = _put_all(options, _put_exported(client, options.queue, rows()), show)
     show(done, True)
     if bad:
         raise ValueError("line %d is not what export prints; the %d items before it were put" % (
@@ -12025,28 +12025,29 @@ def _command_top(client, options):
     """Show the deepest queues, anew each second, until it is interrupted."""
     import shutil
     before, then = {}, 0
-    while True:
-        try:
-            client = client or _connect(options)
-            stats = client.stats()
-            rows, mono = _queue_rows(client, stats), time.monotonic()
-            head = "%s  %s  %s items  up %s s" % (
-                options.server, client.status(), stats["curr_items"], stats["uptime"])
-            if stats.get("trouble", "none") != "none":
-                head += "\n" + _red(stats["trouble"])
-            taken = {row[0]: int(stats.get("queue_%s_get_hits" % row[0], 0)) for row in rows}
-            rows = [(*row, round((taken[row[0]] - before[row[0]]) / (mono - then), 1)
-                     if row[0] in before else "") for row in rows]
-            before, then = taken, mono
-        except (OSError, ServerError) as error:
-            client, head = None, _red("%s  %s" % (options.server, error))
-            rows = []
-        rows.sort(key=lambda row: row[-1 if options.by == "rate" else 1] or 0, reverse=True)
-        lines = max(1, shutil.get_terminal_size().lines - 4)     # not all know their size
-        sys.stdout.write("\33[H\33[2J" + head + "\n\n")
-        _show_table((*_QUEUE_COLUMNS, "gets/s"), rows[:lines])
-        sys.stdout.flush()
-        time.sleep(1)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            try:
+                client = client or _connect(options)
+                stats = client.stats()
+                rows, mono = _queue_rows(client, stats), time.monotonic()
+                head = "%s  %s  %s items  up %s s" % (
+                    options.server, client.status(), stats["curr_items"], stats["uptime"])
+                if stats.get("trouble", "none") != "none":
+                    head += "\n" + _red(stats["trouble"])
+                taken = {row[0]: int(stats.get("queue_%s_get_hits" % row[0], 0)) for row in rows}
+                rows = [(*row, round((taken[row[0]] - before[row[0]]) / (mono - then), 1)
+                         if row[0] in before else "") for row in rows]
+                before, then = taken, mono
+            except (OSError, ServerError) as error:
+                client, head = None, _red("%s  %s" % (options.server, error))
+                rows = []
+            rows.sort(key=lambda row: row[-1 if options.by == "rate" else 1] or 0, reverse=True)
+            lines = max(1, shutil.get_terminal_size().lines - 4)     # not all know their size
+            sys.stdout.write("\33[H\33[2J" + head + "\n\n")
+            _show_table((*_QUEUE_COLUMNS, "gets/s"), rows[:lines])
+            sys.stdout.flush()
+            time.sleep(1)
 
 
 def _red(text):
@@ -12185,38 +12186,33 @@ def _command_kick(client, options):
         raise ValueError("there is no client %d" % options.id)
 
 
-def _count(text):
-    """Return a number of items."""
-    if text.isdecimal() and int(text):
-        return int(text)
-    raise argparse.ArgumentTypeError("%r is no number from 1" % text)
+_count = _argument_type(COUNT.parse)
 
 
+@_argument_type
 def _server(text):
     """Return the address of a server as it is."""
-    try:
-        _host_and_port(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    _host_and_port(text)
     return text
 
 
-def _certificates(text):
-    """Return the name of a file of certificates."""
+@_argument_type
+def _authorities(path):
+    """Return an ssl.SSLContext that trusts the certificates of a file."""
     import ssl
     try:
-        ssl.create_default_context(cafile=text)
+        return ssl.create_default_context(cafile=path)
     except OSError as error:
-        raise argparse.ArgumentTypeError("%s: %s" % (text, error.strerror)) from None
-    return text
+        raise ValueError("%s: %s" % (path, error.strerror)) from None
 
 
+@_argument_type
 def _seconds(text):
     """Return a number of seconds that makes sense as a time to wait."""
     with contextlib.suppress(ValueError):
         if 0 <= float(text) <= 1e9:
             return float(text)
-    raise argparse.ArgumentTypeError("%r is no number of seconds" % text)
+    raise ValueError("%r is no number of seconds" % text)
 
 
 # How long `ping` waits: a health check has to tell of a server that hangs.
@@ -12298,24 +12294,18 @@ def _run_command(name, *arguments):
                         help="or unix:PATH; $KESTREL_SERVER, else 127.0.0.1:22133")
     parser.add_argument("--user", help="its password is $KESTREL_PASSWORD, or is asked for")
     parser.add_argument("--tls", action="store_true", help="speak TLS")
-    parser.add_argument("--cafile", metavar="FILE", type=_certificates,
+    parser.add_argument("--cafile", metavar="FILE", type=_authorities,
                         help="whose certificates to trust, with TLS")
     options = parser.parse_intermixed_args(arguments)
     try:
         options.password = _password(options.user)
         with _connect(options, _PING_SECONDS if name == "ping" else 30) as client:
-            status = function(client, options) or 0
-        print(end="", flush=True)
-        return status
-    except KeyboardInterrupt:
-        if name == "top":                    # which nothing else ends
-            return 0
-        raise
+            return function(client, options) or 0
     except EOFError:                     # nobody answers
         return _fail(2, "there is nobody to ask: set $KESTREL_PASSWORD, or use --yes")
     except OSError as error:
         if error.filename == _STDOUT:
-            return _output_failed(error)
+            raise
         return _fail(1 if name == "ping" else 3,
                      "%s: %s" % (error.filename or options.server, error.strerror or error))
     except (ServerError, ValueError) as error:

@@ -8778,7 +8778,8 @@ class Polls:
                                                      (2, "0", False)])
 def test_the_server_does_not_sleep_while_waits_are_short(
         tmp_path, monkeypatch, cores, busy_poll, polls):
-    clock = types.SimpleNamespace(monotonic=lambda: clock.now, time_ns=time.time_ns, now=100.0)
+    clock = types.SimpleNamespace(monotonic=lambda: clock.now, time_ns=time.time_ns, now=100.0,
+                                  sleep=time.sleep)
     monkeypatch.setattr(kestrel, "_cores", lambda: cores)
     server = kestrel.Server(config_of(
         tmp_path, "[server]\nbusy_poll = %s\n" % busy_poll, memcache_port="0"))
@@ -12466,7 +12467,7 @@ def test_commands_tell_what_is_wrong(ask_server, monkeypatch, capfd):
             kestrel.main(words)
         assert stopped.value.code == 2
     told = capfd.readouterr().err
-    for words in ("there is no command lst", "'0' is no number from 1", "'port' is not a port",
+    for words in ("there is no command lst", "argument -n: not from 1 to ", "'port' is not a port",
                   "--cafile: /none: No such file", "kestrel.py: [X509", "--json goes with --dump and --verify",
                   "--kestrel goes with --pack", "not allowed with argument", "--server comes after the command",
                   "list takes options of its own, after it"):
