@@ -785,7 +785,7 @@ class Logins:
         self._broker = broker
         self._key = os.urandom(32)
         self._known = set()              # keyed digests of what has been right
-        self._lines = {}                 # host -> deque of _Logins, the first is being checked
+        self._lines = {}                 # host -> list of _Logins, the first is being checked
 
     def check(self, client, name, password, done):
         """Call done(user): the name as text if that is its password (both bytes), else None.
@@ -796,13 +796,12 @@ class Logins:
         if self._digest(name, password) in self._known:
             done(os.fsdecode(name))
         elif line is None:
-            self._lines[host] = collections.deque([login])
+            self._lines[host] = [login]
             self._go_on(host)
         else:
             line.append(login)
             if len(line) > _LOGINS:          # the last that has hung up gives way, or this one
-                gone = [one for one in itertools.islice(line, 1, None) if one.client.at_end]
-                last = gone[-1] if gone else login
+                last = next((one for one in line[:0:-1] if one.client.at_end), login)
                 line.remove(last)
                 last.done(None)
 
@@ -817,9 +816,9 @@ class Logins:
     def _go_on(self, host):
         """Check the next password of a host."""
         # Those that have hung up come last: most of them do not wait for the answer.
-        line = self._lines[host] = collections.deque(sorted(
+        line = self._lines[host] = sorted(
             (one for one in self._lines[host] if not one.client.is_over()),
-            key=lambda one: one.client.at_end))
+            key=lambda one: one.client.at_end)
         if not line:
             del self._lines[host]
             return
@@ -837,7 +836,7 @@ class Logins:
             self._known.add(digest)
 
     def _finish(self, host, digest):
-        login = self._lines[host].popleft()
+        login = self._lines[host].pop(0)
         name, is_right = os.fsdecode(login.name), digest in self._known
         if not is_right:
             # Only known names are logged: a client that has not logged in may have sent an item.
@@ -11745,23 +11744,23 @@ def _copy(source, dest, every):
     if not os.path.isdir(source):
         raise OSError(errno.ENOENT, "%s: there is no such spool" % source)
     lock = _lock_spool(dest)
-    trouble = None                       # why the last pass failed
+    trouble = None                       # why the last pass failed, "" if it did not
     try:
-        copied = copy_spool(source, dest)
         while True:
-            if copied or every is None:
-                log.info("%s: %d bytes copied to %s", source, copied, dest)
-            if every is None:
-                return 0
-            time.sleep(every / 1000)
-            copied = 0
             try:
                 copied = copy_spool(source, dest)
-                trouble = None
+                if copied or every is None:
+                    log.info("%s: %d bytes copied to %s", source, copied, dest)
+                trouble = ""
             except OSError as error:
+                if trouble is None:
+                    raise
                 if str(error) != trouble:
                     trouble = str(error)
                     log.error("%s: cannot be copied to %s: %s; trying again", source, dest, trouble)
+            if every is None:
+                return 0
+            time.sleep(every / 1000)
     except KeyboardInterrupt:
         return 0
     finally:
@@ -11790,10 +11789,9 @@ def _pack(path, for_kestrel):
         older = find_journals(directory, name).get(name)
         if older is None:
             raise OSError(errno.ENOENT, "%s: there is no such queue" % path)
-        for number in older:
-            _check_whole("%s.%d" % (path, number))
-        if os.path.exists(path):
-            _check_whole(path)
+        for file in [*("%s.%d" % (path, number) for number in older), path]:
+            if os.path.exists(file):
+                _check_whole(file)
         host = Alone()
         host.locks_files = False             # the spool is locked
         queue = Queue(name, directory, QueueConfig(
@@ -12423,29 +12421,26 @@ class LogStream(logging.Handler):
             self._dropped += 1
 
 
-def _log_file(path):
-    """Return the handler of a log file. Raises OSError."""
-    from logging import handlers
+class LogFile(LogStream):
+    """Logs to a file, which is opened for each line since it may be renamed meanwhile; to standard
+    error while that fails. Raises OSError when it fails at first."""
 
-    class LogFile(handlers.WatchedFileHandler):
-        """A log file that falls back to standard error while it cannot be reopened or written."""
+    def __init__(self, path):
+        super().__init__()
+        self._path = os.path.abspath(path)
+        self._append("")
 
-        _stream = LogStream()
+    def emit(self, record):
+        line = self.format(record)
+        try:
+            self._append(line + "\n")
+        except OSError as error:
+            self.write("log_file: %s: %s" % (error, line))
 
-        def emit(self, record):
-            try:
-                super().emit(record)
-            except OSError:
-                self.handleError(record)
-
-        def handleError(self, record):
-            self._stream.write("log_file: %s: %s" % (sys.exc_info()[1], self.format(record)))
-
-        def _open(self):
-            # Names of queues are any bytes.
-            return open(self.baseFilename, self.mode, encoding="utf-8", errors="backslashreplace")
-
-    return LogFile(path)
+    def _append(self, text):
+        # Names of queues are any bytes.
+        with open(self._path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
 
 
 def _logs_to_systemd():
@@ -12463,22 +12458,16 @@ def _set_priority(record):
 def _set_up_log(settings):
     """Log as the settings say. Raises OSError."""
     root = logging.getLogger()
-    try:
-        handler = _log_file(settings.log_file) if settings.log_file else LogStream()
-    except OSError as error:
-        raise OSError(error.errno, "log_file %s: %s" % (settings.log_file, error.strerror)
-                      ) from None
+    with _naming("log_file " + settings.log_file):
+        handler = LogFile(settings.log_file) if settings.log_file else LogStream()
     text = _LOG_FORMAT
     if not settings.log_file and _logs_to_systemd():
         handler.addFilter(_set_priority)
         text = "<%(priority)d>%(levelname)s %(message)s"       # see sd-daemon(3)
     handler.setFormatter(logging.Formatter(text))
     handler.addFilter(_repeats())
-    before, root.handlers[:] = root.handlers[:], [handler]
+    root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
-    for old in before:
-        with contextlib.suppress(OSError):   # its disk is full
-            old.close()
 
 
 def _set_up_log_again(settings):
@@ -12486,7 +12475,7 @@ def _set_up_log_again(settings):
     try:
         _set_up_log(settings)
     except OSError as error:
-        log.error("reload: %s", error.strerror)
+        log.error("reload: %s: %s", error.filename, error.strerror)
 
 
 def _repeats():
