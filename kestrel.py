@@ -132,16 +132,16 @@ trace = logging.getLogger("kestrel.trace")    # what enable_trace and enable_ses
 #
 # The settings, their units and defaults, and the config file they come from. A setting
 # carries Kestrel's name in snake_case. Times are held in milliseconds, busy_poll in
-# microseconds, sizes in bytes. What the settings name, certificates and passwords, is read here
-# too, so that a mistake in it is one of the config file.
-# Knows configparser and units; no queues; of sockets only what TLS makes of one.
+# microseconds, sizes in bytes. The certificates and passwords that settings name are read here
+# too, so that mistakes in them are reported like those in the config file.
+# Knows configparser, units and TLS sockets; no queues, no other sockets.
 
 UNLIMITED = (1 << 63) - 1
 
 # The longest queue name, in bytes: a file name less the longest suffix of a journal file.
 MAX_NAME = 255 - len(".1790000000000.pack")
 
-# What each status refuses: reads, writes. While it avoids writes, a server takes them.
+# What each status refuses: (reads, writes). WRITEAVOID only asks clients to put elsewhere.
 STATUSES = {
     "UP": (False, False),
     "WRITEAVOID": (False, False),
@@ -177,7 +177,7 @@ _TIMES = {"ms": 1, "s": 1000, "m": 60 * 1000, "h": 3600 * 1000, "d": 86400 * 100
 
 def _number_of(what, units, low=0, high=UNLIMITED, **words):
     """Return the kind of a number with one of the units, or of a word that stands for a value.
-    what: such as "a size such as 64kb". The first word of a value is the one it is shown as."""
+    what: what an error calls it. A value is shown as the first word that stands for it."""
     def parse(text):
         text = text.lower()
         if text in words:
@@ -214,7 +214,7 @@ def _one_of(*words):
 
 
 def _list_of(parse):
-    """Return the kind of words with commas or blanks between them; parse: makes one of a word."""
+    """Return the kind of words with commas or blanks between them. parse: reads one of them."""
     return Kind(lambda text: tuple(map(parse, filter(None, re.split("[ ,\n]+", text)))),
                 lambda values: ", ".join(map(str, values)))
 
@@ -394,7 +394,7 @@ def _shown(settings, values):
 
 
 def _hint(key, settings):
-    """Return what may have been meant by the unknown name of a setting."""
+    """Return what an error says about the unknown name of a setting: what may be meant."""
     for section, others in (("server", SERVER_SETTINGS), ("queue", QUEUE_SETTINGS)):
         if key in others:
             return "; it belongs in [%s]" % section
@@ -437,16 +437,16 @@ def tls_socket_class():
         """A TLS socket that behaves like a plain non-blocking one: the handshake is part of the
         first reads."""
 
-        _is_over = False                 # after shutdown()
+        _is_over = False                 # it has been shut down
 
         def recv(self, size):
             if self._is_over:
-                return super().recv(size)    # in plain, to be thrown away
+                return super().recv(size)    # undeciphered: nobody looks at it
             try:
                 return self.read(size)
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 raise BlockingIOError from None
-            except ValueError as error:      # it was gone before it was wrapped, and so is not
+            except ValueError as error:      # the client had gone before the socket was wrapped
                 raise ConnectionError(str(error)) from None
 
         def send(self, data):
@@ -482,7 +482,7 @@ class Config:
     auth_file.
 
     `path` is an INI file (configparser), None for the defaults. `overrides` are [server]
-    settings, given as text, that go before the file's. Raises ConfigError.
+    settings as text, which take precedence over the file's. Raises ConfigError.
     """
 
     def __init__(self, path: "str | None" = None,
@@ -511,8 +511,8 @@ class Config:
                 self._note("unknown section [%s]; there are [server], [queue], [queue NAME] "
                            "and [alias NAME]" % header, header)
         server.update(self._values("command line", SERVER_SETTINGS, self.overrides))
-        # The checks that follow look at several settings: with a default in the place of what was
-        # meant they would find mistakes that are none.
+        # The checks that follow compare settings. With a default in the place of a bad one they
+        # would report mistakes that nobody has made.
         self._raise_mistakes()
         self.given = server.keys()       # the [server] settings that are not just defaults
         self.server = Values(**{**_defaults(SERVER_SETTINGS), **server})
@@ -573,7 +573,7 @@ class Config:
             bad = dict.fromkeys([number for number, _ in error.errors],
                                 "neither [section] nor key = value")
         finally:
-            # A parser and its sections are cycles, and there is no garbage collector.
+            # A parser and its sections form cycles, and the garbage collector is off.
             for one in [*parser.values(), parser]:
                 vars(one).clear()
         raise ConfigError("\n".join("%s:%d: %s" % (self.path, *line) for line in bad.items()))
@@ -604,7 +604,7 @@ class Config:
                                "destination_queues")
 
     def _check_server(self):
-        """Note [server] settings that can only be mistakes together, or on this machine."""
+        """Note [server] settings that contradict each other, or do not fit this machine."""
         settings = self.server
         ports = {}
         for key in ("memcache_port", "text_port", "thrift_port", "admin_port"):
@@ -658,7 +658,7 @@ class Config:
                     context.load_verify_locations(path)
                     context.verify_mode = ssl.CERT_REQUIRED
                 elif key == "tls_key" or not settings.tls_key:
-                    # Without a password it asks for one, at the terminal.
+                    # Without `password`, OpenSSL would ask for one at the terminal.
                     context.load_cert_chain(settings.tls_cert, path, password=lambda: "")
             except ssl.SSLError as error:
                 return self._note("%s: %s has no %s: %s" % (key, path, lacks, error), "server",
@@ -705,7 +705,7 @@ class Config:
                             else "%s in the auth_file" % user), header, key)
 
     def _add(self, header, known, name, values):
-        """Take what a [queue NAME] or [alias NAME] says, once for each name."""
+        """Keep the values of a [queue NAME] or [alias NAME]; note a name that cannot be used."""
         if name in known:
             self._note("duplicate section [%s]" % header, header)
         if name:
@@ -736,14 +736,15 @@ class Config:
 
 # == 2. Access ============================================================================
 #
-# Password hashes and logins. (Which user may use which queue is asked of the broker, which knows
-# the settings of the queues.) Knows names and passwords; no queues, no sockets.
+# Password hashes and logins. (The broker knows which user may use which queue.) Knows names and
+# passwords; no queues, no sockets.
 
 # The delay after a wrong password, per host, and how many logins of a host may queue.
 _LOGIN_REST_MS = 1000
 _LOGINS = 100
 
-# The longest name and password, in bytes, and how long a client has for them, and for TLS.
+# The longest name and password, in bytes; how long a client may take to send them, or for the
+# TLS handshake.
 MAX_LOGIN = 1024
 LOGIN_MS = 60000
 
@@ -765,7 +766,7 @@ def is_password(password, stored):
     return hmac.compare_digest(made, stored)
 
 
-# What the password of an unknown user is checked against, so that it takes as long.
+# The password of an unknown user is checked against this, so that it takes as long.
 _NOBODY = "pbkdf2$200000$%032d$%064d" % (0, 0)
 
 
@@ -784,13 +785,13 @@ class Logins:
     def __init__(self, broker):
         self._broker = broker
         self._key = os.urandom(32)
-        self._known = set()              # keyed digests of what has been right
+        self._known = set()              # keyed digests of passwords that were right
         self._lines = {}                 # host -> list of _Logins, the first is being checked
 
     def check(self, client, name, password, done):
         """Call done(user): the name as text if that is its password (both bytes), else None.
-        client: has `who`, `peer.host`, `at_end` once it will say no more, and `is_over()` when
-        nobody waits for the answer."""
+        client: has `who`, `peer.host`, `at_end` (it will say no more) and `is_over()` (nobody
+        waits for the answer)."""
         host, login = client.peer.host, _Login(client, name, password, done)
         line = self._lines.get(host)
         if self._digest(name, password) in self._known:
@@ -800,7 +801,7 @@ class Logins:
             self._go_on(host)
         else:
             line.append(login)
-            if len(line) > _LOGINS:          # the last that has hung up gives way, or this one
+            if len(line) > _LOGINS:          # drop the last that has hung up, or this one
                 last = next((one for one in line[:0:-1] if one.client.at_end), login)
                 line.remove(last)
                 last.done(None)
@@ -8973,8 +8974,8 @@ def _page_policy():
 # Sockets, time, fsync, signals: the loop that feeds the sessions and sends their answers. Knows
 # nothing of records or of command words.
 
-# How long a turn feeds clients, and for how long it runs tasks then, in seconds. What is left
-# over is for the next turn.
+# How long a turn feeds clients, and how long it runs tasks then, in seconds. The next turn does
+# the rest.
 _FEED_SECONDS = 0.006
 _WORK_SECONDS = 0.005
 
@@ -8984,7 +8985,7 @@ _SHORT_WAITS = 4
 # How many events are handled between two looks at the clock.
 _EVENTS_STEP = 8
 
-# What goes wrong in TLS: a part of OpenSSL's reason -> in words.
+# Failures of TLS: a part of OpenSSL's reason -> what the client does.
 _TLS_FAILURES = {
     "WRONG_VERSION_NUMBER": "speaks no TLS to a port with TLS:",
     "HTTP_REQUEST": "speaks plain HTTP to a port with TLS:",
@@ -8996,16 +8997,16 @@ _TLS_FAILURES = {
     "UNSUPPORTED_PROTOCOL": "speaks too old a version of TLS:",
     "": "fails in TLS:"}
 
-# Those of clients that can read an answer which is not in TLS.
+# The failures of clients that can read an answer without TLS.
 _NO_TLS = "WRONG_VERSION_NUMBER", "HTTP_REQUEST"
 
-# How many TLS handshakes a turn does, which take a millisecond each, and how many queues may have
-# something to write before it feeds nobody any more.
+# How many TLS handshakes a turn does, since each takes a millisecond, and with how many queues to
+# write a turn stops feeding clients.
 _GREETINGS = 4
 _MOST_WRITES = 150
 
-# How much is read from a socket at a time, and how much unparsed input of a client that waits
-# is kept before its socket is left alone.
+# How much is read from a socket at a time. The socket of a waiting client is not read while it
+# has more unparsed input than that.
 _CHUNK = 1 << 16
 
 # Larger answers are sent without being joined.
@@ -9014,18 +9015,17 @@ _BIG = 1 << 16
 # With a larger load in one turn the output of a client is counted before it is sent.
 _UNCOUNTED = 1 << 18
 
-# How much is sent to a client in a turn, though it would take more; IOV_MAX: how many pieces one
-# sendmsg() takes.
+# The most that is sent to a client in a turn; how many pieces one sendmsg() takes (IOV_MAX).
 _MOST_SENT = 1 << 17
 _MAX_VECTOR = 1024
 
-# How often a waiting client whose socket is not read is checked for having gone, in seconds, and
-# how long one is given to read its last answers.
+# How often the server looks whether a waiting client has gone, while its socket is not read, and
+# how long a client may take to read its last answers.
 _LOOK_SECONDS = 1
 _LINGER_SECONDS = 1
 
-# How the header of the PROXY protocol begins in version 2; the longest one of version 1, and what
-# follows the first 16 bytes in the longest one of version 2 that is taken.
+# The header of the PROXY protocol: how it begins in version 2; how long it is at most in version
+# 1, and, after the first 16 bytes, in version 2.
 _PROXY_2 = b"\r\n\r\n\0\r\nQUIT\n"
 _LONGEST_PROXY_1 = 107
 _LONGEST_PROXY_2 = 4096
@@ -9049,15 +9049,15 @@ _REMIND_SECONDS = 60
 # After how long a disk that does not answer counts as failing.
 _HANG_SECONDS = 10
 
-# How many queues are fsynced at once, since each takes descriptors; and after how many milliseconds
-# an fsync is tried again for which there were none.
+# How many queues are fsynced at once, since each takes descriptors, and after how many milliseconds
+# an fsync that lacked them is tried again.
 _SYNCS = 64
 _SYNC_AGAIN_MS = 50
 
 # How many descriptors the server needs besides those of connections, journals and fsyncs.
 _OTHER_FILES = 20
 
-# How long fsyncs are waited for before the end.
+# How long the server waits for fsyncs when it stops.
 _LAST_SECONDS = 30
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -9107,7 +9107,7 @@ class Timers:
         return min(max(0, self._heap[0][0] - mono), 3600) if self._heap else None
 
     def run(self, mono):
-        """Make the calls that are due; those that these schedule come in another turn."""
+        """Make the calls that are due. What they schedule is for a later turn."""
         first_new = next(self._serial)
         while self._heap and self._heap[0][0] <= mono and self._heap[0][1] < first_new:
             entry = heapq.heappop(self._heap)
@@ -9219,7 +9219,7 @@ class Poller:
                 events = wait(0)
                 if events:
                     return events
-        # The second look is for a process that was stopped, whose wait ends without one.
+        # The wait of a process that is stopped and continued ends without events: look again.
         events = wait(timeout) or wait(0)
         is_short = time.monotonic() < start + self._busy_poll
         self._short_waits = self._short_waits + 1 if is_short else 0
@@ -9265,15 +9265,15 @@ class Poller:
 
 
 class Syncs:
-    """Fsyncs of journals on a worker, one at a time of each queue, and the log's lines about
-    journals that cannot be written."""
+    """Fsyncs of journals on the worker, at most one of each queue at a time, and the watch over
+    journals that fail."""
 
     def __init__(self, server):
         self._server = server
-        self._planned = set()            # queues whose fsync has a time set
-        self.wanted = {}                # queues to be fsynced, in order; an ordered set
+        self._planned = set()            # queues that have a timer for their next fsync
+        self.wanted = {}                 # queues to be fsynced, in order; an ordered set
         self._running = {}               # queues that are being fsynced -> since when
-        self._is_looking = False         # the worker looks for look()
+        self._is_looking = False         # the worker runs _look_at()
 
     def is_idle(self):
         """Return whether no fsync is wanted or under way."""
@@ -9290,8 +9290,8 @@ class Syncs:
             self._server.later(delay, functools.partial(self._due, queue))
 
     def start(self):
-        """Begin the fsyncs that are wanted, the next of a queue for all that has been written
-        since."""
+        """Begin the fsyncs that are wanted, as many as there may be, but no second one of a queue:
+        that waits for the first, and is for all that has been written by then."""
         for queue in list(self.wanted):
             if len(self._running) >= _SYNCS:
                 break
@@ -9306,7 +9306,7 @@ class Syncs:
                 if is_short_of_descriptors(error):
                     self._server.later(_SYNC_AGAIN_MS, functools.partial(self._due, queue))
                     continue
-                # It counts as one that has been done and has failed.
+                # It is treated as an fsync that has failed.
                 call, sync = functools.partial(_bare, error), None
             self._running[queue], times = self._server.mono, []
             self._server.worker.submit(functools.partial(_timed, call, times),
@@ -9366,8 +9366,8 @@ class Syncs:
 
 
 def _look_at(spool, is_failing, found):
-    """Append to `found` how many bytes are free for the spool. is_failing: try whether it can be
-    written. Raises OSError."""
+    """Append to `found` how many bytes are free for the spool. is_failing: also try to write there.
+    Raises OSError."""
     status = os.statvfs(spool)
     found.append(status.f_bavail * status.f_frsize)
     if is_failing:
@@ -9440,9 +9440,9 @@ class Connection:
         server.broker.admit(session)
         self.since = server.mono
         self.last_active = server.mono   # when it said something, or took some of its answers
-        self.is_greeting = hasattr(sock, "do_handshake")       # which is not done yet
+        self.is_greeting = hasattr(sock, "do_handshake")       # a TLS handshake is not done yet
         self.is_traced = False
-        self.state = READY               # what place() has arranged; HELD may be READY for it
+        self.state = READY               # what place() has arranged; HELD needs no place()
         self.buffered = 0                # bytes of input and output that server.buffered counts
         self.unsent = []                 # answers that the kernel has not taken yet
         self._deadline = 0               # when a wait, or the lingering, ends
@@ -9527,8 +9527,8 @@ class Connection:
         """Send the answers that are safe, as far as the kernel takes them. failed, unsafe: see
         Session.settle()."""
         session = self.session
-        # Also where nothing has failed: what a command that goes on has written is not to be
-        # answered with what fails in a later turn.
+        # Also when nothing has failed: a failure in a later turn would be taken for one of what a
+        # command that goes on has written already.
         if failed or unsafe or session.holds or session.touched and not session.out:
             session.settle(failed, unsafe)
         if session.state is CLOSED:
@@ -9666,7 +9666,7 @@ class Connection:
 
     def _look(self):
         """Read the socket to its end if the client has gone, or will send no more. Nothing else
-        tells while its socket is not read."""
+        shows that while the socket is not watched."""
         self._looked = self.server.mono
         poll = select.poll()
         poll.register(self.sock, getattr(select, "POLLRDHUP", 0))
@@ -9681,7 +9681,7 @@ class Connection:
         self.close()
 
     def count_buffers(self):
-        """Tell the server how much memory the input and output of the client take."""
+        """Tell the server how much memory the unparsed input and unsent output take."""
         session = self.session
         size = session.unparsed + sum(map(len, session.out)) + sum(map(len, self.unsent))
         change = size - self.buffered
@@ -9702,8 +9702,8 @@ class Connection:
     # -- the end
 
     def _finish(self):
-        """Shut down the socket: all has been said. The client is given a moment to read it, since
-        closing a socket with unread input would take back what it has not read yet."""
+        """Shut down the socket: all has been sent. The client has a moment to read it: if a socket
+        is closed with unread input, the kernel discards what the client has not read yet."""
         if self.session.at_end:
             self.close()
         elif not self._finished:
@@ -9733,9 +9733,9 @@ class Connection:
 
 
 def _parse_proxy_header(data):
-    """Return (the address that a proxy speaks for, None if it speaks for itself; the size of its
-    header), from the beginning of what it sends; None if that is not all of it. This is the PROXY
-    protocol of HAProxy, versions 1 and 2. Raises ValueError."""
+    """Parse the header of HAProxy's PROXY protocol, version 1 or 2. Return (the address of the
+    client, None if the proxy speaks for itself; the size of the header), or None if `data` is not
+    all of it. Raises ValueError."""
     if not _PROXY_2.startswith(data[:len(_PROXY_2)]):
         end = data.find(b"\r\n", 0, _LONGEST_PROXY_1)
         words = data[:max(end, 0)].decode("ascii", "replace").split(" ")
@@ -9766,8 +9766,8 @@ def _parse_proxy_header(data):
 
 
 class Introduction:
-    """A connection of a proxy, until it has said for whom it speaks. Nothing is read from it but
-    that: what follows may be TLS."""
+    """A connection of a proxy, until the header has come that says for whom it speaks. No more than
+    that is read: what follows may be TLS."""
 
     is_greeting = False                  # as a Connection may be
 
@@ -9775,7 +9775,7 @@ class Introduction:
         self._listener = listener
         self._sock = sock
         self._address = address
-        self._head = b""                 # what has come of it
+        self._head = b""                 # what has come of the header
         server = listener.server
         server.introductions.add(self)
         server.poller.watch(sock, _READ, self)
@@ -9931,7 +9931,7 @@ class Server:
     """The daemon: listeners, connections and the loop. Raises OSError when it cannot start.
 
     run() serves until stop() is called. given: {protocol: [listening socket]} of ports that are
-    open already. notify: told what systemd wants to know, see sd_notify(3).
+    open already. notify: is called with each message for systemd, see sd_notify(3).
     """
 
     def __init__(self, config, given=(), notify=lambda text: None):
@@ -9982,9 +9982,9 @@ class Server:
         self.worker = self._start_worker(_LAST_SECONDS)
         self.broker.work = self.worker.submit
         self.broker.reloaded.append(self._set_traces)
-        if config.users is not None:     # what takes the processor long delays no fsync
+        if config.users is not None:     # password hashes take long, and must not delay fsyncs
             self.broker.aside = self._start_worker(_LAST_SECONDS).submit
-        # The commands of these may take long: they are not waited for.
+        # What these do may take long: nobody waits for it at the end.
         self._announcer = self._start_worker(0) if settings.status_command else None
         if settings.scrub_interval:
             self.later(settings.scrub_interval,
@@ -10061,7 +10061,7 @@ class Server:
             if one.is_greeting:
                 greetings += 1
                 if greetings > _GREETINGS:
-                    continue                           # poll() will tell of it again
+                    continue                           # poll() will return it again
             try:
                 one.ready(readable)
             except Exception as error:
@@ -10132,8 +10132,8 @@ class Server:
         self.broker.woken.clear()
 
     def count_buffers(self, change):
-        """Count unparsed input and unsent output of a connection. They have the memory that
-        queues leave, and a quarter of max_memory in any case: the greediest client pays."""
+        """Count unparsed input and unsent output of a connection. They may take the memory that
+        queues leave, and a quarter of max_memory in any case: else hang up on the greediest."""
         budget = self.broker.budget
         self.buffered += change
         budget.memory += change
@@ -10154,7 +10154,7 @@ class Server:
                 break
 
     def _step(self, task, error=None):
-        """Run a task one step; `error` is what came of the call that it asked for."""
+        """Run a task one step. error: of the call that it asked for, if that failed."""
         try:
             # A task that was closed meanwhile, with its queue, has no frame any more.
             work = task.throw(error) if error and task.gi_frame else next(task)
@@ -10198,8 +10198,8 @@ class Server:
         self.broker.reload("SIGHUP", lambda error: self.notify("READY=1\n" + self._summary()))
 
     def _announce(self):
-        """Run the status_command with the latest status, unless it runs: then it is run again
-        when it has ended, if the status is another one by then."""
+        """Run the status_command if the status has changed since the last run, and that has
+        ended."""
         worker, status = self._announcer, self.broker.status
         if not worker.unfinished and status != self._announced:
             self._announced = status
@@ -10209,7 +10209,7 @@ class Server:
                 lambda error: None)
 
     def _scrub(self, worker):
-        """Have all journals read and their check sums looked at."""
+        """Have all journals read and their check sums verified."""
         found = []
         log.info("reading all journals (scrub_interval)")
         worker.submit(functools.partial(_scrub, self.broker.spool, found),
@@ -10235,7 +10235,7 @@ class Server:
         written, failed = self.broker.write()
         for queue in written:
             self.syncs.written(queue)
-        # Up to where answers rest on them: what is done from here on may fail for itself.
+        # Up to the positions that answers depend on by now: what comes later may fail alone.
         unsafe = self._unsafe = {
             queue: queue.history.logged for queue in itertools.chain(self._unsafe, written)
             if queue.history.safe < queue.history.logged}
@@ -11017,19 +11017,19 @@ class _Member:
     def __init__(self, arguments):
         self._arguments = arguments
         self.address = "%s:%s" % arguments[:2]
-        self._clients = {}               # what for -> a Client, connected when it is needed
+        self.clients = {}                # whether it is for waiting -> a Client, once it is needed
         self.watched = None              # the key of a peek that has not been answered
         self.rests_until = 0             # time.monotonic(); it has failed
 
     def client(self, watching=False):
         """Return a Client: for commands, or for waiting. Raises OSError and ServerError."""
-        if watching not in self._clients:
+        if watching not in self.clients:
             host, port, timeout, *rest = self._arguments
             with self.failing():
                 client = Client(host, port, min(timeout, _CONNECT_SECONDS), *rest)
             client._timeout = timeout
-            self._clients[watching] = client
-        return self._clients[watching]
+            self.clients[watching] = client
+        return self.clients[watching]
 
     @contextlib.contextmanager
     def failing(self):
@@ -11047,17 +11047,13 @@ class _Member:
     def stop_watching(self):
         """Give up a peek that has not been answered."""
         self.watched = None
-        if True in self._clients:
-            self._clients.pop(True).close()
-
-    def is_connected(self):
-        """Return whether there is a Client for commands."""
-        return False in self._clients
+        if True in self.clients:
+            self.clients.pop(True).close()
 
     def close(self):
         """Hang up."""
-        while self._clients:
-            self._clients.popitem()[1].close()
+        while self.clients:
+            self.clients.popitem()[1].close()
 
 
 class Cluster(Client):
@@ -11243,7 +11239,7 @@ class Cluster(Client):
             client.touch(queue)
 
     def _connected(self):
-        return [member.client() for member in self._members if member.is_connected()]
+        return [member.client() for member in self._members if False in member.clients]
 
     def _holders(self, queue):
         return [client for client in self._connected() if self._keys(queue) in client._opened]

@@ -12308,7 +12308,8 @@ def test_a_standard_output_that_fails_is_not_taken_for_the_server(ask_server, tm
     spool_of(tmp_path, journal=addx(b"a"))
     with open("/dev/full", "w") as full:
         for words in (["get", "q"], ["export", "q", "--take"], ["export", "q"], ["list"], ["top"],
-                      ["--dump", str(tmp_path / "journal")], ["--check"]):
+                      ["--dump", str(tmp_path / "journal")], ["--check"], ["--help"],
+                      ["get", "--help"]):
             done = subprocess.run(command(*words), stdout=full, stderr=subprocess.PIPE, timeout=60)
             assert (done.returncode, done.stderr) == (
                 2, b"kestrel.py: standard output: No space left on device\n"), words
