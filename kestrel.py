@@ -410,9 +410,6 @@ class Values:
     def __init__(self, **values):
         self.__dict__.update(values)
 
-    def __eq__(self, other):
-        return vars(self) == vars(other)
-
 
 class QueueConfig(Values):
     """The settings of one queue, as attributes; those not given have their defaults."""
@@ -441,7 +438,7 @@ def tls_socket_class():
 
         def recv(self, size):
             if self._is_over:
-                return super().recv(size)    # undeciphered: nobody looks at it
+                return super().recv(size)    # not decrypted: nobody looks at it
             try:
                 return self.read(size)
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -10548,16 +10545,6 @@ class ServerError(Exception):
     """An error that a server has answered with."""
 
 
-def _exported(block):
-    """Return what export() tells of an item; block: see Client._blocks(). Kestrel tells only of
-    the flags."""
-    words, data = block
-    flags, _, add_time, expiry, deliveries = [int(word) for word in words[2:7]] + [0] * (
-        7 - len(words))
-    return {"data": data, "flags": flags, "add_time": add_time, "expiry": expiry,
-            "deliveries": deliveries}
-
-
 def _word(text):
     """Return a text that is part of a command. Raises ValueError if it would be more."""
     if re.search(r"\s", text):
@@ -10566,7 +10553,7 @@ def _word(text):
 
 
 def _many(count):
-    """Return the option of a key for so many items; Kestrel knows no such option."""
+    """Return the option of a get for so many items: none for one, as Kestrel does not know it."""
     return "" if count == 1 else "/n=%d" % count
 
 
@@ -10665,15 +10652,15 @@ class Client:
             answers, error, failure = self._put_batch(queue, batch, expiry, flags)
             taken += sum(answers)
             refused = refused or error
-            if failure:                      # some refusals are its last word
+            if failure:                      # after some refusals the server hangs up
                 raise refused or failure
         if refused:
             raise refused
         return taken
 
     def _put_batch(self, queue, batch, *how):
-        """Put items at once. Return (whether each was taken, as far as that was answered, the first
-        ServerError, the OSError that ended it); None where there was none."""
+        """Put items at once. Return (whether each was taken, as far as the server has answered; the
+        first ServerError or None; the OSError that ended it or None)."""
         answers, refused = [], None
         try:
             self._send(b"".join([self._set(queue, data, *how) for data in batch]))
@@ -10718,8 +10705,9 @@ class Client:
     def export(self, queue: str, count: "int | None" = None,
                take: bool = False) -> "Iterator[dict]":
         """Yield items, all or so many, as dicts: data, flags, add_time and expiry (milliseconds of
-        the epoch, 0 for never), and how often each has come back. They stay; take: they are taken,
-        fifty at a time, once the next fifty are asked for. This has a connection of its own."""
+        the epoch, 0 for never), and how often each has come back. They stay, unless `take` is true:
+        then fifty at a time are taken, when the next fifty are asked for. This uses a connection of
+        its own."""
         left = UNLIMITED if count is None else count
         with Client(*self._arguments) as other:
             while left > 0:
@@ -10733,8 +10721,12 @@ class Client:
                 other._get(queue, 0, "/close" + _many(len(rows)))
 
     def _rows(self, queue, count, how):
+        """Yield items as export() does. Kestrel sends the data and flags only."""
         self._send(b"get %b/n=%d/info/%b\r\n" % (self._keys(queue), count, how))
-        return map(_exported, self._blocks(self._line()))
+        for words, data in self._blocks(self._line()):
+            flags, _, add_time, expiry, deliveries = [*map(int, words[2:7]), 0, 0, 0][:5]
+            yield {"data": data, "flags": flags, "add_time": add_time, "expiry": expiry,
+                   "deliveries": deliveries}
 
     def _check_closed(self, queue):
         names = self._keys(queue).split(b"/or=")
@@ -10748,16 +10740,16 @@ class Client:
     @contextlib.contextmanager
     def open(self, queue: "str | list[str]", timeout: float = 0,
              limit: "float | None" = None) -> "Iterator[bytes | None]":
-        """Open the next item, or None, for the time of a `with` block: it is closed when the block
-        is, and goes back to the head of its queue if the block raises an exception. limit: it goes
-        back after so many seconds, see touch()."""
+        """Open the next item, or None, for a `with` block: it is closed when the block ends, and
+        goes back to the head of its queue if the block raises an exception. limit: it goes back
+        after so many seconds, see touch()."""
         with self.open_many(queue, 1, timeout, limit) as items:
             yield items[0] if items else None
 
     @contextlib.contextmanager
     def open_many(self, queue: "str | list[str]", count: int, timeout: float = 0,
                   limit: "float | None" = None) -> "Iterator[list[bytes]]":
-        """Open up to so many items for the time of a `with` block, as open() does."""
+        """Open up to so many items for a `with` block, as open() does."""
         self._check_closed(queue)
         options = "" if limit is None else "/timeout=%d" % (limit * 1000)
         client, items = self._find(queue, timeout, "/open" + _many(count) + options)
@@ -10824,15 +10816,15 @@ class Client:
         return dict(line.split(" ", 1) for line in self._table("stats", "STAT "))
 
     def queues(self, prefix: str = "") -> "list[tuple]":
-        """Return [(name, items, bytes, open reads, waiters)] of the queues whose names begin like
-        that."""
+        """Return [(name, items, bytes, open reads, waiters)] of the queues whose names begin with
+        `prefix`."""
         rows = [line.rsplit(" ", 4) for line in self._table(
             ("list " + _word(prefix)).strip(), "QUEUE ")]
         return [(name, *map(int, numbers)) for name, *numbers in rows]
 
     def names(self, stats: "dict[str, str] | None" = None) -> "list[str]":
-        """Return the names of all queues; also of a server of Kestrel. stats: what stats() has
-        returned, if that is there already."""
+        """Return the names of all queues; also of Kestrel's own server. stats: what stats() has
+        returned, if it was called already."""
         end = "_open_transactions"
         return [key[len("queue_"):-len(end)] for key in stats or self.stats()
                 if key.startswith("queue_") and key.endswith(end)]
@@ -10995,14 +10987,14 @@ class Client:
         return self._ask(os.fsencode(command) + b"\r\n", read)
 
 
-# How long a server of several may take to let a Client in; how long a peek at one waits for an
-# item; how often they are asked instead over TLS.
+# For a Cluster: how long a server may take to accept a connection; how long a peek at a server
+# waits for an item; how often servers with TLS are asked instead.
 _CONNECT_SECONDS = 1
 _WATCH_SECONDS = 30
 _TLS_POLL_SECONDS = 0.05
 
-# How long a server that has failed is left alone: at least so long, and so many times as long as
-# the failure has taken.
+# A server that has failed is left alone for at least so many seconds, and for so many times as
+# long as the failure has taken.
 _REST_SECONDS, _REST_FACTOR = 1, 10
 
 
@@ -11018,8 +11010,8 @@ class _Member:
         self._arguments = arguments
         self.address = "%s:%s" % arguments[:2]
         self.clients = {}                # whether it is for waiting -> a Client, once it is needed
-        self.watched = None              # the key of a peek that has not been answered
-        self.rests_until = 0             # time.monotonic(); it has failed
+        self.watched = None              # the key of a peek that has not been answered yet
+        self.rests_until = 0             # when it may be asked again, as time.monotonic()
 
     def client(self, watching=False):
         """Return a Client: for commands, or for waiting. Raises OSError and ServerError."""
@@ -11060,11 +11052,11 @@ class Cluster(Client):
     """A Client of several servers that know nothing of each other: `Client(["10.0.0.1",
     "10.0.0.2:22134"])`.
 
-    A put goes to any of them, and to another one if that refuses it or has failed: so a queue is
-    on all of them, and only roughly in order. put() and put_many() put an item twice only if a
-    connection is lost before the answer; `perhaps_twice` counts these, and the log names them.
-    Gets ask all, in any order, and wait for all at once. A server that has failed is left alone for
-    a while. Everything else has to be asked of one server, by a Client of that one.
+    A put goes to any of them, and to another one if that refuses it or fails: so each queue is on
+    all of them, and only roughly in order. An item may be put twice if the connection is lost
+    before the answer: `perhaps_twice` counts such items, and a warning is logged. Gets ask all
+    servers, in any order, and wait for all at once. A server that has failed is left alone for a
+    while. All other methods raise TypeError: use a Client of one server.
 
     Raises OSError when no server can be reached; ServerError where all have refused.
     """
@@ -11130,8 +11122,8 @@ class Cluster(Client):
         return len(items) - len(left)
 
     def _in_any_order(self, also_resting=False):
-        """Return the servers that have not failed a moment ago, and the others after them if these
-        are wanted."""
+        """Return the servers in random order, without those that are left alone; also_resting: with
+        these at the end."""
         if self._is_closed:
             raise ConnectionError("this client is closed")
         now = time.monotonic()
@@ -11145,11 +11137,11 @@ class Cluster(Client):
 
     def export(self, queue: str, count: "int | None" = None,
                take: bool = False) -> "Iterator[dict]":
-        """Raise TypeError, as do all calls that are about one server."""
+        """Raise TypeError, as all methods do that are about one server."""
         self._send(b"")
 
     def _find(self, queue, timeout, options):
-        """Return (the Client of the server that had some, items); (None, []) if there are none."""
+        """Return (the Client that has read items, the items), (None, []) if there are none."""
         end = time.monotonic() + timeout
         members = self._in_any_order(also_resting=True)
         failure, reached = None, False
@@ -11176,7 +11168,7 @@ class Cluster(Client):
             members = self._wait(queue, end)
 
     def _wait(self, queue, end):
-        """Wait until there is an item, or the time is up; return the servers to be asked then."""
+        """Wait until there is an item, or the time is up; return the servers to ask then."""
         key = self._keys(queue)
         while time.monotonic() < end:
             left = end - time.monotonic()
@@ -11261,16 +11253,16 @@ class Cluster(Client):
 @contextlib.contextmanager
 def serve(port: int = 0, spool: "str | None" = None, config: "str | None" = None,
           settings: "dict[str, dict] | None" = None) -> "Iterator[Server]":
-    """Run a server on 127.0.0.1 in a thread for the time of a `with` block, which is given the
-    Server; its `port` is a free one if `port` is 0.
+    """Run a server on 127.0.0.1 in a thread for a `with` block, which gets the Server; its `port`
+    is a free one if `port` is 0.
 
         with kestrel.serve() as server, kestrel.Client(port=server.port) as client:
             client.put("q", b"x")
 
     spool: the directory of the journals, None for one that is deleted in the end. config: the
-    path of a config file. settings: what would stand in one, in its place, as {"server":
-    {"max_queues": 5}, "queue jobs": {"max_items": 100}}. It has no admin port, unless these give
-    one. Raises ConfigError, and OSError when it cannot start.
+    path of a config file. settings: in its place, what would stand in it, as {"server":
+    {"max_queues": 5}, "queue jobs": {"max_items": 100}}. There is an admin port only if these set
+    it. Raises ConfigError, and OSError when it cannot start.
     """
     import tempfile
     with contextlib.ExitStack() as stack:
@@ -11304,14 +11296,14 @@ def serve(port: int = 0, spool: "str | None" = None, config: "str | None" = None
 
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
-# How many log lines that differ only in their details are let through in how many seconds.
+# How many log lines that differ only in their details pass in how many seconds.
 _REPEATS = 20
 _REPEAT_SECONDS = 10
 
 
 def main(arguments=None):
-    """Run the daemon, or what else the arguments say; return the exit status. `arguments` default
-    to the command line's."""
+    """Run the daemon, or the tool or command that the arguments ask for; return the exit status.
+    `arguments` default to the command line's."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         try:
@@ -11349,8 +11341,8 @@ def _read_config(options):
 
 def _start_server(config):
     """Return a Server that is ready to run as a daemon. Raises ConfigError and OSError."""
-    # A collection looks at every item in memory, for a tenth of a second with half a million
-    # of them, and finds nothing: what is let go of here is in no cycle.
+    # A collection looks at every item in memory, which takes a tenth of a second for half a
+    # million of them, and finds nothing: there are no cycles.
     gc.disable()
     _set_up_log(config.server)
     _handle_first_signals()
@@ -11369,7 +11361,7 @@ def _run_tool(options):
     """Run the tool that the options ask for, and return its exit status; None for no tool."""
     if options.dump:
         return _dump(options.journals, options.json)
-    if options.pack is not None:         # an empty one may be meant: of a variable of a shell
+    if options.pack is not None:         # "" is an error: an empty variable of a shell
         return _pack(options.pack, options.kestrel)
     if options.verify is not None:
         return _verify(options.verify, options.json)
@@ -11393,7 +11385,7 @@ def _fail(status, why):
 
 @contextlib.contextmanager
 def _naming(name):
-    """Name in each OSError of a `with` block what it is about, as `filename`."""
+    """Set the `filename` of any OSError that a `with` block raises."""
     try:
         yield
     except OSError as error:
@@ -11404,7 +11396,7 @@ _STDOUT = "standard output"
 
 
 class Output(io.FileIO):
-    """Standard output, whose errors name it: a command is not to take them for the server's."""
+    """Standard output. Its errors name it, so that they are not taken for the server's."""
 
     def write(self, data):
         with _naming(_STDOUT):
@@ -11514,7 +11506,7 @@ def _in_json(data):
         return {"base64": base64.b64encode(data).decode()}
 
 
-# How often a file that ends within a write is looked at before that is told.
+# How often a file that ends within a write is read before that counts as damage.
 _VERIFY_TRIES = 5
 
 
@@ -11594,7 +11586,7 @@ def _verify(spool, as_json):
 # the queue of that moment. In the copy, too, each step leaves files that can be loaded: they
 # grow, the oldest first, and new ones take the place of others by a rename.
 
-# How often the files of a queue that change are opened anew.
+# How often the files of a queue are opened anew if they change meanwhile.
 _COPY_TRIES = 60
 
 
@@ -11735,7 +11727,7 @@ def _copy_rest(fd, size, path):
 
 
 def _copy(source, dest, every):
-    """Copy a spool once, or again and again. After the first pass a failure is logged, and the
+    """Copy a spool once, or again and again: then a failure is logged after the first pass, and the
     next pass tries again."""
     if not os.path.isdir(source):
         raise OSError(errno.ENOENT, "%s: there is no such spool" % source)
@@ -11776,8 +11768,8 @@ def _check_whole(path):
 
 
 def _pack(path, for_kestrel):
-    """Write the journals of an unused queue as one file, which takes their place. for_kestrel: as
-    one that Kestrel 2.x can read."""
+    """Replace the journals of an unused queue with one file. for_kestrel: one that Kestrel 2.x can
+    read."""
     directory, name = os.path.split(os.path.abspath(path))
     os.listdir(directory)                # there must be one: _lock_spool() would make it
     spool = _lock_spool(directory)
@@ -11808,8 +11800,8 @@ def _pack(path, for_kestrel):
 # -- commands that talk to a server
 
 def _connect(options, timeout=30, server=None):
-    """Return a Client of a server, as a rule the one that the options, or the environment, name.
-    Raises OSError, which names the server."""
+    """Return a Client of a server, by default the one of the options. Raises OSError, which names
+    the server."""
     server = server or options.server
     host, port = _host_and_port(server)
     tls = options.cafile
@@ -11900,7 +11892,7 @@ def _command_peek(client, options):
 
 
 def _command_export(client, options):
-    """Print items as JSON objects, a line each; take them if that is wanted."""
+    """Print items as JSON objects, a line each, and take them with --take."""
     show, done = _progress(_count_of(client, options)), 0
     for done, row in enumerate(client.export(options.queue, options.count, options.take), 1):
         print(json.dumps({**_in_json(row.pop("data")), **row}), flush=options.take)
@@ -11936,8 +11928,8 @@ def _command_import(client, options):
 
 
 def _put_exported(client, queue, rows):
-    """Put items as export() tells of them, with their flags and expiries; yield (how many were
-    taken, of how many) for each batch."""
+    """Put items as export() yields them, with their flags and expiries; yield (how many were taken,
+    of how many) for each batch."""
     for (flags, expiry), same in itertools.groupby(
             rows, lambda row: (row["flags"], -(-row["expiry"] // 1000))):
         for batch in _batches((row["data"] for row in same), _PUT_AT_ONCE):
@@ -11959,8 +11951,8 @@ def _count_of(client, options):
 
 
 def _progress(total):
-    """Return a function that is told how many items are done, and shows it on a terminal if that
-    takes more than a second. total: of how many, None if nobody knows."""
+    """Return a function to call with the number of items done, which shows it on a terminal after
+    the first second. total: of how many, None if that is unknown."""
     began, shown = time.monotonic(), None
 
     def show(done, is_end=False):
@@ -12077,7 +12069,7 @@ def _command_drain(client, options):
         for name in names:
             if "queue_%s_items" % name not in stats:
                 raise ValueError("there is no queue %s" % name)
-        names = sorted(names, key=lambda name: "+" in name)    # before they have children there
+        names = sorted(names, key=lambda name: "+" in name)    # parents have no children there yet
         targets = dict(zip(names, itertools.cycle(others)))
 
         def waiting():
@@ -12117,8 +12109,8 @@ def _command_drain(client, options):
 
 
 def _is_same_server(before, between, after):
-    """Return whether three answers to `stats` are of one server, whatever its addresses: what it
-    counts only grows. The second one came over a connection made since the first."""
+    """Return whether three answers to `stats` come from one server, whatever its addresses: its
+    counters only grow. The second answer came over a connection made since the first."""
     def counts(key):
         return [int(stats.get(key, 0)) for stats in (before, between, after)]
 
@@ -12129,9 +12121,9 @@ def _is_same_server(before, between, after):
 
 
 def _drained(client, name, server, other, count):
-    """Move so many items of a queue to another server, where `other` is a client; yield how many
-    at a time. They are opened, and closed when they are stored there. Raises ValueError where they
-    are not taken."""
+    """Move so many items of a queue to another server, of which `other` is a client; yield how many
+    were moved for each batch. They are opened, and closed when they are stored there. Raises
+    ValueError when some are not taken."""
     while count > 0:
         rows = list(client._rows(name, min(count, _PUT_AT_ONCE), b"open"))
         if not rows:
@@ -12157,8 +12149,8 @@ def _command_delete(client, options):
 
 
 def _if_sure(options, question, call):
-    """Make a call for the queue, but ask first at a terminal, unless --yes says so; return the exit
-    status."""
+    """Make a call for the queue, after a question at a terminal unless there is --yes; return the
+    exit status."""
     if options.yes or not sys.stdin.isatty() or input(question + " [y/N] ").lower() == "y":
         call(options.queue)
         return 0
@@ -12202,14 +12194,14 @@ def _authorities(path):
 
 @_argument_type
 def _seconds(text):
-    """Return a number of seconds that makes sense as a time to wait."""
+    """Return a number of seconds to wait."""
     with contextlib.suppress(ValueError):
         if 0 <= float(text) <= 1e9:
             return float(text)
     raise ValueError("%r is no number of seconds" % text)
 
 
-# How long `ping` waits: a health check has to tell of a server that hangs.
+# How long `ping` waits: a health check has to find out that a server hangs.
 _PING_SECONDS = 5
 
 # How many items are moved before the progress is shown.
@@ -12217,7 +12209,7 @@ _MOVED_AT_ONCE = 10000
 
 
 def _argument(name, **how):
-    """Return what a command tells argparse of an argument."""
+    """Return the arguments of ArgumentParser.add_argument()."""
     return name, how
 
 
@@ -12227,8 +12219,8 @@ _COUNT = _argument("-n", type=_count, dest="count", metavar="N", help="so many i
 _YES = _argument("--yes", action="store_true", help="do not ask")
 _JSON_ROWS = _argument("--json", action="store_true", help="print JSON objects, not a table")
 
-# What can be asked of a server: name -> (function, what it does, its arguments). A function is
-# given a Client and the options, and returns the exit status, None for 0.
+# The commands: name -> (function, what it does, its arguments). A function is called with a Client
+# and the options, and returns the exit status, None for 0.
 _COMMANDS = {
     "put": (_command_put, "put items, or each line of standard input", [
         _QUEUE, _argument("item", nargs="*"),
@@ -12278,7 +12270,7 @@ def _run_command(name, *arguments):
     """Run a command; return the exit status: 0 done, 1 refused or not found, 2 usage, 3 no
     connection."""
     function, what, wanted = _COMMANDS[name]
-    if sys.stdout is None:                # it is closed: what is taken could not be printed
+    if sys.stdout is None:                # it is closed: a get would lose what it takes
         return _fail(2, "there is no standard output")
     parser = argparse.ArgumentParser(prog="kestrel.py " + name, description=what)
     for word, how in wanted:
@@ -12308,7 +12300,7 @@ def _run_command(name, *arguments):
 
 # -- without a server
 
-# What is looked for in a Scala file: a comment, a string, the begin and the end of an object, a
+# What _convert() looks for in a Scala file: a comment, the begin and the end of an object, a
 # setting and its value.
 _SCALA = re.compile(r"""//[^\n]*|/\*.*?\*/|new\s+(?P<object>\w+)[^{\n]*\{|(?P<end>\})
     |(?P<key>[\w.]+)\s*=\s*(?!new\b)(?P<value>(?:Some|List|Set)\([^)]*\)|"[^"]*"|[^\s;}]+)""",
@@ -12378,7 +12370,7 @@ def _converted(kind, header, key, value):
 
 
 def _hash_password():
-    """Print what stands in an auth_file for a password."""
+    """Ask for a password, and print what stands for it in an auth_file."""
     import getpass
     try:
         password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
@@ -12391,8 +12383,8 @@ def _hash_password():
 
 
 class LogStream(logging.Handler):
-    """Logs to standard error. A line that would block, since nobody reads the pipe, is dropped and
-    counted: a log must not stop the service."""
+    """Logs to standard error. If nobody reads the pipe, so that a write would block, lines are
+    dropped and counted: a log must not stop the service."""
 
     _dropped = 0
 
@@ -12529,7 +12521,7 @@ def _notify(text):
 
 
 def _raise_file_limit():
-    """Raise the limit of open files: each connection takes one."""
+    """Raise the limit of open files as far as possible: each connection takes one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -12550,7 +12542,7 @@ def _ignore(number, frame):
 
 
 def _handle_first_signals():
-    """Handle signals while the spool is loaded: nothing has to be finished then."""
+    """Handle signals while the spool is loaded: the process can just end then."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop_loading)
     for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT):
@@ -12573,8 +12565,8 @@ def _handle_signals(server):
 
 
 def _prepare_streams():
-    """Open /dev/null in the place of standard streams that are closed, lest a file or a socket is
-    opened there. There is still no sys.stdout then: what cannot be printed must not be taken."""
+    """Open /dev/null in the place of standard streams that are closed, so that no file or socket
+    takes their descriptors. sys.stdout stays None: a get must not take what it cannot print."""
     fd = 0
     while fd <= 2:
         fd = os.open(os.devnull, os.O_RDWR)
