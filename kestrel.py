@@ -410,6 +410,9 @@ class Values:
     def __init__(self, **values):
         self.__dict__.update(values)
 
+    def __eq__(self, other):
+        return vars(self) == vars(other)
+
 
 class QueueConfig(Values):
     """The settings of one queue, as attributes; those not given have their defaults."""
