@@ -518,10 +518,9 @@ class Config:
         self.server = Values(**{**_defaults(SERVER_SETTINGS), **server})
         self._check_aliases()
         self._check_server()
-        self._check_moves()
         self.tls = self._read_tls()
         self.users = self._read_auth_file()
-        self._check_users()
+        self._check_queues()
         self._raise_mistakes()
 
     def queue(self, name):
@@ -621,8 +620,10 @@ class Config:
                 self._note("%s: there is no directory %s" % (key, directory),
                            "command line" if key in self.overrides else "server", key)
 
-    def _check_moves(self):
-        """Note queues whose items would be moved to themselves, or nowhere."""
+    def _check_queues(self):
+        """Note queues whose items would be moved to themselves, or nowhere, and users of queues
+        that the auth_file does not have."""
+        knows_users = self.users is not None or not self.server.auth_file     # else it is bad
         for name, values in self._queues.items():
             header = ("queue " + name).strip()
             for key in ("expire_to_queue", "dead_letter_queue"):
@@ -633,6 +634,12 @@ class Config:
                     self.queue(name).dead_letter_queue):
                 self._note("max_deliveries: it needs a dead_letter_queue", header,
                            "max_deliveries")
+            for key in ("put_users", "get_users"):
+                for user in values.get(key, ()) if knows_users else ():
+                    if user not in (self.users or ()):
+                        self._note("%s: there is no %s" % (
+                            key, "auth_file" if self.users is None
+                            else "%s in the auth_file" % user), header, key)
 
     def _read_tls(self):
         """Return the ssl.SSLContext of the ports, None without a tls_cert."""
@@ -690,19 +697,6 @@ class Config:
         except (OSError, UnicodeDecodeError) as error:
             return self._note("auth_file %s: %s" % (path, error), "server", "auth_file")
         return users
-
-    def _check_users(self):
-        """Note users in the settings of queues that the auth_file does not have."""
-        if self.users is None and self.server.auth_file:       # it is bad itself
-            return
-        for name, values in self._queues.items():
-            header = ("queue " + name).strip()
-            for key in ("put_users", "get_users"):
-                for user in values.get(key, ()):
-                    if user not in (self.users or ()):
-                        self._note("%s: there is no %s" % (
-                            key, "auth_file" if self.users is None
-                            else "%s in the auth_file" % user), header, key)
 
     def _add(self, header, known, name, values):
         """Keep the values of a [queue NAME] or [alias NAME]; note a name that cannot be used."""
@@ -8985,7 +8979,8 @@ _SHORT_WAITS = 4
 # How many events are handled between two looks at the clock.
 _EVENTS_STEP = 8
 
-# Failures of TLS: a part of OpenSSL's reason -> what the client does.
+# Failures of TLS: a part of OpenSSL's reason -> what the client does. Clients of the first two can
+# read an answer without TLS.
 _TLS_FAILURES = {
     "WRONG_VERSION_NUMBER": "speaks no TLS to a port with TLS:",
     "HTTP_REQUEST": "speaks plain HTTP to a port with TLS:",
@@ -8996,9 +8991,6 @@ _TLS_FAILURES = {
     "CERTIFICATE_VERIFY_FAILED": "has a certificate that tls_client_ca does not sign:",
     "UNSUPPORTED_PROTOCOL": "speaks too old a version of TLS:",
     "": "fails in TLS:"}
-
-# The failures of clients that can read an answer without TLS.
-_NO_TLS = "WRONG_VERSION_NUMBER", "HTTP_REQUEST"
 
 # How many TLS handshakes a turn does, since each takes a millisecond, and with how many queues to
 # write a turn stops feeding clients.
@@ -9480,7 +9472,7 @@ class Connection:
                 why = str(error.reason or error)
                 words = next(words for part, words in _TLS_FAILURES.items() if part in why)
                 server.broker.note_stranger(session.peer, "%s %s" % (words, why))
-                if self.is_greeting and why in _NO_TLS:
+                if self.is_greeting and why in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
                     self._answer_in_plain()
                     return
             self.close()
