@@ -9903,8 +9903,8 @@ class Listener:
         return True
 
     def _refuse(self, sock, why):
-        sock.close()
         log.error("%s: %d connections, another is refused", why, len(self.server.connections))
+        sock.close()
 
     def _start(self):
         if self.sock.fileno() >= 0:
