@@ -132,16 +132,16 @@ trace = logging.getLogger("kestrel.trace")    # what enable_trace and enable_ses
 #
 # The settings, their units and defaults, and the config file they come from. A setting
 # carries Kestrel's name in snake_case. Times are held in milliseconds, busy_poll in
-# microseconds, sizes in bytes. What the settings name, certificates and passwords, is read here
-# too, so that a mistake in it is one of the config file.
-# Knows configparser and units; no queues; of sockets only what TLS makes of one.
+# microseconds, sizes in bytes. The certificates and passwords that settings name are read here
+# too, so that mistakes in them are reported like those in the config file.
+# Knows configparser, units and TLS sockets; no queues, no other sockets.
 
 UNLIMITED = (1 << 63) - 1
 
 # The longest queue name, in bytes: a file name less the longest suffix of a journal file.
 MAX_NAME = 255 - len(".1790000000000.pack")
 
-# What each status refuses: reads, writes. While it avoids writes, a server takes them.
+# What each status refuses: (reads, writes). WRITEAVOID only asks clients to put elsewhere.
 STATUSES = {
     "UP": (False, False),
     "WRITEAVOID": (False, False),
@@ -177,7 +177,7 @@ _TIMES = {"ms": 1, "s": 1000, "m": 60 * 1000, "h": 3600 * 1000, "d": 86400 * 100
 
 def _number_of(what, units, low=0, high=UNLIMITED, **words):
     """Return the kind of a number with one of the units, or of a word that stands for a value.
-    what: such as "a size such as 64kb". The first word of a value is the one it is shown as."""
+    what: what an error calls it. A value is shown as the first word that stands for it."""
     def parse(text):
         text = text.lower()
         if text in words:
@@ -214,7 +214,7 @@ def _one_of(*words):
 
 
 def _list_of(parse):
-    """Return the kind of words with commas or blanks between them; parse: makes one of a word."""
+    """Return the kind of words with commas or blanks between them. parse: reads one of them."""
     return Kind(lambda text: tuple(map(parse, filter(None, re.split("[ ,\n]+", text)))),
                 lambda values: ", ".join(map(str, values)))
 
@@ -394,7 +394,7 @@ def _shown(settings, values):
 
 
 def _hint(key, settings):
-    """Return what may have been meant by the unknown name of a setting."""
+    """Return what an error says about the unknown name of a setting: what may be meant."""
     for section, others in (("server", SERVER_SETTINGS), ("queue", QUEUE_SETTINGS)):
         if key in others:
             return "; it belongs in [%s]" % section
@@ -437,16 +437,16 @@ def tls_socket_class():
         """A TLS socket that behaves like a plain non-blocking one: the handshake is part of the
         first reads."""
 
-        _is_over = False                 # after shutdown()
+        _is_over = False                 # it has been shut down
 
         def recv(self, size):
             if self._is_over:
-                return super().recv(size)    # in plain, to be thrown away
+                return super().recv(size)    # not decrypted: nobody looks at it
             try:
                 return self.read(size)
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 raise BlockingIOError from None
-            except ValueError as error:      # it was gone before it was wrapped, and so is not
+            except ValueError as error:      # the client had gone before the socket was wrapped
                 raise ConnectionError(str(error)) from None
 
         def send(self, data):
@@ -482,7 +482,7 @@ class Config:
     auth_file.
 
     `path` is an INI file (configparser), None for the defaults. `overrides` are [server]
-    settings, given as text, that go before the file's. Raises ConfigError.
+    settings as text, which take precedence over the file's. Raises ConfigError.
     """
 
     def __init__(self, path: "str | None" = None,
@@ -511,17 +511,16 @@ class Config:
                 self._note("unknown section [%s]; there are [server], [queue], [queue NAME] "
                            "and [alias NAME]" % header, header)
         server.update(self._values("command line", SERVER_SETTINGS, self.overrides))
-        # The checks that follow look at several settings: with a default in the place of what was
-        # meant they would find mistakes that are none.
+        # The checks that follow compare settings. With a default in the place of a bad one they
+        # would report mistakes that nobody has made.
         self._raise_mistakes()
         self.given = server.keys()       # the [server] settings that are not just defaults
         self.server = Values(**{**_defaults(SERVER_SETTINGS), **server})
         self._check_aliases()
         self._check_server()
-        self._check_moves()
         self.tls = self._read_tls()
         self.users = self._read_auth_file()
-        self._check_users()
+        self._check_queues()
         self._raise_mistakes()
 
     def queue(self, name):
@@ -573,7 +572,7 @@ class Config:
             bad = dict.fromkeys([number for number, _ in error.errors],
                                 "neither [section] nor key = value")
         finally:
-            # A parser and its sections are cycles, and there is no garbage collector.
+            # A parser and its sections form cycles, and the garbage collector is off.
             for one in [*parser.values(), parser]:
                 vars(one).clear()
         raise ConfigError("\n".join("%s:%d: %s" % (self.path, *line) for line in bad.items()))
@@ -604,7 +603,7 @@ class Config:
                                "destination_queues")
 
     def _check_server(self):
-        """Note [server] settings that can only be mistakes together, or on this machine."""
+        """Note [server] settings that contradict each other, or do not fit this machine."""
         settings = self.server
         ports = {}
         for key in ("memcache_port", "text_port", "thrift_port", "admin_port"):
@@ -621,8 +620,10 @@ class Config:
                 self._note("%s: there is no directory %s" % (key, directory),
                            "command line" if key in self.overrides else "server", key)
 
-    def _check_moves(self):
-        """Note queues whose items would be moved to themselves, or nowhere."""
+    def _check_queues(self):
+        """Note queues whose items would be moved to themselves, or nowhere, and users of queues
+        that the auth_file does not have."""
+        knows_users = self.users is not None or not self.server.auth_file     # else it is bad
         for name, values in self._queues.items():
             header = ("queue " + name).strip()
             for key in ("expire_to_queue", "dead_letter_queue"):
@@ -633,6 +634,12 @@ class Config:
                     self.queue(name).dead_letter_queue):
                 self._note("max_deliveries: it needs a dead_letter_queue", header,
                            "max_deliveries")
+            for key in ("put_users", "get_users"):
+                for user in values.get(key, ()) if knows_users else ():
+                    if user not in (self.users or ()):
+                        self._note("%s: there is no %s" % (
+                            key, "auth_file" if self.users is None
+                            else "%s in the auth_file" % user), header, key)
 
     def _read_tls(self):
         """Return the ssl.SSLContext of the ports, None without a tls_cert."""
@@ -658,7 +665,7 @@ class Config:
                     context.load_verify_locations(path)
                     context.verify_mode = ssl.CERT_REQUIRED
                 elif key == "tls_key" or not settings.tls_key:
-                    # Without a password it asks for one, at the terminal.
+                    # Without `password`, OpenSSL would ask for one at the terminal.
                     context.load_cert_chain(settings.tls_cert, path, password=lambda: "")
             except ssl.SSLError as error:
                 return self._note("%s: %s has no %s: %s" % (key, path, lacks, error), "server",
@@ -691,21 +698,8 @@ class Config:
             return self._note("auth_file %s: %s" % (path, error), "server", "auth_file")
         return users
 
-    def _check_users(self):
-        """Note users in the settings of queues that the auth_file does not have."""
-        if self.users is None and self.server.auth_file:       # it is bad itself
-            return
-        for name, values in self._queues.items():
-            header = ("queue " + name).strip()
-            for key in ("put_users", "get_users"):
-                for user in values.get(key, ()):
-                    if user not in (self.users or ()):
-                        self._note("%s: there is no %s" % (
-                            key, "auth_file" if self.users is None
-                            else "%s in the auth_file" % user), header, key)
-
     def _add(self, header, known, name, values):
-        """Take what a [queue NAME] or [alias NAME] says, once for each name."""
+        """Keep the values of a [queue NAME] or [alias NAME]; note a name that cannot be used."""
         if name in known:
             self._note("duplicate section [%s]" % header, header)
         if name:
@@ -736,14 +730,15 @@ class Config:
 
 # == 2. Access ============================================================================
 #
-# Password hashes and logins. (Which user may use which queue is asked of the broker, which knows
-# the settings of the queues.) Knows names and passwords; no queues, no sockets.
+# Password hashes and logins. (The broker knows which user may use which queue.) Knows names and
+# passwords; no queues, no sockets.
 
 # The delay after a wrong password, per host, and how many logins of a host may queue.
 _LOGIN_REST_MS = 1000
 _LOGINS = 100
 
-# The longest name and password, in bytes, and how long a client has for them, and for TLS.
+# The longest name and password, in bytes; how long a client may take to send them, or for the
+# TLS handshake.
 MAX_LOGIN = 1024
 LOGIN_MS = 60000
 
@@ -765,7 +760,7 @@ def is_password(password, stored):
     return hmac.compare_digest(made, stored)
 
 
-# What the password of an unknown user is checked against, so that it takes as long.
+# The password of an unknown user is checked against this, so that it takes as long.
 _NOBODY = "pbkdf2$200000$%032d$%064d" % (0, 0)
 
 
@@ -778,31 +773,30 @@ class Logins:
     most one wrong one per host and second. Right passwords are cached.
 
     broker: has `config` with the users, `aside(work, done)`, which runs work() on a thread and
-    then done(error, seconds) on the loop, and `later`, see Alone.
+    then done(error) on the loop, and `later`, see Alone.
     """
 
     def __init__(self, broker):
         self._broker = broker
         self._key = os.urandom(32)
-        self._known = set()              # keyed digests of what has been right
-        self._lines = {}                 # host -> deque of _Logins, the first is being checked
+        self._known = set()              # keyed digests of passwords that were right
+        self._lines = {}                 # host -> list of _Logins, the first is being checked
 
     def check(self, client, name, password, done):
         """Call done(user): the name as text if that is its password (both bytes), else None.
-        client: has `who`, `peer.host`, `at_end` once it will say no more, and `is_over()` when
-        nobody waits for the answer."""
+        client: has `who`, `peer.host`, `at_end` (it will say no more) and `is_over()` (nobody
+        waits for the answer)."""
         host, login = client.peer.host, _Login(client, name, password, done)
         line = self._lines.get(host)
         if self._digest(name, password) in self._known:
             done(os.fsdecode(name))
         elif line is None:
-            self._lines[host] = collections.deque([login])
+            self._lines[host] = [login]
             self._go_on(host)
         else:
             line.append(login)
-            if len(line) > _LOGINS:          # the last that has hung up gives way, or this one
-                gone = [one for one in itertools.islice(line, 1, None) if one.client.at_end]
-                last = gone[-1] if gone else login
+            if len(line) > _LOGINS:          # drop the last that has hung up, or this one
+                last = next((one for one in line[:0:-1] if one.client.at_end), login)
                 line.remove(last)
                 last.done(None)
 
@@ -817,9 +811,9 @@ class Logins:
     def _go_on(self, host):
         """Check the next password of a host."""
         # Those that have hung up come last: most of them do not wait for the answer.
-        line = self._lines[host] = collections.deque(sorted(
+        line = self._lines[host] = sorted(
             (one for one in self._lines[host] if not one.client.is_over()),
-            key=lambda one: one.client.at_end))
+            key=lambda one: one.client.at_end)
         if not line:
             del self._lines[host]
             return
@@ -830,14 +824,14 @@ class Logins:
         else:
             self._broker.aside(
                 functools.partial(self._learn, digest, login.password, self._stored(login.name)),
-                lambda error, seconds: self._finish(host, digest))
+                lambda error: self._finish(host, digest))
 
     def _learn(self, digest, password, stored):
         if is_password(password, stored):
             self._known.add(digest)
 
     def _finish(self, host, digest):
-        login = self._lines[host].popleft()
+        login = self._lines[host].pop(0)
         name, is_right = os.fsdecode(login.name), digest in self._known
         if not is_right:
             # Only known names are logged: a client that has not logged in may have sent an item.
@@ -9008,8 +9002,8 @@ def _page_policy():
 # Sockets, time, fsync, signals: the loop that feeds the sessions and sends their answers. Knows
 # nothing of records or of command words.
 
-# How long a turn feeds clients, and for how long it runs tasks then, in seconds. What is left
-# over is for the next turn.
+# How long a turn feeds clients, and how long it runs tasks then, in seconds. The next turn does
+# the rest.
 _FEED_SECONDS = 0.006
 _WORK_SECONDS = 0.005
 
@@ -9019,7 +9013,8 @@ _SHORT_WAITS = 4
 # How many events are handled between two looks at the clock.
 _EVENTS_STEP = 8
 
-# What goes wrong in TLS: a part of OpenSSL's reason -> in words.
+# Failures of TLS: a part of OpenSSL's reason -> what the client does. Clients of the first two can
+# read an answer without TLS.
 _TLS_FAILURES = {
     "WRONG_VERSION_NUMBER": "speaks no TLS to a port with TLS:",
     "HTTP_REQUEST": "speaks plain HTTP to a port with TLS:",
@@ -9031,16 +9026,13 @@ _TLS_FAILURES = {
     "UNSUPPORTED_PROTOCOL": "speaks too old a version of TLS:",
     "": "fails in TLS:"}
 
-# Those of clients that can read an answer which is not in TLS.
-_NO_TLS = "WRONG_VERSION_NUMBER", "HTTP_REQUEST"
-
-# How many TLS handshakes a turn does, which take a millisecond each, and how many queues may have
-# something to write before it feeds nobody any more.
+# How many TLS handshakes a turn does, since each takes a millisecond, and with how many queues to
+# write a turn stops feeding clients.
 _GREETINGS = 4
 _MOST_WRITES = 150
 
-# How much is read from a socket at a time, and how much unparsed input of a client that waits
-# is kept before its socket is left alone.
+# How much is read from a socket at a time. The socket of a waiting client is not read while it
+# has more unparsed input than that.
 _CHUNK = 1 << 16
 
 # Larger answers are sent without being joined.
@@ -9049,18 +9041,17 @@ _BIG = 1 << 16
 # With a larger load in one turn the output of a client is counted before it is sent.
 _UNCOUNTED = 1 << 18
 
-# How much is sent to a client in a turn, though it would take more; IOV_MAX: how many pieces one
-# sendmsg() takes.
+# The most that is sent to a client in a turn; how many pieces one sendmsg() takes (IOV_MAX).
 _MOST_SENT = 1 << 17
 _MAX_VECTOR = 1024
 
-# How often a waiting client whose socket is not read is checked for having gone, in seconds, and
-# how long one is given to read its last answers.
+# How often the server looks whether a waiting client has gone, while its socket is not read, and
+# how long a client may take to read its last answers.
 _LOOK_SECONDS = 1
 _LINGER_SECONDS = 1
 
-# How the header of the PROXY protocol begins in version 2; the longest one of version 1, and what
-# follows the first 16 bytes in the longest one of version 2 that is taken.
+# The header of the PROXY protocol: how it begins in version 2; how long it is at most in version
+# 1, and, after the first 16 bytes, in version 2.
 _PROXY_2 = b"\r\n\r\n\0\r\nQUIT\n"
 _LONGEST_PROXY_1 = 107
 _LONGEST_PROXY_2 = 4096
@@ -9068,32 +9059,31 @@ _LONGEST_PROXY_2 = 4096
 # When a silent TCP connection is probed, how often, and how many probes may go unanswered.
 _KEEPALIVE = {"TCP_KEEPIDLE": 120, "TCP_KEEPINTVL": 30, "TCP_KEEPCNT": 4}
 
-# How many new clients a listener takes in a turn, how long it rests when the kernel gives it none,
-# and how often the log tells of those refused.
+# How many new clients a listener takes in a turn, and how long it rests after an accept() that
+# failed.
 _ACCEPTS = 256
 _ACCEPT_AGAIN_SECONDS = 1
-_TELL_SECONDS = 10
 
 # How long a status_command may run.
 _ANNOUNCE_SECONDS = 30
 
-# Seconds without a failure before a journal counts as recovered, and how often the log tells of
-# those that have not.
+# Seconds without a failure before a journal counts as recovered, and how often the log names those
+# that have not.
 _CALM_SECONDS = 3
 _REMIND_SECONDS = 60
 
 # After how long a disk that does not answer counts as failing.
 _HANG_SECONDS = 10
 
-# How many queues are fsynced at once, since each takes descriptors; and after how many milliseconds
-# an fsync is tried again for which there were none.
+# How many queues are fsynced at once, since each takes descriptors, and after how many milliseconds
+# an fsync that lacked them is tried again.
 _SYNCS = 64
 _SYNC_AGAIN_MS = 50
 
 # How many descriptors the server needs besides those of connections, journals and fsyncs.
 _OTHER_FILES = 20
 
-# How long fsyncs are waited for before the end.
+# How long the server waits for fsyncs when it stops.
 _LAST_SECONDS = 30
 
 # The protocols; the port of each is set by memcache_port and so on.
@@ -9141,7 +9131,7 @@ class Timers:
         return min(max(0, self._heap[0][0] - mono), 3600) if self._heap else None
 
     def run(self, mono):
-        """Make the calls that are due; those that these schedule come in another turn."""
+        """Make the calls that are due. What they schedule is for a later turn."""
         first_new = next(self._serial)
         while self._heap and self._heap[0][0] <= mono and self._heap[0][1] < first_new:
             entry = heapq.heappop(self._heap)
@@ -9155,39 +9145,37 @@ class Timers:
 class Worker:
     """A thread for calls that block, above all fsync, so that the loop never does.
 
-    `done` is filled with (call, OSError or None, seconds that it took); `wake` is called after
-    each, from the thread. `unfinished` counts what is not in `done` yet or still there.
+    wake: called from the thread after each.
     """
 
     def __init__(self, wake):
-        self.done = collections.deque()
-        self.unfinished = 0
+        self.done = collections.deque()  # (done, OSError or None) of what has returned
+        self.unfinished = 0              # what has been submitted and not been taken from there
         self._wake = wake
         self._jobs = queues.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
         self._thread.start()
 
-    def submit(self, work, call):
-        """Run work(), which returns an OSError or None, on the thread; then have
-        take_results() make call(error, seconds)."""
+    def submit(self, work, done):
+        """Run work(), which returns or raises an OSError or returns None, on the thread; then have
+        take_results() call done(error)."""
         self.unfinished += 1
-        self._jobs.put((work, call))
+        self._jobs.put((work, done))
 
     def take_results(self):
-        """Make the calls for what has been done."""
+        """Make the calls that are due since work has returned."""
         while self.done:
-            call, error, seconds = self.done.popleft()
+            done, error = self.done.popleft()
             self.unfinished -= 1
-            _guard(call, error, seconds)
+            _guard(done, error)
 
     def stop(self, seconds):
-        """End the thread when it has done what has been submitted; wait so long for that."""
+        """End the thread when all that was submitted has been done; wait at most `seconds`."""
         self._jobs.put(None)
         self._thread.join(seconds)
 
     def _run(self):
-        for work, call in iter(self._jobs.get, None):
-            start = time.monotonic()
+        for work, done in iter(self._jobs.get, None):
             try:
                 error = work()
             except OSError as failure:
@@ -9195,8 +9183,17 @@ class Worker:
             except Exception:                          # it must not end the thread
                 log.exception("unexpected, on the worker thread")
                 error = OSError(errno.EIO, "unexpected, see the log")
-            self.done.append((call, error, time.monotonic() - start))
+            self.done.append((done, error))
             self._wake()
+
+
+def _timed(call, times):
+    """Make a call, and append the seconds that it took to `times`."""
+    start = time.monotonic()
+    try:
+        return call()
+    finally:
+        times.append(time.monotonic() - start)
 
 
 class Poller:
@@ -9246,7 +9243,7 @@ class Poller:
                 events = wait(0)
                 if events:
                     return events
-        # The second look is for a process that was stopped, whose wait ends without one.
+        # The wait of a process that is stopped and continued ends without events: look again.
         events = wait(timeout) or wait(0)
         is_short = time.monotonic() < start + self._busy_poll
         self._short_waits = self._short_waits + 1 if is_short else 0
@@ -9282,13 +9279,6 @@ class Poller:
         with contextlib.suppress(BlockingIOError):
             self._left.recv(4096)
 
-    def wait_for_interrupt(self, timeout):
-        """Wait for an interrupt(), at most `timeout` seconds, and not for sockets."""
-        self._left.settimeout(timeout)
-        with contextlib.suppress(OSError):
-            self._left.recv(4096)
-        self._left.setblocking(False)
-
     def fileno(self):
         """Return what signal.set_wakeup_fd() can be given."""
         return self._right.fileno()
@@ -9301,16 +9291,15 @@ class Poller:
 
 
 class Syncs:
-    """Fsyncs of journals on a worker, one at a time of each queue, and the log's lines about
-    journals that cannot be written."""
+    """Fsyncs of journals on the worker, at most one of each queue at a time, and the watch over
+    journals that fail."""
 
     def __init__(self, server):
         self._server = server
-        self._planned = set()            # queues whose fsync has a time set
-        self.wanted = {}                # queues to be fsynced, in order; an ordered set
+        self._planned = set()            # queues that have a timer for their next fsync
+        self.wanted = {}                 # queues to be fsynced, in order; an ordered set
         self._running = {}               # queues that are being fsynced -> since when
-        self._is_looking = False         # the worker looks for look()
-        self._told = 0                   # when the log told of failing journals last
+        self._is_looking = False         # the worker runs _look_at()
 
     def is_idle(self):
         """Return whether no fsync is wanted or under way."""
@@ -9327,8 +9316,8 @@ class Syncs:
             self._server.later(delay, functools.partial(self._due, queue))
 
     def start(self):
-        """Begin the fsyncs that are wanted, the next of a queue for all that has been written
-        since."""
+        """Begin the fsyncs that are wanted, as many as there may be, but no second one of a queue:
+        that waits for the first, and is for all that has been written by then."""
         for queue in list(self.wanted):
             if len(self._running) >= _SYNCS:
                 break
@@ -9343,18 +9332,19 @@ class Syncs:
                 if is_short_of_descriptors(error):
                     self._server.later(_SYNC_AGAIN_MS, functools.partial(self._due, queue))
                     continue
-                # It counts as one that has been done and has failed.
+                # It is treated as an fsync that has failed.
                 call, sync = functools.partial(_bare, error), None
-            self._running[queue] = self._server.mono
-            self._server.worker.submit(call, functools.partial(self._synced, queue, sync))
+            self._running[queue], times = self._server.mono, []
+            self._server.worker.submit(functools.partial(_timed, call, times),
+                                       functools.partial(self._synced, queue, sync, times))
 
     def _due(self, queue):
         self._planned.discard(queue)
         self.wanted[queue] = None
 
-    def _synced(self, queue, sync, error, seconds):
-        self._running.pop(queue, None)
-        queue.counters.fsync_usec = int(seconds * 1e6)
+    def _synced(self, queue, sync, times, error):
+        del self._running[queue]
+        queue.counters.fsync_usec = int(times[0] * 1e6)
         self._server.broker.metrics["fsync_usec"].add([queue.counters.fsync_usec])
         if not error:
             queue.synced(sync)
@@ -9365,10 +9355,9 @@ class Syncs:
         queue.sync_failed(sync, error)
 
     def look(self):
-        """Look each second how much space is free and, while journals fail, whether they still do.
-        The server has to try itself: load balancers have sent the clients elsewhere."""
+        """Look how much space is free and, while journals fail, whether they still do. The server
+        has to try itself: load balancers have sent the clients elsewhere."""
         broker, mono = self._server.broker, self._server.mono
-        self._server.later(RETRY_MS, self.look)
         for queue in list(broker.failing):
             queue.recover(self._server.now)
         for queue, since in self._running.items():
@@ -9381,9 +9370,8 @@ class Syncs:
             self._server.worker.submit(
                 functools.partial(_look_at, broker.spool, bool(broker.failing), found),
                 functools.partial(self._looked, found))
-        self._remind()
 
-    def _looked(self, found, error, seconds):
+    def _looked(self, found, error):
         broker = self._server.broker
         self._is_looking = False
         if found:
@@ -9393,13 +9381,10 @@ class Syncs:
                 broker.failing[queue] = failure._replace(when=broker.uptime())
         broker.forget_failures(_CALM_SECONDS)
 
-    def _remind(self):
-        """Tell the log once a minute of journals that fail."""
-        broker, mono = self._server.broker, self._server.mono
-        if not broker.failing:
-            self._told = mono
-        elif mono > self._told + _REMIND_SECONDS:
-            self._told = mono
+    def remind(self):
+        """Log that journals fail, if some do."""
+        broker = self._server.broker
+        if broker.failing:
             log.error("%s; %s of %s are free; %d journals fail; clients are told SERVER_ERROR, "
                       "nothing acknowledged is lost, service resumes by itself", broker.trouble(),
                       SIZE.show((broker.free_space or 0) >> 20 << 20), broker.spool,
@@ -9407,8 +9392,8 @@ class Syncs:
 
 
 def _look_at(spool, is_failing, found):
-    """Append to `found` how many bytes are free for the spool. is_failing: try whether it can be
-    written. Raises OSError."""
+    """Append to `found` how many bytes are free for the spool. is_failing: also try to write there.
+    Raises OSError."""
     status = os.statvfs(spool)
     found.append(status.f_bavail * status.f_frsize)
     if is_failing:
@@ -9481,7 +9466,7 @@ class Connection:
         server.broker.admit(session)
         self.since = server.mono
         self.last_active = server.mono   # when it said something, or took some of its answers
-        self.is_greeting = hasattr(sock, "do_handshake")       # which is not done yet
+        self.is_greeting = hasattr(sock, "do_handshake")       # a TLS handshake is not done yet
         self.is_traced = False
         # The state for which place() has arranged all, None if there is more to see to: something
         # is kept or unsent, or all is traced. HELD may be READY for it.
@@ -9525,7 +9510,7 @@ class Connection:
                 why = str(error.reason or error)
                 words = next(words for part, words in _TLS_FAILURES.items() if part in why)
                 server.broker.note_stranger(session.peer, "%s %s" % (words, why))
-                if self.is_greeting and why in _NO_TLS:
+                if self.is_greeting and why in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
                     self._answer_in_plain()
                     return
             self.close()
@@ -9595,8 +9580,8 @@ class Connection:
     def _flush_any(self, failed, unsafe):
         """Do as flush(), whatever the client waits for, and whatever has failed."""
         session = self.session
-        # Also where nothing has failed: what a command that goes on has written is not to be
-        # answered with what fails in a later turn.
+        # Also when nothing has failed: a failure in a later turn would be taken for one of what a
+        # command that goes on has written already.
         if failed or unsafe or session.holds or session.touched and not session.out:
             session.settle(failed, unsafe)
         if session.state is CLOSED:
@@ -9725,7 +9710,7 @@ class Connection:
 
     def _look(self):
         """Read the socket to its end if the client has gone, or will send no more. Nothing else
-        tells while its socket is not read."""
+        shows that while the socket is not watched."""
         self._looked = self.server.mono
         poll = select.poll()
         poll.register(self.sock, getattr(select, "POLLRDHUP", 0))
@@ -9740,7 +9725,7 @@ class Connection:
         self.close()
 
     def count_buffers(self):
-        """Tell the server how much memory the input and output of the client take."""
+        """Tell the server how much memory the unparsed input and unsent output take."""
         session = self.session
         size = session.unparsed + sum(map(len, session.out)) + sum(map(len, self.unsent))
         change = size - self.buffered
@@ -9761,8 +9746,8 @@ class Connection:
     # -- the end
 
     def _finish(self):
-        """Shut down the socket: all has been said. The client is given a moment to read it, since
-        closing a socket with unread input would take back what it has not read yet."""
+        """Shut down the socket: all has been sent. The client has a moment to read it: if a socket
+        is closed with unread input, the kernel discards what the client has not read yet."""
         if self.session.at_end:
             self.close()
         elif not self._finished:
@@ -9792,9 +9777,9 @@ class Connection:
 
 
 def _parse_proxy_header(data):
-    """Return (the address that a proxy speaks for, None if it speaks for itself; the size of its
-    header), from the beginning of what it sends; None if that is not all of it. This is the PROXY
-    protocol of HAProxy, versions 1 and 2. Raises ValueError."""
+    """Parse the header of HAProxy's PROXY protocol, version 1 or 2. Return (the address of the
+    client, None if the proxy speaks for itself; the size of the header), or None if `data` is not
+    all of it. Raises ValueError."""
     if not _PROXY_2.startswith(data[:len(_PROXY_2)]):
         end = data.find(b"\r\n", 0, _LONGEST_PROXY_1)
         words = data[:max(end, 0)].decode("ascii", "replace").split(" ")
@@ -9825,8 +9810,8 @@ def _parse_proxy_header(data):
 
 
 class Introduction:
-    """A connection of a proxy, until it has said for whom it speaks. Nothing is read from it but
-    that: what follows may be TLS."""
+    """A connection of a proxy, until the header has come that says for whom it speaks. No more than
+    that is read: what follows may be TLS."""
 
     is_greeting = False                  # as a Connection may be
 
@@ -9834,7 +9819,7 @@ class Introduction:
         self._listener = listener
         self._sock = sock
         self._address = address
-        self._head = b""                 # what has come of it
+        self._head = b""                 # what has come of the header
         server = listener.server
         server.introductions.add(self)
         server.poller.watch(sock, self)
@@ -9885,8 +9870,6 @@ class Listener:
         self._is_inherited = is_inherited
         self.address = sock.getsockname()
         self.name = _name_of(self.address)
-        self._refused = 0                # connections refused since the log told of it,
-        self._told = -_TELL_SECONDS      # and when that was
         if isinstance(self.address, tuple):
             _keep_alive(sock)
         try:
@@ -9972,13 +9955,8 @@ class Listener:
         return True
 
     def _refuse(self, sock, why):
+        log.error("%s: %d connections, another is refused", why, len(self.server.connections))
         sock.close()
-        self._refused += 1
-        if self.server.mono >= self._told + _TELL_SECONDS:
-            log.error("%s: %d connections, %d refused", why, len(self.server.connections),
-                      self._refused)
-            self._told = self.server.mono
-            self._refused = 0
 
     def _start(self):
         if self.sock.fileno() >= 0:
@@ -9997,7 +9975,7 @@ class Server:
     """The daemon: listeners, connections and the loop. Raises OSError when it cannot start.
 
     run() serves until stop() is called. given: {protocol: [listening socket]} of ports that are
-    open already. notify: told what systemd wants to know, see sd_notify(3).
+    open already. notify: is called with each message for systemd, see sd_notify(3).
     """
 
     def __init__(self, config, given=(), notify=lambda text: None):
@@ -10020,7 +9998,8 @@ class Server:
             stack.pop_all()
         self._plan_sweep()
         self._plan_sample()
-        self.syncs.look()
+        self.every(RETRY_MS, self.syncs.look)
+        self.every(_REMIND_SECONDS * 1000, self.syncs.remind)
 
     def _open(self, config, given, stack):
         """Open the spool and the ports, load the queues, start the threads. stack: an ExitStack
@@ -10045,12 +10024,11 @@ class Server:
                           for sock, protocol in sockets]
         self._workers = {}               # Worker -> how long its last work is waited for
         self.worker = self._start_worker(_LAST_SECONDS)
-        self.broker.work = lambda call, done: self.worker.submit(
-            call, lambda error, seconds: done(error))
+        self.broker.work = self.worker.submit
         self.broker.reloaded.append(self._set_traces)
-        if config.users is not None:     # what takes the processor long delays no fsync
+        if config.users is not None:     # password hashes take long, and must not delay fsyncs
             self.broker.aside = self._start_worker(_LAST_SECONDS).submit
-        # The commands of these may take long: they are not waited for.
+        # What these do may take long: nobody waits for it at the end.
         self._announcer = self._start_worker(0) if settings.status_command else None
         if settings.scrub_interval:
             self.later(settings.scrub_interval,
@@ -10127,7 +10105,7 @@ class Server:
             if one.is_greeting:
                 greetings += 1
                 if greetings > _GREETINGS:
-                    continue                           # poll() will tell of it again
+                    continue                           # poll() will return it again
             try:
                 one.ready(readable)
             except Exception as error:
@@ -10166,6 +10144,11 @@ class Server:
         entry = self.timers.at(self.mono + delay_ms / 1000, call)
         return functools.partial(self.timers.cancel, entry)
 
+    def every(self, delay_ms, call):
+        """Make a call now, and then every so many milliseconds."""
+        self.later(delay_ms, functools.partial(self.every, delay_ms, call))
+        call()
+
     def visit(self, connection, method, *arguments):
         """Call a method of a connection; what is unexpected costs its client only."""
         try:
@@ -10193,8 +10176,8 @@ class Server:
         self.broker.woken.clear()
 
     def count_buffers(self, change):
-        """Count unparsed input and unsent output of a connection. They have the memory that
-        queues leave, and a quarter of max_memory in any case: the greediest client pays."""
+        """Count unparsed input and unsent output of a connection. They may take the memory that
+        queues leave, and a quarter of max_memory in any case: else hang up on the greediest."""
         budget = self.broker.budget
         self.buffered += change
         budget.memory += change
@@ -10214,8 +10197,8 @@ class Server:
             if time.monotonic() > end or len(self.broker.dirty) > _MOST_DIRTY:
                 break
 
-    def _step(self, task, error=None, seconds=0):
-        """Run a task one step; `error` is what came of the call that it asked for."""
+    def _step(self, task, error=None):
+        """Run a task one step. error: of the call that it asked for, if that failed."""
         try:
             # A task that was closed meanwhile, with its queue, has no frame any more.
             work = task.throw(error) if error and task.gi_frame else next(task)
@@ -10254,41 +10237,36 @@ class Server:
         self._plan_sample()
         self.notify(self._summary())
 
-    def keep_watch(self, delay_ms):
-        """Tell systemd's watchdog every `delay_ms` milliseconds that the loop turns."""
-        self.notify("WATCHDOG=1")
-        self.later(delay_ms, functools.partial(self.keep_watch, delay_ms))
-
     def _reload(self):
         self.notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic_ns() // 1000))
         self.broker.reload("SIGHUP", lambda error: self.notify("READY=1\n" + self._summary()))
 
     def _announce(self):
-        """Run the status_command with the latest status, unless it runs: then it is run again
-        when it has ended, if the status is another one by then."""
+        """Run the status_command if the status has changed since the last run, and that has
+        ended."""
         worker, status = self._announcer, self.broker.status
         if not worker.unfinished and status != self._announced:
             self._announced = status
             worker.submit(functools.partial(
                 _run_status_command, self.broker.settings.status_command, status,
                 ["%s=%s" % (one.protocol, one.name) for one in self.listeners]),
-                lambda error, seconds: None)
+                lambda error: None)
 
     def _scrub(self, worker):
-        """Have all journals read and their check sums looked at."""
+        """Have all journals read and their check sums verified."""
         found = []
         log.info("reading all journals (scrub_interval)")
         worker.submit(functools.partial(_scrub, self.broker.spool, found),
-                      functools.partial(self._scrubbed, worker, found))
+                      functools.partial(self._scrubbed, worker, found, self.mono))
 
-    def _scrubbed(self, worker, found, error, seconds):
+    def _scrubbed(self, worker, found, since, error):
         damaged = [one for one in found if one["damage"]]
         for one in damaged:
             log.error("%s: %d damaged pieces, the first at byte %d (%s); --verify tells more",
                       one["file"], len(one["damage"]), one["damage"][0]["begin"],
                       one["damage"][0]["why"])
-        log.info("%d journal files read in %d s, %d are damaged%s", len(found), seconds,
-                 len(damaged), ": %s" % error if error else "")
+        log.info("%d journal files read in %d s, %d are damaged%s", len(found),
+                 self.mono - since, len(damaged), ": %s" % error if error else "")
         self.broker.scrubbed = len(found), len(damaged), self.now
         self.later(self.broker.settings.scrub_interval, functools.partial(self._scrub, worker))
 
@@ -10301,7 +10279,7 @@ class Server:
         written, failed = self.broker.write()
         for queue in written:
             self.syncs.written(queue)
-        # Up to where answers rest on them: what is done from here on may fail for itself.
+        # Up to the positions that answers depend on by now: what comes later may fail alone.
         unsafe = self._unsafe = {
             queue: queue.history.logged for queue in itertools.chain(self._unsafe, written)
             if queue.history.safe < queue.history.logged}
@@ -10340,8 +10318,7 @@ class Server:
                 self._step(self.broker.tasks.popleft())
             if not (self.worker.unfinished or self.broker.dirty) and self.syncs.is_idle():
                 break
-            if self.worker.unfinished:
-                self.poller.wait_for_interrupt(1)
+            time.sleep(0.001)
         for worker, seconds in self._workers.items():
             worker.stop(seconds)
         self.broker.work = None              # from here on blocking calls are made at once
@@ -10622,16 +10599,6 @@ class ServerError(Exception):
     """An error that a server has answered with."""
 
 
-def _exported(block):
-    """Return what export() tells of an item; block: see Client._blocks(). Kestrel tells only of
-    the flags."""
-    words, data = block
-    flags, _, add_time, expiry, deliveries = [int(word) for word in words[2:7]] + [0] * (
-        7 - len(words))
-    return {"data": data, "flags": flags, "add_time": add_time, "expiry": expiry,
-            "deliveries": deliveries}
-
-
 def _word(text):
     """Return a text that is part of a command. Raises ValueError if it would be more."""
     if re.search(r"\s", text):
@@ -10640,7 +10607,7 @@ def _word(text):
 
 
 def _many(count):
-    """Return the option of a key for so many items; Kestrel knows no such option."""
+    """Return the option of a get for so many items: none for one, as Kestrel does not know it."""
     return "" if count == 1 else "/n=%d" % count
 
 
@@ -10739,25 +10706,26 @@ class Client:
             answers, error, failure = self._put_batch(queue, batch, expiry, flags)
             taken += sum(answers)
             refused = refused or error
-            if failure:                      # some refusals are its last word
+            if failure:                      # after some refusals the server hangs up
                 raise refused or failure
         if refused:
             raise refused
         return taken
 
-    def _put_batch(self, queue, batch, expiry, flags):
-        """Put items at once. Return (whether each was taken, as far as that was answered, the first
-        ServerError, the OSError that ended it); None where there was none."""
-        self._send(b"".join([self._set(queue, data, expiry, flags) for data in batch]))
+    def _put_batch(self, queue, batch, *how):
+        """Put items at once. Return (whether each was taken, as far as the server has answered; the
+        first ServerError or None; the OSError that ended it or None)."""
         answers, refused = [], None
-        for _ in batch:
-            try:
-                answers.append(self._try(self._line) == b"STORED")
-            except ServerError as error:
-                answers.append(False)
-                refused = refused or error
-            except OSError as error:
-                return answers, refused, error
+        try:
+            self._send(b"".join([self._set(queue, data, *how) for data in batch]))
+            for _ in batch:
+                try:
+                    answers.append(self._try(self._line) == b"STORED")
+                except ServerError as error:
+                    answers.append(False)
+                    refused = refused or error
+        except OSError as error:
+            return answers, refused, error
         return answers, refused, None
 
     def _set(self, queue, data, expiry, flags, delay=0, sync=False):
@@ -10791,8 +10759,9 @@ class Client:
     def export(self, queue: str, count: "int | None" = None,
                take: bool = False) -> "Iterator[dict]":
         """Yield items, all or so many, as dicts: data, flags, add_time and expiry (milliseconds of
-        the epoch, 0 for never), and how often each has come back. They stay; take: they are taken,
-        fifty at a time, once the next fifty are asked for. This has a connection of its own."""
+        the epoch, 0 for never), and how often each has come back. They stay, unless `take` is true:
+        then fifty at a time are taken, when the next fifty are asked for. This uses a connection of
+        its own."""
         left = UNLIMITED if count is None else count
         with Client(*self._arguments) as other:
             while left > 0:
@@ -10806,8 +10775,12 @@ class Client:
                 other._get(queue, 0, "/close" + _many(len(rows)))
 
     def _rows(self, queue, count, how):
+        """Yield items as export() does. Kestrel sends the data and flags only."""
         self._send(b"get %b/n=%d/info/%b\r\n" % (self._keys(queue), count, how))
-        return map(_exported, self._blocks(self._line()))
+        for words, data in self._blocks(self._line()):
+            flags, _, add_time, expiry, deliveries = [*map(int, words[2:7]), 0, 0, 0][:5]
+            yield {"data": data, "flags": flags, "add_time": add_time, "expiry": expiry,
+                   "deliveries": deliveries}
 
     def _check_closed(self, queue):
         names = self._keys(queue).split(b"/or=")
@@ -10821,16 +10794,16 @@ class Client:
     @contextlib.contextmanager
     def open(self, queue: "str | list[str]", timeout: float = 0,
              limit: "float | None" = None) -> "Iterator[bytes | None]":
-        """Open the next item, or None, for the time of a `with` block: it is closed when the block
-        is, and goes back to the head of its queue if the block raises an exception. limit: it goes
-        back after so many seconds, see touch()."""
+        """Open the next item, or None, for a `with` block: it is closed when the block ends, and
+        goes back to the head of its queue if the block raises an exception. limit: it goes back
+        after so many seconds, see touch()."""
         with self.open_many(queue, 1, timeout, limit) as items:
             yield items[0] if items else None
 
     @contextlib.contextmanager
     def open_many(self, queue: "str | list[str]", count: int, timeout: float = 0,
                   limit: "float | None" = None) -> "Iterator[list[bytes]]":
-        """Open up to so many items for the time of a `with` block, as open() does."""
+        """Open up to so many items for a `with` block, as open() does."""
         self._check_closed(queue)
         options = "" if limit is None else "/timeout=%d" % (limit * 1000)
         client, items = self._find(queue, timeout, "/open" + _many(count) + options)
@@ -10897,15 +10870,15 @@ class Client:
         return dict(line.split(" ", 1) for line in self._table("stats", "STAT "))
 
     def queues(self, prefix: str = "") -> "list[tuple]":
-        """Return [(name, items, bytes, open reads, waiters)] of the queues whose names begin like
-        that."""
+        """Return [(name, items, bytes, open reads, waiters)] of the queues whose names begin with
+        `prefix`."""
         rows = [line.rsplit(" ", 4) for line in self._table(
             ("list " + _word(prefix)).strip(), "QUEUE ")]
         return [(name, *map(int, numbers)) for name, *numbers in rows]
 
     def names(self, stats: "dict[str, str] | None" = None) -> "list[str]":
-        """Return the names of all queues; also of a server of Kestrel. stats: what stats() has
-        returned, if that is there already."""
+        """Return the names of all queues; also of Kestrel's own server. stats: what stats() has
+        returned, if it was called already."""
         end = "_open_transactions"
         return [key[len("queue_"):-len(end)] for key in stats or self.stats()
                 if key.startswith("queue_") and key.endswith(end)]
@@ -11068,23 +11041,15 @@ class Client:
         return self._ask(os.fsencode(command) + b"\r\n", read)
 
 
-# How long a server of several may take to let a Client in; how long a peek at one waits for an
-# item; how often they are asked instead over TLS.
+# For a Cluster: how long a server may take to accept a connection; how long a peek at a server
+# waits for an item; how often servers with TLS are asked instead.
 _CONNECT_SECONDS = 1
 _WATCH_SECONDS = 30
 _TLS_POLL_SECONDS = 0.05
 
-# How long a server that has failed is left alone: at least so long, and so many times as long as
-# the failure has taken.
+# A server that has failed is left alone for at least so many seconds, and for so many times as
+# long as the failure has taken.
 _REST_SECONDS, _REST_FACTOR = 1, 10
-
-
-class _Unknown(ConnectionError):
-    """The connection was lost before the answers to `count` puts."""
-
-    def __init__(self, count):
-        super().__init__("the connection was lost before the answers to %d puts" % count)
-        self.count = count
 
 
 def _shuffled(members):
@@ -11098,19 +11063,19 @@ class _Member:
     def __init__(self, arguments):
         self._arguments = arguments
         self.address = "%s:%s" % arguments[:2]
-        self._clients = {}               # what for -> a Client, connected when it is needed
-        self.watched = None              # the key of a peek that has not been answered
-        self.rests_until = 0             # time.monotonic(); it has failed
+        self.clients = {}                # whether it is for waiting -> a Client, once it is needed
+        self.watched = None              # the key of a peek that has not been answered yet
+        self.rests_until = 0             # when it may be asked again, as time.monotonic()
 
     def client(self, watching=False):
         """Return a Client: for commands, or for waiting. Raises OSError and ServerError."""
-        if watching not in self._clients:
+        if watching not in self.clients:
             host, port, timeout, *rest = self._arguments
             with self.failing():
                 client = Client(host, port, min(timeout, _CONNECT_SECONDS), *rest)
             client._timeout = timeout
-            self._clients[watching] = client
-        return self._clients[watching]
+            self.clients[watching] = client
+        return self.clients[watching]
 
     @contextlib.contextmanager
     def failing(self):
@@ -11128,28 +11093,24 @@ class _Member:
     def stop_watching(self):
         """Give up a peek that has not been answered."""
         self.watched = None
-        if True in self._clients:
-            self._clients.pop(True).close()
-
-    def is_connected(self):
-        """Return whether there is a Client for commands."""
-        return False in self._clients
+        if True in self.clients:
+            self.clients.pop(True).close()
 
     def close(self):
         """Hang up."""
-        while self._clients:
-            self._clients.popitem()[1].close()
+        while self.clients:
+            self.clients.popitem()[1].close()
 
 
 class Cluster(Client):
     """A Client of several servers that know nothing of each other: `Client(["10.0.0.1",
     "10.0.0.2:22134"])`.
 
-    A put goes to any of them, and to another one if that refuses it or has failed: so a queue is
-    on all of them, and only roughly in order. put() and put_many() put an item twice only if a
-    connection is lost before the answer; `perhaps_twice` counts these, and the log names them.
-    Gets ask all, in any order, and wait for all at once. A server that has failed is left alone for
-    a while. Everything else has to be asked of one server, by a Client of that one.
+    A put goes to any of them, and to another one if that refuses it or fails: so each queue is on
+    all of them, and only roughly in order. An item may be put twice if the connection is lost
+    before the answer: `perhaps_twice` counts such items, and a warning is logged. Gets ask all
+    servers, in any order, and wait for all at once. A server that has failed is left alone for a
+    while. All other methods raise TypeError: use a Client of one server.
 
     Raises OSError when no server can be reached; ServerError where all have refused.
     """
@@ -11168,33 +11129,18 @@ class Cluster(Client):
     def put(self, queue: str, data: bytes, expiry: int = 0, flags: int = 0, delay: float = 0,
             sync: bool = False) -> bool:
         """Put an item on one of the servers; return False if none has taken it."""
-        return self._put(lambda client: client.put(queue, data, expiry, flags, delay, sync))
+        return self._put(queue, [data], expiry, flags, delay, sync) == 1
 
     def put_many(self, queue: str, items: "Iterable[bytes]", expiry: int = 0,
                  flags: int = 0) -> int:
         """Put items, a batch on a server; return how many were taken."""
-        taken = 0
-        for batch in _batches(items, _PUT_AT_ONCE):
-            rest = batch
+        return sum(self._put(queue, batch, expiry, flags)
+                   for batch in _batches(items, _PUT_AT_ONCE))
 
-            def put(client):
-                nonlocal rest
-                answers, refused, failure = client._put_batch(queue, rest, expiry, flags)
-                unknown = len(rest) - len(answers)
-                rest = [data for data, answer in itertools.zip_longest(rest, answers) if not answer]
-                if failure and not (refused and not answers[-1]):      # else it was its last word
-                    raise _Unknown(unknown)
-                if refused:
-                    raise refused
-                return not rest
-
-            self._put(put)
-            taken += len(batch) - len(rest)
-        return taken
-
-    def _put(self, put):
-        """Try servers until put(client) is true. Return whether it was."""
-        failure = unknown = None
+    def _put(self, queue, items, *how):
+        """Put items on one server, and those that it does not take on the next one, and so on;
+        return how many were taken."""
+        left, failure, unknown = items, None, None
         for member in self._in_any_order(also_resting=True):
             try:
                 client = member.client()
@@ -11203,10 +11149,16 @@ class Cluster(Client):
             except (OSError, ServerError) as error:    # nothing was sent
                 failure = error
                 continue
+            tried = left
             try:
                 with member.failing():
-                    if put(client):
-                        return True
+                    answers, refused, lost = client._put_batch(queue, tried, *how)
+                    left = [item for item, is_taken in itertools.zip_longest(tried, answers)
+                            if not is_taken]
+                    if refused and (not lost or not answers[-1]):    # some refuse, and hang up
+                        raise refused
+                    if lost:
+                        raise lost
                 failure = None
             except ServerError as error:
                 if not str(error).startswith("SERVER_ERROR"):
@@ -11214,16 +11166,18 @@ class Cluster(Client):
                 failure = error
             except OSError as error:
                 failure = unknown = error
-                self.perhaps_twice += error.count if isinstance(error, _Unknown) else 1
+                self.perhaps_twice += len(tried) - len(answers)
                 log.warning("the connection to %s was lost before the answer to a put: what was "
                             "put may be there, and is put elsewhere", member.address)
+            if not left:
+                return len(items)
         if unknown or failure:
             raise unknown or failure
-        return False
+        return len(items) - len(left)
 
     def _in_any_order(self, also_resting=False):
-        """Return the servers that have not failed a moment ago, and the others after them if these
-        are wanted."""
+        """Return the servers in random order, without those that are left alone; also_resting: with
+        these at the end."""
         if self._is_closed:
             raise ConnectionError("this client is closed")
         now = time.monotonic()
@@ -11237,11 +11191,11 @@ class Cluster(Client):
 
     def export(self, queue: str, count: "int | None" = None,
                take: bool = False) -> "Iterator[dict]":
-        """Raise TypeError, as do all calls that are about one server."""
+        """Raise TypeError, as all methods do that are about one server."""
         self._send(b"")
 
     def _find(self, queue, timeout, options):
-        """Return (the Client of the server that had some, items); (None, []) if there are none."""
+        """Return (the Client that has read items, the items), (None, []) if there are none."""
         end = time.monotonic() + timeout
         members = self._in_any_order(also_resting=True)
         failure, reached = None, False
@@ -11268,7 +11222,7 @@ class Cluster(Client):
             members = self._wait(queue, end)
 
     def _wait(self, queue, end):
-        """Wait until there is an item, or the time is up; return the servers to be asked then."""
+        """Wait until there is an item, or the time is up; return the servers to ask then."""
         key = self._keys(queue)
         while time.monotonic() < end:
             left = end - time.monotonic()
@@ -11331,7 +11285,7 @@ class Cluster(Client):
             client.touch(queue)
 
     def _connected(self):
-        return [member.client() for member in self._members if member.is_connected()]
+        return [member.client() for member in self._members if False in member.clients]
 
     def _holders(self, queue):
         return [client for client in self._connected() if self._keys(queue) in client._opened]
@@ -11353,16 +11307,16 @@ class Cluster(Client):
 @contextlib.contextmanager
 def serve(port: int = 0, spool: "str | None" = None, config: "str | None" = None,
           settings: "dict[str, dict] | None" = None) -> "Iterator[Server]":
-    """Run a server on 127.0.0.1 in a thread for the time of a `with` block, which is given the
-    Server; its `port` is a free one if `port` is 0.
+    """Run a server on 127.0.0.1 in a thread for a `with` block, which gets the Server; its `port`
+    is a free one if `port` is 0.
 
         with kestrel.serve() as server, kestrel.Client(port=server.port) as client:
             client.put("q", b"x")
 
     spool: the directory of the journals, None for one that is deleted in the end. config: the
-    path of a config file. settings: what would stand in one, in its place, as {"server":
-    {"max_queues": 5}, "queue jobs": {"max_items": 100}}. It has no admin port, unless these give
-    one. Raises ConfigError, and OSError when it cannot start.
+    path of a config file. settings: in its place, what would stand in it, as {"server":
+    {"max_queues": 5}, "queue jobs": {"max_items": 100}}. There is an admin port only if these set
+    it. Raises ConfigError, and OSError when it cannot start.
     """
     import tempfile
     with contextlib.ExitStack() as stack:
@@ -11396,73 +11350,72 @@ def serve(port: int = 0, spool: "str | None" = None, config: "str | None" = None
 
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
-# How many log lines that differ only in their details are let through in how many seconds.
+# How many log lines that differ only in their details pass in how many seconds.
 _REPEATS = 20
 _REPEAT_SECONDS = 10
 
 
 def main(arguments=None):
-    """Run the daemon, or what else the arguments say; return the exit status. `arguments` default
-    to the command line's."""
+    """Run the daemon, or the tool or command that the arguments ask for; return the exit status.
+    `arguments` default to the command line's."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in _COMMANDS:
-        return _run_command(*arguments)
-    parser = _argument_parser()
-    first = "".join(arguments[:1]).partition("=")[0]
-    if first in ("--server", "--user", "--tls", "--cafile"):
-        parser.error("%s comes after the command" % first)
-    options = parser.parse_args(arguments)
-    if options.dump and not options.journals:
-        parser.error("--dump needs journal files")
-    for name, tools in (("json", ("dump", "verify")), ("kestrel", ("pack",)), ("every", ("copy",))):
-        if getattr(options, name) and not any(getattr(options, tool) for tool in tools):
-            parser.error("--%s goes with --%s" % (name, " and --".join(tools)))
-    if options.journals and not options.dump:
-        name = options.journals[0]
-        parser.error(("%s takes options of its own, after it; these are the server's"
-                      if name in _COMMANDS else "there is no command %s") % name)
-    overrides = {key: value for key, value in vars(options).items()
-                 if key in SERVER_SETTINGS and value is not None}
-    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=[LogStream()])
     try:
-        status = _run_tool(options)
-        if status is None:
-            config = Config(options.config, overrides)
-        if options.check:
-            print("\n".join(config.lines()))
-            status = 0
-        if status is not None:
-            print(end="", flush=True)
-            return status
-        # A collection looks at every item in memory, for a tenth of a second with half a million
-        # of them, and finds nothing: what is let go of here is in no cycle.
-        gc.disable()
-        _set_up_log(config.server)
-        _handle_first_signals()
-        _raise_file_limit()
-        server = Server(config, _inherited(config), _notify)
+        try:
+            if arguments and arguments[0] in _COMMANDS:
+                return _run_command(*arguments)
+            options = _parse_options(arguments)
+            logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=[LogStream()])
+            status = _run_tool(options)
+            if status is not None:
+                return status
+            server = _start_server(_read_config(options))
+        finally:
+            print(end="", flush=True)        # so that its errors come here, after --help too
     except ConfigError as error:
         print(error, file=sys.stderr)
         return os.EX_CONFIG              # systemd does not start it again, see kestrel.service
     except OSError as error:
-        if error.filename == _STDOUT:
-            return _output_failed(error)
-        return _fail(1, "%s%s" % (error.filename + ": " if error.filename else "",
-                                  error.strerror or error))
-    server.broker.reloaded.append(functools.partial(_set_up_log_again, config.server))
-    _handle_signals(server)
-    watchdog = int(os.environ.get("WATCHDOG_USEC", 0))
-    if watchdog and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
-        server.keep_watch(watchdog // 2000)            # twice as often as it wants it
+        if error.filename != _STDOUT:
+            return _fail(1, "%s%s" % (error.filename + ": " if error.filename else "",
+                                      error.strerror or error))
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())     # it is flushed again at the end
+        if error.errno == errno.EPIPE:       # nobody reads the pipe any more: `| head`
+            return 0
+        return _fail(2, "%s: %s" % (_STDOUT, error.strerror))
     server.run()
     return 0
 
 
+def _read_config(options):
+    """Return the Config that the options ask for. Raises ConfigError."""
+    return Config(options.config, {key: value for key, value in vars(options).items()
+                                   if key in SERVER_SETTINGS and value is not None})
+
+
+def _start_server(config):
+    """Return a Server that is ready to run as a daemon. Raises ConfigError and OSError."""
+    # A collection looks at every item in memory, which takes a tenth of a second for half a
+    # million of them, and finds nothing: there are no cycles.
+    gc.disable()
+    _set_up_log(config.server)
+    _handle_first_signals()
+    _raise_file_limit()
+    server = Server(config, _inherited(config), _notify)
+    server.broker.reloaded.append(functools.partial(_set_up_log_again, config.server))
+    _handle_signals(server)
+    watchdog = int(os.environ.get("WATCHDOG_USEC", 0))
+    if watchdog and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+        # Twice as often as systemd wants it, in milliseconds.
+        server.every(watchdog // 2000, lambda: server.notify("WATCHDOG=1"))
+    return server
+
+
 def _run_tool(options):
-    """Run what needs no settings, and return its exit status; None if nothing is asked for."""
+    """Run the tool that the options ask for, and return its exit status; None for no tool."""
     if options.dump:
         return _dump(options.journals, options.json)
-    if options.pack is not None:         # an empty one may be meant: of a variable of a shell
+    if options.pack is not None:         # "" is an error: an empty variable of a shell
         return _pack(options.pack, options.kestrel)
     if options.verify is not None:
         return _verify(options.verify, options.json)
@@ -11472,6 +11425,9 @@ def _run_tool(options):
         return _hash_password()
     if options.convert is not None:
         return _convert(options.convert)
+    if options.check:
+        print("\n".join(_read_config(options).lines()))
+        return 0
     return None
 
 
@@ -11483,7 +11439,7 @@ def _fail(status, why):
 
 @contextlib.contextmanager
 def _naming(name):
-    """Name in each OSError of a `with` block what it is about, as `filename`."""
+    """Set the `filename` of any OSError that a `with` block raises."""
     try:
         yield
     except OSError as error:
@@ -11494,30 +11450,26 @@ _STDOUT = "standard output"
 
 
 class Output(io.FileIO):
-    """Standard output, whose errors name it: a command is not to take them for the server's."""
+    """Standard output. Its errors name it, so that they are not taken for the server's."""
 
     def write(self, data):
         with _naming(_STDOUT):
             return super().write(data)
 
 
-def _output_failed(error):
-    """Print nothing any more, and tell why, unless it was a pipe that nobody reads (`| head`);
-    return the exit status."""
-    with open(os.devnull, "wb") as nothing:
-        os.dup2(nothing.fileno(), sys.stdout.fileno())   # it is flushed once more at the end
-    return 0 if error.errno == errno.EPIPE else _fail(2, "%s: %s" % (_STDOUT, error.strerror))
+def _argument_type(parse):
+    """Return a function as a type for argparse: users are told the text of its ValueError."""
+    def convert(text):
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
 
 
-def _every(text):
-    """Return a time in milliseconds, as in the settings."""
-    try:
-        return TIME.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _argument_parser():
+def _parse_options(arguments):
+    """Return the options of the daemon and the tools. Exits if they make no sense."""
     parser = argparse.ArgumentParser(
         prog="kestrel.py", usage="%(prog)s [options]\n       %(prog)s COMMAND ...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -11550,7 +11502,7 @@ def _argument_parser():
     tools.add_argument("--copy", nargs=2, metavar=("SPOOL", "DEST"),
                        help="copy a spool, which a server may be using, or bring the copy up to "
                             "date")
-    parser.add_argument("--every", metavar="TIME", type=_every,
+    parser.add_argument("--every", metavar="TIME", type=_argument_type(TIME.parse),
                         help="with --copy: again and again, such as each 1s")
     tools.add_argument("--hash-password", action="store_true",
                        help="ask for a password (or read a line), print what an auth_file has "
@@ -11560,7 +11512,20 @@ def _argument_parser():
     tools.add_argument("--check", action="store_true",
                        help="check the config file, print the effective settings, and exit")
     parser.add_argument("--version", action="version", version="kestrel.py " + __version__)
-    return parser
+    first = "".join(arguments[:1]).partition("=")[0]
+    if first in ("--server", "--user", "--tls", "--cafile"):
+        parser.error("%s comes after the command" % first)
+    options = parser.parse_args(arguments)
+    if options.dump and not options.journals:
+        parser.error("--dump needs journal files")
+    for name, tools in (("json", ("dump", "verify")), ("kestrel", ("pack",)), ("every", ("copy",))):
+        if getattr(options, name) and not any(getattr(options, tool) for tool in tools):
+            parser.error("--%s goes with --%s" % (name, " and --".join(tools)))
+    if options.journals and not options.dump:
+        name = options.journals[0]
+        parser.error(("%s takes options of its own, after it; these are the server's"
+                      if name in _COMMANDS else "there is no command %s") % name)
+    return options
 
 
 def _dump(paths, as_json):
@@ -11595,7 +11560,7 @@ def _in_json(data):
         return {"base64": base64.b64encode(data).decode()}
 
 
-# How often a file that ends within a write is looked at before that is told.
+# How often a file that ends within a write is read before that counts as damage.
 _VERIFY_TRIES = 5
 
 
@@ -11675,7 +11640,7 @@ def _verify(spool, as_json):
 # the queue of that moment. In the copy, too, each step leaves files that can be loaded: they
 # grow, the oldest first, and new ones take the place of others by a rename.
 
-# How often the files of a queue that change are opened anew.
+# How often the files of a queue are opened anew if they change meanwhile.
 _COPY_TRIES = 60
 
 
@@ -11816,28 +11781,28 @@ def _copy_rest(fd, size, path):
 
 
 def _copy(source, dest, every):
-    """Copy a spool once, or again and again. After the first pass a failure is logged, and the
+    """Copy a spool once, or again and again: then a failure is logged after the first pass, and the
     next pass tries again."""
     if not os.path.isdir(source):
         raise OSError(errno.ENOENT, "%s: there is no such spool" % source)
     lock = _lock_spool(dest)
-    trouble = None                       # why the last pass failed
+    trouble = None                       # why the last pass failed, "" if it did not
     try:
-        copied = copy_spool(source, dest)
         while True:
-            if copied or every is None:
-                log.info("%s: %d bytes copied to %s", source, copied, dest)
-            if every is None:
-                return 0
-            time.sleep(every / 1000)
-            copied = 0
             try:
                 copied = copy_spool(source, dest)
-                trouble = None
+                if copied or every is None:
+                    log.info("%s: %d bytes copied to %s", source, copied, dest)
+                trouble = ""
             except OSError as error:
+                if trouble is None:
+                    raise
                 if str(error) != trouble:
                     trouble = str(error)
                     log.error("%s: cannot be copied to %s: %s; trying again", source, dest, trouble)
+            if every is None:
+                return 0
+            time.sleep(every / 1000)
     except KeyboardInterrupt:
         return 0
     finally:
@@ -11857,8 +11822,8 @@ def _check_whole(path):
 
 
 def _pack(path, for_kestrel):
-    """Write the journals of an unused queue as one file, which takes their place. for_kestrel: as
-    one that Kestrel 2.x can read."""
+    """Replace the journals of an unused queue with one file. for_kestrel: one that Kestrel 2.x can
+    read."""
     directory, name = os.path.split(os.path.abspath(path))
     os.listdir(directory)                # there must be one: _lock_spool() would make it
     spool = _lock_spool(directory)
@@ -11866,10 +11831,9 @@ def _pack(path, for_kestrel):
         older = find_journals(directory, name).get(name)
         if older is None:
             raise OSError(errno.ENOENT, "%s: there is no such queue" % path)
-        for number in older:
-            _check_whole("%s.%d" % (path, number))
-        if os.path.exists(path):
-            _check_whole(path)
+        for file in [*("%s.%d" % (path, number) for number in older), path]:
+            if os.path.exists(file):
+                _check_whole(file)
         host = Alone()
         host.locks_files = False             # the spool is locked
         queue = Queue(name, directory, QueueConfig(
@@ -11890,14 +11854,14 @@ def _pack(path, for_kestrel):
 # -- commands that talk to a server
 
 def _connect(options, timeout=30, server=None):
-    """Return a Client of a server, as a rule the one that the options, or the environment, name.
-    Raises OSError, which names the server."""
+    """Return a Client of a server, by default the one of the options. Raises OSError, which names
+    the server."""
     server = server or options.server
     host, port = _host_and_port(server)
-    tls = None
-    if options.tls or options.cafile:
+    tls = options.cafile
+    if options.tls and not tls:
         import ssl
-        tls = ssl.create_default_context(cafile=options.cafile)
+        tls = ssl.create_default_context()
     with _naming(server):
         return Client(host, port, timeout, options.user, options.password, tls)
 
@@ -11940,26 +11904,25 @@ def _command_put(client, options):
         items = [sys.stdin.buffer.read()]
     else:
         items = (line.rstrip(b"\n") for line in sys.stdin.buffer)
+    _put_all(options, ((client.put(options.queue, item, options.expiry, 0, options.delay,
+                                   options.sync), 1) for item in items))
+
+
+def _put_all(options, puts, show=lambda done: None):
+    """Put items, and return how many. puts: does so while it yields (how many were taken, of how
+    many). show: is told how many items are done. Raises ValueError when some are not taken."""
     done = 0
     try:
-        for done, item in enumerate(items):
-            if not client.put(options.queue, item, options.expiry, 0, options.delay,
-                              options.sync):
-                raise ValueError("%s is full or paused; %d items were put" % (
-                    options.queue, done))
-    except _BREAKING_OFF:
-        _tell_put(done)
+        for taken, count in puts:
+            done += taken
+            if taken < count:
+                raise ValueError("%s is full or paused; %d items were put" % (options.queue, done))
+            show(done)
+    except (OSError, ServerError, KeyboardInterrupt):
+        if done:                             # so that they are not put again
+            print("kestrel.py: at least %d items were put; then:" % done, file=sys.stderr)
         raise
-
-
-# What may end a put of many items at any time.
-_BREAKING_OFF = OSError, ServerError, KeyboardInterrupt
-
-
-def _tell_put(count):
-    """Tell how many items were put before something went wrong: they are not to be put again."""
-    if count:
-        print("kestrel.py: at least %d items were put; then:" % count, file=sys.stderr)
+    return done
 
 
 def _command_get(client, options):
@@ -11983,7 +11946,7 @@ def _command_peek(client, options):
 
 
 def _command_export(client, options):
-    """Print items as JSON objects, a line each; take them if that is wanted."""
+    """Print items as JSON objects, a line each, and take them with --take."""
     show, done = _progress(_count_of(client, options)), 0
     for done, row in enumerate(client.export(options.queue, options.count, options.take), 1):
         print(json.dumps({**_in_json(row.pop("data")), **row}), flush=options.take)
@@ -11993,7 +11956,7 @@ def _command_export(client, options):
 
 def _command_import(client, options):
     """Put what export has printed."""
-    done, bad = 0, None
+    bad = None
 
     def rows():
         nonlocal bad
@@ -12011,16 +11974,7 @@ def _command_import(client, options):
             yield row
 
     show = _progress(None)
-    try:
-        for taken, count in _put_exported(client, options.queue, rows()):
-            done += taken
-            if taken < count:
-                raise ValueError("%s is full or paused; %d items were put" % (
-                    options.queue, done))
-            show(done)
-    except _BREAKING_OFF:
-        _tell_put(done)
-        raise
+    done = _put_all(options, _put_exported(client, options.queue, rows()), show)
     show(done, True)
     if bad:
         raise ValueError("line %d is not what export prints; the %d items before it were put" % (
@@ -12028,8 +11982,8 @@ def _command_import(client, options):
 
 
 def _put_exported(client, queue, rows):
-    """Put items as export() tells of them, with their flags and expiries; yield (how many were
-    taken, of how many) for each batch."""
+    """Put items as export() yields them, with their flags and expiries; yield (how many were taken,
+    of how many) for each batch."""
     for (flags, expiry), same in itertools.groupby(
             rows, lambda row: (row["flags"], -(-row["expiry"] // 1000))):
         for batch in _batches((row["data"] for row in same), _PUT_AT_ONCE):
@@ -12051,8 +12005,8 @@ def _count_of(client, options):
 
 
 def _progress(total):
-    """Return a function that is told how many items are done, and shows it on a terminal if that
-    takes more than a second. total: of how many, None if nobody knows."""
+    """Return a function to call with the number of items done, which shows it on a terminal after
+    the first second. total: of how many, None if that is unknown."""
     began, shown = time.monotonic(), None
 
     def show(done, is_end=False):
@@ -12111,28 +12065,29 @@ def _command_top(client, options):
     """Show the deepest queues, anew each second, until it is interrupted."""
     import shutil
     before, then = {}, 0
-    while True:
-        try:
-            client = client or _connect(options)
-            stats = client.stats()
-            rows, mono = _queue_rows(client, stats), time.monotonic()
-            head = "%s  %s  %s items  up %s s" % (
-                options.server, client.status(), stats["curr_items"], stats["uptime"])
-            if stats.get("trouble", "none") != "none":
-                head += "\n" + _red(stats["trouble"])
-            taken = {row[0]: int(stats.get("queue_%s_get_hits" % row[0], 0)) for row in rows}
-            rows = [(*row, round((taken[row[0]] - before[row[0]]) / (mono - then), 1)
-                     if row[0] in before else "") for row in rows]
-            before, then = taken, mono
-        except (OSError, ServerError) as error:
-            client, head = None, _red("%s  %s" % (options.server, error))
-            rows = []
-        rows.sort(key=lambda row: row[-1 if options.by == "rate" else 1] or 0, reverse=True)
-        lines = max(1, shutil.get_terminal_size().lines - 4)     # not all know their size
-        sys.stdout.write("\33[H\33[2J" + head + "\n\n")
-        _show_table((*_QUEUE_COLUMNS, "gets/s"), rows[:lines])
-        sys.stdout.flush()
-        time.sleep(1)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            try:
+                client = client or _connect(options)
+                stats = client.stats()
+                rows, mono = _queue_rows(client, stats), time.monotonic()
+                head = "%s  %s  %s items  up %s s" % (
+                    options.server, client.status(), stats["curr_items"], stats["uptime"])
+                if stats.get("trouble", "none") != "none":
+                    head += "\n" + _red(stats["trouble"])
+                taken = {row[0]: int(stats.get("queue_%s_get_hits" % row[0], 0)) for row in rows}
+                rows = [(*row, round((taken[row[0]] - before[row[0]]) / (mono - then), 1)
+                         if row[0] in before else "") for row in rows]
+                before, then = taken, mono
+            except (OSError, ServerError) as error:
+                client, head = None, _red("%s  %s" % (options.server, error))
+                rows = []
+            rows.sort(key=lambda row: row[-1 if options.by == "rate" else 1] or 0, reverse=True)
+            lines = max(1, shutil.get_terminal_size().lines - 4)     # not all know their size
+            sys.stdout.write("\33[H\33[2J" + head + "\n\n")
+            _show_table((*_QUEUE_COLUMNS, "gets/s"), rows[:lines])
+            sys.stdout.flush()
+            time.sleep(1)
 
 
 def _red(text):
@@ -12168,7 +12123,7 @@ def _command_drain(client, options):
         for name in names:
             if "queue_%s_items" % name not in stats:
                 raise ValueError("there is no queue %s" % name)
-        names = sorted(names, key=lambda name: "+" in name)    # before they have children there
+        names = sorted(names, key=lambda name: "+" in name)    # parents have no children there yet
         targets = dict(zip(names, itertools.cycle(others)))
 
         def waiting():
@@ -12208,8 +12163,8 @@ def _command_drain(client, options):
 
 
 def _is_same_server(before, between, after):
-    """Return whether three answers to `stats` are of one server, whatever its addresses: what it
-    counts only grows. The second one came over a connection made since the first."""
+    """Return whether three answers to `stats` come from one server, whatever its addresses: its
+    counters only grow. The second answer came over a connection made since the first."""
     def counts(key):
         return [int(stats.get(key, 0)) for stats in (before, between, after)]
 
@@ -12220,9 +12175,9 @@ def _is_same_server(before, between, after):
 
 
 def _drained(client, name, server, other, count):
-    """Move so many items of a queue to another server, where `other` is a client; yield how many
-    at a time. They are opened, and closed when they are stored there. Raises ValueError where they
-    are not taken."""
+    """Move so many items of a queue to another server, of which `other` is a client; yield how many
+    were moved for each batch. They are opened, and closed when they are stored there. Raises
+    ValueError when some are not taken."""
     while count > 0:
         rows = list(client._rows(name, min(count, _PUT_AT_ONCE), b"open"))
         if not rows:
@@ -12248,8 +12203,8 @@ def _command_delete(client, options):
 
 
 def _if_sure(options, question, call):
-    """Make a call for the queue, but ask first at a terminal, unless --yes says so; return the exit
-    status."""
+    """Make a call for the queue, after a question at a terminal unless there is --yes; return the
+    exit status."""
     if options.yes or not sys.stdin.isatty() or input(question + " [y/N] ").lower() == "y":
         call(options.queue)
         return 0
@@ -12271,41 +12226,36 @@ def _command_kick(client, options):
         raise ValueError("there is no client %d" % options.id)
 
 
-def _count(text):
-    """Return a number of items."""
-    if text.isdecimal() and int(text):
-        return int(text)
-    raise argparse.ArgumentTypeError("%r is no number from 1" % text)
+_count = _argument_type(COUNT.parse)
 
 
+@_argument_type
 def _server(text):
     """Return the address of a server as it is."""
-    try:
-        _host_and_port(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    _host_and_port(text)
     return text
 
 
-def _certificates(text):
-    """Return the name of a file of certificates."""
+@_argument_type
+def _authorities(path):
+    """Return an ssl.SSLContext that trusts the certificates of a file."""
     import ssl
     try:
-        ssl.create_default_context(cafile=text)
+        return ssl.create_default_context(cafile=path)
     except OSError as error:
-        raise argparse.ArgumentTypeError("%s: %s" % (text, error.strerror)) from None
-    return text
+        raise ValueError("%s: %s" % (path, error.strerror)) from None
 
 
+@_argument_type
 def _seconds(text):
-    """Return a number of seconds that makes sense as a time to wait."""
+    """Return a number of seconds to wait."""
     with contextlib.suppress(ValueError):
         if 0 <= float(text) <= 1e9:
             return float(text)
-    raise argparse.ArgumentTypeError("%r is no number of seconds" % text)
+    raise ValueError("%r is no number of seconds" % text)
 
 
-# How long `ping` waits: a health check has to tell of a server that hangs.
+# How long `ping` waits: a health check has to find out that a server hangs.
 _PING_SECONDS = 5
 
 # How many items are moved before the progress is shown.
@@ -12313,7 +12263,7 @@ _MOVED_AT_ONCE = 10000
 
 
 def _argument(name, **how):
-    """Return what a command tells argparse of an argument."""
+    """Return the arguments of ArgumentParser.add_argument()."""
     return name, how
 
 
@@ -12323,8 +12273,8 @@ _COUNT = _argument("-n", type=_count, dest="count", metavar="N", help="so many i
 _YES = _argument("--yes", action="store_true", help="do not ask")
 _JSON_ROWS = _argument("--json", action="store_true", help="print JSON objects, not a table")
 
-# What can be asked of a server: name -> (function, what it does, its arguments). A function is
-# given a Client and the options, and returns the exit status, None for 0.
+# The commands: name -> (function, what it does, its arguments). A function is called with a Client
+# and the options, and returns the exit status, None for 0.
 _COMMANDS = {
     "put": (_command_put, "put items, or each line of standard input", [
         _QUEUE, _argument("item", nargs="*"),
@@ -12374,7 +12324,7 @@ def _run_command(name, *arguments):
     """Run a command; return the exit status: 0 done, 1 refused or not found, 2 usage, 3 no
     connection."""
     function, what, wanted = _COMMANDS[name]
-    if sys.stdout is None:                # it is closed: what is taken could not be printed
+    if sys.stdout is None:                # it is closed: a get would lose what it takes
         return _fail(2, "there is no standard output")
     parser = argparse.ArgumentParser(prog="kestrel.py " + name, description=what)
     for word, how in wanted:
@@ -12384,24 +12334,18 @@ def _run_command(name, *arguments):
                         help="or unix:PATH; $KESTREL_SERVER, else 127.0.0.1:22133")
     parser.add_argument("--user", help="its password is $KESTREL_PASSWORD, or is asked for")
     parser.add_argument("--tls", action="store_true", help="speak TLS")
-    parser.add_argument("--cafile", metavar="FILE", type=_certificates,
+    parser.add_argument("--cafile", metavar="FILE", type=_authorities,
                         help="whose certificates to trust, with TLS")
     options = parser.parse_intermixed_args(arguments)
     try:
         options.password = _password(options.user)
         with _connect(options, _PING_SECONDS if name == "ping" else 30) as client:
-            status = function(client, options) or 0
-        print(end="", flush=True)
-        return status
-    except KeyboardInterrupt:
-        if name == "top":                    # which nothing else ends
-            return 0
-        raise
+            return function(client, options) or 0
     except EOFError:                     # nobody answers
         return _fail(2, "there is nobody to ask: set $KESTREL_PASSWORD, or use --yes")
     except OSError as error:
         if error.filename == _STDOUT:
-            return _output_failed(error)
+            raise
         return _fail(1 if name == "ping" else 3,
                      "%s: %s" % (error.filename or options.server, error.strerror or error))
     except (ServerError, ValueError) as error:
@@ -12410,7 +12354,7 @@ def _run_command(name, *arguments):
 
 # -- without a server
 
-# What is looked for in a Scala file: a comment, a string, the begin and the end of an object, a
+# What _convert() looks for in a Scala file: a comment, the begin and the end of an object, a
 # setting and its value.
 _SCALA = re.compile(r"""//[^\n]*|/\*.*?\*/|new\s+(?P<object>\w+)[^{\n]*\{|(?P<end>\})
     |(?P<key>[\w.]+)\s*=\s*(?!new\b)(?P<value>(?:Some|List|Set)\([^)]*\)|"[^"]*"|[^\s;}]+)""",
@@ -12480,7 +12424,7 @@ def _converted(kind, header, key, value):
 
 
 def _hash_password():
-    """Print what stands in an auth_file for a password."""
+    """Ask for a password, and print what stands for it in an auth_file."""
     import getpass
     try:
         password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
@@ -12493,8 +12437,8 @@ def _hash_password():
 
 
 class LogStream(logging.Handler):
-    """Logs to standard error. A line that would block, since nobody reads the pipe, is dropped and
-    counted: a log must not stop the service."""
+    """Logs to standard error. If nobody reads the pipe, so that a write would block, lines are
+    dropped and counted: a log must not stop the service."""
 
     _dropped = 0
 
@@ -12519,29 +12463,26 @@ class LogStream(logging.Handler):
             self._dropped += 1
 
 
-def _log_file(path):
-    """Return the handler of a log file. Raises OSError."""
-    from logging import handlers
+class LogFile(LogStream):
+    """Logs to a file, which is opened for each line since it may be renamed meanwhile; to standard
+    error while that fails. Raises OSError when it fails at first."""
 
-    class LogFile(handlers.WatchedFileHandler):
-        """A log file that falls back to standard error while it cannot be reopened or written."""
+    def __init__(self, path):
+        super().__init__()
+        self._path = os.path.abspath(path)
+        self._append("")
 
-        _stream = LogStream()
+    def emit(self, record):
+        line = self.format(record)
+        try:
+            self._append(line + "\n")
+        except OSError as error:
+            self.write("log_file: %s: %s" % (error, line))
 
-        def emit(self, record):
-            try:
-                super().emit(record)
-            except OSError:
-                self.handleError(record)
-
-        def handleError(self, record):
-            self._stream.write("log_file: %s: %s" % (sys.exc_info()[1], self.format(record)))
-
-        def _open(self):
-            # Names of queues are any bytes.
-            return open(self.baseFilename, self.mode, encoding="utf-8", errors="backslashreplace")
-
-    return LogFile(path)
+    def _append(self, text):
+        # Names of queues are any bytes.
+        with open(self._path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
 
 
 def _logs_to_systemd():
@@ -12559,22 +12500,16 @@ def _set_priority(record):
 def _set_up_log(settings):
     """Log as the settings say. Raises OSError."""
     root = logging.getLogger()
-    try:
-        handler = _log_file(settings.log_file) if settings.log_file else LogStream()
-    except OSError as error:
-        raise OSError(error.errno, "log_file %s: %s" % (settings.log_file, error.strerror)
-                      ) from None
+    with _naming("log_file " + settings.log_file):
+        handler = LogFile(settings.log_file) if settings.log_file else LogStream()
     text = _LOG_FORMAT
     if not settings.log_file and _logs_to_systemd():
         handler.addFilter(_set_priority)
         text = "<%(priority)d>%(levelname)s %(message)s"       # see sd-daemon(3)
     handler.setFormatter(logging.Formatter(text))
     handler.addFilter(_repeats())
-    before, root.handlers[:] = root.handlers[:], [handler]
+    root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
-    for old in before:
-        with contextlib.suppress(OSError):   # its disk is full
-            old.close()
 
 
 def _set_up_log_again(settings):
@@ -12582,7 +12517,7 @@ def _set_up_log_again(settings):
     try:
         _set_up_log(settings)
     except OSError as error:
-        log.error("reload: %s", error.strerror)
+        log.error("reload: %s: %s", error.filename, error.strerror)
 
 
 def _repeats():
@@ -12640,7 +12575,7 @@ def _notify(text):
 
 
 def _raise_file_limit():
-    """Raise the limit of open files: each connection takes one."""
+    """Raise the limit of open files as far as possible: each connection takes one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -12661,7 +12596,7 @@ def _ignore(number, frame):
 
 
 def _handle_first_signals():
-    """Handle signals while the spool is loaded: nothing has to be finished then."""
+    """Handle signals while the spool is loaded: the process can just end then."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop_loading)
     for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT):
@@ -12684,8 +12619,8 @@ def _handle_signals(server):
 
 
 def _prepare_streams():
-    """Open /dev/null in the place of standard streams that are closed, lest a file or a socket is
-    opened there. There is still no sys.stdout then: what cannot be printed must not be taken."""
+    """Open /dev/null in the place of standard streams that are closed, so that no file or socket
+    takes their descriptors. sys.stdout stays None: a get must not take what it cannot print."""
     fd = 0
     while fd <= 2:
         fd = os.open(os.devnull, os.O_RDWR)

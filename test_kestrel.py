@@ -1012,7 +1012,7 @@ class Door(Talk):
         while self.waiting or (0, ) in [timer[:1] for timer in self.timers]:
             if self.waiting:
                 work, call = self.waiting.pop(0)
-                call(work(), 0)
+                call(work())
             at_once = [call for delay, call in self.timers if not delay]
             self.timers = [timer for timer in self.timers if timer[0]]
             for call in at_once:
@@ -1211,9 +1211,10 @@ def test_config_errors_name_file_line_and_key(tmp_path, text, line, words):
      "[alias a]\ndestination_queues = b\n[alias c]\ndestination_queues = b a\n",
      [(12, "a is both an alias and a queue"), (15, "destination_queues: a is an alias itself"),
       (2, "thrift_port: 2222 is the text_port too"), (4, "log_file: there is no directory /no/such"),
-      (5, "listen: there is no directory /no"), (11, "max_deliveries: it needs a dead_letter_queue"),
-      (6, "tls_key: it needs a tls_cert"), (7, "auth_file: clients of text_port cannot log in"),
-      (7, "auth_file: clients of thrift_port cannot log in"), (7, "auth_file /no/users: ")]),
+      (5, "listen: there is no directory /no"), (6, "tls_key: it needs a tls_cert"),
+      (7, "auth_file: clients of text_port cannot log in"),
+      (7, "auth_file: clients of thrift_port cannot log in"), (7, "auth_file /no/users: "),
+      (11, "max_deliveries: it needs a dead_letter_queue")]),
     ("[server]\nthrift_port = 2222\ntext_port = 2222\nmax_lines = 5\n",
      [(4, "unknown setting max_lines in [server]; did you mean max_line?")]),
     ("[queue]\nput_users = ann, eve\nget_users = eve\n",
@@ -8777,7 +8778,8 @@ class Polls:
                                                      (2, "0", False)])
 def test_the_server_does_not_sleep_while_waits_are_short(
         tmp_path, monkeypatch, cores, busy_poll, polls):
-    clock = types.SimpleNamespace(monotonic=lambda: clock.now, time_ns=time.time_ns, now=100.0)
+    clock = types.SimpleNamespace(monotonic=lambda: clock.now, time_ns=time.time_ns, now=100.0,
+                                  sleep=time.sleep)
     monkeypatch.setattr(kestrel, "_cores", lambda: cores)
     server = kestrel.Server(config_of(
         tmp_path, "[server]\nbusy_poll = %s\n" % busy_poll, memcache_port="0"))
@@ -10527,7 +10529,7 @@ def test_the_worker_outlives_what_it_does():
     worker.submit(fail, "first")
     worker.submit(lambda: None, "second")
     assert woken.acquire(timeout=20) and woken.acquire(timeout=20)
-    assert [(call, error and error.errno) for call, error, _ in worker.done] == [
+    assert [(call, error and error.errno) for call, error in worker.done] == [
         ("first", errno.EIO), ("second", None)]
     worker.stop(20)
 
@@ -11186,8 +11188,7 @@ def test_more_connections_than_there_may_be(serve, caplog):
         with pytest.raises(ConnectionError):
             if not server.client().ask("version\r\n"):
                 raise ConnectionError
-    assert "max_connections: 3 connections, 1 refused" in caplog.text
-    assert caplog.text.count(" refused") == 1
+    assert caplog.text.count("max_connections: 3 connections, another is refused") == 5
     clients.pop().close()
     until(lambda: clients[0].stats()["curr_connections"] == "2")
     assert server.client().ask("version\r\n") == "VERSION 1.0.0\r\n"
@@ -11935,7 +11936,7 @@ def test_clients_beyond_the_limit_of_open_files_are_refused(daemon):
                 served.append(client)
     assert 10 < len(served) < 40
     assert first.get("q") == b"x"
-    assert one.log.read_text().count(" refused") == 1
+    assert one.log.read_text().count(" refused") == kestrel._REPEATS
     for client in served:
         client.close()
     until(lambda: int(first.stats()["curr_connections"]) == 1)
@@ -12307,7 +12308,8 @@ def test_a_standard_output_that_fails_is_not_taken_for_the_server(ask_server, tm
     spool_of(tmp_path, journal=addx(b"a"))
     with open("/dev/full", "w") as full:
         for words in (["get", "q"], ["export", "q", "--take"], ["export", "q"], ["list"], ["top"],
-                      ["--dump", str(tmp_path / "journal")], ["--check"]):
+                      ["--dump", str(tmp_path / "journal")], ["--check"], ["--help"],
+                      ["get", "--help"]):
             done = subprocess.run(command(*words), stdout=full, stderr=subprocess.PIPE, timeout=60)
             assert (done.returncode, done.stderr) == (
                 2, b"kestrel.py: standard output: No space left on device\n"), words
@@ -12466,7 +12468,7 @@ def test_commands_tell_what_is_wrong(ask_server, monkeypatch, capfd):
             kestrel.main(words)
         assert stopped.value.code == 2
     told = capfd.readouterr().err
-    for words in ("there is no command lst", "'0' is no number from 1", "'port' is not a port",
+    for words in ("there is no command lst", "argument -n: not from 1 to ", "'port' is not a port",
                   "--cafile: /none: No such file", "kestrel.py: [X509", "--json goes with --dump and --verify",
                   "--kestrel goes with --pack", "not allowed with argument", "--server comes after the command",
                   "list takes options of its own, after it"):
