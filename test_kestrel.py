@@ -13061,6 +13061,23 @@ def test_a_log_file_that_cannot_be_opened_anew_harms_nothing(daemon, tmp_path):
     assert "Traceback" not in (tmp_path / "moved" / "k").read_text()
 
 
+def test_a_log_file_that_is_a_pipe_without_a_reader_stops_nobody(daemon, tmp_path):
+    os.mkfifo(str(tmp_path / "pipe"))
+    reader = os.open(str(tmp_path / "pipe"), os.O_RDONLY | os.O_NONBLOCK)
+    client = daemon().client()
+    with open(str(tmp_path / "kestrel.conf"), "a") as conf:
+        conf.write("log_file = %s\n" % (tmp_path / "pipe"))
+    client.ask("reload\r\n")
+    assert client.put("a", b"x") == "STORED\r\n"
+    assert b"queue a created" in os.read(reader, 65536)
+    os.close(reader)
+    assert client.put("b", b"x") == "STORED\r\n"
+    reader = os.open(str(tmp_path / "pipe"), os.O_RDONLY | os.O_NONBLOCK)
+    assert client.put("c", b"x") == "STORED\r\n"
+    assert b"queue c created" in os.read(reader, 65536)
+    os.close(reader)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 def test_a_log_file_on_a_full_disk_harms_nothing_and_is_changed_by_a_reload(tmp_path):
     port, conf, errors = free_port(), tmp_path / "conf", tmp_path / "errors"
