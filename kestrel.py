@@ -1156,10 +1156,10 @@ def read_run(data, pos, span, ends, items, room, delayed):
     unpack, unpack_check, crc32 = _ADDX.unpack_from, _SUM.unpack_from, zlib.crc32
     unpack_flags, unpack_delayed = _FLAGS.unpack_from, _HEADS[ADD_DELAYED].unpack_from
     count = size = closed = 0
-    first = span
     skipped = False                      # whether what the next CHECK covers was only skipped
     view, whole = memoryview(data), len(data)
     last = whole - _LONGEST_HEAD
+    first = span = whole if span is None else span           # no CHECK covers less than nothing
     while pos <= last:                   # the sizes of _HEADS and _CHECK stand as numbers here
         opcode = data[pos]
         if opcode == ADDX or opcode == ADDF:
@@ -1181,10 +1181,9 @@ def read_run(data, pos, span, ends, items, room, delayed):
             pos = end
         elif opcode == CHECK:
             covers, crc, after = unpack_check(data, pos + 1)
-            if span is None or not 0 < covers == pos - span or (
-                    after != ends + (count << 40) & _MOST_ENDS) or (
+            if covers != pos - span or after - ends != count << 40 or covers == 0 or (
                     not skipped and crc32(view[span:pos]) != crc):
-                break
+                break                        # read_records() looks closer
             pos = span = pos + 17
             closed = count
             skipped = items is None
