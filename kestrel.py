@@ -6234,8 +6234,7 @@ class Session:
     def time_out(self):
         """End the current wait without an item."""
         if type(self.asks) is Waiter:
-            self.asks.cancel()
-            self._wake(self.command, (None, None))
+            self.asks.take(None, None)
 
     # -- output
 
@@ -6407,9 +6406,26 @@ class Session:
     # -- reading
 
     def _next(self, queue, opening, peek, wait):
-        """Return the next item of a queue; None if there is none, or none comes in time. A
-        generator, since it may have to wait."""
-        _, item = yield from self._next_of([queue], opening, peek, wait)
+        """Return the next item of a queue; None if there is none, if none comes in time, or if
+        `queue` is None. A generator, since it may have to wait."""
+        _, item = yield from self._next_of([queue] if queue else [], opening, peek, wait)
+        return item
+
+    def _read_each(self, queue, count, wait, peek, say):
+        """Open up to `count` items of a queue, or peek at them, and call say(item) for each. wait:
+        milliseconds for all of them. Return what the last read found."""
+        item = None
+        if wait > 0:
+            self.timeout = wait
+        while count > 0 and (peek or self._may_open(queue)):
+            item = yield from self._next(queue, not peek, peek, wait > 0)
+            self._count_read(queue, item, peek)
+            if item is None:
+                break
+            say(item)
+            count -= 1
+            if self.load > self.most_load:
+                yield
         return item
 
     def _next_of(self, queues, opening, peek, wait):
@@ -6551,22 +6567,22 @@ class Session:
             if queue:
                 yield queue
 
-    def _clients(self):
-        """Yield a dict for each client that is connected."""
+    def _clients(self, queue=None):
+        """Yield a dict for each client that is connected. queue: only those clients that have
+        open reads of it are wanted, and only these reads are counted."""
         for session, (number, came) in list(self.broker.clients.items()):
-            yield self._client_row(session, number, came, list(session.open_reads.values()))
-
-    def _client_row(self, session, number, came, reads):
-        """Return a dict that describes a client. reads: the values of its `open_reads` that are
-        counted."""
-        protocol, _, address = session.peer.name.partition(" client ")
-        return {"id": number, "address": address, "user": session.user, "protocol": protocol,
-                "state": session.state, "seconds": int(self.broker.uptime() - came),
-                "open_reads": sum(map(len, reads)),
-                "oldest_open_seconds": max([(self.now - next(iter(one.values()))[0]) // 1000
-                                            for one in reads if one], default=None),
-                "waits_for": ",".join(queue.name for queue in session.asks.queues)
-                if session.state is WAITING else None}
+            protocol, _, address = session.peer.name.partition(" client ")
+            reads = [one for other, one in session.open_reads.items()
+                     if one and queue in (None, other)]
+            if reads or queue is None:
+                yield {
+                    "id": number, "address": address, "user": session.user, "protocol": protocol,
+                    "state": session.state, "seconds": int(self.broker.uptime() - came),
+                    "open_reads": sum(map(len, reads)),
+                    "oldest_open_seconds": max([(self.now - next(iter(one.values()))[0]) // 1000
+                                                for one in reads], default=None),
+                    "waits_for": ",".join(queue.name for queue in session.asks.queues)
+                    if session.state is WAITING else None}
 
     def _flush(self, name):
         """Flush the queue of that name, if there is one."""
@@ -6819,25 +6835,21 @@ _MEMCACHED = (b"incr decr touch gat gats mg md mn ma me slabs lru lru_crawler wa
 
 def _when_all_durable(queues, call):
     """Make a call, with None, when all that was done to these queues is durable; or, with an
-    OSError, when any of it has been undone."""
-    left, failure = len(queues), None
+    OSError, when any of it has been undone: an Unclear, if there is one."""
+    found = []
 
     def settled(error):
-        nonlocal left, failure
-        left -= 1
-        failure = error if isinstance(error, Unclear) else failure or error
-        if not left:
-            call(failure)
+        found.append(error)
+        if len(found) == len(queues):
+            call(max(found, key=lambda error: (isinstance(error, Unclear), bool(error))))
 
     for queue in queues:
         queue.history.when_durable(settled)
-    if not queues:
-        call(None)
 
 
-def _lines(line, pairs):
-    """Return a line of text for each of some pairs."""
-    return "".join([(line + "\r\n") % tuple(pair) for pair in pairs])
+def _lines(begin, between, pairs):
+    """Return a line of text for each (name, value) pair."""
+    return "".join(["%s%s%s%s\r\n" % (begin, name, between, value) for name, value in pairs])
 
 
 def _is_silent(words):
@@ -7080,7 +7092,7 @@ class MemcacheSession(LineSession):
     def _store_in_steps(self, block, data, expiry):
         route = yield from self._route(block.key)
         stored = yield from self._put(route, [data], block.flags, expiry, block.delay)
-        if block.sync:
+        if block.sync and route.queues:
             for queue in route.queues:       # what has been written may still have to be fsynced
                 self.broker.changed(queue)
             error = yield functools.partial(_when_all_durable, route.queues)
@@ -7144,11 +7156,9 @@ class MemcacheSession(LineSession):
             return
         if queue is None and not key.peek:
             queue = yield from self._queue(key.name)
-        item = None
-        if queue:
-            if key.wait > 0:
-                self.timeout = key.wait
-            item = yield from self._next(queue, key.open, key.peek, key.wait > 0)
+        if key.wait > 0:
+            self.timeout = key.wait
+        item = yield from self._next(queue, key.open, key.peek, key.wait > 0)
         self._count_read(queue, item, key.peek)
         self._give(get, key, queue, item)
 
@@ -7297,17 +7307,10 @@ class MemcacheSession(LineSession):
         self._check_reads()
         self._check_user("get_users", name)
         key = ReadKey(words[1], name, open=True)
-        self.timeout = max(0, seconds * 1000)
         queue = yield from self._queue(name)
-        while queue and count > 0 and self._may_open(queue):
-            item = yield from self._next(queue, True, False, seconds > 0)
-            self._count_read(queue, item)
-            if item is None:
-                break
-            self._give(Get(key, [key], False), key, queue, item)
-            count -= 1
-            if self.load > self.most_load:
-                yield
+        yield from self._read_each(
+            queue, count, seconds * 1000, False,
+            lambda item: self._give(Get(key, [key], False), key, queue, item))
         self._say(b"END\r\n")
 
     def do_confirm(self, words):
@@ -7415,9 +7418,9 @@ class MemcacheSession(LineSession):
         return self._report(self._all_stats())
 
     def _all_stats(self):
-        yield _lines("STAT %s %s", self.broker.server_stats(self.now))
+        yield _lines("STAT ", " ", self.broker.server_stats(self.now))
         for queue in self._queues():
-            yield _lines("STAT queue_%s_%%s %%s" % queue.name.replace("%", "%%"),
+            yield _lines("STAT queue_%s_" % queue.name, " ",
                          self.broker.queue_stats(queue, self.now))
 
     def do_dump_stats(self, words):
@@ -7430,7 +7433,7 @@ class MemcacheSession(LineSession):
     def _dump(self, words, pairs):
         names = list(dict.fromkeys(map(os.fsdecode, words[1:]))) or None
         return self._report(
-            "queue '%s' {\r\n%s}\r\n" % (queue.name, _lines("  %s=%s", pairs(queue)))
+            "queue '%s' {\r\n%s}\r\n" % (queue.name, _lines("  ", "=", pairs(queue)))
             for queue in self._queues(names))
 
     def _report(self, pieces):
@@ -7493,8 +7496,9 @@ class TextSession(LineSession):
                 if self._items is None:
                     waits = self._command(line.split())
                 elif line in (b"", b"\r"):
-                    items, self._items = self._items, None
-                    waits = self._put_items(self._words, items)
+                    items, self._items, words = self._items, None, self._words
+                    is_put = words and words[0].lower() == b"put"
+                    waits = self._put_items(words, items) if is_put else self._command(words)
                 else:
                     waits = self._add(line)
                 if waits:
@@ -7555,17 +7559,12 @@ class TextSession(LineSession):
 
     def _put_items(self, words, items):
         """put <queue> [<milliseconds>]: and the items, up to an empty line"""
-        if not words or words[0].lower() != b"put":
-            return self._command(words)
         self._named(words)
         expiry = self._number_at(words, 2, "expiration time")
         self._check_writes()
         if len(words) > 2:
             expiry = min(max(self.now + expiry, 1), _LATEST)
-        return self._store(words[1], items, expiry)
-
-    def _store(self, key, items, expiry):
-        route = yield from self._route(key)
+        route = yield from self._route(words[1])
         count = yield from self._put(route, items, 0, expiry)
         self._say(b"+%d\n" % count)
 
@@ -7590,27 +7589,19 @@ class TextSession(LineSession):
         name = self._named(words)
         wait = self._number_at(words, 2, "timeout")
         self._check_reads()
-        if wait > 0:
-            self.timeout = wait
         queue = self.broker.find(name) if peek else (yield from self._queue(name))
         if queue and not peek and not monitor:
             self._end_reads(queue, 1, True)
             if not self._may_open(queue):
                 raise Refused("CLIENT_ERROR", "Too many open transactions; limit=%d"
                               % self.broker.settings.max_open_transactions)
-        while count:
-            item = None
-            if queue and (peek or self._may_open(queue)):
-                item = yield from self._next(queue, not peek, peek, wait > 0)
-            self._count_read(queue, item, peek)
-            if item is None:
-                break
+
+        def say(item):
             self._rest_on(queue, item if peek else True)
             self._say(b":%b\n" % item.data)
-            count -= 1
-            if self.load > self.most_load:
-                yield
-        if item is None or monitor:
+
+        last = yield from self._read_each(queue, count, wait, peek, say)
+        if last is None or monitor:
             self._say(self.NOTHING)
 
     def do_confirm(self, words):
@@ -7746,8 +7737,7 @@ class ThriftSession(Session):
 
     def _answer(self, result):
         """Answer the call in hand with the fields of its result."""
-        strict, name, number, oneway = self._head
-        self._say(b"" if oneway else _thrift_frame(strict, name, number, _REPLY, result))
+        self._say(_thrift_frame(self._head, _REPLY, result))
 
     def _except(self, why, kind):
         self._say(self._failure(why, None, kind))
@@ -7757,12 +7747,9 @@ class ThriftSession(Session):
 
     def _failure(self, why, answer, kind=_INTERNAL_ERROR):
         """Return a TApplicationException, in the place of an answer, or of the one to come."""
-        strict, name, number, oneway = (
-            self._head if answer is None else _thrift_head(answer[4:])[0])
-        if oneway:
-            return b""
-        return _thrift_frame(strict, name, number, _EXCEPTION, _string_field(1, os.fsencode(why))
-                             + struct.pack(">bhi", _I32, 2, kind))
+        head = self._head if answer is None else _thrift_head(answer[4:])[0]
+        return _thrift_frame(head, _EXCEPTION,
+                             _string_field(1, os.fsencode(why)) + _i32_field(2, kind))
 
     def turn_away(self, error):
         if self.command is None:             # there is no call to be answered
@@ -7864,9 +7851,7 @@ class ThriftSession(Session):
     def do_peek(self, name):
         self._check_reads()
         queue = self.broker.find(_name(name))
-        item = None
-        if queue:
-            item = yield from self._next(queue, False, True, False)
+        item = yield from self._next(queue, False, True, False)
         self._count_read(queue, item, True)
         stats = collections.defaultdict(int, self.broker.queue_stats(queue, self.now)
                                         if queue else ())
@@ -7896,8 +7881,9 @@ class ThriftSession(Session):
         self._answer(_i32_field(0, _THRIFT_STATUSES[self.broker.status]))
 
     def do_set_status(self, number):
-        word = {number: word for word, number in reversed(_THRIFT_STATUSES.items())}.get(number)
-        self._set_status(word or "status %d" % number, "set_status")
+        word = next((word for word, known in _THRIFT_STATUSES.items() if known == number),
+                    "status %d" % number)
+        self._set_status(word, "set_status")
         self._answer(b"")
 
     def do_get_version(self):
@@ -7937,8 +7923,12 @@ def _thrift_arguments(name, frame, pos):
     return values
 
 
-def _thrift_frame(strict, name, number, kind, fields):
-    """Return a message, a struct of these fields."""
+def _thrift_frame(head, kind, fields):
+    """Return a message, a struct of these fields, in answer to the call of this head; b"" if the
+    call is oneway."""
+    strict, name, number, oneway = head
+    if oneway:
+        return b""
     head = (struct.pack(">ii", _STRICT | kind, len(name)) + name + struct.pack(">i", number)
             if strict else
             struct.pack(">i", len(name)) + name + struct.pack(">bi", kind, number))
@@ -8366,16 +8356,14 @@ class AdminSession(Session):
     def _queue_json(self):
         """Return all that the page shows of one queue."""
         queue, rows = yield from self._first_items(_SHOWN_ITEMS, self._item_row)
-        readers = [self._client_row(session, number, came, [session.open_reads[queue]])
-                   for session, (number, came) in self.broker.clients.items()
-                   if session.open_reads.get(queue)]
         return {
             "name": _shown_name(queue.name), "key": _key_of(queue.name),
             "paused": PAUSES[queue.paused], "settings": queue.config.lines(),
             "stats": dict(self.broker.queue_stats(queue, self.now)),
             "children": [_shown_name(child.name)
                          for child in self.broker.children.get(queue.name, ())],
-            "items": rows, "readers": readers, "history": self.broker.history(queue)}
+            "items": rows, "readers": list(self._clients(queue)),
+            "history": self.broker.history(queue)}
 
     def _item(self):
         """Answer with the data of one of the first items."""
