@@ -8161,12 +8161,11 @@ class AdminSession(Session):
 
     # -- answers
 
-    def _respond(self, status, text=None, kind=_TEXT, header=None):
-        """Answer the request in hand. text: None for what the status says."""
-        text = (status.phrase if text is None else text).rstrip("\n") + "\n"
-        self._answer(status, text.encode("utf-8", "backslashreplace"), kind, header)
-
-    def _answer(self, status, body, kind, header):
+    def _respond(self, status, body=None, kind=_TEXT, header=None):
+        """Answer the request in hand. body: bytes, or text; None for what the status says."""
+        if not isinstance(body, bytes):
+            text = (status.phrase if body is None else body).rstrip("\n") + "\n"
+            body = text.encode("utf-8", "backslashreplace")
         head = self._head(status, kind, "Content-Length: %d" % len(body), header)
         self._say(head + (b"" if self._request.method == "HEAD" else body))
         if not self._request.keep_alive:
@@ -8178,7 +8177,7 @@ class AdminSession(Session):
                  *filter(None, headers)]
         if kind == _HTML:
             lines.append("Content-Security-Policy: " + _page_policy())
-        if not self._request.keep_alive:
+        if not self._request.keep_alive or self.is_over():
             lines.append("Connection: close")
         return "\r\n".join(lines + ["", ""]).encode()
 
@@ -8220,43 +8219,41 @@ class AdminSession(Session):
             self._respond(HTTPStatus.SERVICE_UNAVAILABLE, why)
         return None if why else "OK"
 
-    def _report(self):
-        """Yield (kind, name, value) of all figures, one kind after the other, by the names of
-        Kestrel's metrics."""
-        broker, now = self.broker, self.now
-        for kind in ("counter", "gauge"):
-            for one in SERVER_STATS:
+    def _figures(self):
+        """Yield all figures by the names of Kestrel's metrics, as (kind, (name, value) pairs)."""
+        yield "counters", self._figures_of("counter")
+        yield "gauges", self._figures_of("gauge")
+        yield "labels", [("status", self.broker.status), ("version", __version__)]
+        yield "metrics", [(name, one.figures()) for name, one in self.broker.metrics.items()]
+
+    def _figures_of(self, kind):
+        for one in SERVER_STATS:
+            if one.kind == kind:
+                yield one.ostrich, json.loads(str(one.get(self.broker, self.now)))
+        for queue in self._queues():
+            name = _shown_name(queue.name)
+            for one in QUEUE_STATS:
                 if one.kind == kind:
-                    yield kind + "s", one.ostrich, json.loads(str(one.get(broker, now)))
-            for queue in self._queues():
-                name = _shown_name(queue.name)
-                for one in QUEUE_STATS:
-                    if one.kind == kind:
-                        yield (kind + "s", "q/%s/%s" % (name, one.ostrich),
-                               one.get(queue, now))
-        yield "labels", "status", broker.status
-        yield "labels", "version", __version__
-        for name, metric in broker.metrics.items():
-            yield "metrics", name, metric.figures()
+                    yield "q/%s/%s" % (name, one.ostrich), one.get(queue, self.now)
 
     def _json_pieces(self):
-        last = None
-        for kind, name, value in self._report():
-            yield "%s%s:%s" % (
-                "," if kind == last else ('{"%s":{' if last is None else '},"%s":{') % kind,
-                json.dumps(name), json.dumps(value))
-            last = kind
-        yield "}}\n"
+        before = "{"
+        for kind, pairs in self._figures():
+            yield '%s"%s":{' % (before, kind)
+            before = ""
+            for name, value in pairs:
+                yield "%s%s:%s" % (before, json.dumps(name), json.dumps(value))
+                before = ","
+            yield "}"
+        yield "}\n"
 
     def _text_pieces(self):
-        last = None
-        for kind, name, value in self._report():
-            if kind != last:
-                yield "%s:\n" % kind
-            if isinstance(value, dict):
-                value = ", ".join("%s=%s" % pair for pair in value.items())
-            yield "  %s: %s\n" % (name, value)
-            last = kind
+        for kind, pairs in self._figures():
+            yield "%s:\n" % kind
+            for name, value in pairs:
+                if isinstance(value, dict):
+                    value = ", ".join("%s=%s" % pair for pair in value.items())
+                yield "  %s: %s\n" % (name, value)
 
     def _metric_lines(self):
         broker, now = self.broker, self.now
@@ -8375,8 +8372,8 @@ class AdminSession(Session):
             lambda item: item.data if next(place) == number else None)
         if number >= len(items):
             raise Refused("NOT_FOUND", "there is no such item")
-        self._answer(HTTPStatus.OK, items[number], "application/octet-stream",
-                     "Content-Disposition: attachment; filename=item")
+        self._respond(HTTPStatus.OK, items[number], "application/octet-stream",
+                      "Content-Disposition: attachment; filename=item")
 
     # -- what changes something
 
@@ -8439,10 +8436,8 @@ class AdminSession(Session):
         return "reloaded"
 
     def _post_shutdown(self):
-        self._check_admin("shutdown")
-        self._request = self._request._replace(keep_alive=False)
-        self._respond(HTTPStatus.OK, "stopping")
         self._shutdown()
+        return "stopping"
 
 
 def _metric(name, kind, what, samples):
