@@ -8576,7 +8576,7 @@ dialog { color: inherit; background: var(--back); border: 1px solid var(--edge);
 pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 40vh; overflow: auto;
   background: var(--tint); padding: .5rem; margin: .25rem 0 }
 #chart { width: 100%; height: 11rem; display: block }
-#chart text { fill: var(--soft); font-size: 11px } #chart line { stroke: var(--line) }
+#chart text { fill: var(--soft); font-size: 11px }
 </style>
 <header>
   <h1>Kestrel <span id="host"></span> <span id="version" class="soft"></span></h1>
@@ -8617,7 +8617,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 40vh; overflow
   <p class="bar"><button id="no">Cancel</button> <button id="yes"></button></p></dialog>
 <script>
 "use strict"
-const MOST_ROWS = 200, EVERY = 2000, SVG = "http://www.w3.org/2000/svg"
+const MOST_ROWS = 200, EVERY = 2000
 const at = id => document.getElementById(id)
 const number = new Intl.NumberFormat("en", {maximumFractionDigits: 1})
 const bytes = n => { let unit = 0; while (n >= 1000 && unit < 4) { n /= 1024; unit++ }
@@ -8648,7 +8648,16 @@ function make(tag, text, parent) {
   if (parent) parent.append(one)
   return one
 }
-function set(one, text) { if (one.textContent !== text) one.textContent = text }
+function draw(tag, attributes, parent) {
+  const one = document.createElementNS("http://www.w3.org/2000/svg", tag)
+  for (const name in attributes) one.setAttribute(name, attributes[name])
+  parent.append(one)
+  return one
+}
+function set(one, text, kind) {
+  if (one.textContent !== text) one.textContent = text
+  if (kind) one.className = kind
+}
 function button(title, act, parent, danger) {
   const one = make("button", title, parent)
   one.onclick = act
@@ -8668,19 +8677,15 @@ function order(key, isDown) {
   show()
 }
 at("sort").onchange = () => order(at("sort").value, at("sort").value !== "name")
-function line(values, most, kind, width, height) {
-  const path = document.createElementNS(SVG, "path")
-  path.setAttribute("class", kind)
-  path.setAttribute("d", values.map((value, n) => (n ? "L" : "M")
-    + (width - width * (values.length - 1 - n) / 119).toFixed(1) + " "
-    + (height - 1 - (height - 2) * value / most).toFixed(1)).join(""))
-  return path
-}
-function draw(svg, samples, width, height) {
+function plot(svg, samples, width, height) {
   const [items, put, got] = [0, 1, 2].map(n => samples.map(sample => sample[n]))
   const most = Math.max(1, ...items), rate = Math.max(1, ...put, ...got)
-  svg.replaceChildren(...(samples.length > 1 ? [line(items, most, "depth", width, height),
-    line(put, rate, "in", width, height), line(got, rate, "out", width, height)] : []))
+  const lines = [["depth", items, most], ["in", put, rate], ["out", got, rate]]
+  svg.replaceChildren()
+  for (const [kind, values, top] of samples.length > 1 ? lines : [])
+    draw("path", {class: kind, d: values.map((value, n) => (n ? "L" : "M")
+      + (width - width * (values.length - 1 - n) / 119).toFixed(1) + " "
+      + (height - 1 - (height - 2) * value / top).toFixed(1)).join("")}, svg)
   return [most, rate]
 }
 function rows() {
@@ -8690,49 +8695,39 @@ function rows() {
   if (down()) found.reverse()
   return found
 }
-function state(queue) {
-  return queue.failing ? " (failing)" : queue.paused !== "no" ? ` (paused: ${queue.paused})` : ""
-}
 function row(queue) {
   let one = known.get(queue.key)
   if (!one) {
-    one = document.createElement("tr")
+    one = make("tr", "")
     for (const [title] of columns) make("td", "", one).dataset.title = title
     button("", () => look(queue.key), one.firstChild)
     make("span", "", one.firstChild)
-    make("td", "", one).append(document.createElementNS(SVG, "svg"))
+    draw("svg", {role: "img", "aria-label": "items and rates of " + queue.name},
+      make("td", "", one))
     known.set(queue.key, one)
   }
   columns.forEach(([title, key, text], n) =>
     set(n ? one.children[n] : one.firstChild.firstChild, text(queue[key])))
-  const words = one.firstChild.lastChild
-  set(words, state(queue))
-  words.className = queue.failing ? "bad" : "some"
-  const svg = one.lastChild.firstChild
-  svg.setAttribute("role", "img")
-  svg.setAttribute("aria-label", "items and rates of " + queue.name)
-  draw(svg, charts[queue.key] || [], 130, 30)
+  set(one.firstChild.lastChild, queue.failing ? " (failing)"
+    : queue.paused !== "no" ? ` (paused: ${queue.paused})` : "", queue.failing ? "bad" : "some")
+  plot(one.lastChild.firstChild, charts[queue.key] || [], 130, 30)
   return one
 }
+const facts = ["Up", "Connections", "Queues", "Items", "Put/s", "Got/s"].map(name => {
+  const both = make("div", "", at("facts"))
+  make("dt", name, both)
+  return make("dd", "", both)
+})
 function show() {
   if (!data) return
   set(at("version"), data.version)
   set(at("host"), data.host)
   document.title = `${data.host}: Kestrel, ${data.status.toLowerCase()}`
-  set(at("status"), data.status.toLowerCase())
-  at("status").className = {UP: "good", QUIESCENT: "bad"}[data.status] || "some"
-  const facts = [["Up", time(data.uptime)], ["Connections", number.format(data.connections)],
-    ["Queues", number.format(data.queues.length)], ["Items", number.format(data.items)],
-    ["Put/s", number.format(data.put_rate)], ["Got/s", number.format(data.get_rate)]]
-  facts.forEach(([name, value], n) => {
-    let both = at("facts").children[n]
-    if (!both) {
-      both = make("div", "", at("facts"))
-      make("dt", name, both)
-      make("dd", "", both)
-    }
-    set(both.lastChild, value)
-  })
+  set(at("status"), data.status.toLowerCase(),
+    {UP: "good", QUIESCENT: "bad"}[data.status] || "some")
+  const values = [data.connections, data.queues.length, data.items, data.put_rate, data.get_rate]
+  const texts = [time(data.uptime), ...values.map(number.format)]
+  facts.forEach((one, n) => set(one, texts[n]))
   for (const head of at("heads").children)
     head.setAttribute("aria-sort", head.dataset.key !== sort() ? "none"
       : down() ? "descending" : "ascending")
@@ -8822,7 +8817,7 @@ function text(item) {
   }
 }
 function item(one, n, key) {
-  const box = document.createElement("details")
+  const box = make("details", "")
   make("summary", `${n + 1}. ${bytes(one.bytes)}, has waited ${time(one.age_msec / 1000)}`
     + (one.deliveries ? `, came back ${one.deliveries} times` : "")
     + (one.flags ? `, flags ${one.flags}` : "")
@@ -8840,18 +8835,12 @@ function item(one, n, key) {
 }
 function axis(chart, samples) {
   const width = chart.clientWidth || 600, height = chart.clientHeight || 170
-  const [most, rate] = draw(chart, samples, width, height - 16)
+  const [most, rate] = plot(chart, samples, width, height - 16)
   const words = [["start", 2, 11, number.format(most) + " items"],
     ["end", width - 2, 11, number.format(rate) + " a second"],
     ["start", 2, height - 2, "10 min ago"], ["end", width - 2, height - 2, "now"]]
-  for (const [anchor, x, y, text] of words) {
-    const one = document.createElementNS(SVG, "text")
-    one.setAttribute("x", x)
-    one.setAttribute("y", y)
-    one.setAttribute("text-anchor", anchor)
-    one.textContent = text
-    chart.append(one)
-  }
+  for (const [anchor, x, y, text] of words)
+    draw("text", {"text-anchor": anchor, x, y}, chart).textContent = text
   chart.onpointermove = event => {
     const box = chart.getBoundingClientRect()
     const back = Math.round((1 - (event.clientX - box.left) / box.width) * 119)
@@ -8865,15 +8854,13 @@ async function view() {
   let queue
   try { queue = await (await fetched("queue.json?queue=" + key)).json() }
   catch (error) {
-    if (viewed === key) set(at("queue-state"), why(error))
-    at("queue-state").className = "bad"
+    if (viewed === key) set(at("queue-state"), why(error), "bad")
     return
   }
   if (viewed !== key) return
   const stats = queue.stats, paused = queue.paused !== "no"
   set(at("name"), queue.name)
-  set(at("queue-state"), paused ? "paused: " + queue.paused : "running")
-  at("queue-state").className = paused ? "some" : "good"
+  set(at("queue-state"), paused ? "paused: " + queue.paused : "running", paused ? "some" : "good")
   set(at("facts-of"), `${number.format(stats.items)} items, ${bytes(stats.bytes)}; `
     + `${number.format(stats.delayed)} delayed, ${number.format(stats.open_transactions)} open, `
     + `${number.format(stats.waiters)} waiters; journal ${bytes(stats.logsize)}`
@@ -8886,9 +8873,8 @@ async function view() {
   at("readers").replaceChildren(...queue.readers.length ? queue.readers.map(one => make("p",
     `${one.user || one.address} (${one.protocol}, client ${one.id}): ${one.open_reads} open, `
     + `the oldest for ${time(one.oldest_open_seconds)}`)) : [make("p", "None.")])
-  const also = queue.children.length ? " Its children " + queue.children.join(", ")
-    + " keep theirs." : ""
-  const count = `${number.format(stats.items)} items`
+  const children = queue.children.join(", "), count = `${number.format(stats.items)} items`
+  const also = children ? ` Its children ${children} keep theirs.` : ""
   const actions = [["Publish", () => ask(`An item for ${queue.name}, and its children:`, "Put",
       text => post("put?queue=" + key, text), {text: ""})],
     ["Move", () => ask(`Move the ${count} of ${queue.name} to which queue?`, "Move",
@@ -8919,8 +8905,8 @@ async function clients() {
   catch (error) { list = []; set(at("problem"), why(error)) }
   if (pressed) return
   at("client-rows").replaceChildren(...list.slice(0, MOST_ROWS).map(client => {
-    const one = document.createElement("tr")
-    for (const name of client_columns) make("td", client[name] === null ? "–" : client[name], one)
+    const one = make("tr", "")
+    for (const name of client_columns) make("td", client[name] ?? "–", one)
     button("Close", () => ask(`Hang up on client ${client.id}, ${client.address}? `
       + "What it has open goes back.", "Hang up", () => post("kick?id=" + client.id),
       {danger: true}), make("td", "", one), true)
@@ -8942,8 +8928,7 @@ async function refresh() {
     }
   } catch (error) {
     set(at("problem"), why(error))
-    set(at("status"), "unreachable")
-    at("status").className = "bad"
+    set(at("status"), "unreachable", "bad")
     document.title = "Kestrel, unreachable"
     stopped = error.status === 401
     return
