@@ -6340,9 +6340,10 @@ class Session:
         return bool(ended) and not any(ended)
 
     def turn_away(self, error):
-        """Refuse the command in hand, or what has come so far; drop all other input, and end."""
-        self._drop_command()
-        self._refuse(error)
+        """Refuse the command in hand, or what has come of one; drop all other input, and end. A
+        command that waits is not answered: what it has done before may stay."""
+        if self.asks is None:
+            self._refuse(error)
         self.end()
 
     # -- what a client may do
@@ -6446,7 +6447,7 @@ class Session:
                 yield None                   # a run of expired items, or a large one is being read
             elif is_late and not wait and naps and not all(map(moves.is_stuck, more)):
                 naps -= 1
-                yield self._nap
+                yield lambda wake: self.broker.later(_LOADING_MS, functools.partial(wake, None))
             elif wait and queues:
                 waiter = Waiter(self._deliver, opening, peek)
                 for queue in queues:
@@ -6454,9 +6455,6 @@ class Session:
                 return (yield waiter)
             else:
                 return None, None
-
-    def _nap(self, wake):
-        self.broker.later(_LOADING_MS, functools.partial(wake, None))
 
     def _note_open(self, queue, item):
         """Note that the client has opened a read."""

@@ -7175,6 +7175,21 @@ def test_who_waits_for_what_may_have_happened_is_hung_up_on(tmp_path, disk, ask)
     assert session.is_over() and not session.take()
 
 
+@promise(2)
+@pytest.mark.parametrize("ask", ["set q/sync 0 0 1\r\ny\r\n", "get q/close/n=2\r\n",
+                                 "get q/close/open/t=1000\r\n"])
+def test_a_client_is_not_told_of_a_failure_while_what_it_did_becomes_safe(tmp_path, ask):
+    talk = Talk(tmp_path, "[queue]\nsync_journal = 0\n")
+    queue, session = talk.broker.queue("q", NOW), talk.session()
+    session.feed(set_("q", "x").encode() + b"get q/open\r\n", NOW)
+    commit(talk.broker, NOW)
+    sync(queue)
+    session.take()
+    session.feed(ask.encode(), NOW)
+    session.turn_away(kestrel.Refused("SERVER_ERROR", "out of memory"))
+    assert session.is_over() and not session.take()
+
+
 def test_an_item_is_stored_in_all_queues_after_their_fsyncs(tmp_path):
     """The second was waited for when nothing would fsync it any more."""
     talk = Talk(tmp_path, "[queue]\nsync_journal = never\n[alias al]\ndestination_queues = x, y\n")
