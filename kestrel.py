@@ -5946,7 +5946,7 @@ class Broker:
 #   WAITING    kept              an item comes, or time_out() is called
 #   WORKING    kept              resume() is called: in a later turn, or for what it asked for
 #   HELD       kept              its answers are safe, or its question (a password) is answered
-#   FULL       kept              sent() is called: as much as is sent at once waits in `out`
+#   FULL       kept              sent() is called: `out` holds all that may wait there
 #   ENDING     thrown away       never; it is closed when `out` has been sent
 #   CLOSED     thrown away       never
 #
@@ -5969,7 +5969,7 @@ _LONGEST_DELAY = 36525 * 86400000
 # What a command adds to the load of its session besides the size of its answer.
 _COMMAND_COST = 1 << 10
 
-# The delivery of an item that is logged, since so many earlier ones have failed.
+# The delivery of an item that is logged, because the earlier ones have all failed.
 _OFTEN = 5
 
 # While more queues than this have something to write, each session runs one command a turn.
@@ -5978,8 +5978,8 @@ _MOST_DIRTY = 50
 
 class Refused(Exception):
     """A command that is answered with an error. kind: ERROR, CLIENT_ERROR or SERVER_ERROR, or
-    NOT_FOUND of the admin port. close: the connection is closed then. skip: how many bytes of a
-    data block are thrown away. reason: what it is counted under."""
+    NOT_FOUND of the admin port. close: whether the connection is closed then. skip: how many
+    bytes of a data block are thrown away. reason: the name that it is counted under."""
 
     def __init__(self, kind, why, close=False, skip=0, reason="client"):
         super().__init__(why)
@@ -6005,19 +6005,19 @@ def _number(word, what, close=False):
     return int(word)
 
 
-# The other side of a connection. name: for the log. host: its limits are shared by all clients of
-# a host. local: it is on this machine. ip: its ipaddress, None on a UNIX socket.
+# The other side of a connection. name: for the log. host: all clients of a host share its limits.
+# local: whether it is on this machine. ip: its ipaddress, None on a UNIX socket.
 Peer = collections.namedtuple("Peer", "name host local ip", defaults=[None])
 
 
 # Protocols of clients that have come to the wrong port: reason of the refusal -> in words.
 _FOREIGN = {"binary memcache": "memcache's binary protocol: it has to use the text protocol",
-            "TLS": "TLS to a port without (tls_cert)", "binary": "no protocol that is known here",
+            "TLS": "TLS to a port without TLS (tls_cert)", "binary": "an unknown protocol",
             "PROXY": "the PROXY protocol, but is not among those in proxy_protocol"}
 
 
 def _reason(error):
-    """Return what a command that an OSError has refused is counted under."""
+    """Return the name that a command is counted under if it failed with this OSError."""
     return errno.errorcode.get(error.errno, "EIO")
 
 
@@ -6028,12 +6028,12 @@ class Session:
     turn_away(), close(), the attributes that follow and those explained in __init__():
 
     most_load    with more load, the next command waits until all answers have been sent
-    timeout      milliseconds from now at which time_out() is to be called; then set to None
+    timeout      milliseconds after which time_out() is to be called; the server resets it to None
 
     A protocol has _parse(data), which runs the commands in `data` and returns how far it has got,
-    _say_error(error), which answers with a Refused, and _failure(why, answer), which returns the
-    bytes that take the place of an answer, None for that of the command in hand. An answer that
-    must not be sent is b"".
+    _say_error(error), which answers with a Refused, and _failure(why, answer), which returns an
+    error in the place of an answer; `answer` is None if the command in hand has none yet. The
+    answer to a command that wants none is b"".
     """
 
     NOTHING = b""                       # the answer to a read that finds no item
@@ -6076,7 +6076,7 @@ class Session:
         return self._kept.tell() if self._kept else 0
 
     def is_over(self):
-        """Return whether the client has gone, or will be hung up on."""
+        """Return whether the client has gone, or is sent nothing more than what is in `out`."""
         return self.state in (ENDING, CLOSED)
 
     # -- the state
@@ -6118,7 +6118,8 @@ class Session:
         self.open_reads.clear()
 
     def close(self, now):
-        """Note that the connection is closed. Reads whose end is undone go back too."""
+        """Note that the connection is closed. Open reads go back, and so do those that were closed
+        if that is undone."""
         self.now = now
         self.end()
         self.state = CLOSED
@@ -6225,7 +6226,7 @@ class Session:
 
     def _deliver(self, queue, item):
         if item is not None:
-            # In this turn, though the answer may be of the next.
+            # Now: the change is written in this turn, though the answer may come in the next.
             self._rest_on(queue, item if self.asks.peek else True)
             if self.asks.open:
                 self._note_open(queue, item)
@@ -6244,10 +6245,10 @@ class Session:
         self.out.append(answer)
 
     def _rest_on(self, queue, whole=True):
-        """Make the next answer depend on the journal of a queue: it is not sent before what has
-        been done is safe, and is an error if that fails. whole: False in a get of many keys,
-        where a queue that fails is passed over; or the item that was peeked at, whose answer
-        stays true as long as it is at the head."""
+        """Make the next answer depend on the journal of a queue: it is sent when what has been
+        done is safe, and is an error if that fails. whole: False in a get of many keys, which
+        passes over a queue that fails; or the item that was peeked at: the answer stays true as
+        long as that is at the head."""
         self.touched.append((queue, len(self.out), int(whole is not False), whole))
 
     def _refuse(self, error):
@@ -6281,8 +6282,7 @@ class Session:
     def settle(self, failed, unsafe):
         """Put errors in the place of answers that rest on a failed journal, and hold those that
         rest on operations which are not safe yet. failed: {queue: OSError}. unsafe: {queue: the
-        position up to which these operations are}. It is called in the turn in which they were
-        written."""
+        position of its last operation}. Called in the turn in which these were written."""
         entries, self.touched = self.touched, []
         queues = {entry[0] for entry in entries}
         if failed:
@@ -6310,8 +6310,8 @@ class Session:
             self.broker.woken.append(self)   # to be sent, and resumed
 
     def _fail(self, failed, entries):
-        """Answer with an error where a journal could not be written or fsynced. entries: of
-        `touched`."""
+        """Put errors in the place of answers that rest on a journal which could not be written or
+        fsynced. entries: a part of `touched`."""
         for queue, index, count, whole in entries:
             if not count or queue not in failed or (
                     isinstance(whole, Item) and queue.is_head(whole)):
@@ -6334,8 +6334,8 @@ class Session:
         self._update()
 
     def _has_ended(self, index):
-        """Return whether the command of an answer has closed a read, which has not been undone.
-        Then it is not refused, though it finds no item: that would say that it is still open."""
+        """Return whether the command of an answer has closed a read, and this has not been undone.
+        Then it is not refused, though it finds no item: an error says that the read is open."""
         ended = [queue.is_open(xid) for queue, xid, at in self._ended if at == index]
         return bool(ended) and not any(ended)
 
@@ -6367,7 +6367,7 @@ class Session:
             self._deny("%s is turned off (admin_commands)" % command)
         if not self.peer.local and (rule == "local" or not rule and command == "shutdown" and not (
                 settings.allow_remote_shutdown)):
-            self._deny("%s is taken from this machine only (admin_commands)" % command)
+            self._deny("%s is for clients on this machine only (admin_commands)" % command)
 
     def _check_user(self, right, *names):
         """Check that the client may use these queues. right: put_users or get_users."""
@@ -6396,7 +6396,7 @@ class Session:
     def _may_open(self, queue):
         """Return whether the client may open one more read of a queue."""
         limit = self.broker.settings.max_open_transactions
-        # Those that have timed out do not count, but to look for them takes long.
+        # Those that have timed out do not count, but looking for them takes long.
         return (len(self.open_reads.get(queue, ())) < limit
                 or len(self._reads_of(queue)) < limit)
 
@@ -6441,7 +6441,7 @@ class Session:
                         self._note_open(queue, item)
                     return queue, item
             more = [queue for queue in queues if queue.has_more(peek)]
-            # Whether what is at the heads has expired, and has to wait for its turn to be moved.
+            # Whether all the heads have expired, and cannot be moved yet.
             is_late = self.broker.later and more and all(map(moves.is_burying_much, more))
             if more and not is_late:
                 yield None                   # a run of expired items, or a large one is being read
@@ -6558,7 +6558,7 @@ class Session:
         return count
 
     def _queues(self, names=None):
-        """Yield the queues of these names, as far as there are any; all of them by default."""
+        """Yield the queues that have these names; all queues by default."""
         broker = self.broker
         for name in sorted(broker.queues) if names is None else names:
             queue = broker.find(name)
@@ -6731,11 +6731,11 @@ class LineSession(Session):
         self.end()
 
 
-# A key of a get. text: as it was sent. name: of the queue. wait: milliseconds. From count on it is
-# what Kestrel does not have. count: how many items. others: the names of further queues. timeout:
+# A key of a get. text: as it was sent. name: of the queue. wait: milliseconds. Kestrel has nothing
+# of what follows. count: how many items. others: the names of further queues. timeout:
 # milliseconds after which the read goes back. delay: milliseconds until an aborted item is
 # available again. tail: whether it goes to the tail. touch: whether the timeout starts anew. info:
-# whether the answer tells the time, expiry and deliveries of each item.
+# whether the answer has the time, expiry and deliveries of each item.
 ReadKey = collections.namedtuple(
     "ReadKey", "text name wait open close abort peek count others timeout delay tail touch info",
     defaults=(0, False, False, False, False, 1, (), None, 0, False, False, False))
@@ -6745,7 +6745,7 @@ _KESTREL_FIELDS = 7
 Get = collections.namedtuple("Get", "key keys with_cas")
 
 # The line of a set whose data block is to come. expiry: as it was sent. words: of the line. delay:
-# milliseconds until it is available. sync: whether it has to be durable.
+# milliseconds until the item is available. sync: whether it has to be durable.
 Block = collections.namedtuple("Block", "key flags expiry size words delay sync")
 
 
@@ -6790,13 +6790,13 @@ def _parse_get(words):
 
 
 def _parse_block(words):
-    """Return the Block of `set <queue> <flags> <expiry> <bytes> [noreply]`. Raises Refused, which
-    says what is to be skipped: the block comes whatever is wrong with its line."""
+    """Return the Block of `set <queue> <flags> <expiry> <bytes> [noreply]`. Raises Refused, with
+    the size of the data block to be skipped: that comes whatever is wrong with its line."""
     name = words[0].decode().lower()
     if len(words) < 5:
         raise Refused("CLIENT_ERROR", "%s needs a queue, flags, expiry and byte count" % name,
                       close=True)
-    # A blank in the key would make the byte count another one, and the data commands.
+    # After a key with a blank in it, another word is the byte count: data would be run as commands.
     if name == "set" and (len(words) > 6 or len(words) == 6 and words[5] != b"noreply"):
         raise Refused("CLIENT_ERROR", "more words than set has", close=True)
     size = _number(words[4], "byte count", close=True)
@@ -6868,8 +6868,8 @@ def _check_byte(byte):
 
 
 def _parse_line(line):
-    """Return the method of MemcacheSession that does a command line, what it is given, and the
-    size of the data block that comes first, None for no block. Raises Refused."""
+    """Return the method of MemcacheSession that does a command line, its argument, and the size
+    of the data block that has to come first, None for no block. Raises Refused."""
     _check_byte(line[:1])
     words = line.split()
     if not words:
@@ -7035,7 +7035,7 @@ class MemcacheSession(LineSession):
             raise Refused("CLIENT_ERROR", "unauthenticated", close=True)
 
     def _reply(self, words, answer):
-        """Answer a command that may have asked for silence."""
+        """Answer a command, which may have asked for no answer."""
         self._say(b"" if _is_silent(words) else answer)
 
     def _say_error(self, error):
@@ -7091,7 +7091,7 @@ class MemcacheSession(LineSession):
         route = yield from self._route(block.key)
         stored = yield from self._put(route, [data], block.flags, expiry, block.delay)
         if block.sync and route.queues:
-            for queue in route.queues:       # what has been written may still have to be fsynced
+            for queue in route.queues:       # what was written before may still need an fsync
                 self.broker.changed(queue)
             error = yield functools.partial(_when_all_durable, route.queues)
             if error:
@@ -7179,14 +7179,14 @@ class MemcacheSession(LineSession):
         self._say(b"END\r\n")
 
     def _get_key(self, get, key):
-        """Do what one of several keys asks for; return the queues that the answer rests on, besides
-        the items in it."""
+        """Do what one of several keys asks for; return the queues that the end of the answer rests
+        on, as the items in it do."""
         names = (key.name, *key.others)
         queues = list(filter(None, map(self.broker.find, names)))
         changed = []
         if key.close or key.abort or key.touch:
             changed = self._end_beyond(queues, key)
-            # After that the answer does not rest on them: what fails later is another's.
+            # After that the answer does not rest on them: later failures are of other commands.
             for queue in changed if not key.touch else ():
                 error = yield queue.history.when_safe
                 if error:                # whatever the other keys give
@@ -7205,7 +7205,7 @@ class MemcacheSession(LineSession):
             if queue:
                 queues.append(queue)
         given = yield from self._read_beyond(get, key, queues)
-        return [] if changed else given        # what has been closed is safe, and is not refused
+        return [] if changed else given      # the reads are closed, and that is safe: no error
 
     def _browse(self, get, key, queues):
         """Show the first items of the first of these queues that has any."""
@@ -7215,7 +7215,7 @@ class MemcacheSession(LineSession):
         self._count_read(queue, item, peek=True)
         if item is None:
             return
-        if key.count == 1 or not queue.count:          # taken by another since the wait
+        if key.count == 1 or not queue.count:          # another client took it after the wait
             self._give(get, key, queue, item)
             return
         for items in queue.browse(key.count, self.now):
@@ -7227,7 +7227,7 @@ class MemcacheSession(LineSession):
 
     def _read_beyond(self, get, key, queues):
         """Give up to key.count items of the first of these queues that have any; return the queue
-        of each, none if some are of an earlier turn."""
+        of each, or [] if some were given in an earlier turn."""
         for queue in queues:
             self._check_opens(queue, plain=not key.open)
         given = []
@@ -7262,7 +7262,7 @@ class MemcacheSession(LineSession):
 
     def _end_beyond(self, queues, key):
         """Close, abort or touch the oldest open reads of these queues; return the queues."""
-        # To touch one that has timed out is too late.
+        # One that has timed out cannot be touched any more.
         reads = sorted([(number, queue.name, xid) for queue in queues
                         for xid, (_, number) in self.open_reads.get(queue, {}).items()
                         if not key.touch or queue.is_open(xid)])[:key.count]
@@ -7435,7 +7435,7 @@ class MemcacheSession(LineSession):
             for queue in self._queues(names))
 
     def _report(self, pieces):
-        """Answer with pieces of text as a generator makes them, some in each turn, and END."""
+        """Answer with the pieces of text of a generator, some in each turn, and END."""
         yield
         for number, piece in enumerate(pieces, 1):
             if piece:
@@ -7687,7 +7687,7 @@ class ThriftSession(Session):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self._head = None               # (strict, name, sequence number, oneway) of the call
-        # queue -> xids that go back by themselves; it is not to keep a queue that is deleted.
+        # queue -> xids that go back by themselves; it does not keep a deleted queue in memory.
         self._lent = weakref.WeakKeyDictionary()
 
     def _parse(self, data):
@@ -7758,7 +7758,7 @@ class ThriftSession(Session):
     def _fail(self, failed, entries):
         ended = [(queue, xid) for queue, xid, _ in self._ended if queue in failed]
         super()._fail(failed, entries)
-        # The items of a get that could not be confirmed: the client knows no ids of them.
+        # The items of a get that could not be confirmed go back: the client has no ids of them.
         for queue in failed:
             xids = [xid for other, xid in ended if other is queue and queue.is_open(xid)]
             for xid in xids:
@@ -7784,7 +7784,7 @@ class ThriftSession(Session):
         if wait:
             self.timeout = timeout
         queue = yield from self._queue(_name(name))
-        # Open, so that they go back if the client leaves, or if what comes later fails.
+        # Open, so that they go back if the client leaves, or if a later step fails.
         opening = wait or auto_abort > 0 or most > 1
         if auto_abort and queue:
             most = min(most, self._room(queue))
@@ -7796,7 +7796,7 @@ class ThriftSession(Session):
                 if item is None:
                     break
                 if opening:
-                    queue.limit(item.xid, None)        # it must not go back while others come
+                    queue.limit(item.xid, None)        # it must not time out while others come
                 items.append(item)
                 size += len(item.data)
                 self._rest_on(queue)
@@ -7965,7 +7965,7 @@ _THRIFT_METHODS = {
 # HTTP for those who watch the server: figures, metrics, checks for load balancers, a page for a
 # browser. A session like the others: bytes in, bytes out. Knows HTTP and the broker; no sockets.
 
-# The longest head of an HTTP request, and the longest body, which is not looked at.
+# The longest head of an HTTP request, and the longest body.
 MAX_HEAD = 16384
 MAX_BODY = 65536
 
@@ -8026,7 +8026,7 @@ _NO_REQUEST = HttpRequest("GET", "", {}, {}, False, False, b"")
 
 
 def _parse_request(head):
-    """Return the HttpRequest of the head of one, its body still to come, and the size of that.
+    """Return the HttpRequest that has this head, without its body, and the size of the body.
     Raises ValueError."""
     first, *lines = head.decode("latin-1").split("\r\n")
     words = first.split(" ")
@@ -8047,7 +8047,7 @@ def _parse_request(head):
     if "transfer-encoding" in headers:
         raise ValueError("a body must have a Content-Length here")
     parts = urllib.parse.urlsplit(words[1])
-    # Unquoted bytes are taken as they are. A + is no blank: it stands before the name of a child.
+    # Unquoted bytes are taken as they are. A + is no blank: it is part of the name of a child.
     query = os.fsdecode(parts.query.encode("latin-1")).replace("+", "%2B")
     is_new = words[2] == "HTTP/1.1"
     keep_alive = is_new and "close" not in headers.get("connection", "").lower()
@@ -8090,7 +8090,7 @@ class AdminSession(Session):
                 break
             stop = end + 4 + size
             if len(data) < stop:
-                self._needed = stop - pos    # this place is not reached before that is there
+                self._needed = stop - pos    # so this place is reached once for a request
                 if request.chunked and request.headers.get("expect", "").lower() == "100-continue":
                     self._say(b"HTTP/1.1 100 Continue\r\n\r\n")
                 break
@@ -8109,8 +8109,8 @@ class AdminSession(Session):
         elif self._request.method not in allowed:
             self._respond(HTTPStatus.METHOD_NOT_ALLOWED, header="Allow: " + ", ".join(allowed))
         elif (method == "POST" or path in _READING) and not self._is_from_here():
-            self._respond(HTTPStatus.FORBIDDEN, "this is taken from pages of this server only, "
-                          "under a name of it (admin_hosts)")
+            self._respond(HTTPStatus.FORBIDDEN, "only pages of this server may ask for this, "
+                          "under one of its names (admin_hosts)")
         elif self.broker.config.users is not None and path not in _PROBES and not (
                 yield from self._is_known()):
             self._respond(HTTPStatus.UNAUTHORIZED,
@@ -8180,8 +8180,8 @@ class AdminSession(Session):
         return "\r\n".join(lines + ["", ""]).encode()
 
     def _stream(self, kind, pieces):
-        """Answer with pieces of text as a generator makes them, some in each turn, so that a
-        report is never in memory as a whole."""
+        """Answer with the pieces of text of a generator, some in each turn, so that a report is
+        never in memory as a whole."""
         self._say(self._head(HTTPStatus.OK, kind,
                              "Transfer-Encoding: chunked" if self._request.chunked else None))
         yield
@@ -8209,8 +8209,8 @@ class AdminSession(Session):
 
     # -- what is asked for
 
-    # Each returns its answer, at once or as a generator: text, a dict that is sent as JSON, or None
-    # if it has answered.
+    # Each returns its answer, or is a generator that does: text, a dict that is sent as JSON, or
+    # None if it has answered itself.
 
     def _probe(self, why):
         if why:
@@ -8403,7 +8403,7 @@ class AdminSession(Session):
         self._check_put(key)
         route = yield from self._route(key)
         if not (yield from self._put(route, [self._request.body])):
-            raise Refused("CLIENT_ERROR", "the queue does not take it", reason="full")
+            raise Refused("CLIENT_ERROR", "the queue is full or paused", reason="full")
         return "stored"
 
     def _post_move(self):
@@ -8447,7 +8447,7 @@ def _metric(name, kind, what, samples):
 
 
 def _histogram(histogram, scale):
-    """Yield the samples of a Histogram. scale: what makes its values seconds."""
+    """Yield the samples of a Histogram. scale: the factor that converts its values to seconds."""
     seen = 0
     for bits, count in enumerate(histogram.buckets):
         seen += count
@@ -8596,8 +8596,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 40vh; overflow
 <p class="soft">Charts, the last ten minutes:
   <span class="key" style="background: var(--soft)"></span> items,
   <span class="key" style="background: var(--in)"></span> put a second,
-  <span class="key" style="background: var(--out)"></span> got a second; each to its own scale
-  but for the two rates, which share one.</p>
+  <span class="key" style="background: var(--out)"></span> got a second. The two rates share a
+  scale.</p>
 <details id="clients"><summary>Clients</summary><div class="wide"><table>
   <thead><tr id="client-heads"></tr></thead><tbody id="client-rows"></tbody></table></div></details>
 <dialog id="view" aria-labelledby="name">
@@ -8732,7 +8732,7 @@ function show() {
   at("sort").value = sort()
   const found = rows()
   set(at("shown"), !data.queues.length
-    ? "No queues yet: the first put or get of a name makes one."
+    ? "No queues yet: the first put or get of a name creates one."
     : !found.length ? "No queue of that name."
     : found.length > MOST_ROWS ? MOST_ROWS + " of " + found.length + " shown." : "")
   const wanted = found.slice(0, MOST_ROWS).map(row), body = at("queues")
@@ -8867,7 +8867,7 @@ async function view() {
   set(at("settings"), queue.settings.join("\\n"))
   if (getSelection().isCollapsed && !pressed)
     at("items").replaceChildren(...queue.items.length
-      ? queue.items.map((one, n) => item(one, n, key)) : [make("p", "None waits.")])
+      ? queue.items.map((one, n) => item(one, n, key)) : [make("p", "No item waits.")])
   at("readers").replaceChildren(...queue.readers.length ? queue.readers.map(one => make("p",
     `${one.user || one.address} (${one.protocol}, client ${one.id}): ${one.open_reads} open, `
     + `the oldest for ${time(one.oldest_open_seconds)}`)) : [make("p", "None.")])
@@ -8906,7 +8906,7 @@ async function clients() {
     const one = make("tr", "")
     for (const name of client_columns) make("td", client[name] ?? "–", one)
     button("Close", () => ask(`Hang up on client ${client.id}, ${client.address}? `
-      + "What it has open goes back.", "Hang up", () => post("kick?id=" + client.id),
+      + "Its open reads go back.", "Hang up", () => post("kick?id=" + client.id),
       {danger: true}), make("td", "", one), true)
     return one }))
 }

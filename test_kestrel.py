@@ -1570,7 +1570,7 @@ def test_what_is_denied_and_done_is_told_with_the_name(door, caplog):
     door("status readonly\r\nreload\r\n", "ann")
     assert [record.getMessage() for record in caplog.records if record.levelname != "DEBUG"] == [
         "memcache client 10.0.0.1:5 (bob) is denied: bob is not among the put_users of work",
-        "memcache client 10.0.0.1:5 (bob) is denied: flush_all is taken from this machine only "
+        "memcache client 10.0.0.1:5 (bob) is denied: flush_all is for clients on this machine only "
         "(admin_commands)",
         "the status is READONLY, by one (ann)",
         "reload: admin_commands is empty now",
@@ -6203,7 +6203,7 @@ def test_admin_commands(tmp_path, rule, local, refused, session_type, commands):
         answer = talk(command)
         if refused == "all" or name in refused:
             assert "%s is " % name in answer
-            assert "turned off" in answer or "taken from this machine only" in answer
+            assert "turned off" in answer or "for clients on this machine only" in answer
             assert items_of(talk.broker, "q") == [b"x"] and talk.broker.status == "UP"
             assert not talk.broker.stopping
         else:
@@ -9850,8 +9850,8 @@ def test_clients_and_kick(serve):
 
 @pytest.mark.parametrize("said, words", [
     (b"\x80\0\0\1\0\0\0\0", "speaks memcache's binary protocol"),
-    (b"\x16\3\1\2\0\1\0\1", "speaks TLS to a port without (tls_cert)"),
-    (b"\0\0\0\5hello", "speaks no protocol that is known here")])
+    (b"\x16\3\1\2\0\1\0\1", "speaks TLS to a port without TLS (tls_cert)"),
+    (b"\0\0\0\5hello", "speaks an unknown protocol")])
 def test_clients_of_another_protocol_leave_one_line(talk, caplog, said, words):
     caplog.set_level("INFO")
     for number in range(3):
