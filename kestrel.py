@@ -7469,36 +7469,43 @@ class TextSession(LineSession):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self._items = None              # the lines that follow a command, as far as they have come
-        self._words = []                # the words of that command
-        self._size = 0                  # the size of these lines
+        # (words, items) of a command that items follow, as far as these have come
+        self._put_begun = None
 
     def _parse(self, data):
         pos = 0
         settings = self.broker.settings
         while self.state is READY and self.load <= self.most_load:
-            if pos and self._items is None and len(self.broker.dirty) > _MOST_DIRTY:
+            words, items = self._put_begun or (None, None)
+            if pos and items is None and len(self.broker.dirty) > _MOST_DIRTY:
                 self._pass_turn()
                 break
-            limit = settings.max_line if self._items is None else min(
+            limit = settings.max_line if items is None else min(
                 MAX_TEXT_ITEM, settings.max_item_size)
             eol = data.find(b"\n", pos, pos + limit + 2)
             try:
                 if eol < 0:
                     if len(data) - pos > limit + 1:
                         raise Refused("CLIENT_ERROR", "Line too long.", close=True)
-                    self._needed = int(self._items is not None)
+                    if self.unparsed > MAX_TEXT_PUT:
+                        raise Refused("CLIENT_ERROR", "Items are too large together; limit=%d"
+                                      % MAX_TEXT_PUT, close=True)
+                    self._needed = int(items is not None)
                     break
                 line = data[pos:eol]
                 pos = eol + 1
-                if self._items is None:
+                waits = None
+                if items is None:
                     waits = self._command(line.split())
                 elif line in (b"", b"\r"):
-                    items, self._items, words = self._items, None, self._words
+                    self._put_begun = None
                     is_put = words and words[0].lower() == b"put"
                     waits = self._put_items(words, items) if is_put else self._command(words)
+                elif len(items) == MAX_TEXT_ITEMS:
+                    raise Refused("CLIENT_ERROR", "Too many items; limit=%d" % MAX_TEXT_ITEMS,
+                                  close=True)
                 else:
-                    waits = self._add(line)
+                    items.append(line)
                 if waits:
                     self._begin(waits)
             except (Refused, OSError) as error:
@@ -7508,7 +7515,7 @@ class TextSession(LineSession):
     def _command(self, words):
         if words and words[-1].endswith(b":"):             # items follow
             words[-1] = words[-1][:-1]
-            self._words, self._items, self._size = list(filter(None, words)), [], 0
+            self._put_begun = list(filter(None, words)), []
             return None
         name = words[0].lower().decode("latin-1") if words else ""
         method = getattr(self, "do_" + name, None)
@@ -7517,16 +7524,6 @@ class TextSession(LineSession):
             raise Refused("CLIENT_ERROR", " ".join(["Unknown command:", *map(
                 os.fsdecode, words[:1])]), close=name in ("post", "host:"))
         return method(words)
-
-    def _add(self, line):
-        """Take a line that is an item of a put."""
-        self._items.append(line)
-        if len(self._items) > MAX_TEXT_ITEMS:
-            raise Refused("CLIENT_ERROR", "Too many items; limit=%d" % MAX_TEXT_ITEMS, close=True)
-        self._size += len(line)
-        if self._size > MAX_TEXT_PUT:
-            raise Refused("CLIENT_ERROR", "Items are too large together; limit=%d" % MAX_TEXT_PUT,
-                          close=True)
 
     def _say_error(self, error):
         self._say(self._failure(error.why, None))
@@ -7547,10 +7544,10 @@ class TextSession(LineSession):
 
     @property
     def unparsed(self):
-        return super().unparsed + (0 if self._items is None else self._size)
+        return super().unparsed + (sum(map(len, self._put_begun[1])) if self._put_begun else 0)
 
     def end(self):
-        self._items = None
+        self._put_begun = None
         super().end()
 
     # -- commands
@@ -8738,14 +8735,12 @@ function show() {
   const wanted = found.slice(0, MOST_ROWS).map(row), body = at("queues")
   // A row that is pressed, or has text selected, stays where it is.
   if (pressed || !getSelection().isCollapsed && body.contains(getSelection().anchorNode)) return
-  const focused = document.activeElement
-  const keep = new Set(wanted)
-  for (const one of [...body.children]) if (!keep.has(one)) one.remove()
-  wanted.forEach((one, n) => {
-    if (body.children[n] !== one) body.insertBefore(one, body.children[n] || null)
-  })
-  if (focused && focused !== document.activeElement && body.contains(focused)) focused.focus()
-  for (const [key, one] of known) if (!keep.has(one)) known.delete(key)
+  if (wanted.length !== body.children.length || wanted.some((one, n) => one !== body.children[n])) {
+    const focused = document.activeElement
+    body.replaceChildren(...wanted)
+    if (body.contains(focused)) focused.focus()
+  }
+  for (const [key, one] of known) if (!one.isConnected) known.delete(key)
 }
 addEventListener("pointerdown", () => { pressed = true })
 for (const end of ["pointerup", "pointercancel", "blur"])
