@@ -7984,7 +7984,7 @@ _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 # Factors that convert a value to seconds, by the end of its name in /stats.json.
 _SCALES = {"usec": 1e-6, "msec": 1e-3, "time": 1e-3}
 
-# How many lines of a report are put together before other work gets its turn.
+# How many pieces of a report are put together before other work gets its turn.
 _LINES_STEP = 400
 
 
@@ -8359,7 +8359,7 @@ class AdminSession(Session):
 
     def _item(self):
         """Answer with the data of one of the first items."""
-        number = self._request.query.get("n", ["0"])[0]
+        number = self._asked("n", "0")
         number = int(number) if re.fullmatch("[0-9]{1,4}", number) else _SHOWN_ITEMS
         place = itertools.count()
         _, items = yield from self._first_items(
@@ -8372,11 +8372,12 @@ class AdminSession(Session):
 
     # -- what changes something
 
-    def _asked(self, name):
-        """Return a parameter that the request must have. Raises Refused."""
-        if name not in self._request.query:
+    def _asked(self, name, default=None):
+        """Return a parameter of the request. Raises Refused if it is missing, and must not be."""
+        value = self._request.query.get(name, [default])[0]
+        if value is None:
             raise Refused("CLIENT_ERROR", "the parameter %s is missing" % name)
-        return self._request.query[name][0]
+        return value
 
     def _asked_queue(self):
         """Return the queue that the request names. Raises Refused."""
@@ -8410,7 +8411,7 @@ class AdminSession(Session):
 
     def _post_pause(self):
         queue = self._asked_queue()
-        what = self._request.query.get("what", ["in and out"])[0]
+        what = self._asked("what", "in and out")
         if what not in PAUSES:
             raise Refused("CLIENT_ERROR", "what is one of: " + ", ".join(PAUSES))
         self._pause(queue.name, PAUSES.index(what))
@@ -8634,8 +8635,7 @@ function remember(name, value) {
   else wish.delete(name)
   history.replaceState(null, "", "?" + wish)
 }
-const sort = () => columns.some(column => column[1] === wish.get("sort")) ? wish.get("sort")
-  : "name"
+const sort = () => (columns.find(([title, key]) => key === wish.get("sort")) || columns[0])[1]
 const down = () => wish.get("down") === "1"
 function make(tag, text, parent) {
   const one = document.createElement(tag)
@@ -8947,7 +8947,6 @@ always().then(() => data && wish.get("queue") && look(wish.get("queue")))
 """
 
 
-@functools.lru_cache(maxsize=None)
 def _page_policy():
     """Return a Content-Security-Policy that lets only the page's own script run."""
     import hashlib
