@@ -5977,9 +5977,10 @@ _MOST_DIRTY = 50
 
 
 class Refused(Exception):
-    """A command that is answered with an error. kind: ERROR, CLIENT_ERROR or SERVER_ERROR, or
-    NOT_FOUND of the admin port. close: whether the connection is closed then. skip: how many
-    bytes of a data block are thrown away. reason: the name that it is counted under."""
+    """A command that is answered with an error. kind: ERROR, CLIENT_ERROR or SERVER_ERROR;
+    NOT_FOUND of the admin port; or a number that Thrift has for it. close: whether the connection
+    is closed then. skip: how many bytes of a data block are thrown away. reason: the name that it
+    is counted under."""
 
     def __init__(self, kind, why, close=False, skip=0, reason="client"):
         super().__init__(why)
@@ -6267,7 +6268,7 @@ class Session:
             self.end()
 
     def take(self):
-        """Return what is to be sent; it is the server's from now on."""
+        """Return the answers to be sent, and forget them."""
         out, self.out, self.touched = self.out, [], []
         if self._ended:
             self._ended.clear()
@@ -6340,8 +6341,8 @@ class Session:
         return bool(ended) and not any(ended)
 
     def turn_away(self, error):
-        """Refuse the command in hand, or what has come of one; drop all other input, and end. A
-        command that waits is not answered: what it has done before may stay."""
+        """Refuse the command in hand, or the part of one that has come; drop all other input, and
+        end. A command that waits is not answered: what it has done before may stay."""
         if self.asks is None:
             self._refuse(error)
         self.end()
@@ -6406,34 +6407,13 @@ class Session:
 
     # -- reading
 
-    def _next(self, queue, opening, peek, wait):
-        """Return the next item of a queue; None if there is none, if none comes in time, or if
-        `queue` is None. A generator, since it may have to wait."""
-        _, item = yield from self._next_of([queue] if queue else [], opening, peek, wait)
-        return item
-
-    def _read_each(self, queue, count, wait, peek, say):
-        """Open up to `count` items of a queue, or peek at them, and call say(item) for each. wait:
-        milliseconds for all of them. Return what the last read found."""
-        item = None
-        if wait > 0:
-            self.timeout = wait
-        while count > 0 and (peek or self._may_open(queue)):
-            item = yield from self._next(queue, not peek, peek, wait > 0)
-            self._count_read(queue, item, peek)
-            if item is None:
-                break
-            say(item)
-            count -= 1
-            if self.load > self.most_load:
-                yield
-        return item
-
-    def _next_of(self, queues, opening, peek, wait):
-        """Return the first of these queues that has an item, and the item; or (None, None)."""
+    def _next(self, queues, opening, peek, wait):
+        """Return the first of these queues that has an item, and the item; or (None, None) if
+        there is none, or none comes in time. Queues that are None have none. A generator, since it
+        may have to wait."""
         moves, naps = self.broker.moves, RETRY_MS // _LOADING_MS
         while True:
-            queues = [queue for queue in queues if not queue.closed]
+            queues = [queue for queue in queues if queue and not queue.closed]
             for queue in queues:
                 item = queue.peek(self.now) if peek else queue.remove(opening, self.now)
                 if item is not None:
@@ -6455,6 +6435,23 @@ class Session:
                 return (yield waiter)
             else:
                 return None, None
+
+    def _read_each(self, queue, count, wait, peek, say):
+        """Open up to `count` items of a queue, or peek at them, and call say(item) for each. wait:
+        milliseconds for all of them. Return what the last read found."""
+        item = None
+        if wait > 0:
+            self.timeout = wait
+        while count > 0 and (peek or self._may_open(queue)):
+            _, item = yield from self._next([queue], not peek, peek, wait > 0)
+            self._count_read(queue, item, peek)
+            if item is None:
+                break
+            say(item)
+            count -= 1
+            if self.load > self.most_load:
+                yield
+        return item
 
     def _note_open(self, queue, item):
         """Note that the client has opened a read."""
@@ -6734,8 +6731,8 @@ class LineSession(Session):
 # A key of a get. text: as it was sent. name: of the queue. wait: milliseconds. Kestrel has nothing
 # of what follows. count: how many items. others: the names of further queues. timeout:
 # milliseconds after which the read goes back. delay: milliseconds until an aborted item is
-# available again. tail: whether it goes to the tail. touch: whether the timeout starts anew. info:
-# whether the answer has the time, expiry and deliveries of each item.
+# available again. tail: whether it goes to the tail. touch: whether the timeout starts again.
+# info: whether the answer has the time, expiry and deliveries of each item.
 ReadKey = collections.namedtuple(
     "ReadKey", "text name wait open close abort peek count others timeout delay tail touch info",
     defaults=(0, False, False, False, False, 1, (), None, 0, False, False, False))
@@ -6998,7 +6995,7 @@ class MemcacheSession(LineSession):
             super()._run_kept()
 
     def _finish_block(self):
-        """Store a data block whose rest has come, without another copy."""
+        """Store a data block that is complete now, without another copy."""
         block, self._block = self._block, None
         self._kept.seek(block.size)
         rest = self._kept.read()
@@ -7156,7 +7153,7 @@ class MemcacheSession(LineSession):
             queue = yield from self._queue(key.name)
         if key.wait > 0:
             self.timeout = key.wait
-        item = yield from self._next(queue, key.open, key.peek, key.wait > 0)
+        _, item = yield from self._next([queue], key.open, key.peek, key.wait > 0)
         self._count_read(queue, item, key.peek)
         self._give(get, key, queue, item)
 
@@ -7211,7 +7208,7 @@ class MemcacheSession(LineSession):
         """Show the first items of the first of these queues that has any."""
         if key.wait > 0:
             self.timeout = key.wait
-        queue, item = yield from self._next_of(queues, False, True, key.wait > 0)
+        queue, item = yield from self._next(queues, False, True, key.wait > 0)
         self._count_read(queue, item, peek=True)
         if item is None:
             return
@@ -7238,7 +7235,7 @@ class MemcacheSession(LineSession):
             if wait:
                 self.timeout = key.wait
             try:
-                queue, item = yield from self._next_of(queues, key.open, False, wait)
+                queue, item = yield from self._next(queues, key.open, False, wait)
             except OSError as error:
                 if not given:
                     raise
@@ -7469,8 +7466,7 @@ class TextSession(LineSession):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        # (words, items) of a command that items follow, as far as these have come
-        self._put_begun = None
+        self._put_begun = None          # (words, items) of a put that is still to end
 
     def _parse(self, data):
         pos = 0
@@ -7715,16 +7711,10 @@ class ThriftSession(Session):
             self.end()
             return
         name = self._head[1].decode("utf-8", "replace")
-        if name not in _THRIFT_METHODS or kind not in (_CALL, _ONEWAY):
-            self._except("unknown method %s" % name, _UNKNOWN_METHOD)
-            return
         try:
-            values = _thrift_arguments(name, frame, pos)
-        except (ValueError, struct.error) as error:
-            self._except(str(error), _PROTOCOL_ERROR)
-            return
-        try:
-            waits = getattr(self, "do_" + name)(*values)
+            if name not in _THRIFT_METHODS or kind not in (_CALL, _ONEWAY):
+                raise Refused(_UNKNOWN_METHOD, "unknown method %s" % name)
+            waits = getattr(self, "do_" + name)(*_thrift_arguments(name, frame, pos))
             if waits:
                 self._begin(waits)
         except (Refused, OSError) as error:
@@ -7734,11 +7724,9 @@ class ThriftSession(Session):
         """Answer the call in hand with the fields of its result."""
         self._say(_thrift_frame(self._head, _REPLY, result))
 
-    def _except(self, why, kind):
-        self._say(self._failure(why, None, kind))
-
     def _say_error(self, error):
-        self._except(error.why, _INTERNAL_ERROR)
+        kind = error.kind if isinstance(error.kind, int) else _INTERNAL_ERROR
+        self._say(self._failure(error.why, None, kind))
 
     def _failure(self, why, answer, kind=_INTERNAL_ERROR):
         """Return a TApplicationException, in the place of an answer, or of the one to come."""
@@ -7789,7 +7777,7 @@ class ThriftSession(Session):
         size = 0
         try:
             while queue and len(items) < most and size < _MOST_BYTES:
-                item = yield from self._next(queue, opening, False, wait)
+                _, item = yield from self._next([queue], opening, False, wait)
                 if item is None:
                     break
                 if opening:
@@ -7846,7 +7834,7 @@ class ThriftSession(Session):
     def do_peek(self, name):
         self._check_reads()
         queue = self.broker.find(_name(name))
-        item = yield from self._next(queue, False, True, False)
+        _, item = yield from self._next([queue], False, True, False)
         self._count_read(queue, item, True)
         stats = collections.defaultdict(int, self.broker.queue_stats(queue, self.now)
                                         if queue else ())
@@ -7904,16 +7892,20 @@ def _thrift_head(frame):
 
 
 def _thrift_arguments(name, frame, pos):
-    """Return the arguments of a call, from the struct at frame[pos]. Raises ValueError and
-    struct.error."""
-    fields, _ = _thrift_value(_STRUCT, frame, pos, [_MOST_VALUES])
+    """Return the arguments of a call, from the struct at frame[pos]. Raises Refused."""
+    try:
+        fields, _ = _thrift_value(_STRUCT, frame, pos, [_MOST_VALUES])
+    except (ValueError, struct.error) as error:
+        raise Refused(_PROTOCOL_ERROR, str(error)) from None
     values = []
     for number, (kind, of, default) in enumerate(_THRIFT_METHODS[name], 1):
         given, value = fields.get(number, (kind, default))
         if given != kind or value is None:
-            raise ValueError("field %d of %s is missing, or of another type" % (number, name))
+            raise Refused(_PROTOCOL_ERROR, "field %d of %s is missing, or of another type"
+                          % (number, name))
         if of and not all(type(one) is of for one in value):
-            raise ValueError("items must be binary" if of is bytes else "ids must be integers")
+            raise Refused(_PROTOCOL_ERROR,
+                          "items must be binary" if of is bytes else "ids must be integers")
         values.append(value)
     return values
 

@@ -8925,7 +8925,7 @@ EVERY_COMMAND = [
       for name in commands_of(kestrel.MemcacheSession)],
     ("memcache", "store", b"set q 0 0 1\r\nx\r\n"),
     ("memcache", "_store_in_steps", b"set new 0 0 1\r\nx\r\n"),
-    ("memcache", "_get_in_steps", b"get new\r\n"), ("memcache", "_next_of", b"get a b\r\n"),
+    ("memcache", "_get_in_steps", b"get new\r\n"), ("memcache", "_next", b"get a b\r\n"),
     *[("text", name, name[3:].encode() + b" q 1\n") for name in commands_of(kestrel.TextSession)],
     ("text", "_put_items", b"put q:\nx\n\n"),
     *[("thrift", name, None) for name in commands_of(kestrel.ThriftSession)],
