@@ -5963,8 +5963,10 @@ READY, RECEIVING, WAITING, WORKING, HELD, FULL, ENDING, CLOSED = (
 # The latest expiry; later ones are reduced to it. (The journal has 64 bits.)
 _LATEST = 1 << 62
 
-# The longest delay of an item, in milliseconds: a hundred years.
-_LONGEST_DELAY = 36525 * 86400000
+# The numbers that are not negative, those that are positive, and the delays that an item may have,
+# in milliseconds: up to a hundred years.
+_FROM_0, _FROM_1 = range(10 ** 20), range(1, 10 ** 20)
+_DELAYS = range(36525 * 86400000 + 1)
 
 # What a command adds to the load of its session besides the size of its answer.
 _COMMAND_COST = 1 << 10
@@ -5999,11 +6001,20 @@ def _name(word):
         raise Refused("CLIENT_ERROR", str(error)) from None
 
 
-def _number(word, what, close=False):
-    """Return a whole number (bytes) as int. Raises Refused."""
-    if not word.lstrip(b"-").isdigit() or word.rfind(b"-") > 0 or len(word) > 20:
-        raise Refused("CLIENT_ERROR", "bad %s" % what, close)
-    return int(word)
+def _number(word, what, allowed=None, close=False):
+    """Return a whole number (bytes) as int. allowed: a range that it must be in. Raises
+    Refused."""
+    if word.lstrip(b"-").isdigit() and word.rfind(b"-") <= 0 and len(word) <= 20:
+        number = int(word)
+        if allowed is None or number in allowed:
+            return number
+    raise Refused("CLIENT_ERROR", "bad %s" % what, close)
+
+
+def _batches(items, size):
+    """Yield the items in lists of that size; the last one may be shorter."""
+    items = iter(items)
+    return iter(lambda: list(itertools.islice(items, size)), [])
 
 
 # The other side of a connection. name: for the log. host: all clients of a host share its limits.
@@ -6767,11 +6778,9 @@ def parse_key(text):
     wait = _number(options.get(b"t", b"0"), "timeout")
     name = _name(queue)
     others.pop(name, None)
-    count = min(_number(options.get(b"n", b"1"), "number of items (n=)"), UNLIMITED)
-    timeout = _number(options[b"timeout"], "timeout") if b"timeout" in options else None
-    delay = _number(options.get(b"delay", b"0"), "delay")
-    if count < 1 or timeout is not None and timeout < 1 or not 0 <= delay <= _LONGEST_DELAY:
-        raise Refused("CLIENT_ERROR", "n= and timeout= need a number from 1, delay= one from 0")
+    count = min(_number(options.get(b"n", b"1"), "number of items (n=)", _FROM_1), UNLIMITED)
+    timeout = _number(options[b"timeout"], "timeout", _FROM_1) if b"timeout" in options else None
+    delay = _number(options.get(b"delay", b"0"), "delay", _DELAYS)
     if timeout and not opening or (delay or tail) and not abort or delay and tail:
         raise Refused("CLIENT_ERROR", "timeout= needs open; delay= or tail needs abort")
     return ReadKey(text, name, wait, opening, closing, abort, peek, count, tuple(others), timeout,
@@ -6796,26 +6805,20 @@ def _parse_block(words):
     # After a key with a blank in it, another word is the byte count: data would be run as commands.
     if name == "set" and (len(words) > 6 or len(words) == 6 and words[5] != b"noreply"):
         raise Refused("CLIENT_ERROR", "more words than set has", close=True)
-    size = _number(words[4], "byte count", close=True)
-    if size < 0:
-        raise Refused("CLIENT_ERROR", "bad byte count", close=True)
+    size = _number(words[4], "byte count", _FROM_0, close=True)
     if name != "set":
         raise Refused("CLIENT_ERROR", "%s has no meaning for a queue" % name, skip=size + 2)
     try:
-        flags = _number(words[2], "flags")
-        if not 0 <= flags <= 0xffffffff:
-            raise Refused("CLIENT_ERROR", "bad flags")
+        flags = _number(words[2], "flags", range(1 << 32))
         key, *options = words[1].split(b"/")
         delay, sync = 0, False
         for option in options:
             if option.lower() == b"sync":
                 sync = True
             elif option.lower().startswith(b"delay="):
-                delay = _number(option[6:], "delay")
+                delay = _number(option[6:], "delay", _DELAYS)
             else:
                 raise Refused("CLIENT_ERROR", "set knows the options delay= and sync")
-        if not 0 <= delay <= _LONGEST_DELAY:
-            raise Refused("CLIENT_ERROR", "bad delay")
         return Block(key, flags, _number(words[3], "expiry"), size, words, delay, sync)
     except Refused as error:
         error.skip = size + 2
@@ -7313,9 +7316,7 @@ class MemcacheSession(LineSession):
         if len(words) != 3:
             raise Refused("CLIENT_ERROR", "confirm needs a queue and a number of items")
         queue = self.broker.find(_name(words[1]))
-        count = _number(words[2], "number of items")
-        if count < 0:
-            raise Refused("CLIENT_ERROR", "bad number of items")
+        count = _number(words[2], "number of items", _FROM_0)
         self._say(b"END\r\n" if self._confirm(queue, count) else b"ERROR\r\n")
 
     # -- administration
@@ -7434,12 +7435,9 @@ class MemcacheSession(LineSession):
     def _report(self, pieces):
         """Answer with the pieces of text of a generator, some in each turn, and END."""
         yield
-        for number, piece in enumerate(pieces, 1):
-            if piece:
-                self._say(os.fsencode(piece))
-            if number % QUEUES_STEP == 0:
-                yield
-        self._say(b"END\r\n")
+        for some in _batches(itertools.chain(pieces, ["END\r\n"]), QUEUES_STEP):
+            self._say(os.fsencode("".join(some)))
+            yield
 
     def do_reload(self, words):
         yield from self._reload()
@@ -7978,12 +7976,6 @@ _SCALES = {"usec": 1e-6, "msec": 1e-3, "time": 1e-3}
 
 # How many pieces of a report are put together before other work gets its turn.
 _LINES_STEP = 400
-
-
-def _batches(items, size):
-    """Yield the items in lists of that size; the last one may be shorter."""
-    items = iter(items)
-    return iter(lambda: list(itertools.islice(items, size)), [])
 
 
 def _shown_name(name):
