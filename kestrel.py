@@ -5979,10 +5979,9 @@ _MOST_DIRTY = 50
 
 
 class Refused(Exception):
-    """A command that is answered with an error. kind: ERROR, CLIENT_ERROR or SERVER_ERROR;
-    NOT_FOUND of the admin port; or a number that Thrift has for it. close: whether the connection
-    is closed then. skip: how many bytes of a data block are thrown away. reason: the name that it
-    is counted under."""
+    """A command that is answered with an error. kind: ERROR, CLIENT_ERROR or SERVER_ERROR, or the
+    number that HTTP or Thrift has for it. close: whether the connection is closed then. skip: how
+    many bytes of a data block are thrown away. reason: the name that it is counted under."""
 
     def __init__(self, kind, why, close=False, skip=0, reason="client"):
         super().__init__(why)
@@ -8107,18 +8106,17 @@ class AdminSession(Session):
 
     def _is_from_here(self):
         """Return whether the request comes from a page of this server, or from no page at all. A
-        user who may do much may have a page of another site open, which could send requests in
-        the user's name, even under a host name that its owner has made lead here (DNS
-        rebinding)."""
+        page of another site that a user has open could send requests in the user's name, even
+        under a host name that the site's owner has pointed at this server (DNS rebinding)."""
         headers = self._request.headers
         host = headers.get("host", "")
         try:
             name = urllib.parse.urlsplit("//" + host).hostname or "localhost"
             origin = urllib.parse.urlsplit(headers.get("origin", "//" + host)).netloc
-        except ValueError:                   # no page of this server has such an address
+        except ValueError:                   # not the address of a page of this server
             return False
         try:
-            ipaddress.ip_address(name)       # no name, so no DNS that could lead here
+            ipaddress.ip_address(name)       # without DNS, nobody else can point it here
         except ValueError:
             settings = self.broker.settings
             if name.lower() not in ("localhost", os.uname().nodename.lower(),
@@ -8178,8 +8176,8 @@ class AdminSession(Session):
 
     def _say_error(self, error):
         self._respond(
+            error.kind if isinstance(error.kind, HTTPStatus) else
             HTTPStatus.FORBIDDEN if error.reason == "denied" else
-            HTTPStatus.NOT_FOUND if error.kind == "NOT_FOUND" else
             HTTPStatus.BAD_REQUEST if error.kind == "CLIENT_ERROR" else
             HTTPStatus.SERVICE_UNAVAILABLE if error.close else HTTPStatus.INTERNAL_SERVER_ERROR,
             error.why)
@@ -8313,7 +8311,7 @@ class AdminSession(Session):
             del some                         # before more is read
             yield
         if queue.closed:
-            raise Refused("NOT_FOUND", "the queue has been deleted")
+            raise Refused(HTTPStatus.NOT_FOUND, "the queue has been deleted")
         return queue, found
 
     def _peek(self):
@@ -8350,7 +8348,7 @@ class AdminSession(Session):
             min(number + 1, _SHOWN_ITEMS),
             lambda item: item.data if next(place) == number else None)
         if number >= len(items):
-            raise Refused("NOT_FOUND", "there is no such item")
+            raise Refused(HTTPStatus.NOT_FOUND, "there is no such item")
         self._respond(HTTPStatus.OK, items[number], "application/octet-stream",
                       "Content-Disposition: attachment; filename=item")
 
@@ -8367,7 +8365,7 @@ class AdminSession(Session):
         """Return the queue that the request names. Raises Refused."""
         queue = self.broker.find(self._asked("queue"))
         if queue is None:
-            raise Refused("NOT_FOUND", "there is no such queue")
+            raise Refused(HTTPStatus.NOT_FOUND, "there is no such queue")
         return queue
 
     def _post_flush(self):
@@ -8404,7 +8402,7 @@ class AdminSession(Session):
     def _post_kick(self):
         self._check_admin("kick")
         if not self._kick(_number(os.fsencode(self._asked("id")), "id")):
-            raise Refused("NOT_FOUND", "there is no such client")
+            raise Refused(HTTPStatus.NOT_FOUND, "there is no such client")
         return "closed"
 
     def _change_status(self, word):
@@ -8605,11 +8603,10 @@ const bytes = n => { let unit = 0; while (n >= 1000 && unit < 4) { n /= 1024; un
 const time = s => s < 1 ? Math.round(s * 1000) + " ms" : s < 120 ? Math.round(s) + " s"
   : s < 7200 ? Math.round(s / 60) + " min" : s < 172800 ? Math.round(s / 3600) + " h"
   : Math.round(s / 86400) + " d"
-const columns = [["Queue", "name", x => x], ["Items", "items", number.format],
-  ["Bytes", "bytes", bytes], ["Oldest", "head_wait", ms => ms ? time(ms / 1000) : "–"],
-  ["Put/s", "put_rate", number.format], ["Got/s", "get_rate", number.format],
-  ["Open", "open_transactions", number.format], ["Delayed", "delayed", number.format],
-  ["Waiters", "waiters", number.format], ["Journal", "logsize", bytes]]
+const columns = [["Queue", "name", x => x], ["Items", "items"], ["Bytes", "bytes", bytes],
+  ["Oldest", "head_wait", ms => ms ? time(ms / 1000) : "–"], ["Put/s", "put_rate"],
+  ["Got/s", "get_rate"], ["Open", "open_transactions"], ["Delayed", "delayed"],
+  ["Waiters", "waiters"], ["Journal", "logsize", bytes]]
 // The address says what is shown, so that a link to it can be shared.
 const wish = new URLSearchParams(location.search)
 let data = null, charts = {}, answered = 0, stopped = false, turn = 0, pressed = false
@@ -8685,7 +8682,7 @@ function row(queue) {
       make("td", "", one))
     known.set(queue.key, one)
   }
-  columns.forEach(([title, key, text], n) =>
+  columns.forEach(([title, key, text = number.format], n) =>
     set(n ? one.children[n] : one.firstChild.firstChild, text(queue[key])))
   set(one.firstChild.lastChild, queue.failing ? " (failing)"
     : queue.paused !== "no" ? ` (paused: ${queue.paused})` : "", queue.failing ? "bad" : "some")
