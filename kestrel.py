@@ -5945,7 +5945,7 @@ class Broker:
 #   WAITING    kept              an item comes, or time_out() is called
 #   WORKING    kept              resume() is called: in a later turn, or for what it asked for
 #   HELD       kept              its answers are safe, or its question (a password) is answered
-#   FULL       kept              sent() is called: as much as is sent at once waits in `out`
+#   FULL       kept              sent() is called: `out` holds all that may wait there
 #   ENDING     thrown away       never; it is closed when `out` has been sent
 #   CLOSED     thrown away       never
 #
@@ -5962,13 +5962,15 @@ READY, RECEIVING, WAITING, WORKING, HELD, FULL, ENDING, CLOSED = (
 # The latest expiry; later ones are reduced to it. (The journal has 64 bits.)
 _LATEST = 1 << 62
 
-# The longest delay of an item, in milliseconds: a hundred years.
-_LONGEST_DELAY = 36525 * 86400000
+# The numbers that are not negative, those that are positive, and the delays that an item may have,
+# in milliseconds: up to a hundred years.
+_FROM_0, _FROM_1 = range(10 ** 20), range(1, 10 ** 20)
+_DELAYS = range(36525 * 86400000 + 1)
 
 # What a command adds to the load of its session besides the size of its answer.
 _COMMAND_COST = 1 << 10
 
-# The delivery of an item that is logged, since so many earlier ones have failed.
+# The delivery of an item that is logged, because the earlier ones have all failed.
 _OFTEN = 5
 
 # While more queues than this have something to write, each session runs one command a turn.
@@ -5976,9 +5978,9 @@ _MOST_DIRTY = 50
 
 
 class Refused(Exception):
-    """A command that is answered with an error. kind: ERROR, CLIENT_ERROR or SERVER_ERROR, or
-    NOT_FOUND of the admin port. close: the connection is closed then. skip: how many bytes of a
-    data block are thrown away. reason: what it is counted under."""
+    """A command that is answered with an error. kind: ERROR, CLIENT_ERROR or SERVER_ERROR, or the
+    number that HTTP or Thrift has for it. close: whether the connection is closed then. skip: how
+    many bytes of a data block are thrown away. reason: the name that it is counted under."""
 
     def __init__(self, kind, why, close=False, skip=0, reason="client"):
         super().__init__(why)
@@ -5997,26 +5999,35 @@ def _name(word):
         raise Refused("CLIENT_ERROR", str(error)) from None
 
 
-def _number(word, what, close=False):
-    """Return a whole number (bytes) as int. Raises Refused."""
-    if not word.lstrip(b"-").isdigit() or word.rfind(b"-") > 0 or len(word) > 20:
-        raise Refused("CLIENT_ERROR", "bad %s" % what, close)
-    return int(word)
+def _number(word, what, allowed=None, close=False):
+    """Return a whole number (bytes) as int. allowed: a range that it must be in. Raises
+    Refused."""
+    if word.lstrip(b"-").isdigit() and word.rfind(b"-") <= 0 and len(word) <= 20:
+        number = int(word)
+        if allowed is None or number in allowed:
+            return number
+    raise Refused("CLIENT_ERROR", "bad %s" % what, close)
 
 
-# The other side of a connection. name: for the log. host: its limits are shared by all clients of
-# a host. local: it is on this machine. ip: its ipaddress, None on a UNIX socket.
+def _batches(items, size):
+    """Yield the items in lists of that size; the last one may be shorter."""
+    items = iter(items)
+    return iter(lambda: list(itertools.islice(items, size)), [])
+
+
+# The other side of a connection. name: for the log. host: all clients of a host share its limits.
+# local: whether it is on this machine. ip: its ipaddress, None on a UNIX socket.
 Peer = collections.namedtuple("Peer", "name host local ip", defaults=[None])
 
 
 # Protocols of clients that have come to the wrong port: reason of the refusal -> in words.
 _FOREIGN = {"binary memcache": "memcache's binary protocol: it has to use the text protocol",
-            "TLS": "TLS to a port without (tls_cert)", "binary": "no protocol that is known here",
+            "TLS": "TLS to a port without TLS (tls_cert)", "binary": "an unknown protocol",
             "PROXY": "the PROXY protocol, but is not among those in proxy_protocol"}
 
 
 def _reason(error):
-    """Return what a command that an OSError has refused is counted under."""
+    """Return the name that a command is counted under if it failed with this OSError."""
     return errno.errorcode.get(error.errno, "EIO")
 
 
@@ -6027,12 +6038,12 @@ class Session:
     turn_away(), close(), the attributes that follow and those explained in __init__():
 
     most_load    with more load, the next command waits until all answers have been sent
-    timeout      milliseconds from now at which time_out() is to be called; then set to None
+    timeout      milliseconds after which time_out() is to be called; the server resets it to None
 
     A protocol has _parse(data), which runs the commands in `data` and returns how far it has got,
-    _say_error(error), which answers with a Refused, and _failure(why, answer), which returns the
-    bytes that take the place of an answer, None for that of the command in hand. An answer that
-    must not be sent is b"".
+    _say_error(error), which answers with a Refused, and _failure(why, answer), which returns an
+    error in the place of an answer; `answer` is None if the command in hand has none yet. The
+    answer to a command that wants none is b"".
     """
 
     NOTHING = b""                       # the answer to a read that finds no item
@@ -6075,7 +6086,7 @@ class Session:
         return self._kept.tell() if self._kept else 0
 
     def is_over(self):
-        """Return whether the client has gone, or will be hung up on."""
+        """Return whether the client has gone, or is sent nothing more than what is in `out`."""
         return self.state in (ENDING, CLOSED)
 
     # -- the state
@@ -6117,7 +6128,8 @@ class Session:
         self.open_reads.clear()
 
     def close(self, now):
-        """Note that the connection is closed. Reads whose end is undone go back too."""
+        """Note that the connection is closed. Open reads go back, and so do those that were closed
+        if that is undone."""
         self.now = now
         self.end()
         self.state = CLOSED
@@ -6224,7 +6236,7 @@ class Session:
 
     def _deliver(self, queue, item):
         if item is not None:
-            # In this turn, though the answer may be of the next.
+            # Now: the change is written in this turn, though the answer may come in the next.
             self._rest_on(queue, item if self.asks.peek else True)
             if self.asks.open:
                 self._note_open(queue, item)
@@ -6233,8 +6245,7 @@ class Session:
     def time_out(self):
         """End the current wait without an item."""
         if type(self.asks) is Waiter:
-            self.asks.cancel()
-            self._wake(self.command, (None, None))
+            self.asks.take(None, None)
 
     # -- output
 
@@ -6244,10 +6255,10 @@ class Session:
         self.out.append(answer)
 
     def _rest_on(self, queue, whole=True):
-        """Make the next answer depend on the journal of a queue: it is not sent before what has
-        been done is safe, and is an error if that fails. whole: False in a get of many keys,
-        where a queue that fails is passed over; or the item that was peeked at, whose answer
-        stays true as long as it is at the head."""
+        """Make the next answer depend on the journal of a queue: it is sent when what has been
+        done is safe, and is an error if that fails. whole: False in a get of many keys, which
+        passes over a queue that fails; or the item that was peeked at: the answer stays true as
+        long as that is at the head."""
         self.touched.append((queue, len(self.out), int(whole is not False), whole))
 
     def _refuse(self, error):
@@ -6266,7 +6277,7 @@ class Session:
             self.end()
 
     def take(self):
-        """Return what is to be sent; it is the server's from now on."""
+        """Return the answers to be sent, and forget them."""
         out, self.out, self.touched = self.out, [], []
         if self._ended:
             self._ended.clear()
@@ -6281,8 +6292,7 @@ class Session:
     def settle(self, failed, unsafe):
         """Put errors in the place of answers that rest on a failed journal, and hold those that
         rest on operations which are not safe yet. failed: {queue: OSError}. unsafe: {queue: the
-        position up to which these operations are}. It is called in the turn in which they were
-        written."""
+        position of its last operation}. Called in the turn in which these were written."""
         entries, self.touched = self.touched, []
         queues = {entry[0] for entry in entries}
         if failed:
@@ -6310,8 +6320,8 @@ class Session:
             self.broker.woken.append(self)   # to be sent, and resumed
 
     def _fail(self, failed, entries):
-        """Answer with an error where a journal could not be written or fsynced. entries: of
-        `touched`."""
+        """Put errors in the place of answers that rest on a journal which could not be written or
+        fsynced. entries: a part of `touched`."""
         for queue, index, count, whole in entries:
             if not count or queue not in failed or (
                     isinstance(whole, Item) and queue.is_head(whole)):
@@ -6334,15 +6344,16 @@ class Session:
         self._update()
 
     def _has_ended(self, index):
-        """Return whether the command of an answer has closed a read, which has not been undone.
-        Then it is not refused, though it finds no item: that would say that it is still open."""
+        """Return whether the command of an answer has closed a read, and this has not been undone.
+        Then it is not refused, though it finds no item: an error says that the read is open."""
         ended = [queue.is_open(xid) for queue, xid, at in self._ended if at == index]
         return bool(ended) and not any(ended)
 
     def turn_away(self, error):
-        """Refuse the command in hand, or what has come so far; drop all other input, and end."""
-        self._drop_command()
-        self._refuse(error)
+        """Refuse the command in hand, or the part of one that has come; drop all other input, and
+        end. A command that waits is not answered: what it has done before may stay."""
+        if self.asks is None:
+            self._refuse(error)
         self.end()
 
     # -- what a client may do
@@ -6366,7 +6377,7 @@ class Session:
             self._deny("%s is turned off (admin_commands)" % command)
         if not self.peer.local and (rule == "local" or not rule and command == "shutdown" and not (
                 settings.allow_remote_shutdown)):
-            self._deny("%s is taken from this machine only (admin_commands)" % command)
+            self._deny("%s is for clients on this machine only (admin_commands)" % command)
 
     def _check_user(self, right, *names):
         """Check that the client may use these queues. right: put_users or get_users."""
@@ -6395,7 +6406,7 @@ class Session:
     def _may_open(self, queue):
         """Return whether the client may open one more read of a queue."""
         limit = self.broker.settings.max_open_transactions
-        # Those that have timed out do not count, but to look for them takes long.
+        # Those that have timed out do not count, but looking for them takes long.
         return (len(self.open_reads.get(queue, ())) < limit
                 or len(self._reads_of(queue)) < limit)
 
@@ -6405,17 +6416,13 @@ class Session:
 
     # -- reading
 
-    def _next(self, queue, opening, peek, wait):
-        """Return the next item of a queue; None if there is none, or none comes in time. A
-        generator, since it may have to wait."""
-        _, item = yield from self._next_of([queue], opening, peek, wait)
-        return item
-
-    def _next_of(self, queues, opening, peek, wait):
-        """Return the first of these queues that has an item, and the item; or (None, None)."""
+    def _next(self, queues, opening, peek, wait):
+        """Return the first of these queues that has an item, and the item; or (None, None) if
+        there is none, or none comes in time. Queues that are None have none. A generator, since it
+        may have to wait."""
         moves, naps = self.broker.moves, RETRY_MS // _LOADING_MS
         while True:
-            queues = [queue for queue in queues if not queue.closed]
+            queues = [queue for queue in queues if queue and not queue.closed]
             for queue in queues:
                 item = queue.peek(self.now) if peek else queue.remove(opening, self.now)
                 if item is not None:
@@ -6423,13 +6430,13 @@ class Session:
                         self._note_open(queue, item)
                     return queue, item
             more = [queue for queue in queues if queue.has_more(peek)]
-            # Whether what is at the heads has expired, and has to wait for its turn to be moved.
+            # Whether all the heads have expired, and cannot be moved yet.
             is_late = self.broker.later and more and all(map(moves.is_burying_much, more))
             if more and not is_late:
                 yield None                   # a run of expired items, or a large one is being read
             elif is_late and not wait and naps and not all(map(moves.is_stuck, more)):
                 naps -= 1
-                yield self._nap
+                yield lambda wake: self.broker.later(_LOADING_MS, functools.partial(wake, None))
             elif wait and queues:
                 waiter = Waiter(self._deliver, opening, peek)
                 for queue in queues:
@@ -6438,8 +6445,22 @@ class Session:
             else:
                 return None, None
 
-    def _nap(self, wake):
-        self.broker.later(_LOADING_MS, functools.partial(wake, None))
+    def _read_each(self, queue, count, wait, peek, say):
+        """Open up to `count` items of a queue, or peek at them, and call say(item) for each. wait:
+        milliseconds for all of them. Return what the last read found."""
+        item = None
+        if wait > 0:
+            self.timeout = wait
+        while count > 0 and (peek or self._may_open(queue)):
+            _, item = yield from self._next([queue], not peek, peek, wait > 0)
+            self._count_read(queue, item, peek)
+            if item is None:
+                break
+            say(item)
+            count -= 1
+            if self.load > self.most_load:
+                yield
+        return item
 
     def _note_open(self, queue, item):
         """Note that the client has opened a read."""
@@ -6543,29 +6564,29 @@ class Session:
         return count
 
     def _queues(self, names=None):
-        """Yield the queues of these names, as far as there are any; all of them by default."""
+        """Yield the queues that have these names; all queues by default."""
         broker = self.broker
         for name in sorted(broker.queues) if names is None else names:
             queue = broker.find(name)
             if queue:
                 yield queue
 
-    def _clients(self):
-        """Yield a dict for each client that is connected."""
+    def _clients(self, queue=None):
+        """Yield a dict for each client that is connected. queue: only those clients that have
+        open reads of it are wanted, and only these reads are counted."""
         for session, (number, came) in list(self.broker.clients.items()):
-            yield self._client_row(session, number, came, list(session.open_reads.values()))
-
-    def _client_row(self, session, number, came, reads):
-        """Return a dict that describes a client. reads: the values of its `open_reads` that are
-        counted."""
-        protocol, _, address = session.peer.name.partition(" client ")
-        return {"id": number, "address": address, "user": session.user, "protocol": protocol,
-                "state": session.state, "seconds": int(self.broker.uptime() - came),
-                "open_reads": sum(map(len, reads)),
-                "oldest_open_seconds": max([(self.now - next(iter(one.values()))[0]) // 1000
-                                            for one in reads if one], default=None),
-                "waits_for": ",".join(queue.name for queue in session.asks.queues)
-                if session.state is WAITING else None}
+            protocol, _, address = session.peer.name.partition(" client ")
+            reads = [one for other, one in session.open_reads.items()
+                     if one and queue in (None, other)]
+            if reads or queue is None:
+                yield {
+                    "id": number, "address": address, "user": session.user, "protocol": protocol,
+                    "state": session.state, "seconds": int(self.broker.uptime() - came),
+                    "open_reads": sum(map(len, reads)),
+                    "oldest_open_seconds": max([(self.now - next(iter(one.values()))[0]) // 1000
+                                                for one in reads], default=None),
+                    "waits_for": ",".join(queue.name for queue in session.asks.queues)
+                    if session.state is WAITING else None}
 
     def _flush(self, name):
         """Flush the queue of that name, if there is one."""
@@ -6716,11 +6737,11 @@ class LineSession(Session):
         self.end()
 
 
-# A key of a get. text: as it was sent. name: of the queue. wait: milliseconds. From count on it is
-# what Kestrel does not have. count: how many items. others: the names of further queues. timeout:
+# A key of a get. text: as it was sent. name: of the queue. wait: milliseconds. Kestrel has nothing
+# of what follows. count: how many items. others: the names of further queues. timeout:
 # milliseconds after which the read goes back. delay: milliseconds until an aborted item is
-# available again. tail: whether it goes to the tail. touch: whether the timeout starts anew. info:
-# whether the answer tells the time, expiry and deliveries of each item.
+# available again. tail: whether it goes to the tail. touch: whether the timeout starts again.
+# info: whether the answer has the time, expiry and deliveries of each item.
 ReadKey = collections.namedtuple(
     "ReadKey", "text name wait open close abort peek count others timeout delay tail touch info",
     defaults=(0, False, False, False, False, 1, (), None, 0, False, False, False))
@@ -6730,7 +6751,7 @@ _KESTREL_FIELDS = 7
 Get = collections.namedtuple("Get", "key keys with_cas")
 
 # The line of a set whose data block is to come. expiry: as it was sent. words: of the line. delay:
-# milliseconds until it is available. sync: whether it has to be durable.
+# milliseconds until the item is available. sync: whether it has to be durable.
 Block = collections.namedtuple("Block", "key flags expiry size words delay sync")
 
 
@@ -6755,11 +6776,9 @@ def parse_key(text):
     wait = _number(options.get(b"t", b"0"), "timeout")
     name = _name(queue)
     others.pop(name, None)
-    count = min(_number(options.get(b"n", b"1"), "number of items (n=)"), UNLIMITED)
-    timeout = _number(options[b"timeout"], "timeout") if b"timeout" in options else None
-    delay = _number(options.get(b"delay", b"0"), "delay")
-    if count < 1 or timeout is not None and timeout < 1 or not 0 <= delay <= _LONGEST_DELAY:
-        raise Refused("CLIENT_ERROR", "n= and timeout= need a number from 1, delay= one from 0")
+    count = min(_number(options.get(b"n", b"1"), "number of items (n=)", _FROM_1), UNLIMITED)
+    timeout = _number(options[b"timeout"], "timeout", _FROM_1) if b"timeout" in options else None
+    delay = _number(options.get(b"delay", b"0"), "delay", _DELAYS)
     if timeout and not opening or (delay or tail) and not abort or delay and tail:
         raise Refused("CLIENT_ERROR", "timeout= needs open; delay= or tail needs abort")
     return ReadKey(text, name, wait, opening, closing, abort, peek, count, tuple(others), timeout,
@@ -6775,35 +6794,29 @@ def _parse_get(words):
 
 
 def _parse_block(words):
-    """Return the Block of `set <queue> <flags> <expiry> <bytes> [noreply]`. Raises Refused, which
-    says what is to be skipped: the block comes whatever is wrong with its line."""
+    """Return the Block of `set <queue> <flags> <expiry> <bytes> [noreply]`. Raises Refused, with
+    the size of the data block to be skipped: that comes whatever is wrong with its line."""
     name = words[0].decode().lower()
     if len(words) < 5:
         raise Refused("CLIENT_ERROR", "%s needs a queue, flags, expiry and byte count" % name,
                       close=True)
-    # A blank in the key would make the byte count another one, and the data commands.
+    # After a key with a blank in it, another word is the byte count: data would be run as commands.
     if name == "set" and (len(words) > 6 or len(words) == 6 and words[5] != b"noreply"):
         raise Refused("CLIENT_ERROR", "more words than set has", close=True)
-    size = _number(words[4], "byte count", close=True)
-    if size < 0:
-        raise Refused("CLIENT_ERROR", "bad byte count", close=True)
+    size = _number(words[4], "byte count", _FROM_0, close=True)
     if name != "set":
         raise Refused("CLIENT_ERROR", "%s has no meaning for a queue" % name, skip=size + 2)
     try:
-        flags = _number(words[2], "flags")
-        if not 0 <= flags <= 0xffffffff:
-            raise Refused("CLIENT_ERROR", "bad flags")
+        flags = _number(words[2], "flags", range(1 << 32))
         key, *options = words[1].split(b"/")
         delay, sync = 0, False
         for option in options:
             if option.lower() == b"sync":
                 sync = True
             elif option.lower().startswith(b"delay="):
-                delay = _number(option[6:], "delay")
+                delay = _number(option[6:], "delay", _DELAYS)
             else:
                 raise Refused("CLIENT_ERROR", "set knows the options delay= and sync")
-        if not 0 <= delay <= _LONGEST_DELAY:
-            raise Refused("CLIENT_ERROR", "bad delay")
         return Block(key, flags, _number(words[3], "expiry"), size, words, delay, sync)
     except Refused as error:
         error.skip = size + 2
@@ -6818,25 +6831,21 @@ _MEMCACHED = (b"incr decr touch gat gats mg md mn ma me slabs lru lru_crawler wa
 
 def _when_all_durable(queues, call):
     """Make a call, with None, when all that was done to these queues is durable; or, with an
-    OSError, when any of it has been undone."""
-    left, failure = len(queues), None
+    OSError, when any of it has been undone: an Unclear, if there is one."""
+    found = []
 
     def settled(error):
-        nonlocal left, failure
-        left -= 1
-        failure = error if isinstance(error, Unclear) else failure or error
-        if not left:
-            call(failure)
+        found.append(error)
+        if len(found) == len(queues):
+            call(max(found, key=lambda error: (isinstance(error, Unclear), bool(error))))
 
     for queue in queues:
         queue.history.when_durable(settled)
-    if not queues:
-        call(None)
 
 
-def _lines(line, pairs):
-    """Return a line of text for each of some pairs."""
-    return "".join([(line + "\r\n") % tuple(pair) for pair in pairs])
+def _lines(begin, between, pairs):
+    """Return a line of text for each (name, value) pair."""
+    return "".join(["%s%s%s%s\r\n" % (begin, name, between, value) for name, value in pairs])
 
 
 def _is_silent(words):
@@ -6857,8 +6866,8 @@ def _check_byte(byte):
 
 
 def _parse_line(line):
-    """Return the method of MemcacheSession that does a command line, what it is given, and the
-    size of the data block that comes first, None for no block. Raises Refused."""
+    """Return the method of MemcacheSession that does a command line, its argument, and the size
+    of the data block that has to come first, None for no block. Raises Refused."""
     _check_byte(line[:1])
     words = line.split()
     if not words:
@@ -6987,7 +6996,7 @@ class MemcacheSession(LineSession):
             super()._run_kept()
 
     def _finish_block(self):
-        """Store a data block whose rest has come, without another copy."""
+        """Store a data block that is complete now, without another copy."""
         block, self._block = self._block, None
         self._kept.seek(block.size)
         rest = self._kept.read()
@@ -7024,7 +7033,7 @@ class MemcacheSession(LineSession):
             raise Refused("CLIENT_ERROR", "unauthenticated", close=True)
 
     def _reply(self, words, answer):
-        """Answer a command that may have asked for silence."""
+        """Answer a command, which may have asked for no answer."""
         self._say(b"" if _is_silent(words) else answer)
 
     def _say_error(self, error):
@@ -7079,8 +7088,8 @@ class MemcacheSession(LineSession):
     def _store_in_steps(self, block, data, expiry):
         route = yield from self._route(block.key)
         stored = yield from self._put(route, [data], block.flags, expiry, block.delay)
-        if block.sync:
-            for queue in route.queues:       # what has been written may still have to be fsynced
+        if block.sync and route.queues:
+            for queue in route.queues:       # what was written before may still need an fsync
                 self.broker.changed(queue)
             error = yield functools.partial(_when_all_durable, route.queues)
             if error:
@@ -7143,11 +7152,9 @@ class MemcacheSession(LineSession):
             return
         if queue is None and not key.peek:
             queue = yield from self._queue(key.name)
-        item = None
-        if queue:
-            if key.wait > 0:
-                self.timeout = key.wait
-            item = yield from self._next(queue, key.open, key.peek, key.wait > 0)
+        if key.wait > 0:
+            self.timeout = key.wait
+        _, item = yield from self._next([queue], key.open, key.peek, key.wait > 0)
         self._count_read(queue, item, key.peek)
         self._give(get, key, queue, item)
 
@@ -7170,14 +7177,14 @@ class MemcacheSession(LineSession):
         self._say(b"END\r\n")
 
     def _get_key(self, get, key):
-        """Do what one of several keys asks for; return the queues that the answer rests on, besides
-        the items in it."""
+        """Do what one of several keys asks for; return the queues that the end of the answer rests
+        on, as the items in it do."""
         names = (key.name, *key.others)
         queues = list(filter(None, map(self.broker.find, names)))
         changed = []
         if key.close or key.abort or key.touch:
             changed = self._end_beyond(queues, key)
-            # After that the answer does not rest on them: what fails later is another's.
+            # After that the answer does not rest on them: later failures are of other commands.
             for queue in changed if not key.touch else ():
                 error = yield queue.history.when_safe
                 if error:                # whatever the other keys give
@@ -7196,17 +7203,17 @@ class MemcacheSession(LineSession):
             if queue:
                 queues.append(queue)
         given = yield from self._read_beyond(get, key, queues)
-        return [] if changed else given        # what has been closed is safe, and is not refused
+        return [] if changed else given      # the reads are closed, and that is safe: no error
 
     def _browse(self, get, key, queues):
         """Show the first items of the first of these queues that has any."""
         if key.wait > 0:
             self.timeout = key.wait
-        queue, item = yield from self._next_of(queues, False, True, key.wait > 0)
+        queue, item = yield from self._next(queues, False, True, key.wait > 0)
         self._count_read(queue, item, peek=True)
         if item is None:
             return
-        if key.count == 1 or not queue.count:          # taken by another since the wait
+        if key.count == 1 or not queue.count:          # another client took it after the wait
             self._give(get, key, queue, item)
             return
         for items in queue.browse(key.count, self.now):
@@ -7218,7 +7225,7 @@ class MemcacheSession(LineSession):
 
     def _read_beyond(self, get, key, queues):
         """Give up to key.count items of the first of these queues that have any; return the queue
-        of each, none if some are of an earlier turn."""
+        of each, or [] if some were given in an earlier turn."""
         for queue in queues:
             self._check_opens(queue, plain=not key.open)
         given = []
@@ -7229,7 +7236,7 @@ class MemcacheSession(LineSession):
             if wait:
                 self.timeout = key.wait
             try:
-                queue, item = yield from self._next_of(queues, key.open, False, wait)
+                queue, item = yield from self._next(queues, key.open, False, wait)
             except OSError as error:
                 if not given:
                     raise
@@ -7253,7 +7260,7 @@ class MemcacheSession(LineSession):
 
     def _end_beyond(self, queues, key):
         """Close, abort or touch the oldest open reads of these queues; return the queues."""
-        # To touch one that has timed out is too late.
+        # One that has timed out cannot be touched any more.
         reads = sorted([(number, queue.name, xid) for queue in queues
                         for xid, (_, number) in self.open_reads.get(queue, {}).items()
                         if not key.touch or queue.is_open(xid)])[:key.count]
@@ -7296,17 +7303,10 @@ class MemcacheSession(LineSession):
         self._check_reads()
         self._check_user("get_users", name)
         key = ReadKey(words[1], name, open=True)
-        self.timeout = max(0, seconds * 1000)
         queue = yield from self._queue(name)
-        while queue and count > 0 and self._may_open(queue):
-            item = yield from self._next(queue, True, False, seconds > 0)
-            self._count_read(queue, item)
-            if item is None:
-                break
-            self._give(Get(key, [key], False), key, queue, item)
-            count -= 1
-            if self.load > self.most_load:
-                yield
+        yield from self._read_each(
+            queue, count, seconds * 1000, False,
+            lambda item: self._give(Get(key, [key], False), key, queue, item))
         self._say(b"END\r\n")
 
     def do_confirm(self, words):
@@ -7314,9 +7314,7 @@ class MemcacheSession(LineSession):
         if len(words) != 3:
             raise Refused("CLIENT_ERROR", "confirm needs a queue and a number of items")
         queue = self.broker.find(_name(words[1]))
-        count = _number(words[2], "number of items")
-        if count < 0:
-            raise Refused("CLIENT_ERROR", "bad number of items")
+        count = _number(words[2], "number of items", _FROM_0)
         self._say(b"END\r\n" if self._confirm(queue, count) else b"ERROR\r\n")
 
     # -- administration
@@ -7414,9 +7412,9 @@ class MemcacheSession(LineSession):
         return self._report(self._all_stats())
 
     def _all_stats(self):
-        yield _lines("STAT %s %s", self.broker.server_stats(self.now))
+        yield _lines("STAT ", " ", self.broker.server_stats(self.now))
         for queue in self._queues():
-            yield _lines("STAT queue_%s_%%s %%s" % queue.name.replace("%", "%%"),
+            yield _lines("STAT queue_%s_" % queue.name, " ",
                          self.broker.queue_stats(queue, self.now))
 
     def do_dump_stats(self, words):
@@ -7429,18 +7427,15 @@ class MemcacheSession(LineSession):
     def _dump(self, words, pairs):
         names = list(dict.fromkeys(map(os.fsdecode, words[1:]))) or None
         return self._report(
-            "queue '%s' {\r\n%s}\r\n" % (queue.name, _lines("  %s=%s", pairs(queue)))
+            "queue '%s' {\r\n%s}\r\n" % (queue.name, _lines("  ", "=", pairs(queue)))
             for queue in self._queues(names))
 
     def _report(self, pieces):
-        """Answer with pieces of text as a generator makes them, some in each turn, and END."""
+        """Answer with the pieces of text of a generator, some in each turn, and END."""
         yield
-        for number, piece in enumerate(pieces, 1):
-            if piece:
-                self._say(os.fsencode(piece))
-            if number % QUEUES_STEP == 0:
-                yield
-        self._say(b"END\r\n")
+        for some in _batches(itertools.chain(pieces, ["END\r\n"]), QUEUES_STEP):
+            self._say(os.fsencode("".join(some)))
+            yield
 
     def do_reload(self, words):
         yield from self._reload()
@@ -7467,35 +7462,42 @@ class TextSession(LineSession):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self._items = None              # the lines that follow a command, as far as they have come
-        self._words = []                # the words of that command
-        self._size = 0                  # the size of these lines
+        self._put_begun = None          # (words, items) of a put that is still to end
 
     def _parse(self, data):
         pos = 0
         settings = self.broker.settings
         while self.state is READY and self.load <= self.most_load:
-            if pos and self._items is None and len(self.broker.dirty) > _MOST_DIRTY:
+            words, items = self._put_begun or (None, None)
+            if pos and items is None and len(self.broker.dirty) > _MOST_DIRTY:
                 self._pass_turn()
                 break
-            limit = settings.max_line if self._items is None else min(
+            limit = settings.max_line if items is None else min(
                 MAX_TEXT_ITEM, settings.max_item_size)
             eol = data.find(b"\n", pos, pos + limit + 2)
             try:
                 if eol < 0:
                     if len(data) - pos > limit + 1:
                         raise Refused("CLIENT_ERROR", "Line too long.", close=True)
-                    self._needed = int(self._items is not None)
+                    if self.unparsed > MAX_TEXT_PUT:
+                        raise Refused("CLIENT_ERROR", "Items are too large together; limit=%d"
+                                      % MAX_TEXT_PUT, close=True)
+                    self._needed = int(items is not None)
                     break
                 line = data[pos:eol]
                 pos = eol + 1
-                if self._items is None:
+                waits = None
+                if items is None:
                     waits = self._command(line.split())
                 elif line in (b"", b"\r"):
-                    items, self._items = self._items, None
-                    waits = self._put_items(self._words, items)
+                    self._put_begun = None
+                    is_put = words and words[0].lower() == b"put"
+                    waits = self._put_items(words, items) if is_put else self._command(words)
+                elif len(items) == MAX_TEXT_ITEMS:
+                    raise Refused("CLIENT_ERROR", "Too many items; limit=%d" % MAX_TEXT_ITEMS,
+                                  close=True)
                 else:
-                    waits = self._add(line)
+                    items.append(line)
                 if waits:
                     self._begin(waits)
             except (Refused, OSError) as error:
@@ -7505,7 +7507,7 @@ class TextSession(LineSession):
     def _command(self, words):
         if words and words[-1].endswith(b":"):             # items follow
             words[-1] = words[-1][:-1]
-            self._words, self._items, self._size = list(filter(None, words)), [], 0
+            self._put_begun = list(filter(None, words)), []
             return None
         name = words[0].lower().decode("latin-1") if words else ""
         method = getattr(self, "do_" + name, None)
@@ -7514,16 +7516,6 @@ class TextSession(LineSession):
             raise Refused("CLIENT_ERROR", " ".join(["Unknown command:", *map(
                 os.fsdecode, words[:1])]), close=name in ("post", "host:"))
         return method(words)
-
-    def _add(self, line):
-        """Take a line that is an item of a put."""
-        self._items.append(line)
-        if len(self._items) > MAX_TEXT_ITEMS:
-            raise Refused("CLIENT_ERROR", "Too many items; limit=%d" % MAX_TEXT_ITEMS, close=True)
-        self._size += len(line)
-        if self._size > MAX_TEXT_PUT:
-            raise Refused("CLIENT_ERROR", "Items are too large together; limit=%d" % MAX_TEXT_PUT,
-                          close=True)
 
     def _say_error(self, error):
         self._say(self._failure(error.why, None))
@@ -7544,27 +7536,22 @@ class TextSession(LineSession):
 
     @property
     def unparsed(self):
-        return super().unparsed + (0 if self._items is None else self._size)
+        return super().unparsed + (sum(map(len, self._put_begun[1])) if self._put_begun else 0)
 
     def end(self):
-        self._items = None
+        self._put_begun = None
         super().end()
 
     # -- commands
 
     def _put_items(self, words, items):
         """put <queue> [<milliseconds>]: and the items, up to an empty line"""
-        if not words or words[0].lower() != b"put":
-            return self._command(words)
         self._named(words)
         expiry = self._number_at(words, 2, "expiration time")
         self._check_writes()
         if len(words) > 2:
             expiry = min(max(self.now + expiry, 1), _LATEST)
-        return self._store(words[1], items, expiry)
-
-    def _store(self, key, items, expiry):
-        route = yield from self._route(key)
+        route = yield from self._route(words[1])
         count = yield from self._put(route, items, 0, expiry)
         self._say(b"+%d\n" % count)
 
@@ -7589,27 +7576,19 @@ class TextSession(LineSession):
         name = self._named(words)
         wait = self._number_at(words, 2, "timeout")
         self._check_reads()
-        if wait > 0:
-            self.timeout = wait
         queue = self.broker.find(name) if peek else (yield from self._queue(name))
         if queue and not peek and not monitor:
             self._end_reads(queue, 1, True)
             if not self._may_open(queue):
                 raise Refused("CLIENT_ERROR", "Too many open transactions; limit=%d"
                               % self.broker.settings.max_open_transactions)
-        while count:
-            item = None
-            if queue and (peek or self._may_open(queue)):
-                item = yield from self._next(queue, not peek, peek, wait > 0)
-            self._count_read(queue, item, peek)
-            if item is None:
-                break
+
+        def say(item):
             self._rest_on(queue, item if peek else True)
             self._say(b":%b\n" % item.data)
-            count -= 1
-            if self.load > self.most_load:
-                yield
-        if item is None or monitor:
+
+        last = yield from self._read_each(queue, count, wait, peek, say)
+        if last is None or monitor:
             self._say(self.NOTHING)
 
     def do_confirm(self, words):
@@ -7697,7 +7676,7 @@ class ThriftSession(Session):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self._head = None               # (strict, name, sequence number, oneway) of the call
-        # queue -> xids that go back by themselves; it is not to keep a queue that is deleted.
+        # queue -> xids that go back by themselves; it does not keep a deleted queue in memory.
         self._lent = weakref.WeakKeyDictionary()
 
     def _parse(self, data):
@@ -7728,16 +7707,10 @@ class ThriftSession(Session):
             self.end()
             return
         name = self._head[1].decode("utf-8", "replace")
-        if name not in _THRIFT_METHODS or kind not in (_CALL, _ONEWAY):
-            self._except("unknown method %s" % name, _UNKNOWN_METHOD)
-            return
         try:
-            values = _thrift_arguments(name, frame, pos)
-        except (ValueError, struct.error) as error:
-            self._except(str(error), _PROTOCOL_ERROR)
-            return
-        try:
-            waits = getattr(self, "do_" + name)(*values)
+            if name not in _THRIFT_METHODS or kind not in (_CALL, _ONEWAY):
+                raise Refused(_UNKNOWN_METHOD, "unknown method %s" % name)
+            waits = getattr(self, "do_" + name)(*_thrift_arguments(name, frame, pos))
             if waits:
                 self._begin(waits)
         except (Refused, OSError) as error:
@@ -7745,23 +7718,17 @@ class ThriftSession(Session):
 
     def _answer(self, result):
         """Answer the call in hand with the fields of its result."""
-        strict, name, number, oneway = self._head
-        self._say(b"" if oneway else _thrift_frame(strict, name, number, _REPLY, result))
-
-    def _except(self, why, kind):
-        self._say(self._failure(why, None, kind))
+        self._say(_thrift_frame(self._head, _REPLY, result))
 
     def _say_error(self, error):
-        self._except(error.why, _INTERNAL_ERROR)
+        kind = error.kind if isinstance(error.kind, int) else _INTERNAL_ERROR
+        self._say(self._failure(error.why, None, kind))
 
     def _failure(self, why, answer, kind=_INTERNAL_ERROR):
         """Return a TApplicationException, in the place of an answer, or of the one to come."""
-        strict, name, number, oneway = (
-            self._head if answer is None else _thrift_head(answer[4:])[0])
-        if oneway:
-            return b""
-        return _thrift_frame(strict, name, number, _EXCEPTION, _string_field(1, os.fsencode(why))
-                             + struct.pack(">bhi", _I32, 2, kind))
+        head = self._head if answer is None else _thrift_head(answer[4:])[0]
+        return _thrift_frame(head, _EXCEPTION,
+                             _string_field(1, os.fsencode(why)) + _i32_field(2, kind))
 
     def turn_away(self, error):
         if self.command is None:             # there is no call to be answered
@@ -7772,7 +7739,7 @@ class ThriftSession(Session):
     def _fail(self, failed, entries):
         ended = [(queue, xid) for queue, xid, _ in self._ended if queue in failed]
         super()._fail(failed, entries)
-        # The items of a get that could not be confirmed: the client knows no ids of them.
+        # The items of a get that could not be confirmed go back: the client has no ids of them.
         for queue in failed:
             xids = [xid for other, xid in ended if other is queue and queue.is_open(xid)]
             for xid in xids:
@@ -7798,7 +7765,7 @@ class ThriftSession(Session):
         if wait:
             self.timeout = timeout
         queue = yield from self._queue(_name(name))
-        # Open, so that they go back if the client leaves, or if what comes later fails.
+        # Open, so that they go back if the client leaves, or if a later step fails.
         opening = wait or auto_abort > 0 or most > 1
         if auto_abort and queue:
             most = min(most, self._room(queue))
@@ -7806,11 +7773,11 @@ class ThriftSession(Session):
         size = 0
         try:
             while queue and len(items) < most and size < _MOST_BYTES:
-                item = yield from self._next(queue, opening, False, wait)
+                _, item = yield from self._next([queue], opening, False, wait)
                 if item is None:
                     break
                 if opening:
-                    queue.limit(item.xid, None)        # it must not go back while others come
+                    queue.limit(item.xid, None)        # it must not time out while others come
                 items.append(item)
                 size += len(item.data)
                 self._rest_on(queue)
@@ -7863,9 +7830,7 @@ class ThriftSession(Session):
     def do_peek(self, name):
         self._check_reads()
         queue = self.broker.find(_name(name))
-        item = None
-        if queue:
-            item = yield from self._next(queue, False, True, False)
+        _, item = yield from self._next([queue], False, True, False)
         self._count_read(queue, item, True)
         stats = collections.defaultdict(int, self.broker.queue_stats(queue, self.now)
                                         if queue else ())
@@ -7895,8 +7860,9 @@ class ThriftSession(Session):
         self._answer(_i32_field(0, _THRIFT_STATUSES[self.broker.status]))
 
     def do_set_status(self, number):
-        word = {number: word for word, number in reversed(_THRIFT_STATUSES.items())}.get(number)
-        self._set_status(word or "status %d" % number, "set_status")
+        word = next((word for word, known in _THRIFT_STATUSES.items() if known == number),
+                    "status %d" % number)
+        self._set_status(word, "set_status")
         self._answer(b"")
 
     def do_get_version(self):
@@ -7922,22 +7888,30 @@ def _thrift_head(frame):
 
 
 def _thrift_arguments(name, frame, pos):
-    """Return the arguments of a call, from the struct at frame[pos]. Raises ValueError and
-    struct.error."""
-    fields, _ = _thrift_value(_STRUCT, frame, pos, [_MOST_VALUES])
+    """Return the arguments of a call, from the struct at frame[pos]. Raises Refused."""
+    try:
+        fields, _ = _thrift_value(_STRUCT, frame, pos, [_MOST_VALUES])
+    except (ValueError, struct.error) as error:
+        raise Refused(_PROTOCOL_ERROR, str(error)) from None
     values = []
     for number, (kind, of, default) in enumerate(_THRIFT_METHODS[name], 1):
         given, value = fields.get(number, (kind, default))
         if given != kind or value is None:
-            raise ValueError("field %d of %s is missing, or of another type" % (number, name))
+            raise Refused(_PROTOCOL_ERROR, "field %d of %s is missing, or of another type"
+                          % (number, name))
         if of and not all(type(one) is of for one in value):
-            raise ValueError("items must be binary" if of is bytes else "ids must be integers")
+            raise Refused(_PROTOCOL_ERROR,
+                          "items must be binary" if of is bytes else "ids must be integers")
         values.append(value)
     return values
 
 
-def _thrift_frame(strict, name, number, kind, fields):
-    """Return a message, a struct of these fields."""
+def _thrift_frame(head, kind, fields):
+    """Return a message, a struct of these fields, in answer to the call of this head; b"" if the
+    call is oneway."""
+    strict, name, number, oneway = head
+    if oneway:
+        return b""
     head = (struct.pack(">ii", _STRICT | kind, len(name)) + name + struct.pack(">i", number)
             if strict else
             struct.pack(">i", len(name)) + name + struct.pack(">bi", kind, number))
@@ -7976,7 +7950,7 @@ _THRIFT_METHODS = {
 # HTTP for those who watch the server: figures, metrics, checks for load balancers, a page for a
 # browser. A session like the others: bytes in, bytes out. Knows HTTP and the broker; no sockets.
 
-# The longest head of an HTTP request, and the longest body, which is not looked at.
+# The longest head of an HTTP request, and the longest body.
 MAX_HEAD = 16384
 MAX_BODY = 65536
 
@@ -7998,14 +7972,8 @@ _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 # Factors that convert a value to seconds, by the end of its name in /stats.json.
 _SCALES = {"usec": 1e-6, "msec": 1e-3, "time": 1e-3}
 
-# How many lines of a report are put together before other work gets its turn.
+# How many pieces of a report are put together before other work gets its turn.
 _LINES_STEP = 400
-
-
-def _batches(items, size):
-    """Yield the items in lists of that size; the last one may be shorter."""
-    items = iter(items)
-    return iter(lambda: list(itertools.islice(items, size)), [])
 
 
 def _shown_name(name):
@@ -8037,7 +8005,7 @@ _NO_REQUEST = HttpRequest("GET", "", {}, {}, False, False, b"")
 
 
 def _parse_request(head):
-    """Return the HttpRequest of the head of one, its body still to come, and the size of that.
+    """Return the HttpRequest that has this head, without its body, and the size of the body.
     Raises ValueError."""
     first, *lines = head.decode("latin-1").split("\r\n")
     words = first.split(" ")
@@ -8058,7 +8026,7 @@ def _parse_request(head):
     if "transfer-encoding" in headers:
         raise ValueError("a body must have a Content-Length here")
     parts = urllib.parse.urlsplit(words[1])
-    # Unquoted bytes are taken as they are. A + is no blank: it stands before the name of a child.
+    # Unquoted bytes are taken as they are. A + is no blank: it is part of the name of a child.
     query = os.fsdecode(parts.query.encode("latin-1")).replace("+", "%2B")
     is_new = words[2] == "HTTP/1.1"
     keep_alive = is_new and "close" not in headers.get("connection", "").lower()
@@ -8101,7 +8069,7 @@ class AdminSession(Session):
                 break
             stop = end + 4 + size
             if len(data) < stop:
-                self._needed = stop - pos    # this place is not reached before that is there
+                self._needed = stop - pos    # so this place is reached once for a request
                 if request.chunked and request.headers.get("expect", "").lower() == "100-continue":
                     self._say(b"HTTP/1.1 100 Continue\r\n\r\n")
                 break
@@ -8120,8 +8088,8 @@ class AdminSession(Session):
         elif self._request.method not in allowed:
             self._respond(HTTPStatus.METHOD_NOT_ALLOWED, header="Allow: " + ", ".join(allowed))
         elif (method == "POST" or path in _READING) and not self._is_from_here():
-            self._respond(HTTPStatus.FORBIDDEN, "this is taken from pages of this server only, "
-                          "under a name of it (admin_hosts)")
+            self._respond(HTTPStatus.FORBIDDEN, "only pages of this server may ask for this, "
+                          "under one of its names (admin_hosts)")
         elif self.broker.config.users is not None and path not in _PROBES and not (
                 yield from self._is_known()):
             self._respond(HTTPStatus.UNAUTHORIZED,
@@ -8137,18 +8105,17 @@ class AdminSession(Session):
 
     def _is_from_here(self):
         """Return whether the request comes from a page of this server, or from no page at all. A
-        user who may do much may have a page of another site open, which could send requests in
-        the user's name, even under a host name that its owner has made lead here (DNS
-        rebinding)."""
+        page of another site that a user has open could send requests in the user's name, even
+        under a host name that the site's owner has pointed at this server (DNS rebinding)."""
         headers = self._request.headers
         host = headers.get("host", "")
         try:
             name = urllib.parse.urlsplit("//" + host).hostname or "localhost"
             origin = urllib.parse.urlsplit(headers.get("origin", "//" + host)).netloc
-        except ValueError:                   # no page of this server has such an address
+        except ValueError:                   # not the address of a page of this server
             return False
         try:
-            ipaddress.ip_address(name)       # no name, so no DNS that could lead here
+            ipaddress.ip_address(name)       # without DNS, nobody else can point it here
         except ValueError:
             settings = self.broker.settings
             if name.lower() not in ("localhost", os.uname().nodename.lower(),
@@ -8170,12 +8137,11 @@ class AdminSession(Session):
 
     # -- answers
 
-    def _respond(self, status, text=None, kind=_TEXT, header=None):
-        """Answer the request in hand. text: None for what the status says."""
-        text = (status.phrase if text is None else text).rstrip("\n") + "\n"
-        self._answer(status, text.encode("utf-8", "backslashreplace"), kind, header)
-
-    def _answer(self, status, body, kind, header):
+    def _respond(self, status, body=None, kind=_TEXT, header=None):
+        """Answer the request in hand. body: bytes, or text; None for what the status says."""
+        if not isinstance(body, bytes):
+            text = (status.phrase if body is None else body).rstrip("\n") + "\n"
+            body = text.encode("utf-8", "backslashreplace")
         head = self._head(status, kind, "Content-Length: %d" % len(body), header)
         self._say(head + (b"" if self._request.method == "HEAD" else body))
         if not self._request.keep_alive:
@@ -8187,13 +8153,13 @@ class AdminSession(Session):
                  *filter(None, headers)]
         if kind == _HTML:
             lines.append("Content-Security-Policy: " + _page_policy())
-        if not self._request.keep_alive:
+        if not self._request.keep_alive or self.is_over():
             lines.append("Connection: close")
         return "\r\n".join(lines + ["", ""]).encode()
 
     def _stream(self, kind, pieces):
-        """Answer with pieces of text as a generator makes them, some in each turn, so that a
-        report is never in memory as a whole."""
+        """Answer with the pieces of text of a generator, some in each turn, so that a report is
+        never in memory as a whole."""
         self._say(self._head(HTTPStatus.OK, kind,
                              "Transfer-Encoding: chunked" if self._request.chunked else None))
         yield
@@ -8209,8 +8175,8 @@ class AdminSession(Session):
 
     def _say_error(self, error):
         self._respond(
+            error.kind if isinstance(error.kind, HTTPStatus) else
             HTTPStatus.FORBIDDEN if error.reason == "denied" else
-            HTTPStatus.NOT_FOUND if error.kind == "NOT_FOUND" else
             HTTPStatus.BAD_REQUEST if error.kind == "CLIENT_ERROR" else
             HTTPStatus.SERVICE_UNAVAILABLE if error.close else HTTPStatus.INTERNAL_SERVER_ERROR,
             error.why)
@@ -8221,51 +8187,49 @@ class AdminSession(Session):
 
     # -- what is asked for
 
-    # Each returns its answer, at once or as a generator: text, a dict that is sent as JSON, or None
-    # if it has answered.
+    # Each returns its answer, or is a generator that does: text, a dict that is sent as JSON, or
+    # None if it has answered itself.
 
     def _probe(self, why):
         if why:
             self._respond(HTTPStatus.SERVICE_UNAVAILABLE, why)
         return None if why else "OK"
 
-    def _report(self):
-        """Yield (kind, name, value) of all figures, one kind after the other, by the names of
-        Kestrel's metrics."""
-        broker, now = self.broker, self.now
-        for kind in ("counter", "gauge"):
-            for one in SERVER_STATS:
+    def _figures(self):
+        """Yield all figures by the names of Kestrel's metrics, as (kind, (name, value) pairs)."""
+        yield "counters", self._figures_of("counter")
+        yield "gauges", self._figures_of("gauge")
+        yield "labels", [("status", self.broker.status), ("version", __version__)]
+        yield "metrics", [(name, one.figures()) for name, one in self.broker.metrics.items()]
+
+    def _figures_of(self, kind):
+        for one in SERVER_STATS:
+            if one.kind == kind:
+                yield one.ostrich, json.loads(str(one.get(self.broker, self.now)))
+        for queue in self._queues():
+            name = _shown_name(queue.name)
+            for one in QUEUE_STATS:
                 if one.kind == kind:
-                    yield kind + "s", one.ostrich, json.loads(str(one.get(broker, now)))
-            for queue in self._queues():
-                name = _shown_name(queue.name)
-                for one in QUEUE_STATS:
-                    if one.kind == kind:
-                        yield (kind + "s", "q/%s/%s" % (name, one.ostrich),
-                               one.get(queue, now))
-        yield "labels", "status", broker.status
-        yield "labels", "version", __version__
-        for name, metric in broker.metrics.items():
-            yield "metrics", name, metric.figures()
+                    yield "q/%s/%s" % (name, one.ostrich), one.get(queue, self.now)
 
     def _json_pieces(self):
-        last = None
-        for kind, name, value in self._report():
-            yield "%s%s:%s" % (
-                "," if kind == last else ('{"%s":{' if last is None else '},"%s":{') % kind,
-                json.dumps(name), json.dumps(value))
-            last = kind
-        yield "}}\n"
+        before = "{"
+        for kind, pairs in self._figures():
+            yield '%s"%s":{' % (before, kind)
+            before = ""
+            for name, value in pairs:
+                yield "%s%s:%s" % (before, json.dumps(name), json.dumps(value))
+                before = ","
+            yield "}"
+        yield "}\n"
 
     def _text_pieces(self):
-        last = None
-        for kind, name, value in self._report():
-            if kind != last:
-                yield "%s:\n" % kind
-            if isinstance(value, dict):
-                value = ", ".join("%s=%s" % pair for pair in value.items())
-            yield "  %s: %s\n" % (name, value)
-            last = kind
+        for kind, pairs in self._figures():
+            yield "%s:\n" % kind
+            for name, value in pairs:
+                if isinstance(value, dict):
+                    value = ", ".join("%s=%s" % pair for pair in value.items())
+                yield "  %s: %s\n" % (name, value)
 
     def _metric_lines(self):
         broker, now = self.broker, self.now
@@ -8346,7 +8310,7 @@ class AdminSession(Session):
             del some                         # before more is read
             yield
         if queue.closed:
-            raise Refused("NOT_FOUND", "the queue has been deleted")
+            raise Refused(HTTPStatus.NOT_FOUND, "the queue has been deleted")
         return queue, found
 
     def _peek(self):
@@ -8365,43 +8329,42 @@ class AdminSession(Session):
     def _queue_json(self):
         """Return all that the page shows of one queue."""
         queue, rows = yield from self._first_items(_SHOWN_ITEMS, self._item_row)
-        readers = [self._client_row(session, number, came, [session.open_reads[queue]])
-                   for session, (number, came) in self.broker.clients.items()
-                   if session.open_reads.get(queue)]
         return {
             "name": _shown_name(queue.name), "key": _key_of(queue.name),
             "paused": PAUSES[queue.paused], "settings": queue.config.lines(),
             "stats": dict(self.broker.queue_stats(queue, self.now)),
             "children": [_shown_name(child.name)
                          for child in self.broker.children.get(queue.name, ())],
-            "items": rows, "readers": readers, "history": self.broker.history(queue)}
+            "items": rows, "readers": list(self._clients(queue)),
+            "history": self.broker.history(queue)}
 
     def _item(self):
         """Answer with the data of one of the first items."""
-        number = self._request.query.get("n", ["0"])[0]
+        number = self._asked("n", "0")
         number = int(number) if re.fullmatch("[0-9]{1,4}", number) else _SHOWN_ITEMS
         place = itertools.count()
         _, items = yield from self._first_items(
             min(number + 1, _SHOWN_ITEMS),
             lambda item: item.data if next(place) == number else None)
         if number >= len(items):
-            raise Refused("NOT_FOUND", "there is no such item")
-        self._answer(HTTPStatus.OK, items[number], "application/octet-stream",
-                     "Content-Disposition: attachment; filename=item")
+            raise Refused(HTTPStatus.NOT_FOUND, "there is no such item")
+        self._respond(HTTPStatus.OK, items[number], "application/octet-stream",
+                      "Content-Disposition: attachment; filename=item")
 
     # -- what changes something
 
-    def _asked(self, name):
-        """Return a parameter that the request must have. Raises Refused."""
-        if name not in self._request.query:
+    def _asked(self, name, default=None):
+        """Return a parameter of the request. Raises Refused if it is missing, and must not be."""
+        value = self._request.query.get(name, [default])[0]
+        if value is None:
             raise Refused("CLIENT_ERROR", "the parameter %s is missing" % name)
-        return self._request.query[name][0]
+        return value
 
     def _asked_queue(self):
         """Return the queue that the request names. Raises Refused."""
         queue = self.broker.find(self._asked("queue"))
         if queue is None:
-            raise Refused("NOT_FOUND", "there is no such queue")
+            raise Refused(HTTPStatus.NOT_FOUND, "there is no such queue")
         return queue
 
     def _post_flush(self):
@@ -8419,7 +8382,7 @@ class AdminSession(Session):
         self._check_put(key)
         route = yield from self._route(key)
         if not (yield from self._put(route, [self._request.body])):
-            raise Refused("CLIENT_ERROR", "the queue does not take it", reason="full")
+            raise Refused("CLIENT_ERROR", "the queue is full or paused", reason="full")
         return "stored"
 
     def _post_move(self):
@@ -8429,7 +8392,7 @@ class AdminSession(Session):
 
     def _post_pause(self):
         queue = self._asked_queue()
-        what = self._request.query.get("what", ["in and out"])[0]
+        what = self._asked("what", "in and out")
         if what not in PAUSES:
             raise Refused("CLIENT_ERROR", "what is one of: " + ", ".join(PAUSES))
         self._pause(queue.name, PAUSES.index(what))
@@ -8438,7 +8401,7 @@ class AdminSession(Session):
     def _post_kick(self):
         self._check_admin("kick")
         if not self._kick(_number(os.fsencode(self._asked("id")), "id")):
-            raise Refused("NOT_FOUND", "there is no such client")
+            raise Refused(HTTPStatus.NOT_FOUND, "there is no such client")
         return "closed"
 
     def _change_status(self, word):
@@ -8450,10 +8413,8 @@ class AdminSession(Session):
         return "reloaded"
 
     def _post_shutdown(self):
-        self._check_admin("shutdown")
-        self._request = self._request._replace(keep_alive=False)
-        self._respond(HTTPStatus.OK, "stopping")
         self._shutdown()
+        return "stopping"
 
 
 def _metric(name, kind, what, samples):
@@ -8465,7 +8426,7 @@ def _metric(name, kind, what, samples):
 
 
 def _histogram(histogram, scale):
-    """Yield the samples of a Histogram. scale: what makes its values seconds."""
+    """Yield the samples of a Histogram. scale: the factor that converts its values to seconds."""
     seen = 0
     for bits, count in enumerate(histogram.buckets):
         seen += count
@@ -8592,7 +8553,7 @@ dialog { color: inherit; background: var(--back); border: 1px solid var(--edge);
 pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 40vh; overflow: auto;
   background: var(--tint); padding: .5rem; margin: .25rem 0 }
 #chart { width: 100%; height: 11rem; display: block }
-#chart text { fill: var(--soft); font-size: 11px } #chart line { stroke: var(--line) }
+#chart text { fill: var(--soft); font-size: 11px }
 </style>
 <header>
   <h1>Kestrel <span id="host"></span> <span id="version" class="soft"></span></h1>
@@ -8614,8 +8575,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 40vh; overflow
 <p class="soft">Charts, the last ten minutes:
   <span class="key" style="background: var(--soft)"></span> items,
   <span class="key" style="background: var(--in)"></span> put a second,
-  <span class="key" style="background: var(--out)"></span> got a second; each to its own scale
-  but for the two rates, which share one.</p>
+  <span class="key" style="background: var(--out)"></span> got a second. The two rates share a
+  scale.</p>
 <details id="clients"><summary>Clients</summary><div class="wide"><table>
   <thead><tr id="client-heads"></tr></thead><tbody id="client-rows"></tbody></table></div></details>
 <dialog id="view" aria-labelledby="name">
@@ -8633,7 +8594,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 40vh; overflow
   <p class="bar"><button id="no">Cancel</button> <button id="yes"></button></p></dialog>
 <script>
 "use strict"
-const MOST_ROWS = 200, EVERY = 2000, SVG = "http://www.w3.org/2000/svg"
+const MOST_ROWS = 200, EVERY = 2000
 const at = id => document.getElementById(id)
 const number = new Intl.NumberFormat("en", {maximumFractionDigits: 1})
 const bytes = n => { let unit = 0; while (n >= 1000 && unit < 4) { n /= 1024; unit++ }
@@ -8641,11 +8602,10 @@ const bytes = n => { let unit = 0; while (n >= 1000 && unit < 4) { n /= 1024; un
 const time = s => s < 1 ? Math.round(s * 1000) + " ms" : s < 120 ? Math.round(s) + " s"
   : s < 7200 ? Math.round(s / 60) + " min" : s < 172800 ? Math.round(s / 3600) + " h"
   : Math.round(s / 86400) + " d"
-const columns = [["Queue", "name", x => x], ["Items", "items", number.format],
-  ["Bytes", "bytes", bytes], ["Oldest", "head_wait", ms => ms ? time(ms / 1000) : "–"],
-  ["Put/s", "put_rate", number.format], ["Got/s", "get_rate", number.format],
-  ["Open", "open_transactions", number.format], ["Delayed", "delayed", number.format],
-  ["Waiters", "waiters", number.format], ["Journal", "logsize", bytes]]
+const columns = [["Queue", "name", x => x], ["Items", "items"], ["Bytes", "bytes", bytes],
+  ["Oldest", "head_wait", ms => ms ? time(ms / 1000) : "–"], ["Put/s", "put_rate"],
+  ["Got/s", "get_rate"], ["Open", "open_transactions"], ["Delayed", "delayed"],
+  ["Waiters", "waiters"], ["Journal", "logsize", bytes]]
 // The address says what is shown, so that a link to it can be shared.
 const wish = new URLSearchParams(location.search)
 let data = null, charts = {}, answered = 0, stopped = false, turn = 0, pressed = false
@@ -8655,8 +8615,7 @@ function remember(name, value) {
   else wish.delete(name)
   history.replaceState(null, "", "?" + wish)
 }
-const sort = () => columns.some(column => column[1] === wish.get("sort")) ? wish.get("sort")
-  : "name"
+const sort = () => (columns.find(([title, key]) => key === wish.get("sort")) || columns[0])[1]
 const down = () => wish.get("down") === "1"
 function make(tag, text, parent) {
   const one = document.createElement(tag)
@@ -8664,7 +8623,16 @@ function make(tag, text, parent) {
   if (parent) parent.append(one)
   return one
 }
-function set(one, text) { if (one.textContent !== text) one.textContent = text }
+function draw(tag, attributes, parent) {
+  const one = document.createElementNS("http://www.w3.org/2000/svg", tag)
+  for (const name in attributes) one.setAttribute(name, attributes[name])
+  parent.append(one)
+  return one
+}
+function set(one, text, kind) {
+  if (one.textContent !== text) one.textContent = text
+  if (kind) one.className = kind
+}
 function button(title, act, parent, danger) {
   const one = make("button", title, parent)
   one.onclick = act
@@ -8684,19 +8652,15 @@ function order(key, isDown) {
   show()
 }
 at("sort").onchange = () => order(at("sort").value, at("sort").value !== "name")
-function line(values, most, kind, width, height) {
-  const path = document.createElementNS(SVG, "path")
-  path.setAttribute("class", kind)
-  path.setAttribute("d", values.map((value, n) => (n ? "L" : "M")
-    + (width - width * (values.length - 1 - n) / 119).toFixed(1) + " "
-    + (height - 1 - (height - 2) * value / most).toFixed(1)).join(""))
-  return path
-}
-function draw(svg, samples, width, height) {
+function plot(svg, samples, width, height) {
   const [items, put, got] = [0, 1, 2].map(n => samples.map(sample => sample[n]))
   const most = Math.max(1, ...items), rate = Math.max(1, ...put, ...got)
-  svg.replaceChildren(...(samples.length > 1 ? [line(items, most, "depth", width, height),
-    line(put, rate, "in", width, height), line(got, rate, "out", width, height)] : []))
+  const lines = [["depth", items, most], ["in", put, rate], ["out", got, rate]]
+  svg.replaceChildren()
+  for (const [kind, values, top] of samples.length > 1 ? lines : [])
+    draw("path", {class: kind, d: values.map((value, n) => (n ? "L" : "M")
+      + (width - width * (values.length - 1 - n) / 119).toFixed(1) + " "
+      + (height - 1 - (height - 2) * value / top).toFixed(1)).join("")}, svg)
   return [most, rate]
 }
 function rows() {
@@ -8706,69 +8670,57 @@ function rows() {
   if (down()) found.reverse()
   return found
 }
-function state(queue) {
-  return queue.failing ? " (failing)" : queue.paused !== "no" ? ` (paused: ${queue.paused})` : ""
-}
 function row(queue) {
   let one = known.get(queue.key)
   if (!one) {
-    one = document.createElement("tr")
+    one = make("tr", "")
     for (const [title] of columns) make("td", "", one).dataset.title = title
     button("", () => look(queue.key), one.firstChild)
     make("span", "", one.firstChild)
-    make("td", "", one).append(document.createElementNS(SVG, "svg"))
+    draw("svg", {role: "img", "aria-label": "items and rates of " + queue.name},
+      make("td", "", one))
     known.set(queue.key, one)
   }
-  columns.forEach(([title, key, text], n) =>
+  columns.forEach(([title, key, text = number.format], n) =>
     set(n ? one.children[n] : one.firstChild.firstChild, text(queue[key])))
-  const words = one.firstChild.lastChild
-  set(words, state(queue))
-  words.className = queue.failing ? "bad" : "some"
-  const svg = one.lastChild.firstChild
-  svg.setAttribute("role", "img")
-  svg.setAttribute("aria-label", "items and rates of " + queue.name)
-  draw(svg, charts[queue.key] || [], 130, 30)
+  set(one.firstChild.lastChild, queue.failing ? " (failing)"
+    : queue.paused !== "no" ? ` (paused: ${queue.paused})` : "", queue.failing ? "bad" : "some")
+  plot(one.lastChild.firstChild, charts[queue.key] || [], 130, 30)
   return one
 }
+const facts = ["Up", "Connections", "Queues", "Items", "Put/s", "Got/s"].map(name => {
+  const both = make("div", "", at("facts"))
+  make("dt", name, both)
+  return make("dd", "", both)
+})
 function show() {
   if (!data) return
   set(at("version"), data.version)
   set(at("host"), data.host)
   document.title = `${data.host}: Kestrel, ${data.status.toLowerCase()}`
-  set(at("status"), data.status.toLowerCase())
-  at("status").className = {UP: "good", QUIESCENT: "bad"}[data.status] || "some"
-  const facts = [["Up", time(data.uptime)], ["Connections", number.format(data.connections)],
-    ["Queues", number.format(data.queues.length)], ["Items", number.format(data.items)],
-    ["Put/s", number.format(data.put_rate)], ["Got/s", number.format(data.get_rate)]]
-  facts.forEach(([name, value], n) => {
-    let both = at("facts").children[n]
-    if (!both) {
-      both = make("div", "", at("facts"))
-      make("dt", name, both)
-      make("dd", "", both)
-    }
-    set(both.lastChild, value)
-  })
+  set(at("status"), data.status.toLowerCase(),
+    {UP: "good", QUIESCENT: "bad"}[data.status] || "some")
+  const values = [data.connections, data.queues.length, data.items, data.put_rate, data.get_rate]
+  const texts = [time(data.uptime), ...values.map(number.format)]
+  facts.forEach((one, n) => set(one, texts[n]))
   for (const head of at("heads").children)
     head.setAttribute("aria-sort", head.dataset.key !== sort() ? "none"
       : down() ? "descending" : "ascending")
   at("sort").value = sort()
   const found = rows()
   set(at("shown"), !data.queues.length
-    ? "No queues yet: the first put or get of a name makes one."
+    ? "No queues yet: the first put or get of a name creates one."
     : !found.length ? "No queue of that name."
     : found.length > MOST_ROWS ? MOST_ROWS + " of " + found.length + " shown." : "")
   const wanted = found.slice(0, MOST_ROWS).map(row), body = at("queues")
   // A row that is pressed, or has text selected, stays where it is.
   if (pressed || !getSelection().isCollapsed && body.contains(getSelection().anchorNode)) return
-  const focused = document.activeElement
-  const keep = new Set(wanted)
-  for (const one of [...body.children]) if (!keep.has(one)) one.remove()
-  wanted.forEach((one, n) => {
-    if (body.children[n] !== one) body.insertBefore(one, body.children[n] || null)
-  })
-  if (focused && focused !== document.activeElement && body.contains(focused)) focused.focus()
-  for (const [key, one] of known) if (!keep.has(one)) known.delete(key)
+  if (wanted.length !== body.children.length || wanted.some((one, n) => one !== body.children[n])) {
+    const focused = document.activeElement
+    body.replaceChildren(...wanted)
+    if (body.contains(focused)) focused.focus()
+  }
+  for (const [key, one] of known) if (!one.isConnected) known.delete(key)
 }
 addEventListener("pointerdown", () => { pressed = true })
 for (const end of ["pointerup", "pointercancel", "blur"])
@@ -8838,7 +8790,7 @@ function text(item) {
   }
 }
 function item(one, n, key) {
-  const box = document.createElement("details")
+  const box = make("details", "")
   make("summary", `${n + 1}. ${bytes(one.bytes)}, has waited ${time(one.age_msec / 1000)}`
     + (one.deliveries ? `, came back ${one.deliveries} times` : "")
     + (one.flags ? `, flags ${one.flags}` : "")
@@ -8856,18 +8808,12 @@ function item(one, n, key) {
 }
 function axis(chart, samples) {
   const width = chart.clientWidth || 600, height = chart.clientHeight || 170
-  const [most, rate] = draw(chart, samples, width, height - 16)
+  const [most, rate] = plot(chart, samples, width, height - 16)
   const words = [["start", 2, 11, number.format(most) + " items"],
     ["end", width - 2, 11, number.format(rate) + " a second"],
     ["start", 2, height - 2, "10 min ago"], ["end", width - 2, height - 2, "now"]]
-  for (const [anchor, x, y, text] of words) {
-    const one = document.createElementNS(SVG, "text")
-    one.setAttribute("x", x)
-    one.setAttribute("y", y)
-    one.setAttribute("text-anchor", anchor)
-    one.textContent = text
-    chart.append(one)
-  }
+  for (const [anchor, x, y, text] of words)
+    draw("text", {"text-anchor": anchor, x, y}, chart).textContent = text
   chart.onpointermove = event => {
     const box = chart.getBoundingClientRect()
     const back = Math.round((1 - (event.clientX - box.left) / box.width) * 119)
@@ -8881,15 +8827,13 @@ async function view() {
   let queue
   try { queue = await (await fetched("queue.json?queue=" + key)).json() }
   catch (error) {
-    if (viewed === key) set(at("queue-state"), why(error))
-    at("queue-state").className = "bad"
+    if (viewed === key) set(at("queue-state"), why(error), "bad")
     return
   }
   if (viewed !== key) return
   const stats = queue.stats, paused = queue.paused !== "no"
   set(at("name"), queue.name)
-  set(at("queue-state"), paused ? "paused: " + queue.paused : "running")
-  at("queue-state").className = paused ? "some" : "good"
+  set(at("queue-state"), paused ? "paused: " + queue.paused : "running", paused ? "some" : "good")
   set(at("facts-of"), `${number.format(stats.items)} items, ${bytes(stats.bytes)}; `
     + `${number.format(stats.delayed)} delayed, ${number.format(stats.open_transactions)} open, `
     + `${number.format(stats.waiters)} waiters; journal ${bytes(stats.logsize)}`
@@ -8898,13 +8842,12 @@ async function view() {
   set(at("settings"), queue.settings.join("\\n"))
   if (getSelection().isCollapsed && !pressed)
     at("items").replaceChildren(...queue.items.length
-      ? queue.items.map((one, n) => item(one, n, key)) : [make("p", "None waits.")])
+      ? queue.items.map((one, n) => item(one, n, key)) : [make("p", "No item waits.")])
   at("readers").replaceChildren(...queue.readers.length ? queue.readers.map(one => make("p",
     `${one.user || one.address} (${one.protocol}, client ${one.id}): ${one.open_reads} open, `
     + `the oldest for ${time(one.oldest_open_seconds)}`)) : [make("p", "None.")])
-  const also = queue.children.length ? " Its children " + queue.children.join(", ")
-    + " keep theirs." : ""
-  const count = `${number.format(stats.items)} items`
+  const children = queue.children.join(", "), count = `${number.format(stats.items)} items`
+  const also = children ? ` Its children ${children} keep theirs.` : ""
   const actions = [["Publish", () => ask(`An item for ${queue.name}, and its children:`, "Put",
       text => post("put?queue=" + key, text), {text: ""})],
     ["Move", () => ask(`Move the ${count} of ${queue.name} to which queue?`, "Move",
@@ -8935,10 +8878,10 @@ async function clients() {
   catch (error) { list = []; set(at("problem"), why(error)) }
   if (pressed) return
   at("client-rows").replaceChildren(...list.slice(0, MOST_ROWS).map(client => {
-    const one = document.createElement("tr")
-    for (const name of client_columns) make("td", client[name] === null ? "–" : client[name], one)
+    const one = make("tr", "")
+    for (const name of client_columns) make("td", client[name] ?? "–", one)
     button("Close", () => ask(`Hang up on client ${client.id}, ${client.address}? `
-      + "What it has open goes back.", "Hang up", () => post("kick?id=" + client.id),
+      + "Its open reads go back.", "Hang up", () => post("kick?id=" + client.id),
       {danger: true}), make("td", "", one), true)
     return one }))
 }
@@ -8958,8 +8901,7 @@ async function refresh() {
     }
   } catch (error) {
     set(at("problem"), why(error))
-    set(at("status"), "unreachable")
-    at("status").className = "bad"
+    set(at("status"), "unreachable", "bad")
     document.title = "Kestrel, unreachable"
     stopped = error.status === 401
     return
@@ -8985,7 +8927,6 @@ always().then(() => data && wish.get("queue") && look(wish.get("queue")))
 """
 
 
-@functools.lru_cache(maxsize=None)
 def _page_policy():
     """Return a Content-Security-Policy that lets only the page's own script run."""
     import hashlib

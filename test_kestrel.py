@@ -1570,7 +1570,7 @@ def test_what_is_denied_and_done_is_told_with_the_name(door, caplog):
     door("status readonly\r\nreload\r\n", "ann")
     assert [record.getMessage() for record in caplog.records if record.levelname != "DEBUG"] == [
         "memcache client 10.0.0.1:5 (bob) is denied: bob is not among the put_users of work",
-        "memcache client 10.0.0.1:5 (bob) is denied: flush_all is taken from this machine only "
+        "memcache client 10.0.0.1:5 (bob) is denied: flush_all is for clients on this machine only "
         "(admin_commands)",
         "the status is READONLY, by one (ann)",
         "reload: admin_commands is empty now",
@@ -6203,7 +6203,7 @@ def test_admin_commands(tmp_path, rule, local, refused, session_type, commands):
         answer = talk(command)
         if refused == "all" or name in refused:
             assert "%s is " % name in answer
-            assert "turned off" in answer or "taken from this machine only" in answer
+            assert "turned off" in answer or "for clients on this machine only" in answer
             assert items_of(talk.broker, "q") == [b"x"] and talk.broker.status == "UP"
             assert not talk.broker.stopping
         else:
@@ -7004,18 +7004,18 @@ def test_no_count_is_written_where_none_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("said, heard", [
-    ("get q/n=0", "n= and timeout= need a number from 1, delay= one from 0"),
-    ("get q/n=-5", "n= and timeout= need a number from 1, delay= one from 0"),
+    ("get q/n=0", "bad number of items (n=)"),
+    ("get q/n=-5", "bad number of items (n=)"),
     ("get q/n=1e3", "bad number of items (n=)"),
     ("get q/n=" + "9" * 30, "bad number of items (n=)"),
-    ("get q/open/timeout=0", "n= and timeout= need a number from 1, delay= one from 0"),
+    ("get q/open/timeout=0", "bad timeout"),
     ("get q/open/timeout=soon", "bad timeout"),
     ("get q/timeout=5", "timeout= needs open; delay= or tail needs abort"),
     ("get q/close/delay=5", "timeout= needs open; delay= or tail needs abort"),
     ("get q/tail", "timeout= needs open; delay= or tail needs abort"),
     ("get q/abort/tail/delay=5", "timeout= needs open; delay= or tail needs abort"),
-    ("get q/abort/delay=-1", "n= and timeout= need a number from 1, delay= one from 0"),
-    ("get q/abort/delay=" + "9" * 18, "n= and timeout= need a number from 1, delay= one from 0"),
+    ("get q/abort/delay=-1", "bad delay"),
+    ("get q/abort/delay=" + "9" * 18, "bad delay"),
     ("get q/touch/open", "open, close, abort and peek cannot be combined like this"),
     ("get q/touch/peek", "open, close, abort and peek cannot be combined like this"),
     ("get q/or=", "the name of a queue is empty"),
@@ -7172,6 +7172,21 @@ def test_who_waits_for_what_may_have_happened_is_hung_up_on(tmp_path, disk, ask)
     disk.failing = {"ftruncate": errno.EIO}
     fail_sync(queue)
     session.resume(NOW)
+    assert session.is_over() and not session.take()
+
+
+@promise(2)
+@pytest.mark.parametrize("ask", ["set q/sync 0 0 1\r\ny\r\n", "get q/close/n=2\r\n",
+                                 "get q/close/open/t=1000\r\n"])
+def test_a_client_is_not_told_of_a_failure_while_what_it_did_becomes_safe(tmp_path, ask):
+    talk = Talk(tmp_path, "[queue]\nsync_journal = 0\n")
+    queue, session = talk.broker.queue("q", NOW), talk.session()
+    session.feed(set_("q", "x").encode() + b"get q/open\r\n", NOW)
+    commit(talk.broker, NOW)
+    sync(queue)
+    session.take()
+    session.feed(ask.encode(), NOW)
+    session.turn_away(kestrel.Refused("SERVER_ERROR", "out of memory"))
     assert session.is_over() and not session.take()
 
 
@@ -8910,7 +8925,7 @@ EVERY_COMMAND = [
       for name in commands_of(kestrel.MemcacheSession)],
     ("memcache", "store", b"set q 0 0 1\r\nx\r\n"),
     ("memcache", "_store_in_steps", b"set new 0 0 1\r\nx\r\n"),
-    ("memcache", "_get_in_steps", b"get new\r\n"), ("memcache", "_next_of", b"get a b\r\n"),
+    ("memcache", "_get_in_steps", b"get new\r\n"), ("memcache", "_next", b"get a b\r\n"),
     *[("text", name, name[3:].encode() + b" q 1\n") for name in commands_of(kestrel.TextSession)],
     ("text", "_put_items", b"put q:\nx\n\n"),
     *[("thrift", name, None) for name in commands_of(kestrel.ThriftSession)],
@@ -9835,8 +9850,8 @@ def test_clients_and_kick(serve):
 
 @pytest.mark.parametrize("said, words", [
     (b"\x80\0\0\1\0\0\0\0", "speaks memcache's binary protocol"),
-    (b"\x16\3\1\2\0\1\0\1", "speaks TLS to a port without (tls_cert)"),
-    (b"\0\0\0\5hello", "speaks no protocol that is known here")])
+    (b"\x16\3\1\2\0\1\0\1", "speaks TLS to a port without TLS (tls_cert)"),
+    (b"\0\0\0\5hello", "speaks an unknown protocol")])
 def test_clients_of_another_protocol_leave_one_line(talk, caplog, said, words):
     caplog.set_level("INFO")
     for number in range(3):
