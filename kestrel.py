@@ -1728,8 +1728,9 @@ class WrongSum(OSError):
 
 class LostTail(Exception):
     """The end of a journal file has not reached the disk, but that of the next one has: a power
-    failure. It is seen when operations at the head begin in the next file. args: how many items
-    were added there, and how many then wait that should not (if less than none: are missing)."""
+    failure. It is seen when operations at the head begin in the next file. args: the file, how
+    many items were added there, and how many then wait that should not (if less than none: are
+    missing)."""
 
 
 class Unclear(OSError):
@@ -2191,16 +2192,15 @@ class Journal:
         self.load_call(item)()
         return item
 
-    def account(self, added, last_head, count):
-        """After a replay: what waits in which file. added: how many items each file adds.
-        last_head: the index of the last file that does something to the head of the queue.
-        count: how many items wait."""
-        for file, number in zip(self.files, added):
-            file.waiting = number
-        self.files[last_head].waiting = count - sum(added[last_head + 1:])
-        while last_head < len(self.files) - 1 and not self.files[last_head].waiting:
-            last_head += 1
-        self.passed, self.files = self.files[:last_head], self.files[last_head:]
+    def account(self, at_head, count):
+        """After a replay: what waits in which file. The `waiting` of each is how many items it
+        adds. at_head: the last file that does something to the head of the queue. count: how many
+        items wait."""
+        head = self.files.index(at_head)
+        at_head.waiting = count - sum(file.waiting for file in self.files[head + 1:])
+        while head < len(self.files) - 1 and not self.files[head].waiting:
+            head += 1
+        self.passed, self.files = self.files[:head], self.files[head:]
 
     # -- writing
 
@@ -4117,7 +4117,7 @@ class Queue:
                 replay.run()
                 break
             except LostTail as lost:
-                self.journal.set_aside(self.journal.files[replay.number - 1], *lost.args)
+                self.journal.set_aside(*lost.args)
             except Damage as damage:
                 file = damage.file or replay.file
                 if repaired == (file, file.size, damage.offset):
@@ -4605,63 +4605,53 @@ def _cost(item):
 class Replay:
     """One reading of the journal of a queue, which does again what its records say.
 
-    file, number: the file that is read, and which one of all it is.
+    file: the file that is read. Its `waiting` counts the items that it adds.
     """
 
     def __init__(self, queue):
         self.queue = queue
         self.file = None
-        self.number = 0
-        self._added = []                # how many items each file adds
-        self._last_head = 0             # the last file that does something to the head
+        self._older = None              # the file before it
+        self._at_head = queue.journal.files[0]   # the last file that does something to the head
+        self._pack = None               # the last file that is a pack
+        self._lost_tail = ()            # what is missing at the end of `_older`, see LostTail
         self._closed = 0, 0             # where the last CHECK ends, how many were added before it
-        self._packed = None             # the last file that is a pack
-        self._lost, self._surplus = 0, None      # see LostTail
         self._latest = 0                # xid of what goes to the tail, or is delayed
         self._ignored = 0               # operations on items that are not there
         self._owed = 0                  # see _do()
-        self._done = 0                  # bytes of the files before this one
-        self._offset = 0                # where the next record is
-        self._look = 0                  # where the clock is looked at
-        self._told = time.monotonic()   # when the log has told how far it is
+        self._look = 0                  # the offset at which to look at the clock
+        self._told = time.monotonic()   # when the log was told how far the replay has got
 
     def run(self):
         """Do what the journal says. Raises Damage, and LostTail."""
         queue, journal = self.queue, self.queue.journal
-        for self.number, self.file in enumerate(journal.files):
+        for self._older, self.file in zip([None, *journal.files], journal.files):
             self._read()
-            self._done += self.file.size
         if self._ignored:
             log.warning("%s: %d operations on items that are not there, ignored",
                         journal.path, self._ignored)
-        journal.account(self._added, self._last_head, queue.count)
+        journal.account(self._at_head, queue.count)
         # An OPEN may be written in front of what is done to the tail: never with the same xid.
         queue.xid = _later(queue.xid, self._latest)
 
     def _read(self):
         """Do what one file says."""
-        queue, file = self.queue, self.file
-        older = queue.journal.files[self.number - 1] if self.number else None
-        file.begins = _first_ends(queue.count, 0 if not older else older.begins if (
-            self._packed == self.number - 1) else older.ends >> 40)
-        file.checked, file.ends = False, 0
-        # Of a file that ends without check sums nobody can know whether its end is there.
-        self._lost = 0
-        self._surplus = queue.count if older and (older.checked or not older.size) else None
-        self._added.append(0)
+        queue, file, older = self.queue, self.file, self._older
+        file.begins = _first_ends(queue.count, 0 if older is None else older.begins if (
+            older is self._pack) else older.ends >> 40)
+        file.checked, file.ends, file.waiting = False, 0, 0
         self._closed = 0, 0
-        self._offset = 0
+        self._look = 0
         for opcode, xid, item, end in queue.journal.read(file, self._take_run):
-            begin, self._offset = self._offset, end
-            if self._done + end > self._look:
-                self._tell()
+            if end > self._look:
+                self._tell(end)
             if opcode == REMOVE and queue.count:       # as a rule
-                self._last_head = self.number
+                self._at_head = file
                 self._pop()
             elif opcode == CHECK:
-                self._check(begin, end, *xid)
+                self._check(end, *xid)
             elif item is not None and opcode != ADD_DELAYED:
-                self._append(opcode, xid, item, begin)
+                self._append(opcode, xid, item, end)
             else:
                 self._do(opcode, xid, item)
 
@@ -4678,63 +4668,62 @@ class Replay:
         queue.count += count
         queue.bytes += size
         if last:
-            self._close(base + last[0], self._added[-1] + last[1], last[2])
-        self._added[-1] += count
+            self._close(base + last[0], self.file.waiting + last[1], last[2])
+        self.file.waiting += count
         if delayed:
             # The highest, or the last if the numbers have started over among these.
             latest = _later(self._latest, queue.delays.load(delayed))
             self._latest = _later(latest, delayed[-1].xid)
-        self._offset = base + end
-        if self._done + self._offset > self._look:
-            self._tell()
+        if base + end > self._look:
+            self._tell(base + end)
         return end, last and last[0], count
 
-    def _tell(self):
-        """Tell the log how far it is, if it has told nothing for a while."""
-        done = self._done + self._offset
-        self._look = done + _STEP_SIZE // 4
+    def _tell(self, offset):
+        """Tell the log how far the replay has got, once in a while."""
+        self._look = offset + _STEP_SIZE // 4
         if time.monotonic() > self._told + _PROGRESS_SECONDS:
             self._told = time.monotonic()
-            queue = self.queue
+            queue, files = self.queue, self.queue.journal.files
+            done = offset + sum(file.size for file in files[:files.index(self.file)])
             log.info("loading %s: %d %%, %d items", queue.name, 100 * done // queue.journal.size,
                      queue.count)
 
-    def _check(self, begin, end, covers, _, ends):
+    def _check(self, end, covers, _, ends):
         """Note what a CHECK says."""
-        file = self.file
-        if not file.checked and begin == 0:            # see Journal.pass_all()
+        file, older = self.file, self._older
+        if not file.checked:             # a mark: if it is not the first record, nobody can know
+            self._lost_tail = ()         # how the file was begun
+        if end == _CHECK.size:           # see Journal.pass_all()
             file.begins = ends
             if ends:
-                self._last_head = self.number
-            if ends >> 40 and self._surplus is not None:
-                older = self.queue.journal.files[self.number - 1]
-                self._lost, self._surplus = _lost_tail(
-                    self.queue.count, ends,
-                    None if self._packed == self.number - 1 else older.ends >> 40)
-        elif not file.checked:           # nobody can know how it was begun
-            self._lost, self._surplus = 0, None
+                self._at_head = file
+            # Of a file that ends without check sums nobody can know whether its end is there.
+            if older is not None and (older.checked or not older.size):
+                count = self.queue.count
+                self._lost_tail = (0, count) if not ends >> 40 else _lost_tail(
+                    count, ends, None if older is self._pack else older.ends >> 40)
         file.checked = covers > 0 or not file.checked
-        self._close(end, self._added[-1], ends)
+        self._close(end, file.waiting, ends)
 
     def _close(self, end, count, ends):
-        if self._last_head == self.number and (self._surplus or self._lost):
-            raise LostTail(self._lost, self._surplus)
+        if self._at_head is self.file and any(self._lost_tail):
+            raise LostTail(self._older, *self._lost_tail)
         self._closed = end, count
         self.file.ends = ends
 
-    def _append(self, opcode, xid, item, begin):
-        """Append the item of a record that begins there."""
-        queue = self.queue
-        self._added[-1] += 1
+    def _append(self, opcode, xid, item, end):
+        """Append the item of a record that ends there."""
+        queue, file = self.queue, self.file
         if opcode in (CONTINUE, CONTINUEF):
             self._latest = _later(self._latest, xid)
             self._ignored += self._end(xid) is None
         cost = len(item.data) + ITEM_COST
         if queue._behind is None and queue.memory + cost > queue._allowance and (
                 queue.items or queue._allowance < queue.config.max_memory_size):
-            before = self._added[-1] - 1
-            offset, closed = self._closed if self.file.checked else (begin, before)
-            queue._behind = ReadBehind(queue.journal, self.file, offset, before - closed)
+            begin = end - len(item.data) - _HEADS[opcode].size
+            offset, before = self._closed if file.checked else (begin, file.waiting)
+            queue._behind = ReadBehind(queue.journal, file, offset, file.waiting - before)
+        file.waiting += 1
         if queue._behind is None:
             queue.items.append(item)
             queue.memory += cost
@@ -4766,14 +4755,14 @@ class Replay:
         elif opcode == PAUSE:
             queue.paused = xid
         elif opcode == SAVE_XID:
-            queue.xid, self._packed = xid, self.number
+            queue.xid, self._pack = xid, self.file
         elif opcode == OPEN and xid >= _ASIDE and not queue.count:
             self._owed += 1             # in truth it took one that was put back
         elif opcode == UNREMOVE and xid == _LOST and self._owed:
             self._owed -= 1
         else:
             if opcode in _AT_HEAD:
-                self._last_head = self.number
+                self._at_head = self.file
             self._ignored += not self._redo(opcode, xid)
 
     def _redo(self, opcode, xid):
