@@ -3146,10 +3146,8 @@ class Delays:
         self.dying = set()
 
     def add(self, delayed):
-        """Add a Delayed, in the place of one of the same number."""
+        """Add a Delayed."""
         due, xid, item, _ = delayed
-        if xid in self.items:
-            self.pop(xid)
         self.items[xid] = delayed
         heapq.heappush(self.due, (due, xid))
         self.bytes += _size(item)
@@ -3462,7 +3460,7 @@ class Queue:
         def is_there(item):                  # once it has been taken its file may be removed
             return item.data is not None or item.place.file.path and not self.closed
 
-        unread = self.count - len(self.items) - len(self._fresh)
+        unread = self._unread
         reader = copy.copy(self._behind)
         fresh = list(itertools.islice(self._fresh, most))
         items = list(itertools.islice(self.items, most))
@@ -3524,38 +3522,36 @@ class Queue:
         known = [xid for xid in dict.fromkeys(xids) if xid in self.opens
                  and not (counted and xid in self.delays.dying)]
         now = _now(now)
-        dead = {}
+        most = self.config.max_deliveries if counted and self.host.moves and (
+            self.config.dead_letter_queue not in (None, self.name)) else UNLIMITED
         if tail:
             for xid in known:
                 self.data_of(self.opens[xid])
         for xid in known if tail or delay else reversed(known):
             item = self.opens[xid]
-            if counted and item.deliveries + 1 >= self.config.max_deliveries and (
-                    self.host.moves and self.config.dead_letter_queue not in (None, self.name)):
+            if item.deliveries + 1 >= most:
                 self.delays.dying.add(xid)   # it stays open until it is safe there
-                dead[xid] = item
-                if xid in self._alarms:
-                    self._silence_alarm(xid)
-                continue
-            item.deliveries += counted       # as the record says
-            self._end_read(xid)
-            self.counters.canceled_transactions += 1
-            if delay:
-                delayed = Delayed(now + delay, xid, item, True)
-                self._hold(delayed, now)
-                self._log(DELAY, delayed, xid)
-            elif tail:
-                self._append_again(item)
-                self._log(TO_TAIL, item, xid)
             else:
-                self._push(item)
-                self._log(UNREMOVE if counted or self.config.max_deliveries == UNLIMITED
-                          else PUT_BACK, item, xid)
+                item.deliveries += counted   # as the record says
+                self._end_read(xid)
+                self.counters.canceled_transactions += 1
+                if delay:
+                    delayed = Delayed(now + delay, xid, item, True)
+                    self._hold(delayed, now)
+                    self._log(DELAY, delayed, xid)
+                elif tail:
+                    self._append_again(item)
+                    self._log(TO_TAIL, item, xid)
+                else:
+                    self._push(item)
+                    self._log(UNREMOVE if counted or self.config.max_deliveries == UNLIMITED
+                              else PUT_BACK, item, xid)
             if xid in self._alarms:
                 self._silence_alarm(xid)
         for xid in known:
-            if xid in dead:
-                self.history.when_safe(functools.partial(self._let_die, xid, dead[xid], now))
+            if xid in self.delays.dying:
+                self.history.when_safe(functools.partial(
+                    self._let_die, xid, self.opens[xid], now))
         if known:
             if orphaned:
                 self.history.when_safe(functools.partial(self._abort_again, known, counted))
@@ -3575,7 +3571,7 @@ class Queue:
             self.host.start(self._bury(xid, item, now))
         elif self.opens.get(xid) is item:
             self.delays.dying.discard(xid)
-            self._start_alarm(xid, self._alarms.get(xid, (None, 0))[1])
+            self.touch(xid)
 
     def _bury(self, xid, item, now):
         """A task: have an open read moved to the dead_letter_queue, unless it has ended."""
@@ -3714,13 +3710,13 @@ class Queue:
             self.open_memory -= memory
             items, due = self.delays.clear()
             new.append((DROP, items, 0))
-            gone = [(items.popitem, len(items), memory), (due.pop, len(due), 0)]
+            gone = [(items, memory), (due, 0)]
             self._set_limits()
         held = self.items, self._fresh, self._behind, self.count, self.bytes, self.memory
         if self.count:
             self._drop_items()
             new.append((FLUSH, held, held[3]))
-            gone.append((held[0].popleft, len(held[0]), held[5]))
+            gone.append((held[0], held[5]))
         is_first = not history.ops
         history.ops += new
         if new and is_first or self.journal and self.journal.torn:
@@ -3728,12 +3724,11 @@ class Queue:
         for one in gone:
             history.when_safe(functools.partial(self._let_go, *one))
 
-    def _let_go(self, pop, count, memory, error=None):
-        """Free the memory of what is not needed any more: of many items it takes long. pop: frees
-        one of them."""
-        cost = memory + _FREE_COST * count
+    def _let_go(self, items, memory, error=None):
+        """Free items that are not needed any more: in steps if that takes long."""
+        cost = memory + _FREE_COST * len(items)
         if not error and cost > 4 * _STEP_SIZE:
-            self.host.start(_free(pop, count, cost))
+            self.host.start(_free(items, cost))
 
     def _drop_items(self):
         self.items, self._fresh, self._behind = collections.deque(), collections.deque(), None
@@ -3798,8 +3793,9 @@ class Queue:
                 self._serve_again(RETRY_MS)
                 return
             if item is None:
-                if self.count and not self._loading:
-                    self._serve_again(_SWEEP_MS)                 # after a run of expired ones
+                if self.count and not self._loading:             # a run of expired ones
+                    is_stuck = self.host.moves and self.host.moves.is_stuck(self)
+                    self._serve_again(RETRY_MS if is_stuck else _SWEEP_MS)
                 return
             waiter.take(self, item)
 
@@ -4057,7 +4053,7 @@ class Queue:
         self.closed = True
         self.upkeep.stop()
         self.upkeep.renewing = None
-        self._let_go(self.items.popleft, len(self.items), self.memory)
+        self._let_go(self.items, self.memory)
         self._drop_items()
         self.opens.clear()
         self.delays.clear()
@@ -4182,35 +4178,38 @@ class Queue:
             current = journal.current
             self._behind = ReadBehind(journal, current, current.size, pending)
 
+    @property
+    def _unread(self):
+        """How many items are only on disk."""
+        return self.count - len(self.items) - len(self._fresh)
+
     def _refill(self):
         """Read more of the items that are not in memory. Return whether there are any in
         memory then. Raises OSError."""
-        unread = self.count - len(self.items) - len(self._fresh)
-        while unread > 0:
+        while self._unread > 0:
             file = self._behind.file
             try:
-                found = self._read_more(unread)
+                found = self._read_more()
             except Damage:
                 self._mend(self._behind.file)
             except FileNotFoundError as error:
                 self._mend_missing(error)
             else:
                 if self._behind.file is not file or not found:
-                    self._check_count(file, unread, found)
+                    self._check_count(file, found)
                 if found:
                     break
-            unread = self.count - len(self.items) - len(self._fresh)
         self._catch_up()
         return bool(self.items)
 
-    def _read_more(self, unread):
+    def _read_more(self):
         """Read some of the items that are not in memory, and return how many. Raises OSError
         and Damage."""
         self.count_memory()
         # A quarter for the items, another for their data; the first half is still there.
         room = self._allowance // 4
         try:
-            items = self._behind.read(min(unread, max(1, room // ITEM_COST)),
+            items = self._behind.read(min(self._unread, max(1, room // ITEM_COST)),
                                       max(4096, min(_STEP_SIZE, room)))
         except (OSError, MemoryError) as error:
             error = _as_os_error(error, self.journal.path)
@@ -4222,7 +4221,7 @@ class Queue:
 
     def _catch_up(self):
         """Be behind no longer if all waiting items are in memory."""
-        if not self._behind or self.count != len(self.items) + len(self._fresh):
+        if not self._behind or self._unread:
             return
         # If items were lost to damage on the way, nobody could tell how large they had been.
         self.bytes = sum(len(item.data) if item.data is not None else item.place.size
@@ -4292,7 +4291,7 @@ class Queue:
             self._behind.offset = file.size
         self._lose(file, lost)
 
-    def _check_count(self, file, unread, found):
+    def _check_count(self, file, found):
         """Correct the counts at the end of a file, if it had more or fewer items
         than it should have had, since another process has changed it."""
         files = self.journal.files
@@ -4302,7 +4301,7 @@ class Queue:
         if file in self._behind.older:
             file = files[0]
         after = files[files.index(new):] if found else []
-        lost = unread - sum(other.waiting for other in after)
+        lost = self._unread + found - sum(other.waiting for other in after)
         if lost:
             log.error("%s: %d items are missing", self.journal.path, lost)
             between = files[files.index(file) + 1 if file in files else 0:files.index(new)]
@@ -4318,10 +4317,9 @@ class Queue:
         of one that is not counted for itself."""
         if file in self._behind.older:
             return 0
-        unread = self.count - len(self.items) - len(self._fresh)
         files = self.journal.files
         after = files[files.index(file) + 1:] if file in files else files
-        return unread - sum(other.waiting for other in after)
+        return self._unread - sum(other.waiting for other in after)
 
     def _lose(self, file, count):
         """Count items that are lost from a file. How large they were is not known for now."""
@@ -4428,7 +4426,7 @@ class Queue:
         self.opens[xid] = kept
         self.open_memory += _cost(kept)
         if self.config.open_transaction_timeout:
-            self._start_alarm(xid, self.config.open_transaction_timeout)
+            self.limit(xid, self.config.open_transaction_timeout)
         self._log(OPEN, kept, xid)
 
     def _end_read(self, xid):
@@ -4444,9 +4442,6 @@ class Queue:
         """Have an open read aborted after `timeout` milliseconds (None: never), whatever the
         settings say."""
         self._stop_alarm(xid)
-        self._start_alarm(xid, timeout)
-
-    def _start_alarm(self, xid, timeout):
         if timeout and self.host.later:
             cancel = self.host.later(timeout, functools.partial(self._time_out, xid, timeout // 10))
             self._alarms[xid] = cancel, timeout
@@ -4509,7 +4504,7 @@ class Queue:
                 item.xid = xid               # it may have been opened again since
                 self.opens[xid] = item
                 self.open_memory += _cost(item)
-                self._start_alarm(xid, self._alarms.get(xid, (None, 0))[1])
+                self.touch(xid)
             elif opcode in (DUE_HEAD, DUE_TAIL):
                 if opcode == DUE_HEAD:
                     self._take()
@@ -4562,13 +4557,14 @@ def _check_numbers(expiry, flags, delay=0):
         raise ValueError("expiry %d, flags %d or delay %d cannot be kept" % (expiry, flags, delay))
 
 
-def _free(pop, count, cost):
-    """A task: call `pop` that often, to free what costs so much, a little in each step."""
-    step = max(1, 4 * _STEP_SIZE * count // cost)
-    for done in range(0, count, step):
-        for _ in range(min(step, count - done)):
+def _free(items, cost):
+    """A task: empty a container, a little in each step. cost: of all its items, see _FREE_COST."""
+    pop = items.popitem if isinstance(items, dict) else items.pop
+    step = max(1, 4 * _STEP_SIZE * len(items) // cost)
+    while items:
+        for _ in range(min(step, len(items))):
             pop()
-        yield None
+        yield
 
 
 def _later(xid, other):
@@ -4739,7 +4735,7 @@ class Replay:
         queue = self.queue
         if not queue.items:
             try:
-                queue._read_more(queue.count)
+                queue._read_more()
             except Damage as damage:
                 damage.file = queue._behind.file
                 raise
@@ -5394,14 +5390,10 @@ class Moves:
             error = failure or error
             xids = [leaving.xid for leaving in batch]
             source.abort(*xids[count:], orphaned=True, counted=False)
-            for xid in xids[:count]:
-                source.confirm(xid)
+            self._advance(self._confirm_moved(source, xids[:count]))
             moved += count
-            failure = yield source
-            if failure:                      # they are open again, and safe elsewhere
-                error = failure
-                self._advance(self._confirm_moved(source, xids[:count]))
-            elif count < len(batch):         # the other queue is full
+            error = (yield source) or error
+            if count < len(batch):           # the other queue is full
                 break
             elif self._broker.later:
                 yield 0                      # others come in between
