@@ -2945,14 +2945,13 @@ class ReadBehind:
 # == 5. Queue =============================================================================
 #
 # One queue: items in order, open reads, waiters, limits, expiry, and the journal that records
-# each change. Can be used alone. Knows no sockets, no protocols, no other queues: what expires
-# is handed to its host, which is also told when there is something to write.
-
+# each change. A queue can be used alone. It knows no sockets, no protocols, no other queues: it
+# hands what expires to its host, and tells the host when there is something to write.
 
 # How many items or queues one step of a task looks at.
 SWEEP_STEP = 1000
 
-# How much memory each queue may use though the server has reached max_memory, in bytes.
+# How much memory each queue may use even when the server has reached max_memory, in bytes.
 MEMORY_FLOOR = 1 << 18
 
 # How much the memory of a queue may change before it is counted again, in bytes.
@@ -2964,13 +2963,13 @@ _FREE_COST = 1 << 10
 # How long a write that found no descriptors left is put off, in milliseconds.
 _NO_DESCRIPTOR_MS = 50
 
-# How long after a failure the next try is made without a client asking for it.
+# How long after a failure the server tries again by itself, in milliseconds.
 RETRY_MS = 1000
 
-# When a run of expired items is gone on with, in milliseconds.
+# How long waiters wait before more of a run of expired items is dropped, in milliseconds.
 _SWEEP_MS = 1
 
-# How long an alarm for a delayed item is set at most, in milliseconds.
+# The longest time until an alarm for a delayed item, in milliseconds: the clock may be set.
 _LONGEST_NAP_MS = 10000
 
 # How often the log says how far the loading of a queue has got.
@@ -2979,8 +2978,7 @@ _PROGRESS_SECONDS = 3
 
 class Waiter:
     """A read that waits for an item of one of `queues`. deliver: called once, with the queue and
-    the item, or with None and None when one of the queues is gone: it may be made again, and then
-    be waited for."""
+    the item, or with None and None when one of the queues is gone."""
 
     __slots__ = ("deliver", "open", "peek", "queues")
 
@@ -2991,7 +2989,7 @@ class Waiter:
         self.queues = []
 
     def take(self, queue, item):
-        """Take the item of a queue; None and None if nothing will come of one of them."""
+        """Deliver an item of a queue, or None and None; wait no longer."""
         self.cancel()
         self.deliver(queue, item)
 
@@ -3005,21 +3003,23 @@ class Waiter:
 class Alone:
     """The host of a queue that is used without a server: everything is done at once.
 
-    A server has another one, with the same attributes:
+    A server has another host, with the same attributes:
 
     changed(queue)          there is something for queue.write() to do
-    failed(queue, error)    operations of it have been undone
+    failed(queue, error)    operations of the queue have been undone
     unreadable(queue, error)
                             items that are only on disk cannot be read
     timed_out(queue, xids)  open reads go back, since their time is over
     start(task)             run a task
-    work(call, done)        make a blocking call, then call done with its OSError or None
-    later(ms, call)         make a call in that time; return what cancels it; None if
-                            there is none, and so no other turn
-    moves                   None, or has two methods. bury(queue, item, now, setting): an item is
-                            open that has expired, or was handed out too often: move it to the
+    work(call, done)        make a blocking call on another thread, then call done with its OSError
+                            or None; None if there is no other thread
+    later(ms, call)         make a call after that time; return a function that cancels it; None
+                            if there are no timers, and so no later turns
+    moves                   None, or has three methods. bury(queue, item, now, setting): move an
+                            open read, whose item has expired or was handed out too often, to the
                             queue that this setting names. is_burying_much(queue): return whether
-                            no more should be moved for now
+                            no more should be moved for now. is_stuck(queue): return whether its
+                            expired items cannot be moved for now
     sweep_limit             how many expired items a read drops at once
     locks_files             whether to keep other processes out
     budget                  see Budget
@@ -3045,21 +3045,21 @@ class Alone:
 
 
 class History:
-    """The positions of a queue's operations, and who waits for them.
+    """The positions of a queue's operations, and the calls that wait for them.
 
     Each operation has a position: its number in the history of the queue. `logged`, `written`
     and `durable` are the last positions in memory, handed to the kernel and fsynced. `safe` is
     the last one that may be acknowledged: with sync_journal = 0 what is durable, else what is
-    written. Whoever must not act before a change is safe asks when_safe().
+    written. What must not happen before a change is safe is left to when_safe().
     """
 
     def __init__(self):
         self.safe = self.written = self.durable = 0
-        self.ops = []                        # (opcode, item, xid) of what is not being written yet,
-        self.unsafe = []                     # and of what is, but is not safe
+        self.ops = []                        # (opcode, item, xid) of what is still to be written,
+        self.unsafe = []                     # and of what is not safe, though it is being written
         self.writing = None                  # the Plan that the worker writes
-        self._pending = collections.deque()  # (position, call) of when_safe(),
-        self.syncing = collections.deque()   # and of when_durable()
+        self._pending = collections.deque()  # (position, call) of when_safe(), in order
+        self.syncing = collections.deque()   # (position, call) of when_durable()
 
     @property
     def logged(self):
@@ -3067,8 +3067,8 @@ class History:
         return self.safe + len(self.unsafe) + len(self.ops)
 
     def when_safe(self, call, position=None):
-        """Make a call when all operations so far, or up to a position, are safe, with None; or
-        when they have been undone, with an OSError."""
+        """Call `call` with None when all operations so far, or up to a position, are safe; or with
+        an OSError when they have been undone."""
         if position is None:
             position = self.logged
         if position <= self.safe:
@@ -3081,8 +3081,8 @@ class History:
         pending.insert(index, (position, call))
 
     def when_durable(self, call):
-        """Make a call, with None, when all operations so far are durable, whatever sync_journal
-        says; or, with an OSError, when they have been undone."""
+        """Call `call` with None when all operations so far are durable, whatever sync_journal is;
+        or with an OSError when they have been undone."""
         if self.logged <= self.durable:
             call(None)
         else:
@@ -3095,15 +3095,15 @@ class History:
             self.safe = position
 
     def settle(self):
-        """Make the calls that waited for what is safe, or durable, now."""
+        """Make the calls that waited for what is now safe, or durable."""
         while self._pending and self._pending[0][0] <= self.safe:
             self._pending.popleft()[1](None)
         while self.syncing and self.syncing[0][0] <= self.durable:
             self.syncing.popleft()[1](None)
 
     def go_back(self):
-        """Give up the operations that are not safe. Return them, and a function that makes the
-        calls that waited for them, with an OSError or None. Their positions are skipped."""
+        """Give up the operations that are not safe; their positions are not used again. Return
+        them, and a function that makes the calls that waited for them, with an OSError or None."""
         ops = self.unsafe + self.ops
         logged = self.logged
         pending, self._pending = self._pending, collections.deque()
@@ -3129,17 +3129,16 @@ class History:
 
 
 class Delays:
-    """The items of a queue that are not available yet, by their numbers, and in the order in which
-    they are due.
+    """The items of a queue that are not available yet.
 
-    `due` is a heap of (due, xid), which may have entries of items that are gone. alarm: None, or
-    (when the next is due, what cancels the alarm for it). bytes, memory: the size of their data,
-    and what they take of the memory. dying: xids of open reads on their way to the
-    dead_letter_queue.
+    items: {xid: Delayed}. due: a heap of (due, xid), which may have entries of items that are gone.
+    alarm: None, or (when the next is due, a function that cancels the alarm for it). bytes, memory:
+    the size of their data, and what they take of the memory. dying: the xids of open reads on
+    their way to the dead_letter_queue.
     """
 
     def __init__(self):
-        self.items = {}                      # xid -> Delayed
+        self.items = {}
         self.due = []
         self.alarm = None
         self.bytes = self.memory = 0
@@ -3154,8 +3153,8 @@ class Delays:
         self.memory += _cost(item)
 
     def load(self, delayed):
-        """Add several, from the journal; return the highest of their numbers. recount() must
-        follow the last."""
+        """Add several, from the journal, and return the highest of their numbers. Call recount()
+        after the last."""
         fresh = {each.xid: each for each in delayed}
         self.items.update(fresh)
         return max(fresh)
@@ -3168,7 +3167,7 @@ class Delays:
         self.memory = sum([_cost(each.item) for each in self.items.values()])
 
     def pop(self, xid):
-        """Take the one of that number; None if there is none."""
+        """Remove and return the one of that number; None if there is none."""
         delayed = self.items.pop(xid, None)
         if delayed:
             self.bytes -= _size(delayed.item)
@@ -3183,7 +3182,7 @@ class Delays:
         return due[0][0] if due else None
 
     def clear(self):
-        """Take all; return `items` and `due`."""
+        """Remove all. Return what `items` and `due` were."""
         items, due = self.items, self.due
         self.items, self.due = {}, []
         self.bytes = self.memory = 0
@@ -3193,19 +3192,19 @@ class Delays:
 class Queue:
     """A durable FIFO queue.
 
-    name: see check_name. path: the directory of its journal, None to keep it in memory
-    only. config: a QueueConfig. older: numbers of its older journal files, None to look for
+    name: see check_name. path: the directory of its journal, None to keep the queue in memory
+    only. config: a QueueConfig. older: the numbers of its older journal files, None to look for
     them. host: see Alone.
 
     Every method that takes `now` (milliseconds of the epoch) reads the clock itself when
-    it is None. Used alone, each change is in the kernel's hands when the method returns,
-    and on the disk too if sync_journal is 0; a change that cannot be written is undone
-    and raises OSError. A server collects the changes of a turn instead, and calls write().
+    it is None. When a queue is used alone, each change has been written when the method returns,
+    and fsynced if sync_journal is 0; a change that cannot be written is undone and raises
+    OSError. A server collects the changes of a turn instead, and calls write().
 
     A failure undoes all operations that are not safe, see History, in memory and in the files.
 
     Past max_memory_size only the head of the queue is in memory; the rest is read from the
-    journal as it drains:
+    journal as the queue drains:
 
         items (in memory) | on disk only | _fresh (on their way there)
     """
@@ -3216,10 +3215,10 @@ class Queue:
         self.name = check_name(name)
         self.path = path
         self.host = host or Alone()
-        self.items = collections.deque()     # what waits, the head first, as far as in memory
+        self.items = collections.deque()     # the waiting items in memory, the head first
         self.opens = {}                      # xid -> item, the oldest open read first
-        self.waiters = collections.OrderedDict()     # those served first in front; a set
-        self.count = 0                       # how many items wait; open reads do not count
+        self.waiters = collections.OrderedDict()     # a set, in the order they are served
+        self.count = 0                       # how many items wait
         self.bytes = 0                       # data of the waiting items
         self.memory = 0                      # what `items` take, see ITEM_COST
         self.open_memory = 0                 # what `opens` and `delays` take
@@ -3237,7 +3236,8 @@ class Queue:
         self._allowance = 0                  # and how much it may use
         self._behind = None                  # the ReadBehind of what is not in memory
         self._fresh = collections.deque()    # items not written yet that are not in `items`
-        self._loading = None                 # the head item that a worker reads, or (it, OSError)
+        self._loading = None                 # the head item that the worker reads, or (that, why
+                                             # it cannot be read)
         self._is_serving_again = False       # whether an alarm is set to serve the waiters
         self._alarms = {}                    # xid -> (what cancels its timeout, the timeout)
         self._overdue = []                   # xids whose time is over
@@ -3259,7 +3259,7 @@ class Queue:
         return Journal(self.path, self.name, older, self.host.budget, self.host.locks_files)
 
     def configure(self, config):
-        """Go on with other settings."""
+        """Change the settings."""
         keep_journal = self.config.keep_journal
         self.config = config
         self._set_limits()
@@ -3268,10 +3268,10 @@ class Queue:
             return
         try:
             if config.keep_journal:
-                self.history.forget()        # they are part of what is written first
+                self.history.forget()        # all that there is will be written first
                 put_aside(self.path, self.name)
                 self.journal = self._new_journal(())
-                self.upkeep.renew()          # writes all that there is in memory
+                self.upkeep.renew()
             else:
                 self._give_up_journal()
         except OSError as error:
@@ -3341,8 +3341,8 @@ class Queue:
 
     def add_later(self, data: bytes, delay: int, flags: int = 0, expiry: int = 0,
                   now: "int | None" = None) -> bool:
-        """Append an item that is available after `delay` milliseconds only; as add(). It is in
-        memory until then, and refused with an OSError if there is no memory for it."""
+        """Append an item, as add() does, that is available after `delay` milliseconds only. It is
+        in memory until then. Raises OSError if there is no memory for it."""
         now = _now(now)
         data = _as_bytes(data)
         _check_numbers(expiry, flags, delay)
@@ -3366,7 +3366,7 @@ class Queue:
             raise OSError(errno.ENOMEM, "out of memory for delayed items", self.name)
 
     def _make_room(self, now):
-        """Drop what has expired, and what is to be dropped for newer items, if the queue is full.
+        """If the queue is full, drop expired items, and with discard_old_when_full older ones.
         Return whether there is room for one more item then."""
         config = self.config
         if self.paused & PAUSED_IN:
@@ -3382,8 +3382,8 @@ class Queue:
         return True
 
     def _set_limits(self):
-        """Derive how many items may wait, and how large they may be: delayed items count too; and
-        whether remove() and peek() have anything but the head to look at."""
+        """Derive how many items may wait and how large they may be, since delayed items count too;
+        and whether remove() and peek() have only the head to look at."""
         self._is_plain = not (self.delays.items or self.paused)
         self._most_items = 0 if self.paused & PAUSED_IN else (
             self.config.max_items - len(self.delays.items))
@@ -3391,12 +3391,12 @@ class Queue:
 
     def remove(self, open: bool = False, now: "int | None" = None,
                even_paused: bool = False) -> "Item | None":
-        """Take the head item, or return None. `open`: only for a while; item.xid is then
-        the number to confirm or abort it by.
+        """Take the head item; return None if there is none. open: leave it open until it is
+        confirmed or aborted by its number, item.xid. even_paused: do so whatever pause() said.
 
-        With a server, None though there are items, see has_more(), means that many at the head
-        have expired, or that the worker reads a large one: call it again. Raises OSError
-        when it cannot be read. even_paused: whatever pause() said.
+        With a server it may return None though there are items, see has_more(): many at the head
+        have expired, or the worker reads a large one. Then call it again. Raises OSError when
+        the item cannot be read.
         """
         if now is None:
             now = _now()
@@ -3433,7 +3433,7 @@ class Queue:
         return item
 
     def peek(self, now: "int | None" = None) -> "Item | None":
-        """Return the head item, which stays where it is, or None, as remove()."""
+        """Return the head item, which stays where it is, or None, as remove() does."""
         now = _now(now)
         if not self._is_plain:
             self._release(now)
@@ -3450,8 +3450,8 @@ class Queue:
 
     def browse(self, most: int = UNLIMITED,
                now: "int | None" = None) -> "Iterator[list[Item]]":
-        """Yield the first items, at most so many, in lists; all stay. What is changed meanwhile may
-        be seen or not. Raises OSError."""
+        """Yield the first items, at most `most`, in lists; all stay where they are. What changes
+        meanwhile may be seen or not. Raises OSError."""
         now = _now(now)
         if not self._is_plain:
             self._release(now)
@@ -3489,14 +3489,14 @@ class Queue:
         return bool(self.items) and self.items[0] is item
 
     def _sweep(self, now):
-        """Drop expired items before a read; return whether there is an item for it then."""
+        """Drop expired items before a read. Return whether there is an item to read then."""
         self.discard_expired(now, self.host.sweep_limit)
         return (self.count and (self.items or self._refill())
                 and not self._is_expired(self.items[0], now))
 
     def confirm(self, xid: int, is_moved: bool = False) -> bool:
-        """Finish an open read; False when there is none of that number, or its item is on its way
-        to the dead_letter_queue. is_moved: it is safe there."""
+        """Finish an open read. Return False if there is none of that number, or its item is on its
+        way to another queue. is_moved: it is safe there."""
         if xid in self.delays.dying and not is_moved:
             return False
         item = self._end_read(xid)
@@ -3511,13 +3511,12 @@ class Queue:
 
     def abort(self, *xids: int, now: "int | None" = None, orphaned: bool = False, delay: int = 0,
               tail: bool = False, counted: bool = True) -> int:
-        """Put open reads back at the head, the first one given in front of the others;
-        return how many there were.
+        """Put open reads back at the head, the first one given in front of the others. Return how
+        many there were.
 
-        orphaned: nobody waits to hear of it, so that it has to be done all the same after a
-        failure. delay: they go back after so many milliseconds. tail: they go to the tail, at
-        once. counted: they had been handed out; what comes back too often goes to the
-        dead_letter_queue.
+        orphaned: no caller waits for the result, so try again after a failure. delay: put them
+        back after that many milliseconds. tail: put them at the tail, at once. counted: they had
+        been handed out; what comes back too often goes to the dead_letter_queue.
         """
         known = [xid for xid in dict.fromkeys(xids) if xid in self.opens
                  and not (counted and xid in self.delays.dying)]
@@ -3565,8 +3564,8 @@ class Queue:
                 self.abort, *xids, orphaned=True, counted=counted))
 
     def _let_die(self, xid, item, now, error):
-        """Have an open read moved to the dead_letter_queue. If what was done together with it has
-        been undone, it is open as before."""
+        """Have an open read moved to the dead_letter_queue; or, if its abort has been undone, let
+        it be open as before."""
         if not error:
             self.host.start(self._bury(xid, item, now))
         elif self.opens.get(xid) is item:
@@ -3574,7 +3573,7 @@ class Queue:
             self.touch(xid)
 
     def _bury(self, xid, item, now):
-        """A task: have an open read moved to the dead_letter_queue, unless it has ended."""
+        """A task: move an open read to the dead_letter_queue, unless it has ended."""
         yield
         if self.opens.get(xid) is item and not self.closed:
             log.warning("queue %s: an item of %d bytes came back %d times, and goes to %s",
@@ -3586,7 +3585,7 @@ class Queue:
     # -- delays and pauses
 
     def pause(self, what: int = PAUSED_IN | PAUSED_OUT) -> None:
-        """Refuse puts (PAUSED_IN), or let gets find nothing (PAUSED_OUT), or both; 0 for neither.
+        """Refuse puts (PAUSED_IN), let gets find nothing (PAUSED_OUT), or both, or neither (0).
         It stays so over restarts."""
         if what != self.paused:
             before, self.paused = self.paused, what
@@ -3596,7 +3595,7 @@ class Queue:
                 self._serve(_now())
 
     def touch(self, xid: int) -> bool:
-        """Let the timeout of an open read start anew; False if there is none of that number."""
+        """Start the timeout of an open read anew. Return False if there is none of that number."""
         _, timeout = self._alarms.get(xid, (None, None))
         if xid in self._overdue:
             self._overdue.remove(xid)
@@ -3605,8 +3604,7 @@ class Queue:
         return self.is_open(xid)
 
     def is_open(self, xid):
-        """Return whether an open read has not ended. What is on its way to the dead_letter_queue
-        has."""
+        """Return whether a read is open, and not on its way to the dead_letter_queue."""
         return xid in self.opens and xid not in self.delays.dying
 
     def held(self):
@@ -3638,7 +3636,6 @@ class Queue:
             return
         if alarm:
             alarm[1]()
-        # Not much later: the clock may be set.
         self.delays.alarm = due, self.host.later(min(max(0, due - now), _LONGEST_NAP_MS),
                                                self._release_now)
 
@@ -3652,9 +3649,9 @@ class Queue:
 
     def _release(self, now):
         """Put the delayed items that are due where they belong: those for the tail some at a time,
-        but those for the head all at once, or later ones would come in front of the others. Those
-        who wait are served when the alarm for these items comes: a waiter that is being served
-        must not be served here, with another item."""
+        those for the head all at once, or later ones would come in front of the others. This does
+        not serve the waiters, since one of them may be being served: the alarm for these items
+        will."""
         delays = self.delays
         due = delays.next_due()
         if due is None or due > now:
@@ -3685,8 +3682,8 @@ class Queue:
             self._watch_delays(now)
 
     def _append_again(self, item):
-        """Append an item that was open or delayed. Its record is written anew, later, with the
-        count of deliveries that it has now: so this is a copy."""
+        """Append a copy of an item that was open or delayed. Its record is written anew, later,
+        with the count of deliveries that it has now."""
         data, item = item.data, item.stub()
         item.data, item.place = data, None
         if self._behind is None and self.journal and (
@@ -3735,8 +3732,8 @@ class Queue:
         self.count = self.bytes = self.memory = 0
 
     def discard_expired(self, now: "int | None" = None, limit: "int | None" = None) -> int:
-        """Take expired items from the head, at most `limit` (default: max_expire_sweep),
-        and return how many there were."""
+        """Drop expired items at the head, at most `limit` (default: max_expire_sweep), or move
+        them to expire_to_queue. Return how many there were."""
         now = _now(now)
         count = size = 0
         if limit is None:
@@ -3767,7 +3764,7 @@ class Queue:
     # -- waiting
 
     def wait(self, waiter):
-        """Let `waiter` have the next item that comes, after those who wait already; peeks come
+        """Let `waiter` have the next item that comes, after those that wait already; peeks come
         first, since they take nothing."""
         self.waiters[waiter] = None
         if waiter.peek:
@@ -3777,7 +3774,7 @@ class Queue:
             self._serve_again(_SWEEP_MS)
 
     def dismiss_waiters(self):
-        """Tell every waiter that nothing will come."""
+        """Tell all waiters that nothing will come."""
         while self.waiters:
             next(iter(self.waiters)).take(None, None)
 
@@ -3800,8 +3797,8 @@ class Queue:
             waiter.take(self, item)
 
     def _serve_again(self, delay):
-        """Serve the waiters in that time, unless that is going to happen already: however many
-        items come meanwhile, there is one alarm."""
+        """Serve the waiters after that time. There is one alarm, however many items come
+        meanwhile."""
         if self.host.later and not self._is_serving_again:
             self._is_serving_again = True
             self.host.later(delay, self._go_on_serving)
@@ -3813,10 +3810,10 @@ class Queue:
     # -- the journal
 
     def write(self):
-        """Hand the operations so far to the kernel.
+        """Write the operations so far.
 
-        A large batch is handed to the worker, if there is one, and what comes after it waits.
-        Raises OSError when that fails; all operations that are not safe have been undone then.
+        The worker writes a large batch, if there is a worker, and what comes after it waits.
+        Raises OSError when the write fails; all operations that are not safe are then undone.
         """
         journal = self.journal
         if self.closed or self.history.writing:
@@ -3874,7 +3871,7 @@ class Queue:
         self._commit(plan, position)
 
     def _commit(self, plan, position):
-        """Make a batch that has been written count."""
+        """Account for a batch that has been written."""
         history = self.history
         history.written = position
         if self.config.sync_journal != 0 and history.unsafe:
@@ -3902,12 +3899,13 @@ class Queue:
         self.host.changed(self)
 
     def is_synced(self):
-        """Return whether the journal is fsynced, sooner or later."""
+        """Return whether the journal is fsynced at all."""
         return self.config.sync_journal is not None and self.host.later is not None
 
     def when_lasting(self, call):
-        """Make a call, with None, when no power failure can undo what has been done so far: when it
-        is fsynced, at once, or safe if it never is; or, with an OSError, when it was undone."""
+        """Call `call` with None when no power failure can undo the operations so far: when they are
+        fsynced, which begins at once, or safe if the journal is never fsynced; or with an OSError
+        when they have been undone."""
         if self.is_synced():
             self.host.changed(self)
             self.history.when_durable(call)
@@ -3915,13 +3913,13 @@ class Queue:
             self.history.when_safe(call)
 
     def begin_sync(self):
-        """Return the call that fsyncs what has been written, and the Sync to pass on to
-        synced() then, or to sync_failed(). Raises OSError."""
+        """Return the call that fsyncs what has been written, and the Sync to give to synced() or
+        sync_failed() after it. Raises OSError."""
         return self.journal.begin_sync(self.history.written)
 
     def needs_sync(self):
-        """Return whether there is something that begin_sync() could begin; that may be an fsync of
-        nothing: what was written to a file that has been packed since is on the disk."""
+        """Return whether begin_sync() has something to do. It may be an fsync of no files: what was
+        written to a file that has been packed since is on the disk."""
         return (self.journal is not None and self.upkeep.renewing is None
                 and (self.journal.needs_sync() or self.history.durable < self.history.written))
 
@@ -3938,13 +3936,13 @@ class Queue:
             self.upkeep.check()
 
     def sync_failed(self, sync, error):
-        """Undo what waits for an fsync that has failed, or could not begin. What has been
-        acknowledged and may be lost by now is written anew. sync: None if it did not begin."""
+        """Undo the operations that wait for an fsync that has failed, or could not begin. Write
+        anew what has been acknowledged and may be lost by now. sync: None if it did not begin."""
         history = self.history
         if self.journal is None:
             return
         if self.closed:
-            if sync is None or sync.position > history.safe:     # of the removal
+            if sync is None or sync.position > history.safe:     # it was for the removal
                 _, tell = history.go_back()
                 tell(Unclear(error.errno, error.strerror, error.filename))
             return
@@ -3957,8 +3955,8 @@ class Queue:
 
     def _go_back(self, error, was_written=False, is_doubtful=False):
         """Undo all operations that are not safe. Return the error to report, Unclear if the files
-        may still contain them. was_written: whether any may have reached the files. is_doubtful:
-        whether those that are safe may be lost by now."""
+        may still contain them. was_written: whether any may be in the files. is_doubtful:
+        whether safe operations may be lost by now."""
         was_written = was_written or bool(self.history.unsafe)
         safe = self.history.safe
         ops, tell = self.history.go_back()
@@ -3967,7 +3965,7 @@ class Queue:
         if self._behind:
             self._behind.go_back()
         error = type(error)(error.errno, error.strerror, error.filename or self.journal.path)
-        if error.errno == errno.ESTALE:      # what is in a file without a name does not matter
+        if error.errno == errno.ESTALE:      # a file has lost its name: nothing is to be cut
             if self.upkeep.renewing is None:
                 log.error("%s: %s; the queue is written anew", error.filename, error.strerror)
             is_doubtful = True
@@ -3978,14 +3976,14 @@ class Queue:
                 log.error("%s: cannot be cut back: %s", self.journal.path, failure.strerror)
                 error = Unclear(error.errno, error.strerror, error.filename)
         if is_doubtful and self.upkeep.renewing is None:
-            self.upkeep.renew()              # first: who is told may do more at once
+            self.upkeep.renew()              # first: the calls below may begin new operations
         self.host.failed(self, error)
         tell(error)
         return error
 
     def pack(self) -> None:
-        """Write what the queue holds as one minimal file in place of all its files, at once.
-        For a queue that is used alone. Raises OSError."""
+        """Replace all files of the queue by a minimal one. For a queue that is used alone. Raises
+        OSError."""
         if self._behind:
             raise OSError(errno.ENOMEM, "larger than max_memory_size", self.journal.path)
         run_task(self.upkeep.rewrite())
@@ -3995,8 +3993,8 @@ class Queue:
         self.journal.adopt_pack()
 
     def make_plain(self):
-        """Give up what Kestrel cannot store, so that pack() leaves nothing of it. Return [(what
-        that was, how often)]. For a queue that is used alone, and is in memory."""
+        """Give up what Kestrel cannot store, before pack(). Return [(what that was, how often)].
+        For a queue that is used alone, and is in memory."""
         delayed = len(self.delays.items)
         while self.delays.items:
             self._release(UNLIMITED)
@@ -4012,15 +4010,16 @@ class Queue:
                 ("pauses that end", int(paused > 0))]
 
     def state(self):
-        """Return what a pack has to keep besides items, see Journal.pack()."""
+        """Return the Kept for a pack, with `paused` as it is after the safe operations: later ones
+        may be undone."""
         history = self.history
         paused = next((before for opcode, before, _ in itertools.chain(history.unsafe, history.ops)
-                       if opcode == PAUSE), self.paused)       # as is safe: others may be refused
+                       if opcode == PAUSE), self.paused)
         return Kept(self.xid, paused, self.config.max_deliveries != UNLIMITED,
                     self.config.check_journal)
 
     def recover(self, now=None):
-        """After a failure: do what is still to be done and give waiters their items."""
+        """Write and serve the waiters, after a failure that may be over."""
         if not self.closed:
             if self.journal and self.journal.torn:
                 self.host.changed(self)
@@ -4048,7 +4047,7 @@ class Queue:
                 self.journal.close()
 
     def delete(self):
-        """Forget all items and remove the files. Raises OSError, and then nothing has changed."""
+        """Drop all items and remove the files. Raises OSError, and then nothing has changed."""
         task = self.journal.delete() if self.journal else None
         self.closed = True
         self.upkeep.stop()
@@ -4066,7 +4065,7 @@ class Queue:
         if task:
             self.host.start(self._clear(task, self.journal.path))
         if self.journal and self.config.sync_journal == 0:
-            self.history.unsafe = [None]     # stands for the removal, until it is durable
+            self.history.unsafe = [None]     # this stands for the removal until that is durable
             self.history.written = self.history.logged
             self.journal.directory_changed = True
             if self.host.work:
@@ -4104,8 +4103,8 @@ class Queue:
         self.synced(sync)
 
     def _load(self):
-        """Read the journal, as often as it takes to repair it. Raises OSError if that does not
-        help."""
+        """Read the journal, and repair it and read it again while it is damaged. Raises OSError if
+        a repair does not help."""
         repaired = None
         while True:
             replay = Replay(self)
@@ -4127,7 +4126,7 @@ class Queue:
         self._take_over()
 
     def _take_over(self):
-        """Go on from what the journal has said: reads that were open go back."""
+        """Prepare what the journal has said for use: reads that were open go back."""
         if self._behind:
             self._behind.older = self.journal.passed[:]
             self._catch_up()
@@ -4141,8 +4140,8 @@ class Queue:
     # -- memory
 
     def count_memory(self):
-        """Update the server's count of memory and the allowance of this queue, which stays as it
-        is until the next call, as a rule for a turn."""
+        """Update the server's count of memory and the allowance of this queue, which then stays as
+        it is, for a turn as a rule."""
         budget = self.host.budget
         used = self.memory + self.open_memory
         budget.memory += used - self._counted
@@ -4153,8 +4152,8 @@ class Queue:
             self._allowance = min(self._allowance, max(left, MEMORY_FLOOR))
 
     def check_memory(self, size):
-        """Raise OSError if the server has no memory left for an item of `size` bytes, and it
-        cannot be left in a journal."""
+        """Raise OSError if the server has no memory left for an item of `size` bytes, and there is
+        no journal to leave it in."""
         if not self.journal:
             self.count_memory()
             cost = self.memory + self.open_memory + size + ITEM_COST
@@ -4162,8 +4161,8 @@ class Queue:
                 raise OSError(errno.ENOMEM, "out of memory", self.name)
 
     def _fall_behind(self, cost):
-        """From here on leave items in the journal, if memory is used up for an item of that
-        cost. Raises OSError if there is no journal and the server has no memory left."""
+        """Leave items in the journal from here on, if there is no memory for an item of that cost.
+        Raises OSError if there is no journal and the server has no memory left."""
         self.check_memory(cost - ITEM_COST)
         self.count_memory()
         if self.journal and self.upkeep.renewing is None and (
@@ -4220,20 +4219,19 @@ class Queue:
         return len(items)
 
     def _catch_up(self):
-        """Be behind no longer if all waiting items are in memory."""
+        """End being behind if all waiting items are in memory."""
         if not self._behind or self._unread:
             return
-        # If items were lost to damage on the way, nobody could tell how large they had been.
-        self.bytes = sum(len(item.data) if item.data is not None else item.place.size
-                         for item in itertools.chain(self.items, self._fresh))
+        # Nobody could tell how large the items were that have been lost to damage.
+        self.bytes = sum(map(_size, itertools.chain(self.items, self._fresh)))
         self.items.extend(self._fresh)
         self.memory += sum(map(_cost, self._fresh))
         self._fresh = collections.deque()
         self._behind = None
 
     def _size_changed(self, file):
-        """Mend a file that has another size than it should have, or have everything written
-        anew. Return the error to be told, None if there is none."""
+        """Mend a file of the wrong size. Return the error if that fails; or ESTALE, so that
+        everything is written anew, if all items are in memory."""
         if not self._behind:
             return OSError(errno.ESTALE, "changed by another process", file.path)
         try:
@@ -4328,7 +4326,8 @@ class Queue:
         file.waiting -= count
 
     def _is_loading(self, head):
-        """Give the head item, a stub, its data back; True if a worker is at it. Raises OSError."""
+        """Read the data of the head item, a stub. Return True if the worker is still reading it.
+        Raises OSError."""
         loading, self._loading = self._loading, None
         if isinstance(loading, tuple) and loading[0] is head:
             _raise(_bare(loading[1]))
@@ -4457,7 +4456,7 @@ class Queue:
         self.history.when_safe(lambda error: error or self._alarms.pop(xid, None))
 
     def _time_out(self, xid, delay):
-        # Those that time out soon after go back together with it, to be in their order.
+        # Reads that time out soon after go back together with it, so that they keep their order.
         self._overdue.append(xid)
         if len(self._overdue) == 1:
             self.host.later(delay, self._abort_overdue)
@@ -4545,14 +4544,14 @@ def _as_bytes(data):
 
 
 def _as_os_error(error, path):
-    """Return an OSError itself, or what stands for a MemoryError."""
+    """Return an OSError as it is; for a MemoryError, the OSError that stands for it."""
     if isinstance(error, MemoryError):
         return OSError(errno.ENOMEM, "out of memory", path)
     return error
 
 
 def _check_numbers(expiry, flags, delay=0):
-    """Raise ValueError if a record has no room for one of these."""
+    """Raise ValueError if one of these does not fit into a record."""
     if not (abs(expiry) < 1 << 63 and 0 <= flags < 1 << 32 and 0 <= delay < 1 << 62):
         raise ValueError("expiry %d, flags %d or delay %d cannot be kept" % (expiry, flags, delay))
 
@@ -4568,16 +4567,16 @@ def _free(items, cost):
 
 
 def _later(xid, other):
-    """Return the one of two numbers of open reads that was used later: they start over at 1. 0 was
-    before all others."""
+    """Return the one of two numbers of open reads that was used later. They start over at 1; 0 is
+    older than all others."""
     if not xid or other and (other - xid) % _ASIDE < _ASIDE // 2:
         return other
     return xid
 
 
 def _steps(items):
-    """Yield lists of successive items, each of SWEEP_STEP items or of a few megabytes at most, or
-    one larger item."""
+    """Yield lists of successive items: SWEEP_STEP items or some megabytes at most, or one larger
+    item."""
     some, size = [], 0
     for item in items:
         if some and (size + _size(item) > 4 * _STEP_SIZE or len(some) == SWEEP_STEP):
@@ -4599,7 +4598,7 @@ def _cost(item):
 
 
 class Replay:
-    """One reading of the journal of a queue, which does again what its records say.
+    """One reading of the journal of a queue, which does what its records say.
 
     file: the file that is read. Its `waiting` counts the items that it adds.
     """
@@ -4652,8 +4651,8 @@ class Replay:
                 self._do(opcode, xid, item)
 
     def _take_run(self, data, pos, base, span, ends):
-        """Append the items that read_run() reads, as long as memory is not used up by one. Return
-        what read_records() wants to know."""
+        """Append the items that read_run() reads, as far as there is memory. Return what
+        read_records() asks for."""
         queue = self.queue
         items = queue.items if queue._behind is None else None
         delayed = []
@@ -4742,7 +4741,7 @@ class Replay:
         return queue._take()
 
     def _do(self, opcode, xid, item):
-        """Do what a record says that is neither an item nor a REMOVE of one."""
+        """Do what a record says that neither adds an item nor is a REMOVE of one."""
         queue, delays = self.queue, self.queue.delays
         if opcode == ADD_DELAYED:
             number, due = xid
@@ -4753,7 +4752,7 @@ class Replay:
         elif opcode == SAVE_XID:
             queue.xid, self._pack = xid, self.file
         elif opcode == OPEN and xid >= _ASIDE and not queue.count:
-            self._owed += 1             # in truth it took one that was put back
+            self._owed += 1             # it took an item that a later UNREMOVE puts back
         elif opcode == UNREMOVE and xid == _LOST and self._owed:
             self._owed -= 1
         else:
@@ -4785,8 +4784,8 @@ class Replay:
         elif opcode == UNREMOVE and xid in delays.items:
             queue._push(delays.pop(xid).item)
         elif opcode in (UNREMOVE, PUT_BACK) and (self.file.checked or xid == _LOST):
-            # What was put back is lost: a file of this server never names one that was not there.
-            # If it was taken again that must not cost another item.
+            # The item that was put back is lost: a file of this server never names one that was
+            # not there. If it was taken again, that must not cost another item.
             queue._push(Item(LOST.data, LOST.add_time, LOST.expiry))
             return xid == _LOST
         elif opcode == DELAY and xid[0] in opens:
@@ -4802,14 +4801,14 @@ class Upkeep:
     """Keeps the journal of a queue small, and writes it anew after a failed fsync: one task
     at a time.
 
-    error: what ended the last task; it is tried again in a while. renewing: None, or what _all()
-    said of a journal that has to be written anew before anything else is written to it; () if the
-    queue is behind, so that its files have to be copied. failure: a failed fsync, to be seen to
-    after the write that is under way.
+    error: what ended the last task; it is tried again after RETRY_MS. renewing: None, or what
+    _all() returned when it was found that everything has to be written anew before anything else
+    is written; () if the queue is behind, so that its files have to be copied. failure: None, or
+    the arguments of sync_failed(), to be called after the write that is under way.
     """
 
     def __init__(self, queue):
-        self._queue = weakref.ref(queue)     # it has this: they would be a cycle
+        self._queue = weakref.ref(queue)     # a strong one would make a cycle
         self.task = None
         self.error = None
         self.renewing = None
@@ -4818,18 +4817,18 @@ class Upkeep:
 
     @property
     def queue(self):
-        """The queue that this is part of."""
+        """The queue whose journal this keeps."""
         return self._queue()
 
     def can_write(self):
-        """Return whether write() may go on. While everything is written anew operations wait; if
-        that has failed, write() goes on and refuses them."""
+        """Return whether write() may go on. Operations wait while everything is written anew; if
+        that has failed, write() goes on, to refuse them."""
         if self.error and not self.queue.host.later:
             self.check()                     # without a server it is tried now
         return self.renewing is None or self.error is not None
 
     def check(self):
-        """Begin what there is to do, unless something is being done."""
+        """Begin the task that is due, unless one is under way."""
         if self.task is None and (self.error is None or not self.queue.host.later):
             self._begin()
 
@@ -4866,7 +4865,7 @@ class Upkeep:
         return None
 
     def _attend(self, task):
-        """A task: the one given, and what follows from it."""
+        """A task: run the one given, and note its end."""
         try:
             yield from task
         except OSError as error:
@@ -4909,7 +4908,7 @@ class Upkeep:
         queue.journal.add_current(os.O_EXCL)
 
     def rewrite(self):
-        """A task: write all that there is anew, in place of all files there are now."""
+        """A task: write all that there is anew, in place of the files there are now."""
         queue = self.queue
         yield from self._open_fresh()
         history = queue.history
@@ -4918,8 +4917,8 @@ class Upkeep:
                 history.written, history.safe >= history.written, *self._all())
 
     def _all(self):
-        """Return all that there is: what is held, the counts of deliveries, which go on changing,
-        and the items."""
+        """Return all that there is, as Journal.pass_all() takes it: what is held, the counts of
+        deliveries, which go on changing, and the items."""
         held, items = self.queue.held(), list(self.queue.items)
         return held, _counts(held, items), items
 
@@ -4938,8 +4937,8 @@ class Upkeep:
                 setattr, self, "_rewrite_above", doubled))
 
     def renew(self):
-        """Have everything written anew before anything else is written: what is in the files
-        may not be on the disk, or not be what is in memory. No operation may be unwritten."""
+        """Have everything written anew before anything else is written: the files may not be on
+        the disk, or differ from what is in memory. There must be no unwritten operations."""
         self.stop()
         queue = self.queue
         self.renewing = () if queue._behind else self._all()
@@ -4968,7 +4967,7 @@ class Upkeep:
         queue.recover()
 
     def finish(self):
-        """Do at once what has to be done before the journal may be closed. Raises OSError."""
+        """Do at once what has to be done before the journal is closed. Raises OSError."""
         if self.renewing is not None:
             self.stop()
             run_task(self._renew())
@@ -5147,8 +5146,8 @@ trouble | | | | trouble | Why puts or gets are refused, or none.
     gets=lambda b, now: b.stats.get_hits + b.stats.get_misses,
     reserved=lambda b, now: "%.3f" % (
         b.totals().reserved / (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))),
-    put_rate=lambda b, now: round(b.put_rate, 1),
-    get_rate=lambda b, now: round(b.get_rate, 1),
+    put_rate=lambda b, now: round(b.stats.put_rate, 1),
+    get_rate=lambda b, now: round(b.stats.get_rate, 1),
     turn=lambda b, now: b.metrics["turn_usec"].take_recent(),
     fsync=lambda b, now: b.metrics["fsync_usec"].take_recent(),
     trouble=lambda b, now: b.why_not_readable() or b.why_not_writable() or "none")
@@ -5436,10 +5435,9 @@ class Broker:
         self.stats = Values(
             total_connections=0, cmd_set=0, cmd_peek=0,
             get_hits=0, get_misses=0, bytes_read=0, bytes_written=0, queue_creates=0,
-            queue_deletes=0, queue_expires=0)
+            queue_deletes=0, queue_expires=0, put_rate=0.0, get_rate=0.0)
         self.metrics = {name: Histogram() for name in METRICS}
         self.ages = []                   # how long the items had waited that this turn has given
-        self.put_rate = self.get_rate = 0.0       # items a second of all queues
         self._accounts = {}               # queue -> Account
         self._uncounted = set()           # queues that have changed since totals()
         self._totals = Totals(0, 0, 0, 0)
@@ -5452,9 +5450,8 @@ class Broker:
         self.low_space = ""               # why nothing is put
         self._failed = {}                 # queue -> OSError, since the last write()
         self._reloads = []                # (who, done) of each reload that was asked for
-        self._refused = (False, False)    # whether the status refuses reads, writes by now
         self._strangers = set()           # (host, what it did) that the log has told of
-        self._grace = None                # cancels the end of its grace period
+        self._grace = lambda: None        # cancels the end of the grace period of the status
         self.moves = Moves(self)
         self._read_status()
         self.spool = os.path.abspath(self.settings.queue_path)
@@ -5587,14 +5584,14 @@ class Broker:
             raise ValueError("%r is none of: %s" % (word, ", ".join(STATUSES).lower()))
         self.status = word.upper()
         log.info("the status is %s, by %s", self.status, who)
-        grace = self.settings.status_change_grace_period
         # What the status allows is allowed at once, what it refuses after the grace period.
-        if self._grace:
-            self._grace()
-            self._grace = None
+        self._grace()
+        refused = STATUSES[self.status]
+        grace = self.settings.status_change_grace_period
         if grace and self.later:
-            self._grace = self.later(grace, self.update_refusals)
-        self.update_refusals(at_once=self._grace is None)
+            self._grace = self.later(grace, functools.partial(self._refuse, refused))
+            refused = [new and old for new, old in zip(refused, self._refused)]
+        self._refuse(refused)
 
     def admit(self, session):
         """Note that a client has come."""
@@ -5611,7 +5608,7 @@ class Broker:
         settings = self.settings
         if (settings.connection_limit_refuse_reads != UNLIMITED
                 or settings.connection_limit_refuse_writes != UNLIMITED):
-            self.update_refusals(at_once=False)
+            self._refuse(self._refused)
 
     def note_stranger(self, peer, why):
         """Log that a client wants something else than this port offers, once a host."""
@@ -5619,18 +5616,17 @@ class Broker:
             self._strangers.add((peer.host, why))
             log.info("%s %s", peer.name, why)
 
-    def update_refusals(self, at_once=True):
-        """Set `refuses_reads` and `refuses_writes` to the reasons, or to "". at_once: the status
-        refuses from now on what it refuses at all."""
-        self._refused = [new and (at_once or old)
-                         for new, old in zip(STATUSES[self.status], self._refused)]
+    def _refuse(self, refused):
+        """Set `refuses_reads` and `refuses_writes` to the reasons, or to "". refused: whether the
+        status refuses reads, and writes, by now."""
+        self._refused = refused
         settings = self.settings
         limits = settings.connection_limit_refuse_reads, settings.connection_limit_refuse_writes
         self.refuses_reads, self.refuses_writes = [
             "the server is %s" % self.status.lower() if refused
             else "there are more than %d connections" % limit
             if len(self.clients) > limit else ""
-            for refused, limit in zip(self._refused, limits)]
+            for refused, limit in zip(refused, limits)]
 
     def _read_status(self):
         word = self.settings.default_status
@@ -5646,7 +5642,7 @@ class Broker:
                 word = self.settings.default_status
                 log.error("status_file %s: %s; the status is %s", path, error, word)
         self.status = self._saved_status = word.upper()
-        self.update_refusals()
+        self._refuse(STATUSES[self.status])
 
     def _save_status(self):
         self._saved_status = self.status
@@ -5893,7 +5889,7 @@ class Broker:
                 del history[:-3 * SAMPLES]
             if count % SWEEP_STEP == 0:
                 yield
-        self.put_rate, self.get_rate = put_rate, get_rate
+        self.stats.put_rate, self.stats.get_rate = put_rate, get_rate
 
     def history(self, queue):
         """Return the last samples of a queue, as lists [items, put rate, get rate], the oldest
@@ -8291,7 +8287,8 @@ class AdminSession(Session):
         broker = self.broker
         head = json.dumps({
             "version": __version__, "uptime": int(broker.uptime()),
-            "put_rate": round(broker.put_rate, 1), "get_rate": round(broker.get_rate, 1),
+            "put_rate": round(broker.stats.put_rate, 1),
+            "get_rate": round(broker.stats.get_rate, 1),
             "status": broker.status, "connections": len(broker.clients),
             "items": broker.totals().items, "host": os.uname().nodename,
             "trouble": broker.why_not_readable() or broker.why_not_writable()})
