@@ -4868,16 +4868,14 @@ class Upkeep:
         """A task: run the one given, and note its end."""
         try:
             yield from task
-        except OSError as error:
-            self._failed(error)
-            return
         except Exception as error:
-            if not isinstance(error, MemoryError):
+            if not isinstance(error, (OSError, MemoryError)):
                 log.exception("unexpected, while a journal was rewritten")
-            self._failed(OSError(errno.ENOMEM, "out of memory or unexpected, see the log"))
-            return
-        self.task = self.error = None
-        self.check()
+            self._failed(error if isinstance(error, OSError) else OSError(
+                errno.ENOMEM, "out of memory or unexpected, see the log"))
+        else:
+            self.task = self.error = None
+            self.check()
 
     def _failed(self, error):
         if self.error is None:
@@ -4983,17 +4981,17 @@ class Upkeep:
 # == 6. Broker ============================================================================
 #
 # All queues by name: which queues a name leads to (fanout children, aliases), where expired
-# items go, the status, the counters and the table of statistics. Whatever a client can ask for,
-# in any protocol, is asked of the broker. Knows queues and the configuration; no sockets, no
-# protocols.
+# items go, the status, the counters and the table of statistics. The sessions of all protocols
+# ask the broker for what their clients want. It knows queues and the configuration; no sockets,
+# no protocols.
 
 # Where the items put under a name go: `targets` decide the answer, `copies` are the fanout
 # children, which get what they can take; `queues` are both, each once. only: the one target, if
 # there are no other queues.
 Route = collections.namedtuple("Route", "targets copies queues only")
 
-# An item that was opened as `xid` at `now`, to be moved to another queue: on a client's word, or
-# since it expired or came back too often. expiry: what it has there.
+# An item that was opened as `xid` at `now`, to be moved to another queue: because a client asked
+# for it, or it has expired, or came back too often. expiry: the one it gets there.
 Leaving = collections.namedtuple("Leaving", "item xid expiry now")
 
 # How many items are moved from one queue to another at a time, and how many bytes; how long a move
@@ -5056,8 +5054,8 @@ Stat = collections.namedtuple("Stat", "name kind ostrich metric get help")
 
 
 def _read_stats(lines, **functions):
-    """Return the Stats that lines of text describe, their fields in order. "=" is the name; get is
-    an attribute ("counters." the counter of that name), or one of the functions."""
+    """Return the Stats that lines of text describe, their fields in order. "=" stands for the name.
+    get is an attribute ("counters." is the counter of that name), or one of the functions."""
     def stat(name, kind, ostrich, metric, get, what):
         if ostrich == "=":
             ostrich = name
@@ -5164,23 +5162,23 @@ METRICS = {
 # seconds, as Broker.uptime().
 Failure = collections.namedtuple("Failure", "what error when")
 
+# Sums over all queues: waiting items, their bytes, items put, memory that they may take.
+Totals = collections.namedtuple("Totals", "items bytes put_items reserved")
+
 
 class Account:
-    """What the broker knows of a queue: what it has counted of it in its totals (waiting items,
-    their bytes, items put, memory reserved), when it was made, and samples of its rates."""
+    """What the broker knows of a queue: the share of its totals that it has counted for the queue,
+    when the queue was made, and samples of its rates."""
 
     def __init__(self, born):
         self.born = born                     # in seconds, as Broker.uptime()
-        self.counted = (0, 0, 0, 0)
+        self.counted = Totals(0, 0, 0, 0)
         self.sampled = (0, 0)                # items put, items taken at the last sample
         self.history = array.array("f")      # items, put rate, get rate; items, ...
 
 
-Totals = collections.namedtuple("Totals", "items bytes put_items reserved")
-
-
 class Moves:
-    """Items on their way from one queue to another: expired ones, dead letters, and what clients
+    """Items on their way from one queue to another: expired items, dead letters, and what clients
     move. An item is open in its queue until it is safe in the other."""
 
     def __init__(self, broker):
@@ -5190,8 +5188,8 @@ class Moves:
         self._stuck = set()               # queues whose expired items cannot be moved for now
 
     def bury(self, queue, item, now, setting):
-        """Move an item that is open to the queue that a setting names, behind those that are on
-        their way there already."""
+        """Move an open item to the queue that a setting names, behind those that are on their way
+        there already."""
         self._buried[setting] += _size(item)
         leaving = Leaving(item, item.xid, 0, now)
         if (queue, setting) in self._moving:
@@ -5202,7 +5200,7 @@ class Moves:
 
     def is_burying_much(self, queue):
         """Return whether no more expired items of a queue should be moved for now: those on their
-        way to another queue take much memory, or they cannot be moved."""
+        way take much memory, or cannot be moved."""
         return self._buried["expire_to_queue"] > _MOVE_SIZE or self.is_stuck(queue)
 
     def is_stuck(self, queue):
@@ -5210,7 +5208,7 @@ class Moves:
         return queue in self._stuck
 
     def _advance(self, move, error=None):
-        """Go on with a move, up to where it has to wait again."""
+        """Go on with a move until it has to wait again."""
         with contextlib.suppress(StopIteration):
             asks = move.send(error)
             while isinstance(asks, Queue) and asks.history.logged <= asks.history.safe:
@@ -5223,18 +5221,19 @@ class Moves:
                 self._broker.later(asks, functools.partial(self._advance, move))
 
     def _go_on(self, move, error):
-        """A task: go on with a move. Not at once, while queues are written and clients have still
-        to be told what has become of that: what it does might fail, and would be taken for it."""
+        """A task: go on with a move. It does not go on at once, while queues are being written and
+        clients have not yet been told of the result: a failure of the move would be taken for it.
+        """
         self._advance(move, error)
         yield
 
     def _move(self, source, setting):
-        """Move open items, some at a time. Yield the queue that has to be safe before it goes on,
-        or what calls back then, and be sent the error, if any; or the milliseconds after which to
-        go on.
+        """Move open items, some at a time. A generator: it yields the queue that has to be safe
+        before it goes on, or a function that calls back then, and is sent the error, if any; or it
+        yields the milliseconds after which it goes on.
 
-        They stay open until they are safe in all the queues they go to: what fails on the way is
-        undone, or tried again, and a crash finds them here, or there, or in both places.
+        Items stay open until they are safe in all the queues they go to. What fails on the way is
+        undone or tried again, and after a crash they are here, or there, or in both places.
         """
         moving = self._moving[source, setting]
         is_told = False
@@ -5263,7 +5262,7 @@ class Moves:
                     self._stuck.discard(source)
                     if setting == "expire_to_queue" or isinstance(error, WrongSum) or not getattr(
                             source.config, setting):
-                        break                # the next read drops what is damaged
+                        break                # the next read drops a damaged item
                 elif self._broker.later:
                     yield 0                  # others come in between
         finally:
@@ -5271,7 +5270,7 @@ class Moves:
             self._buried[setting] -= self._size_of(moving)
         xids = [leaving.xid for leaving in self._still_open(source, moving)]
         if setting == "expire_to_queue":
-            source.counters.expired_items -= len(xids)         # they are counted anew
+            source.counters.expired_items -= len(xids)         # they will be counted again
         source.abort(*xids, orphaned=True, counted=False)
 
     @staticmethod
@@ -5280,13 +5279,13 @@ class Moves:
 
     @staticmethod
     def _still_open(source, moving):
-        """Return those whose OPEN was not undone. They may have been opened again, to be moved:
-        under another number."""
+        """Return those whose OPEN has not been undone. They may have been opened again since, under
+        another number."""
         return [leaving for leaving in moving if source.opens.get(leaving.xid) is leaving.item]
 
     def _put_as_set(self, source, moving, setting):
-        """Put items where a setting says. Return how many are there, and what keeps the next one
-        from the first queue, if anything does."""
+        """Put items where a setting says. Return how many are there, and the error that keeps the
+        next one out of the first queue, if any."""
         if not moving:
             return 0, None
         broker, key = self._broker, os.fsencode(getattr(source.config, setting) or "")
@@ -5302,10 +5301,10 @@ class Moves:
         return count, error
 
     def _put_moved(self, source, moving, queues, setting=None):
-        """Put items into the first of these queues, as many as it takes, and then copies of them
-        into the others. Return how many are in the first, and the error, if any. Copies are put
-        until they are safe, but for a client (setting is None), which is told of the error. What
-        is in a queue that is deleted goes with it: clients may have had it by then."""
+        """Put items into the first of these queues, as many as it takes, and copies of these into
+        the others. Return how many are in the first, and the error, if any. Copies are tried again
+        until they are safe, unless a client asked for the move (setting is None) and can be told of
+        the error. If a queue is deleted meanwhile, the items in it are not put again."""
         first, *others = queues
         if first.closed:
             return 0, OSError(errno.ESTALE, "it was deleted", first.name)
@@ -5329,8 +5328,8 @@ class Moves:
 
     @staticmethod
     def _add_moved(source, queue, moving, must_fit):
-        """Add items to a queue, and drop those for which it is full; if they must fit, stop at the
-        first of these. Return how many it has taken, and the error that it stopped at, if any."""
+        """Add items to a queue. If it is full, stop if they must fit, else drop the item. Return
+        how many items are done with, and the error that it stopped at, if any."""
         for count, (item, _, expiry, now) in enumerate(moving):
             try:
                 is_added = queue.add(source.data_of(item), item.flags, expiry, now)
@@ -5345,7 +5344,7 @@ class Moves:
 
     @staticmethod
     def _confirm_moved(source, xids):
-        """Confirm items that are safe elsewhere, as often as it takes."""
+        """Confirm items that are safe elsewhere, again and again until that is safe too."""
         while any([source.confirm(xid, True) for xid in xids]):
             error = yield source
             if not error:
@@ -5355,7 +5354,7 @@ class Moves:
 
     def move(self, source, dest, most, now, done):
         """Move waiting items of one queue to another, at most `most`, the oldest first; then call
-        done((how many, OSError or None)). It ends early where the other queue is full."""
+        done((how many, OSError or None)). The move ends early if the other queue is full."""
         self._advance(self._move_many(source, dest, most, now, done))
 
     def _move_many(self, source, dest, most, now, done):
@@ -5394,21 +5393,20 @@ class Moves:
             error = (yield source) or error
             if count < len(batch):           # the other queue is full
                 break
-            elif self._broker.later:
+            if self._broker.later:
                 yield 0                      # others come in between
         done((moved, error))
 
 
 class Broker:
-    """All queues of a server.
+    """All queues of a server, and the host of these queues, see Alone.
 
     config: a Config; the spool is its queue_path. later: see Alone. uptime: a function that
-    returns seconds of a monotonic clock. Loads every queue of the spool; raises OSError when the
+    returns seconds of a monotonic clock. Loads every queue of the spool. Raises OSError when the
     spool cannot be read.
 
-    It is the host of its queues, see Alone. After each turn write() writes what has changed.
-    `stopping` is set by whoever wants the server to stop; `tasks` are run by the server; `woken`
-    are sessions that can go on; `work` is set by the server when there is a worker.
+    After each turn write() writes what has changed. The server runs the `tasks`, resumes the
+    sessions in `woken`, stops when `stopping` has been set, and sets `work` when it has a worker.
     """
 
     work = None
@@ -5446,8 +5444,8 @@ class Broker:
         self.failing = {}                 # queue -> Failure, while its journal fails
         self.refused = collections.Counter()      # reason -> commands refused for it
         self.scrubbed = None              # (files, damaged files, when) of the last scrub
-        self.free_space = None            # bytes left for the spool, and, if these are too few,
-        self.low_space = ""               # why nothing is put
+        self.free_space = None            # bytes left for the spool, None until that is known
+        self.low_space = ""               # why nothing can be put, if these are too few
         self._failed = {}                 # queue -> OSError, since the last write()
         self._reloads = []                # (who, done) of each reload that was asked for
         self._strangers = set()           # (host, what it did) that the log has told of
@@ -5473,8 +5471,8 @@ class Broker:
         return None if name in self.config.aliases else self.queues.get(name)
 
     def queue(self, name, now=None, who="the server"):
-        """Return the queue of that name, created if it is new; None for an alias. who: for the
-        log, who asks for it. Raises OSError."""
+        """Return the queue of that name, created if it is new; None for an alias. who: the client
+        that asks for it, for the log. Raises OSError."""
         if name in self.config.aliases:
             return None
         queue = self.queues.get(name)
@@ -5486,7 +5484,7 @@ class Broker:
         return queue
 
     def _check_room(self, name):
-        """Raise OSError if there are too many queues, or children of one, for one more."""
+        """Raise OSError if there are too many queues, or children of a queue, for one more."""
         settings = self.settings
         parent, is_child, _ = name.partition("+")
         if len(self.queues) >= settings.max_queues:
@@ -5510,8 +5508,8 @@ class Broker:
         users = getattr(config, right)
         if users and user not in users:
             return False
-        # A child of an alias gets what is put to all of the alias's queues. Such a queue may
-        # itself be a child of the alias.
+        # A child of an alias gets what is put to all queues of the alias. One of these may itself
+        # be a child of the alias.
         parent, is_child, _ = name.partition("+")
         return not is_child or all(
             self.may(user, right, other, (*seen, name))
@@ -5658,14 +5656,14 @@ class Broker:
     # -- reloading
 
     def reload(self, who, done=lambda error: None):
-        """Read the config file again, in steps, then call done(error): a ConfigError, and nothing
-        has changed, or None. Reloads that are asked for while one is going on are done as one."""
+        """Read the config file again, in steps, then call done(None); or done(ConfigError) if
+        nothing has changed. Reloads that are asked for while one is under way are done as one."""
         self._reloads.append((who, done))
         if len(self._reloads) == 1:
             self.start(self._reload())
 
     def _reload(self):
-        """A task: reload for those who have asked so far, until nobody asks any more."""
+        """A task: reload for those who have asked so far, until all have been told."""
         done = 0                             # they stay in the list, so that no second task starts
         try:
             while done < len(self._reloads):
@@ -5724,7 +5722,7 @@ class Broker:
     # -- expiry
 
     def discard_expired(self, queue, now, limit=UNLIMITED):
-        """Drop what has expired at the head of a queue. A generator: yields how many, after each
+        """Drop expired items at the head of a queue. A generator: it yields how many after each
         step."""
         while limit > 0 and not queue.closed:
             dropped = queue.discard_expired(now, min(limit, SWEEP_STEP))
@@ -5734,7 +5732,7 @@ class Broker:
             yield dropped
 
     def sweep(self, now):
-        """A task: drop what has expired, and queues older than their max_queue_age."""
+        """A task: drop expired items, and delete queues older than their max_queue_age."""
         for count, queue in enumerate(list(self.queues.values()), 1):
             try:
                 for _ in self.discard_expired(queue, now, queue.config.max_expire_sweep):
@@ -5782,7 +5780,7 @@ class Broker:
 
     def failed(self, queue, error):
         """Note that the operations of a queue that were not safe have been undone."""
-        if not isinstance(self._failed.get(queue), Unclear):   # of some nothing can be said
+        if not isinstance(self._failed.get(queue), Unclear):   # else what is said stays true
             self._failed[queue] = _bare(error)
         self.note_failure(queue, error, "written")
 
@@ -5791,7 +5789,7 @@ class Broker:
         self.note_failure(queue, error, "read")
 
     def timed_out(self, queue, xids):
-        """Log whose open reads go back, since their time is over."""
+        """Log the clients whose open reads go back, since their time is over."""
         overdue = set(xids)
         for session in self.clients:
             count = len(overdue.intersection(session.open_reads.get(queue, ())))
@@ -5823,15 +5821,15 @@ class Broker:
         return ""
 
     def why_not_readable(self):
-        """Return why clients had better read elsewhere, "" if all is well."""
+        """Return why clients should read elsewhere, "" if all is well."""
         return self.refuses_reads or self._will_refuse(0) or self.trouble()
 
     def why_not_writable(self):
-        """Return why clients had better put elsewhere, "" if all is well."""
+        """Return why clients should put elsewhere, "" if all is well."""
         return self.refuses_writes or self._will_refuse(1) or self.trouble() or self.low_space
 
     def _will_refuse(self, what):
-        """Return why reads (0) or writes (1) are refused after status_change_grace_period."""
+        """Return why reads (0) or writes (1) are refused after the grace period, "" if not."""
         return "the server is %s" % self.status.lower() if STATUSES[self.status][what] else ""
 
     def take_free_space(self, size):
