@@ -3731,6 +3731,12 @@ class Queue:
         self.items, self._fresh, self._behind = collections.deque(), collections.deque(), None
         self.count = self.bytes = self.memory = 0
 
+    def _drop_all(self):
+        self._drop_items()
+        self.opens.clear()
+        self.delays.clear()
+        self.open_memory = 0
+
     def discard_expired(self, now: "int | None" = None, limit: "int | None" = None) -> int:
         """Drop expired items at the head, at most `limit` (default: max_expire_sweep), or move
         them to expire_to_queue. Return how many there were."""
@@ -4053,10 +4059,7 @@ class Queue:
         self.upkeep.stop()
         self.upkeep.renewing = None
         self._let_go(self.items, self.memory)
-        self._drop_items()
-        self.opens.clear()
-        self.delays.clear()
-        self.open_memory = 0
+        self._drop_all()
         for xid in list(self._alarms):
             self._stop_alarm(xid)
         self.count_memory()
@@ -4119,9 +4122,7 @@ class Queue:
                     raise OSError(errno.EIO, "damaged, and cannot be repaired", file.path) from None
                 self.journal.repair(file)
                 repaired = file, file.size, damage.offset
-            self._drop_items()
-            self.opens.clear()
-            self.delays.clear()
+            self._drop_all()
             self.xid = self.paused = 0
         self._take_over()
 
@@ -5439,6 +5440,7 @@ class Broker:
         self._accounts = {}               # queue -> Account
         self._uncounted = set()           # queues that have changed since totals()
         self._totals = Totals(0, 0, 0, 0)
+        self._cas = itertools.count(1)
         self.clients = {}                 # session -> (its number, when it came)
         self.reloaded = []                # calls to be made after each reload
         self.failing = {}                 # queue -> Failure, while its journal fails
@@ -5462,7 +5464,6 @@ class Broker:
                 log.error("queue %s cannot be loaded: %s", name, error)
         for name in config.aliases.keys() & self.queues.keys():
             log.warning("the alias %s hides the queue of that name", name)
-        self._cas = itertools.count(1)
 
     # -- names
 
@@ -5485,14 +5486,13 @@ class Broker:
 
     def _check_room(self, name):
         """Raise OSError if there are too many queues, or children of a queue, for one more."""
-        settings = self.settings
+        count = len(self.queues)
+        if count >= self.settings.max_queues:
+            raise OSError(errno.EDQUOT, "there are %d queues (max_queues)" % count, name)
         parent, is_child, _ = name.partition("+")
-        if len(self.queues) >= settings.max_queues:
-            raise OSError(errno.EDQUOT, "there are %d queues (max_queues)" % len(self.queues),
-                          name)
-        if is_child and len(self.children.get(parent, ())) >= settings.max_children:
-            raise OSError(errno.EDQUOT, "%s has %d children (max_children)" % (
-                parent, len(self.children[parent])), name)
+        count = len(self.children.get(parent, ()))
+        if is_child and count >= self.settings.max_children:
+            raise OSError(errno.EDQUOT, "%s has %d children (max_children)" % (parent, count), name)
 
     def targets(self, key):
         """Return the names of the queues that `key` (bytes) stands for: its own, or those of an
@@ -5548,7 +5548,7 @@ class Broker:
     # -- what clients ask for
 
     def cas(self, item):
-        """Return a number that no other item has."""
+        """Return the cas number of an item, which no other item has."""
         if item.cas is None:
             item.cas = next(self._cas)
         return item.cas
@@ -5573,6 +5573,8 @@ class Broker:
         parent, is_child, _ = queue.name.partition("+")
         if is_child:
             self.children[parent].remove(queue)
+            if not self.children[parent]:
+                del self.children[parent]
 
     # -- status
 
