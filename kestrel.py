@@ -3182,11 +3182,9 @@ class Delays:
         return due[0][0] if due else None
 
     def clear(self):
-        """Remove all. Return what `items` and `due` were."""
-        items, due = self.items, self.due
+        """Remove all, and leave what `items` and `due` were as it is."""
         self.items, self.due = {}, []
         self.bytes = self.memory = 0
-        return items, due
 
 
 class Queue:
@@ -3667,14 +3665,13 @@ class Queue:
         heads = [delayed for delayed in found.values() if delayed.to_head]
         try:
             # One after the other: without a server each is written at once.
-            for delayed in tails:
+            for delayed in tails + heads[::-1]:
                 self._unhold(delayed)
-                self._append_again(delayed.item)
-                self._log(DUE_TAIL, delayed, delayed.xid)
-            for delayed in reversed(heads):
-                self._unhold(delayed)
-                self._push(delayed.item)
-                self._log(DUE_HEAD, delayed, delayed.xid)
+                if delayed.to_head:
+                    self._push(delayed.item)
+                else:
+                    self._append_again(delayed.item)
+                self._log(DUE_HEAD if delayed.to_head else DUE_TAIL, delayed, delayed.xid)
         finally:
             for xid, delayed in found.items():
                 if delays.items.get(xid) is delayed:
@@ -3703,11 +3700,11 @@ class Queue:
         history, new = self.history, []      # in one write: all of it is done, or nothing
         gone = []                            # arguments of _let_go()
         if self.delays.items:
-            memory = self.delays.memory
-            self.open_memory -= memory
-            items, due = self.delays.clear()
-            new.append((DROP, items, 0))
-            gone = [(items, memory), (due, 0)]
+            self.open_memory -= self.delays.memory
+            gone.append((self.delays.items, self.delays.memory))
+            gone.append((self.delays.due, 0))
+            new.append((DROP, self.delays.items, 0))
+            self.delays.clear()
             self._set_limits()
         held = self.items, self._fresh, self._behind, self.count, self.bytes, self.memory
         if self.count:
@@ -4493,7 +4490,7 @@ class Queue:
                 self._stop_alarm(xid)
             elif opcode in (UNREMOVE, PUT_BACK, CONFIRM, TO_TAIL, DELAY):
                 if opcode in (UNREMOVE, PUT_BACK):
-                    self._take()             # a copy, if it was opened again, see _open()
+                    self._take()             # it may be a copy, see _open()
                 elif opcode == TO_TAIL:
                     self._undo_append(item)
                 elif opcode == DELAY:
