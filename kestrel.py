@@ -3152,13 +3152,6 @@ class Delays:
         self.bytes += _size(item)
         self.memory += _cost(item)
 
-    def load(self, delayed):
-        """Add several, from the journal, and return the highest of their numbers. Call recount()
-        after the last."""
-        fresh = {each.xid: each for each in delayed}
-        self.items.update(fresh)
-        return max(fresh)
-
     def recount(self):
         """Derive `due`, `bytes` and `memory` from `items`."""
         self.due = [(each.due, xid) for xid, each in self.items.items()]
@@ -4166,14 +4159,10 @@ class Queue:
         if self.journal and self.upkeep.renewing is None and (
                 self.memory + self.open_memory + cost > self._allowance) and (
                 self.items or self._allowance < self.config.max_memory_size):
-            journal = self.journal
-            history = self.history
-            ops = history.ops                # written behind what is there
-            if self.history.writing:
-                ops = history.unsafe[history.written - history.safe:] + ops
-            pending = sum(op[0] in _APPENDED for op in ops)
-            current = journal.current
-            self._behind = ReadBehind(journal, current, current.size, pending)
+            history, current = self.history, self.journal.current
+            unwritten = history.unsafe[history.written - history.safe:] + history.ops
+            pending = sum(op[0] in _APPENDED for op in unwritten)
+            self._behind = ReadBehind(self.journal, current, current.size, pending)
 
     @property
     def _unread(self):
@@ -4269,12 +4258,11 @@ class Queue:
                 there -= behind.skip
             lost = (self._unread_of(file) if file is behind.file else file.waiting) - there
             self._lose(file, lost)
-        for write in self.journal.writes:    # what is not safe is behind what is damaged
-            write.before[:] = [
-                (one, old + file.size - size, waiting - lost, checked,
-                 ends + file.ends - old_ends & _MOST_ENDS) if one is file
-                else (one, old, waiting, checked, ends)
-                for one, old, waiting, checked, ends in write.before]
+        for write in self.journal.writes:    # what is not safe is behind what was damaged
+            for number, (one, old, waiting, checked, ends) in enumerate(write.before):
+                if one is file:
+                    write.before[number] = (file, old + file.size - size, waiting - lost, checked,
+                                            ends + file.ends - old_ends & _MOST_ENDS)
 
     def _mend_missing(self, error):
         """Go on without a file to be read behind that has disappeared. Raises OSError."""
@@ -4665,8 +4653,9 @@ class Replay:
         self.file.waiting += count
         if delayed:
             # The highest, or the last if the numbers have started over among these.
-            latest = _later(self._latest, queue.delays.load(delayed))
-            self._latest = _later(latest, delayed[-1].xid)
+            fresh = {each.xid: each for each in delayed}
+            queue.delays.items.update(fresh)
+            self._latest = _later(_later(self._latest, max(fresh)), delayed[-1].xid)
         if base + end > self._look:
             self._tell(base + end)
         return end, last and last[0], count
@@ -4725,7 +4714,7 @@ class Replay:
 
     def _end(self, xid):
         """Remove an open read or a Delayed, and return it; None if there is none."""
-        return self.queue.opens.pop(xid, None) or self.queue.delays.pop(xid)
+        return self.queue.opens.pop(xid, None) or self.queue.delays.items.pop(xid, None)
 
     def _pop(self):
         """Take the head item, whose data may have to be read again."""
@@ -4740,10 +4729,10 @@ class Replay:
 
     def _do(self, opcode, xid, item):
         """Do what a record says that neither adds an item nor is a REMOVE of one."""
-        queue, delays = self.queue, self.queue.delays
+        queue = self.queue
         if opcode == ADD_DELAYED:
             number, due = xid
-            delays.load([Delayed(due, number, item, False)])
+            queue.delays.items[number] = Delayed(due, number, item, False)
             self._latest = _later(self._latest, number)
         elif opcode == PAUSE:
             queue.paused = xid
@@ -4761,7 +4750,7 @@ class Replay:
     def _redo(self, opcode, xid):
         """Do what a record says about the head or an open read; return False if there is no such
         item."""
-        queue, opens, delays = self.queue, self.queue.opens, self.queue.delays
+        queue, opens, delayed = self.queue, self.queue.opens, self.queue.delays.items
         if opcode in (OPEN, OPEN_NEXT) and queue.count:
             item = self._pop()
             if opcode == OPEN_NEXT:
@@ -4779,8 +4768,8 @@ class Replay:
             item = opens.pop(xid)
             item.deliveries += opcode == UNREMOVE
             queue._push(item)
-        elif opcode == UNREMOVE and xid in delays.items:
-            queue._push(delays.pop(xid).item)
+        elif opcode == UNREMOVE and xid in delayed:
+            queue._push(delayed.pop(xid).item)
         elif opcode in (UNREMOVE, PUT_BACK) and (self.file.checked or xid == _LOST):
             # The item that was put back is lost: a file of this server never names one that was
             # not there. If it was taken again, that must not cost another item.
@@ -4789,7 +4778,7 @@ class Replay:
         elif opcode == DELAY and xid[0] in opens:
             item = opens.pop(xid[0])
             item.deliveries += 1
-            delays.load([Delayed(xid[1], xid[0], item, True)])
+            delayed[xid[0]] = Delayed(xid[1], xid[0], item, True)
         else:
             return False
         return True
@@ -4983,10 +4972,10 @@ class Upkeep:
 # ask the broker for what their clients want. It knows queues and the configuration; no sockets,
 # no protocols.
 
-# Where the items put under a name go: `targets` decide the answer, `copies` are the fanout
-# children, which get what they can take; `queues` are both, each once. only: the one target, if
-# there are no other queues.
-Route = collections.namedtuple("Route", "targets copies queues only")
+# Where the items put under a name go. queues: first the `targets`, which decide the answer, then
+# the fanout children, which get what they can take. only: the one target, if there are no other
+# queues.
+Route = collections.namedtuple("Route", "targets queues only")
 
 # An item that was opened as `xid` at `now`, to be moved to another queue: because a client asked
 # for it, or it has expired, or came back too often. expiry: the one it gets there.
@@ -5521,7 +5510,7 @@ class Broker:
         parents = dict.fromkeys([os.fsdecode(key), *(queue.name for queue in queues)])
         copies = [child for parent in parents for child in self.children.get(parent, ())
                   if child.name not in self.config.aliases and child not in targets]
-        route = Route(targets, copies, targets + copies,
+        route = Route(targets, targets + copies,
                       targets[0] if len(targets) == 1 and not copies else None)
         self.routes[key] = route
         return route
@@ -5626,17 +5615,16 @@ class Broker:
             for refused, limit in zip(refused, limits)]
 
     def _read_status(self):
-        word = self.settings.default_status
-        path = self.settings.status_file
+        word, path = self.settings.default_status, self.settings.status_file
         if path:
             try:
                 with open(path, encoding="ascii", errors="replace") as file:
-                    word = file.read().strip()
-                STATUSES[word.upper()]
+                    saved = file.read().strip()
+                STATUSES[saved.upper()]
+                word = saved
             except FileNotFoundError:
                 pass
             except (OSError, KeyError) as error:
-                word = self.settings.default_status
                 log.error("status_file %s: %s; the status is %s", path, error, word)
         self.status = self._saved_status = word.upper()
         self._refuse(STATUSES[self.status])
