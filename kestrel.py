@@ -1727,8 +1727,9 @@ class WrongSum(OSError):
 
 class LostTail(Exception):
     """The end of a journal file has not reached the disk, but that of the next one has: a power
-    failure. It is seen when operations at the head begin in the next file. args: how many items
-    were added there, and how many then wait that should not (if less than none: are missing)."""
+    failure. It is seen when operations at the head begin in the next file. args: the file, how
+    many items were added there, and how many then wait that should not (if less than none: are
+    missing)."""
 
 
 class Unclear(OSError):
@@ -2190,16 +2191,15 @@ class Journal:
         self.load_call(item)()
         return item
 
-    def account(self, added, last_head, count):
-        """After a replay: what waits in which file. added: how many items each file adds.
-        last_head: the index of the last file that does something to the head of the queue.
-        count: how many items wait."""
-        for file, number in zip(self.files, added):
-            file.waiting = number
-        self.files[last_head].waiting = count - sum(added[last_head + 1:])
-        while last_head < len(self.files) - 1 and not self.files[last_head].waiting:
-            last_head += 1
-        self.passed, self.files = self.files[:last_head], self.files[last_head:]
+    def account(self, at_head, count):
+        """After a replay: what waits in which file. The `waiting` of each is how many items it
+        adds. at_head: the last file that does something to the head of the queue. count: how many
+        items wait."""
+        head = self.files.index(at_head)
+        at_head.waiting = count - sum(file.waiting for file in self.files[head + 1:])
+        while head < len(self.files) - 1 and not self.files[head].waiting:
+            head += 1
+        self.passed, self.files = self.files[:head], self.files[head:]
 
     # -- writing
 
@@ -2944,14 +2944,13 @@ class ReadBehind:
 # == 5. Queue =============================================================================
 #
 # One queue: items in order, open reads, waiters, limits, expiry, and the journal that records
-# each change. Can be used alone. Knows no sockets, no protocols, no other queues: what expires
-# is handed to its host, which is also told when there is something to write.
-
+# each change. A queue can be used alone. It knows no sockets, no protocols, no other queues: it
+# hands what expires to its host, and tells the host when there is something to write.
 
 # How many items or queues one step of a task looks at.
 SWEEP_STEP = 1000
 
-# How much memory each queue may use though the server has reached max_memory, in bytes.
+# How much memory each queue may use even when the server has reached max_memory, in bytes.
 MEMORY_FLOOR = 1 << 18
 
 # How much the memory of a queue may change before it is counted again, in bytes.
@@ -2963,13 +2962,13 @@ _FREE_COST = 1 << 10
 # How long a write that found no descriptors left is put off, in milliseconds.
 _NO_DESCRIPTOR_MS = 50
 
-# How long after a failure the next try is made without a client asking for it.
+# How long after a failure the server tries again by itself, in milliseconds.
 RETRY_MS = 1000
 
-# When a run of expired items is gone on with, in milliseconds.
+# How long waiters wait before more of a run of expired items is dropped, in milliseconds.
 _SWEEP_MS = 1
 
-# How long an alarm for a delayed item is set at most, in milliseconds.
+# The longest time until an alarm for a delayed item, in milliseconds: the clock may be set.
 _LONGEST_NAP_MS = 10000
 
 # How often the log says how far the loading of a queue has got.
@@ -2978,8 +2977,7 @@ _PROGRESS_SECONDS = 3
 
 class Waiter:
     """A read that waits for an item of one of `queues`. deliver: called once, with the queue and
-    the item, or with None and None when one of the queues is gone: it may be made again, and then
-    be waited for."""
+    the item, or with None and None when one of the queues is gone."""
 
     __slots__ = ("deliver", "open", "peek", "queues")
 
@@ -2990,7 +2988,7 @@ class Waiter:
         self.queues = []
 
     def take(self, queue, item):
-        """Take the item of a queue; None and None if nothing will come of one of them."""
+        """Deliver an item of a queue, or None and None; wait no longer."""
         self.cancel()
         self.deliver(queue, item)
 
@@ -3004,21 +3002,23 @@ class Waiter:
 class Alone:
     """The host of a queue that is used without a server: everything is done at once.
 
-    A server has another one, with the same attributes:
+    A server has another host, with the same attributes:
 
     changed(queue)          there is something for queue.write() to do
-    failed(queue, error)    operations of it have been undone
+    failed(queue, error)    operations of the queue have been undone
     unreadable(queue, error)
                             items that are only on disk cannot be read
     timed_out(queue, xids)  open reads go back, since their time is over
     start(task)             run a task
-    work(call, done)        make a blocking call, then call done with its OSError or None
-    later(ms, call)         make a call in that time; return what cancels it; None if
-                            there is none, and so no other turn
-    moves                   None, or has two methods. bury(queue, item, now, setting): an item is
-                            open that has expired, or was handed out too often: move it to the
+    work(call, done)        make a blocking call on another thread, then call done with its OSError
+                            or None; None if there is no other thread
+    later(ms, call)         make a call after that time; return a function that cancels it; None
+                            if there are no timers, and so no later turns
+    moves                   None, or has three methods. bury(queue, item, now, setting): move an
+                            open read, whose item has expired or was handed out too often, to the
                             queue that this setting names. is_burying_much(queue): return whether
-                            no more should be moved for now
+                            no more should be moved for now. is_stuck(queue): return whether its
+                            expired items cannot be moved for now
     sweep_limit             how many expired items a read drops at once
     locks_files             whether to keep other processes out
     budget                  see Budget
@@ -3044,21 +3044,21 @@ class Alone:
 
 
 class History:
-    """The positions of a queue's operations, and who waits for them.
+    """The positions of a queue's operations, and the calls that wait for them.
 
     Each operation has a position: its number in the history of the queue. `logged`, `written`
     and `durable` are the last positions in memory, handed to the kernel and fsynced. `safe` is
     the last one that may be acknowledged: with sync_journal = 0 what is durable, else what is
-    written. Whoever must not act before a change is safe asks when_safe().
+    written. What must not happen before a change is safe is left to when_safe().
     """
 
     def __init__(self):
         self.safe = self.written = self.durable = 0
-        self.ops = []                        # (opcode, item, xid) of what is not being written yet,
-        self.unsafe = []                     # and of what is, but is not safe
+        self.ops = []                        # (opcode, item, xid) of what is still to be written,
+        self.unsafe = []                     # and of what is not safe, though it is being written
         self.writing = None                  # the Plan that the worker writes
-        self._pending = collections.deque()  # (position, call) of when_safe(),
-        self.syncing = collections.deque()   # and of when_durable()
+        self._pending = collections.deque()  # (position, call) of when_safe(), in order
+        self.syncing = collections.deque()   # (position, call) of when_durable()
 
     @property
     def logged(self):
@@ -3066,8 +3066,8 @@ class History:
         return self.safe + len(self.unsafe) + len(self.ops)
 
     def when_safe(self, call, position=None):
-        """Make a call when all operations so far, or up to a position, are safe, with None; or
-        when they have been undone, with an OSError."""
+        """Call `call` with None when all operations so far, or up to a position, are safe; or with
+        an OSError when they have been undone."""
         if position is None:
             position = self.logged
         if position <= self.safe:
@@ -3080,8 +3080,8 @@ class History:
         pending.insert(index, (position, call))
 
     def when_durable(self, call):
-        """Make a call, with None, when all operations so far are durable, whatever sync_journal
-        says; or, with an OSError, when they have been undone."""
+        """Call `call` with None when all operations so far are durable, whatever sync_journal is;
+        or with an OSError when they have been undone."""
         if self.logged <= self.durable:
             call(None)
         else:
@@ -3094,15 +3094,15 @@ class History:
             self.safe = position
 
     def settle(self):
-        """Make the calls that waited for what is safe, or durable, now."""
+        """Make the calls that waited for what is now safe, or durable."""
         while self._pending and self._pending[0][0] <= self.safe:
             self._pending.popleft()[1](None)
         while self.syncing and self.syncing[0][0] <= self.durable:
             self.syncing.popleft()[1](None)
 
     def go_back(self):
-        """Give up the operations that are not safe. Return them, and a function that makes the
-        calls that waited for them, with an OSError or None. Their positions are skipped."""
+        """Give up the operations that are not safe; their positions are not used again. Return
+        them, and a function that makes the calls that waited for them, with an OSError or None."""
         ops = self.unsafe + self.ops
         logged = self.logged
         pending, self._pending = self._pending, collections.deque()
@@ -3128,38 +3128,28 @@ class History:
 
 
 class Delays:
-    """The items of a queue that are not available yet, by their numbers, and in the order in which
-    they are due.
+    """The items of a queue that are not available yet.
 
-    `due` is a heap of (due, xid), which may have entries of items that are gone. alarm: None, or
-    (when the next is due, what cancels the alarm for it). bytes, memory: the size of their data,
-    and what they take of the memory. dying: xids of open reads on their way to the
-    dead_letter_queue.
+    items: {xid: Delayed}. due: a heap of (due, xid), which may have entries of items that are gone.
+    alarm: None, or (when the next is due, a function that cancels the alarm for it). bytes, memory:
+    the size of their data, and what they take of the memory. dying: the xids of open reads on
+    their way to the dead_letter_queue.
     """
 
     def __init__(self):
-        self.items = {}                      # xid -> Delayed
+        self.items = {}
         self.due = []
         self.alarm = None
         self.bytes = self.memory = 0
         self.dying = set()
 
     def add(self, delayed):
-        """Add a Delayed, in the place of one of the same number."""
+        """Add a Delayed."""
         due, xid, item, _ = delayed
-        if xid in self.items:
-            self.pop(xid)
         self.items[xid] = delayed
         heapq.heappush(self.due, (due, xid))
         self.bytes += _size(item)
         self.memory += _cost(item)
-
-    def load(self, delayed):
-        """Add several, from the journal; return the highest of their numbers. recount() must
-        follow the last."""
-        fresh = {each.xid: each for each in delayed}
-        self.items.update(fresh)
-        return max(fresh)
 
     def recount(self):
         """Derive `due`, `bytes` and `memory` from `items`."""
@@ -3169,7 +3159,7 @@ class Delays:
         self.memory = sum([_cost(each.item) for each in self.items.values()])
 
     def pop(self, xid):
-        """Take the one of that number; None if there is none."""
+        """Remove and return the one of that number; None if there is none."""
         delayed = self.items.pop(xid, None)
         if delayed:
             self.bytes -= _size(delayed.item)
@@ -3184,29 +3174,27 @@ class Delays:
         return due[0][0] if due else None
 
     def clear(self):
-        """Take all; return `items` and `due`."""
-        items, due = self.items, self.due
+        """Remove all, and leave what `items` and `due` were as it is."""
         self.items, self.due = {}, []
         self.bytes = self.memory = 0
-        return items, due
 
 
 class Queue:
     """A durable FIFO queue.
 
-    name: see check_name. path: the directory of its journal, None to keep it in memory
-    only. config: a QueueConfig. older: numbers of its older journal files, None to look for
+    name: see check_name. path: the directory of its journal, None to keep the queue in memory
+    only. config: a QueueConfig. older: the numbers of its older journal files, None to look for
     them. host: see Alone.
 
     Every method that takes `now` (milliseconds of the epoch) reads the clock itself when
-    it is None. Used alone, each change is in the kernel's hands when the method returns,
-    and on the disk too if sync_journal is 0; a change that cannot be written is undone
-    and raises OSError. A server collects the changes of a turn instead, and calls write().
+    it is None. When a queue is used alone, each change has been written when the method returns,
+    and fsynced if sync_journal is 0; a change that cannot be written is undone and raises
+    OSError. A server collects the changes of a turn instead, and calls write().
 
     A failure undoes all operations that are not safe, see History, in memory and in the files.
 
     Past max_memory_size only the head of the queue is in memory; the rest is read from the
-    journal as it drains:
+    journal as the queue drains:
 
         items (in memory) | on disk only | _fresh (on their way there)
     """
@@ -3217,10 +3205,10 @@ class Queue:
         self.name = check_name(name)
         self.path = path
         self.host = host or Alone()
-        self.items = collections.deque()     # what waits, the head first, as far as in memory
+        self.items = collections.deque()     # the waiting items in memory, the head first
         self.opens = {}                      # xid -> item, the oldest open read first
-        self.waiters = collections.OrderedDict()     # those served first in front; a set
-        self.count = 0                       # how many items wait; open reads do not count
+        self.waiters = collections.OrderedDict()     # a set, in the order they are served
+        self.count = 0                       # how many items wait
         self.bytes = 0                       # data of the waiting items
         self.memory = 0                      # what `items` take, see ITEM_COST
         self.open_memory = 0                 # what `opens` and `delays` take
@@ -3238,7 +3226,8 @@ class Queue:
         self._allowance = 0                  # and how much it may use
         self._behind = None                  # the ReadBehind of what is not in memory
         self._fresh = collections.deque()    # items not written yet that are not in `items`
-        self._loading = None                 # the head item that a worker reads, or (it, OSError)
+        self._loading = None                 # the head item that the worker reads, or (that, why
+                                             # it cannot be read)
         self._is_serving_again = False       # whether an alarm is set to serve the waiters
         self._alarms = {}                    # xid -> (what cancels its timeout, the timeout)
         self._overdue = []                   # xids whose time is over
@@ -3260,7 +3249,7 @@ class Queue:
         return Journal(self.path, self.name, older, self.host.budget, self.host.locks_files)
 
     def configure(self, config):
-        """Go on with other settings."""
+        """Change the settings."""
         keep_journal = self.config.keep_journal
         self.config = config
         self._set_limits()
@@ -3269,10 +3258,10 @@ class Queue:
             return
         try:
             if config.keep_journal:
-                self.history.forget()        # they are part of what is written first
+                self.history.forget()        # all that there is will be written first
                 put_aside(self.path, self.name)
                 self.journal = self._new_journal(())
-                self.upkeep.renew()          # writes all that there is in memory
+                self.upkeep.renew()
             else:
                 self._give_up_journal()
         except OSError as error:
@@ -3342,8 +3331,8 @@ class Queue:
 
     def add_later(self, data: bytes, delay: int, flags: int = 0, expiry: int = 0,
                   now: "int | None" = None) -> bool:
-        """Append an item that is available after `delay` milliseconds only; as add(). It is in
-        memory until then, and refused with an OSError if there is no memory for it."""
+        """Append an item, as add() does, that is available after `delay` milliseconds only. It is
+        in memory until then. Raises OSError if there is no memory for it."""
         now = _now(now)
         data = _as_bytes(data)
         _check_numbers(expiry, flags, delay)
@@ -3367,7 +3356,7 @@ class Queue:
             raise OSError(errno.ENOMEM, "out of memory for delayed items", self.name)
 
     def _make_room(self, now):
-        """Drop what has expired, and what is to be dropped for newer items, if the queue is full.
+        """If the queue is full, drop expired items, and with discard_old_when_full older ones.
         Return whether there is room for one more item then."""
         config = self.config
         if self.paused & PAUSED_IN:
@@ -3383,8 +3372,8 @@ class Queue:
         return True
 
     def _set_limits(self):
-        """Derive how many items may wait, and how large they may be: delayed items count too; and
-        whether remove() and peek() have anything but the head to look at."""
+        """Derive how many items may wait and how large they may be, since delayed items count too;
+        and whether remove() and peek() have only the head to look at."""
         self._is_plain = not (self.delays.items or self.paused)
         self._most_items = 0 if self.paused & PAUSED_IN else (
             self.config.max_items - len(self.delays.items))
@@ -3392,12 +3381,12 @@ class Queue:
 
     def remove(self, open: bool = False, now: "int | None" = None,
                even_paused: bool = False) -> "Item | None":
-        """Take the head item, or return None. `open`: only for a while; item.xid is then
-        the number to confirm or abort it by.
+        """Take the head item; return None if there is none. open: leave it open until it is
+        confirmed or aborted by its number, item.xid. even_paused: do so whatever pause() said.
 
-        With a server, None though there are items, see has_more(), means that many at the head
-        have expired, or that the worker reads a large one: call it again. Raises OSError
-        when it cannot be read. even_paused: whatever pause() said.
+        With a server it may return None though there are items, see has_more(): many at the head
+        have expired, or the worker reads a large one. Then call it again. Raises OSError when
+        the item cannot be read.
         """
         if now is None:
             now = _now()
@@ -3434,7 +3423,7 @@ class Queue:
         return item
 
     def peek(self, now: "int | None" = None) -> "Item | None":
-        """Return the head item, which stays where it is, or None, as remove()."""
+        """Return the head item, which stays where it is, or None, as remove() does."""
         now = _now(now)
         if not self._is_plain:
             self._release(now)
@@ -3451,8 +3440,8 @@ class Queue:
 
     def browse(self, most: int = UNLIMITED,
                now: "int | None" = None) -> "Iterator[list[Item]]":
-        """Yield the first items, at most so many, in lists; all stay. What is changed meanwhile may
-        be seen or not. Raises OSError."""
+        """Yield the first items, at most `most`, in lists; all stay where they are. What changes
+        meanwhile may be seen or not. Raises OSError."""
         now = _now(now)
         if not self._is_plain:
             self._release(now)
@@ -3461,7 +3450,7 @@ class Queue:
         def is_there(item):                  # once it has been taken its file may be removed
             return item.data is not None or item.place.file.path and not self.closed
 
-        unread = self.count - len(self.items) - len(self._fresh)
+        unread = self._unread
         reader = copy.copy(self._behind)
         fresh = list(itertools.islice(self._fresh, most))
         items = list(itertools.islice(self.items, most))
@@ -3490,14 +3479,14 @@ class Queue:
         return bool(self.items) and self.items[0] is item
 
     def _sweep(self, now):
-        """Drop expired items before a read; return whether there is an item for it then."""
+        """Drop expired items before a read. Return whether there is an item to read then."""
         self.discard_expired(now, self.host.sweep_limit)
         return (self.count and (self.items or self._refill())
                 and not self._is_expired(self.items[0], now))
 
     def confirm(self, xid: int, is_moved: bool = False) -> bool:
-        """Finish an open read; False when there is none of that number, or its item is on its way
-        to the dead_letter_queue. is_moved: it is safe there."""
+        """Finish an open read. Return False if there is none of that number, or its item is on its
+        way to another queue. is_moved: it is safe there."""
         if xid in self.delays.dying and not is_moved:
             return False
         item = self._end_read(xid)
@@ -3512,49 +3501,46 @@ class Queue:
 
     def abort(self, *xids: int, now: "int | None" = None, orphaned: bool = False, delay: int = 0,
               tail: bool = False, counted: bool = True) -> int:
-        """Put open reads back at the head, the first one given in front of the others;
-        return how many there were.
+        """Put open reads back at the head, the first one given in front of the others. Return how
+        many there were.
 
-        orphaned: nobody waits to hear of it, so that it has to be done all the same after a
-        failure. delay: they go back after so many milliseconds. tail: they go to the tail, at
-        once. counted: they had been handed out; what comes back too often goes to the
-        dead_letter_queue.
+        orphaned: no caller waits for the result, so try again after a failure. delay: put them
+        back after that many milliseconds. tail: put them at the tail, at once. counted: they had
+        been handed out; what comes back too often goes to the dead_letter_queue.
         """
         known = [xid for xid in dict.fromkeys(xids) if xid in self.opens
                  and not (counted and xid in self.delays.dying)]
         now = _now(now)
-        dead = {}
+        most = self.config.max_deliveries if counted and self.host.moves and (
+            self.config.dead_letter_queue not in (None, self.name)) else UNLIMITED
         if tail:
             for xid in known:
                 self.data_of(self.opens[xid])
         for xid in known if tail or delay else reversed(known):
             item = self.opens[xid]
-            if counted and item.deliveries + 1 >= self.config.max_deliveries and (
-                    self.host.moves and self.config.dead_letter_queue not in (None, self.name)):
+            if item.deliveries + 1 >= most:
                 self.delays.dying.add(xid)   # it stays open until it is safe there
-                dead[xid] = item
-                if xid in self._alarms:
-                    self._silence_alarm(xid)
-                continue
-            item.deliveries += counted       # as the record says
-            self._end_read(xid)
-            self.counters.canceled_transactions += 1
-            if delay:
-                delayed = Delayed(now + delay, xid, item, True)
-                self._hold(delayed, now)
-                self._log(DELAY, delayed, xid)
-            elif tail:
-                self._append_again(item)
-                self._log(TO_TAIL, item, xid)
             else:
-                self._push(item)
-                self._log(UNREMOVE if counted or self.config.max_deliveries == UNLIMITED
-                          else PUT_BACK, item, xid)
+                item.deliveries += counted   # as the record says
+                self._end_read(xid)
+                self.counters.canceled_transactions += 1
+                if delay:
+                    delayed = Delayed(now + delay, xid, item, True)
+                    self._hold(delayed, now)
+                    self._log(DELAY, delayed, xid)
+                elif tail:
+                    self._append_again(item)
+                    self._log(TO_TAIL, item, xid)
+                else:
+                    self._push(item)
+                    self._log(UNREMOVE if counted or self.config.max_deliveries == UNLIMITED
+                              else PUT_BACK, item, xid)
             if xid in self._alarms:
                 self._silence_alarm(xid)
         for xid in known:
-            if xid in dead:
-                self.history.when_safe(functools.partial(self._let_die, xid, dead[xid], now))
+            if xid in self.delays.dying:
+                self.history.when_safe(functools.partial(
+                    self._let_die, xid, self.opens[xid], now))
         if known:
             if orphaned:
                 self.history.when_safe(functools.partial(self._abort_again, known, counted))
@@ -3568,16 +3554,16 @@ class Queue:
                 self.abort, *xids, orphaned=True, counted=counted))
 
     def _let_die(self, xid, item, now, error):
-        """Have an open read moved to the dead_letter_queue. If what was done together with it has
-        been undone, it is open as before."""
+        """Have an open read moved to the dead_letter_queue; or, if its abort has been undone, let
+        it be open as before."""
         if not error:
             self.host.start(self._bury(xid, item, now))
         elif self.opens.get(xid) is item:
             self.delays.dying.discard(xid)
-            self._start_alarm(xid, self._alarms.get(xid, (None, 0))[1])
+            self.touch(xid)
 
     def _bury(self, xid, item, now):
-        """A task: have an open read moved to the dead_letter_queue, unless it has ended."""
+        """A task: move an open read to the dead_letter_queue, unless it has ended."""
         yield
         if self.opens.get(xid) is item and not self.closed:
             log.warning("queue %s: an item of %d bytes came back %d times, and goes to %s",
@@ -3589,7 +3575,7 @@ class Queue:
     # -- delays and pauses
 
     def pause(self, what: int = PAUSED_IN | PAUSED_OUT) -> None:
-        """Refuse puts (PAUSED_IN), or let gets find nothing (PAUSED_OUT), or both; 0 for neither.
+        """Refuse puts (PAUSED_IN), let gets find nothing (PAUSED_OUT), or both, or neither (0).
         It stays so over restarts."""
         if what != self.paused:
             before, self.paused = self.paused, what
@@ -3599,7 +3585,7 @@ class Queue:
                 self._serve(_now())
 
     def touch(self, xid: int) -> bool:
-        """Let the timeout of an open read start anew; False if there is none of that number."""
+        """Start the timeout of an open read anew. Return False if there is none of that number."""
         _, timeout = self._alarms.get(xid, (None, None))
         if xid in self._overdue:
             self._overdue.remove(xid)
@@ -3608,8 +3594,7 @@ class Queue:
         return self.is_open(xid)
 
     def is_open(self, xid):
-        """Return whether an open read has not ended. What is on its way to the dead_letter_queue
-        has."""
+        """Return whether a read is open, and not on its way to the dead_letter_queue."""
         return xid in self.opens and xid not in self.delays.dying
 
     def held(self):
@@ -3641,7 +3626,6 @@ class Queue:
             return
         if alarm:
             alarm[1]()
-        # Not much later: the clock may be set.
         self.delays.alarm = due, self.host.later(min(max(0, due - now), _LONGEST_NAP_MS),
                                                self._release_now)
 
@@ -3655,9 +3639,9 @@ class Queue:
 
     def _release(self, now):
         """Put the delayed items that are due where they belong: those for the tail some at a time,
-        but those for the head all at once, or later ones would come in front of the others. Those
-        who wait are served when the alarm for these items comes: a waiter that is being served
-        must not be served here, with another item."""
+        those for the head all at once, or later ones would come in front of the others. This does
+        not serve the waiters, since one of them may be being served: the alarm for these items
+        will."""
         delays = self.delays
         due = delays.next_due()
         if due is None or due > now:
@@ -3673,14 +3657,13 @@ class Queue:
         heads = [delayed for delayed in found.values() if delayed.to_head]
         try:
             # One after the other: without a server each is written at once.
-            for delayed in tails:
+            for delayed in tails + heads[::-1]:
                 self._unhold(delayed)
-                self._append_again(delayed.item)
-                self._log(DUE_TAIL, delayed, delayed.xid)
-            for delayed in reversed(heads):
-                self._unhold(delayed)
-                self._push(delayed.item)
-                self._log(DUE_HEAD, delayed, delayed.xid)
+                if delayed.to_head:
+                    self._push(delayed.item)
+                else:
+                    self._append_again(delayed.item)
+                self._log(DUE_HEAD if delayed.to_head else DUE_TAIL, delayed, delayed.xid)
         finally:
             for xid, delayed in found.items():
                 if delays.items.get(xid) is delayed:
@@ -3688,8 +3671,8 @@ class Queue:
             self._watch_delays(now)
 
     def _append_again(self, item):
-        """Append an item that was open or delayed. Its record is written anew, later, with the
-        count of deliveries that it has now: so this is a copy."""
+        """Append a copy of an item that was open or delayed. Its record is written anew, later,
+        with the count of deliveries that it has now."""
         data, item = item.data, item.stub()
         item.data, item.place = data, None
         if self._behind is None and self.journal and (
@@ -3709,17 +3692,17 @@ class Queue:
         history, new = self.history, []      # in one write: all of it is done, or nothing
         gone = []                            # arguments of _let_go()
         if self.delays.items:
-            memory = self.delays.memory
-            self.open_memory -= memory
-            items, due = self.delays.clear()
-            new.append((DROP, items, 0))
-            gone = [(items.popitem, len(items), memory), (due.pop, len(due), 0)]
+            self.open_memory -= self.delays.memory
+            gone.append((self.delays.items, self.delays.memory))
+            gone.append((self.delays.due, 0))
+            new.append((DROP, self.delays.items, 0))
+            self.delays.clear()
             self._set_limits()
         held = self.items, self._fresh, self._behind, self.count, self.bytes, self.memory
         if self.count:
             self._drop_items()
             new.append((FLUSH, held, held[3]))
-            gone.append((held[0].popleft, len(held[0]), held[5]))
+            gone.append((held[0], held[5]))
         is_first = not history.ops
         history.ops += new
         if new and is_first or self.journal and self.journal.torn:
@@ -3727,20 +3710,25 @@ class Queue:
         for one in gone:
             history.when_safe(functools.partial(self._let_go, *one))
 
-    def _let_go(self, pop, count, memory, error=None):
-        """Free the memory of what is not needed any more: of many items it takes long. pop: frees
-        one of them."""
-        cost = memory + _FREE_COST * count
+    def _let_go(self, items, memory, error=None):
+        """Free items that are not needed any more: in steps if that takes long."""
+        cost = memory + _FREE_COST * len(items)
         if not error and cost > 4 * _STEP_SIZE:
-            self.host.start(_free(pop, count, cost))
+            self.host.start(_free(items, cost))
 
     def _drop_items(self):
         self.items, self._fresh, self._behind = collections.deque(), collections.deque(), None
         self.count = self.bytes = self.memory = 0
 
+    def _drop_all(self):
+        self._drop_items()
+        self.opens.clear()
+        self.delays.clear()
+        self.open_memory = 0
+
     def discard_expired(self, now: "int | None" = None, limit: "int | None" = None) -> int:
-        """Take expired items from the head, at most `limit` (default: max_expire_sweep),
-        and return how many there were."""
+        """Drop expired items at the head, at most `limit` (default: max_expire_sweep), or move
+        them to expire_to_queue. Return how many there were."""
         now = _now(now)
         count = size = 0
         if limit is None:
@@ -3771,7 +3759,7 @@ class Queue:
     # -- waiting
 
     def wait(self, waiter):
-        """Let `waiter` have the next item that comes, after those who wait already; peeks come
+        """Let `waiter` have the next item that comes, after those that wait already; peeks come
         first, since they take nothing."""
         self.waiters[waiter] = None
         if waiter.peek:
@@ -3781,7 +3769,7 @@ class Queue:
             self._serve_again(_SWEEP_MS)
 
     def dismiss_waiters(self):
-        """Tell every waiter that nothing will come."""
+        """Tell all waiters that nothing will come."""
         while self.waiters:
             next(iter(self.waiters)).take(None, None)
 
@@ -3797,14 +3785,15 @@ class Queue:
                 self._serve_again(RETRY_MS)
                 return
             if item is None:
-                if self.count and not self._loading:
-                    self._serve_again(_SWEEP_MS)                 # after a run of expired ones
+                if self.count and not self._loading:             # a run of expired ones
+                    is_stuck = self.host.moves and self.host.moves.is_stuck(self)
+                    self._serve_again(RETRY_MS if is_stuck else _SWEEP_MS)
                 return
             waiter.take(self, item)
 
     def _serve_again(self, delay):
-        """Serve the waiters in that time, unless that is going to happen already: however many
-        items come meanwhile, there is one alarm."""
+        """Serve the waiters after that time. There is one alarm, however many items come
+        meanwhile."""
         if self.host.later and not self._is_serving_again:
             self._is_serving_again = True
             self.host.later(delay, self._go_on_serving)
@@ -3816,10 +3805,10 @@ class Queue:
     # -- the journal
 
     def write(self):
-        """Hand the operations so far to the kernel.
+        """Write the operations so far.
 
-        A large batch is handed to the worker, if there is one, and what comes after it waits.
-        Raises OSError when that fails; all operations that are not safe have been undone then.
+        The worker writes a large batch, if there is a worker, and what comes after it waits.
+        Raises OSError when the write fails; all operations that are not safe are then undone.
         """
         journal = self.journal
         if self.closed or self.history.writing:
@@ -3877,7 +3866,7 @@ class Queue:
         self._commit(plan, position)
 
     def _commit(self, plan, position):
-        """Make a batch that has been written count."""
+        """Account for a batch that has been written."""
         history = self.history
         history.written = position
         if self.config.sync_journal != 0 and history.unsafe:
@@ -3905,12 +3894,13 @@ class Queue:
         self.host.changed(self)
 
     def is_synced(self):
-        """Return whether the journal is fsynced, sooner or later."""
+        """Return whether the journal is fsynced at all."""
         return self.config.sync_journal is not None and self.host.later is not None
 
     def when_lasting(self, call):
-        """Make a call, with None, when no power failure can undo what has been done so far: when it
-        is fsynced, at once, or safe if it never is; or, with an OSError, when it was undone."""
+        """Call `call` with None when no power failure can undo the operations so far: when they are
+        fsynced, which begins at once, or safe if the journal is never fsynced; or with an OSError
+        when they have been undone."""
         if self.is_synced():
             self.host.changed(self)
             self.history.when_durable(call)
@@ -3918,13 +3908,13 @@ class Queue:
             self.history.when_safe(call)
 
     def begin_sync(self):
-        """Return the call that fsyncs what has been written, and the Sync to pass on to
-        synced() then, or to sync_failed(). Raises OSError."""
+        """Return the call that fsyncs what has been written, and the Sync to give to synced() or
+        sync_failed() after it. Raises OSError."""
         return self.journal.begin_sync(self.history.written)
 
     def needs_sync(self):
-        """Return whether there is something that begin_sync() could begin; that may be an fsync of
-        nothing: what was written to a file that has been packed since is on the disk."""
+        """Return whether begin_sync() has something to do. It may be an fsync of no files: what was
+        written to a file that has been packed since is on the disk."""
         return (self.journal is not None and self.upkeep.renewing is None
                 and (self.journal.needs_sync() or self.history.durable < self.history.written))
 
@@ -3941,13 +3931,13 @@ class Queue:
             self.upkeep.check()
 
     def sync_failed(self, sync, error):
-        """Undo what waits for an fsync that has failed, or could not begin. What has been
-        acknowledged and may be lost by now is written anew. sync: None if it did not begin."""
+        """Undo the operations that wait for an fsync that has failed, or could not begin. Write
+        anew what has been acknowledged and may be lost by now. sync: None if it did not begin."""
         history = self.history
         if self.journal is None:
             return
         if self.closed:
-            if sync is None or sync.position > history.safe:     # of the removal
+            if sync is None or sync.position > history.safe:     # it was for the removal
                 _, tell = history.go_back()
                 tell(Unclear(error.errno, error.strerror, error.filename))
             return
@@ -3960,8 +3950,8 @@ class Queue:
 
     def _go_back(self, error, was_written=False, is_doubtful=False):
         """Undo all operations that are not safe. Return the error to report, Unclear if the files
-        may still contain them. was_written: whether any may have reached the files. is_doubtful:
-        whether those that are safe may be lost by now."""
+        may still contain them. was_written: whether any may be in the files. is_doubtful:
+        whether safe operations may be lost by now."""
         was_written = was_written or bool(self.history.unsafe)
         safe = self.history.safe
         ops, tell = self.history.go_back()
@@ -3970,7 +3960,7 @@ class Queue:
         if self._behind:
             self._behind.go_back()
         error = type(error)(error.errno, error.strerror, error.filename or self.journal.path)
-        if error.errno == errno.ESTALE:      # what is in a file without a name does not matter
+        if error.errno == errno.ESTALE:      # a file has lost its name: nothing is to be cut
             if self.upkeep.renewing is None:
                 log.error("%s: %s; the queue is written anew", error.filename, error.strerror)
             is_doubtful = True
@@ -3981,14 +3971,14 @@ class Queue:
                 log.error("%s: cannot be cut back: %s", self.journal.path, failure.strerror)
                 error = Unclear(error.errno, error.strerror, error.filename)
         if is_doubtful and self.upkeep.renewing is None:
-            self.upkeep.renew()              # first: who is told may do more at once
+            self.upkeep.renew()              # first: the calls below may begin new operations
         self.host.failed(self, error)
         tell(error)
         return error
 
     def pack(self) -> None:
-        """Write what the queue holds as one minimal file in place of all its files, at once.
-        For a queue that is used alone. Raises OSError."""
+        """Replace all files of the queue by a minimal one. For a queue that is used alone. Raises
+        OSError."""
         if self._behind:
             raise OSError(errno.ENOMEM, "larger than max_memory_size", self.journal.path)
         run_task(self.upkeep.rewrite())
@@ -3998,8 +3988,8 @@ class Queue:
         self.journal.adopt_pack()
 
     def make_plain(self):
-        """Give up what Kestrel cannot store, so that pack() leaves nothing of it. Return [(what
-        that was, how often)]. For a queue that is used alone, and is in memory."""
+        """Give up what Kestrel cannot store, before pack(). Return [(what that was, how often)].
+        For a queue that is used alone, and is in memory."""
         delayed = len(self.delays.items)
         while self.delays.items:
             self._release(UNLIMITED)
@@ -4015,15 +4005,16 @@ class Queue:
                 ("pauses that end", int(paused > 0))]
 
     def state(self):
-        """Return what a pack has to keep besides items, see Journal.pack()."""
+        """Return the Kept for a pack, with `paused` as it is after the safe operations: later ones
+        may be undone."""
         history = self.history
         paused = next((before for opcode, before, _ in itertools.chain(history.unsafe, history.ops)
-                       if opcode == PAUSE), self.paused)       # as is safe: others may be refused
+                       if opcode == PAUSE), self.paused)
         return Kept(self.xid, paused, self.config.max_deliveries != UNLIMITED,
                     self.config.check_journal)
 
     def recover(self, now=None):
-        """After a failure: do what is still to be done and give waiters their items."""
+        """Write and serve the waiters, after a failure that may be over."""
         if not self.closed:
             if self.journal and self.journal.torn:
                 self.host.changed(self)
@@ -4051,16 +4042,13 @@ class Queue:
                 self.journal.close()
 
     def delete(self):
-        """Forget all items and remove the files. Raises OSError, and then nothing has changed."""
+        """Drop all items and remove the files. Raises OSError, and then nothing has changed."""
         task = self.journal.delete() if self.journal else None
         self.closed = True
         self.upkeep.stop()
         self.upkeep.renewing = None
-        self._let_go(self.items.popleft, len(self.items), self.memory)
-        self._drop_items()
-        self.opens.clear()
-        self.delays.clear()
-        self.open_memory = 0
+        self._let_go(self.items, self.memory)
+        self._drop_all()
         for xid in list(self._alarms):
             self._stop_alarm(xid)
         self.count_memory()
@@ -4069,7 +4057,7 @@ class Queue:
         if task:
             self.host.start(self._clear(task, self.journal.path))
         if self.journal and self.config.sync_journal == 0:
-            self.history.unsafe = [None]     # stands for the removal, until it is durable
+            self.history.unsafe = [None]     # this stands for the removal until that is durable
             self.history.written = self.history.logged
             self.journal.directory_changed = True
             if self.host.work:
@@ -4107,8 +4095,8 @@ class Queue:
         self.synced(sync)
 
     def _load(self):
-        """Read the journal, as often as it takes to repair it. Raises OSError if that does not
-        help."""
+        """Read the journal, and repair it and read it again while it is damaged. Raises OSError if
+        a repair does not help."""
         repaired = None
         while True:
             replay = Replay(self)
@@ -4116,21 +4104,19 @@ class Queue:
                 replay.run()
                 break
             except LostTail as lost:
-                self.journal.set_aside(self.journal.files[replay.number - 1], *lost.args)
+                self.journal.set_aside(*lost.args)
             except Damage as damage:
                 file = damage.file or replay.file
                 if repaired == (file, file.size, damage.offset):
                     raise OSError(errno.EIO, "damaged, and cannot be repaired", file.path) from None
                 self.journal.repair(file)
                 repaired = file, file.size, damage.offset
-            self._drop_items()
-            self.opens.clear()
-            self.delays.clear()
+            self._drop_all()
             self.xid = self.paused = 0
         self._take_over()
 
     def _take_over(self):
-        """Go on from what the journal has said: reads that were open go back."""
+        """Prepare what the journal has said for use: reads that were open go back."""
         if self._behind:
             self._behind.older = self.journal.passed[:]
             self._catch_up()
@@ -4144,8 +4130,8 @@ class Queue:
     # -- memory
 
     def count_memory(self):
-        """Update the server's count of memory and the allowance of this queue, which stays as it
-        is until the next call, as a rule for a turn."""
+        """Update the server's count of memory and the allowance of this queue, which then stays as
+        it is, for a turn as a rule."""
         budget = self.host.budget
         used = self.memory + self.open_memory
         budget.memory += used - self._counted
@@ -4156,8 +4142,8 @@ class Queue:
             self._allowance = min(self._allowance, max(left, MEMORY_FLOOR))
 
     def check_memory(self, size):
-        """Raise OSError if the server has no memory left for an item of `size` bytes, and it
-        cannot be left in a journal."""
+        """Raise OSError if the server has no memory left for an item of `size` bytes, and there is
+        no journal to leave it in."""
         if not self.journal:
             self.count_memory()
             cost = self.memory + self.open_memory + size + ITEM_COST
@@ -4165,51 +4151,50 @@ class Queue:
                 raise OSError(errno.ENOMEM, "out of memory", self.name)
 
     def _fall_behind(self, cost):
-        """From here on leave items in the journal, if memory is used up for an item of that
-        cost. Raises OSError if there is no journal and the server has no memory left."""
+        """Leave items in the journal from here on, if there is no memory for an item of that cost.
+        Raises OSError if there is no journal and the server has no memory left."""
         self.check_memory(cost - ITEM_COST)
         self.count_memory()
         if self.journal and self.upkeep.renewing is None and (
                 self.memory + self.open_memory + cost > self._allowance) and (
                 self.items or self._allowance < self.config.max_memory_size):
-            journal = self.journal
-            history = self.history
-            ops = history.ops                # written behind what is there
-            if self.history.writing:
-                ops = history.unsafe[history.written - history.safe:] + ops
-            pending = sum(op[0] in _APPENDED for op in ops)
-            current = journal.current
-            self._behind = ReadBehind(journal, current, current.size, pending)
+            history, current = self.history, self.journal.current
+            unwritten = history.unsafe[history.written - history.safe:] + history.ops
+            pending = sum(op[0] in _APPENDED for op in unwritten)
+            self._behind = ReadBehind(self.journal, current, current.size, pending)
+
+    @property
+    def _unread(self):
+        """How many items are only on disk."""
+        return self.count - len(self.items) - len(self._fresh)
 
     def _refill(self):
         """Read more of the items that are not in memory. Return whether there are any in
         memory then. Raises OSError."""
-        unread = self.count - len(self.items) - len(self._fresh)
-        while unread > 0:
+        while self._unread > 0:
             file = self._behind.file
             try:
-                found = self._read_more(unread)
+                found = self._read_more()
             except Damage:
                 self._mend(self._behind.file)
             except FileNotFoundError as error:
                 self._mend_missing(error)
             else:
                 if self._behind.file is not file or not found:
-                    self._check_count(file, unread, found)
+                    self._check_count(file, found)
                 if found:
                     break
-            unread = self.count - len(self.items) - len(self._fresh)
         self._catch_up()
         return bool(self.items)
 
-    def _read_more(self, unread):
+    def _read_more(self):
         """Read some of the items that are not in memory, and return how many. Raises OSError
         and Damage."""
         self.count_memory()
         # A quarter for the items, another for their data; the first half is still there.
         room = self._allowance // 4
         try:
-            items = self._behind.read(min(unread, max(1, room // ITEM_COST)),
+            items = self._behind.read(min(self._unread, max(1, room // ITEM_COST)),
                                       max(4096, min(_STEP_SIZE, room)))
         except (OSError, MemoryError) as error:
             error = _as_os_error(error, self.journal.path)
@@ -4220,20 +4205,19 @@ class Queue:
         return len(items)
 
     def _catch_up(self):
-        """Be behind no longer if all waiting items are in memory."""
-        if not self._behind or self.count != len(self.items) + len(self._fresh):
+        """End being behind if all waiting items are in memory."""
+        if not self._behind or self._unread:
             return
-        # If items were lost to damage on the way, nobody could tell how large they had been.
-        self.bytes = sum(len(item.data) if item.data is not None else item.place.size
-                         for item in itertools.chain(self.items, self._fresh))
+        # Nobody could tell how large the items were that have been lost to damage.
+        self.bytes = sum(map(_size, itertools.chain(self.items, self._fresh)))
         self.items.extend(self._fresh)
         self.memory += sum(map(_cost, self._fresh))
         self._fresh = collections.deque()
         self._behind = None
 
     def _size_changed(self, file):
-        """Mend a file that has another size than it should have, or have everything written
-        anew. Return the error to be told, None if there is none."""
+        """Mend a file of the wrong size. Return the error if that fails; or ESTALE, so that
+        everything is written anew, if all items are in memory."""
         if not self._behind:
             return OSError(errno.ESTALE, "changed by another process", file.path)
         try:
@@ -4273,12 +4257,11 @@ class Queue:
                 there -= behind.skip
             lost = (self._unread_of(file) if file is behind.file else file.waiting) - there
             self._lose(file, lost)
-        for write in self.journal.writes:    # what is not safe is behind what is damaged
-            write.before[:] = [
-                (one, old + file.size - size, waiting - lost, checked,
-                 ends + file.ends - old_ends & _MOST_ENDS) if one is file
-                else (one, old, waiting, checked, ends)
-                for one, old, waiting, checked, ends in write.before]
+        for write in self.journal.writes:    # what is not safe is behind what was damaged
+            for number, (one, old, waiting, checked, ends) in enumerate(write.before):
+                if one is file:
+                    write.before[number] = (file, old + file.size - size, waiting - lost, checked,
+                                            ends + file.ends - old_ends & _MOST_ENDS)
 
     def _mend_missing(self, error):
         """Go on without a file to be read behind that has disappeared. Raises OSError."""
@@ -4291,7 +4274,7 @@ class Queue:
             self._behind.offset = file.size
         self._lose(file, lost)
 
-    def _check_count(self, file, unread, found):
+    def _check_count(self, file, found):
         """Correct the counts at the end of a file, if it had more or fewer items
         than it should have had, since another process has changed it."""
         files = self.journal.files
@@ -4301,7 +4284,7 @@ class Queue:
         if file in self._behind.older:
             file = files[0]
         after = files[files.index(new):] if found else []
-        lost = unread - sum(other.waiting for other in after)
+        lost = self._unread + found - sum(other.waiting for other in after)
         if lost:
             log.error("%s: %d items are missing", self.journal.path, lost)
             between = files[files.index(file) + 1 if file in files else 0:files.index(new)]
@@ -4317,10 +4300,9 @@ class Queue:
         of one that is not counted for itself."""
         if file in self._behind.older:
             return 0
-        unread = self.count - len(self.items) - len(self._fresh)
         files = self.journal.files
         after = files[files.index(file) + 1:] if file in files else files
-        return unread - sum(other.waiting for other in after)
+        return self._unread - sum(other.waiting for other in after)
 
     def _lose(self, file, count):
         """Count items that are lost from a file. How large they were is not known for now."""
@@ -4329,7 +4311,8 @@ class Queue:
         file.waiting -= count
 
     def _is_loading(self, head):
-        """Give the head item, a stub, its data back; True if a worker is at it. Raises OSError."""
+        """Read the data of the head item, a stub. Return True if the worker is still reading it.
+        Raises OSError."""
         loading, self._loading = self._loading, None
         if isinstance(loading, tuple) and loading[0] is head:
             _raise(_bare(loading[1]))
@@ -4427,7 +4410,7 @@ class Queue:
         self.opens[xid] = kept
         self.open_memory += _cost(kept)
         if self.config.open_transaction_timeout:
-            self._start_alarm(xid, self.config.open_transaction_timeout)
+            self.limit(xid, self.config.open_transaction_timeout)
         self._log(OPEN, kept, xid)
 
     def _end_read(self, xid):
@@ -4443,9 +4426,6 @@ class Queue:
         """Have an open read aborted after `timeout` milliseconds (None: never), whatever the
         settings say."""
         self._stop_alarm(xid)
-        self._start_alarm(xid, timeout)
-
-    def _start_alarm(self, xid, timeout):
         if timeout and self.host.later:
             cancel = self.host.later(timeout, functools.partial(self._time_out, xid, timeout // 10))
             self._alarms[xid] = cancel, timeout
@@ -4461,7 +4441,7 @@ class Queue:
         self.history.when_safe(lambda error: error or self._alarms.pop(xid, None))
 
     def _time_out(self, xid, delay):
-        # Those that time out soon after go back together with it, to be in their order.
+        # Reads that time out soon after go back together with it, so that they keep their order.
         self._overdue.append(xid)
         if len(self._overdue) == 1:
             self.host.later(delay, self._abort_overdue)
@@ -4497,7 +4477,7 @@ class Queue:
                 self._stop_alarm(xid)
             elif opcode in (UNREMOVE, PUT_BACK, CONFIRM, TO_TAIL, DELAY):
                 if opcode in (UNREMOVE, PUT_BACK):
-                    self._take()             # a copy, if it was opened again, see _open()
+                    self._take()             # it may be a copy, see _open()
                 elif opcode == TO_TAIL:
                     self._undo_append(item)
                 elif opcode == DELAY:
@@ -4508,7 +4488,7 @@ class Queue:
                 item.xid = xid               # it may have been opened again since
                 self.opens[xid] = item
                 self.open_memory += _cost(item)
-                self._start_alarm(xid, self._alarms.get(xid, (None, 0))[1])
+                self.touch(xid)
             elif opcode in (DUE_HEAD, DUE_TAIL):
                 if opcode == DUE_HEAD:
                     self._take()
@@ -4549,38 +4529,39 @@ def _as_bytes(data):
 
 
 def _as_os_error(error, path):
-    """Return an OSError itself, or what stands for a MemoryError."""
+    """Return an OSError as it is; for a MemoryError, the OSError that stands for it."""
     if isinstance(error, MemoryError):
         return OSError(errno.ENOMEM, "out of memory", path)
     return error
 
 
 def _check_numbers(expiry, flags, delay=0):
-    """Raise ValueError if a record has no room for one of these."""
+    """Raise ValueError if one of these does not fit into a record."""
     if not (abs(expiry) < 1 << 63 and 0 <= flags < 1 << 32 and 0 <= delay < 1 << 62):
         raise ValueError("expiry %d, flags %d or delay %d cannot be kept" % (expiry, flags, delay))
 
 
-def _free(pop, count, cost):
-    """A task: call `pop` that often, to free what costs so much, a little in each step."""
-    step = max(1, 4 * _STEP_SIZE * count // cost)
-    for done in range(0, count, step):
-        for _ in range(min(step, count - done)):
+def _free(items, cost):
+    """A task: empty a container, a little in each step. cost: of all its items, see _FREE_COST."""
+    pop = items.popitem if isinstance(items, dict) else items.pop
+    step = max(1, 4 * _STEP_SIZE * len(items) // cost)
+    while items:
+        for _ in range(min(step, len(items))):
             pop()
-        yield None
+        yield
 
 
 def _later(xid, other):
-    """Return the one of two numbers of open reads that was used later: they start over at 1. 0 was
-    before all others."""
+    """Return the one of two numbers of open reads that was used later. They start over at 1; 0 is
+    older than all others."""
     if not xid or other and (other - xid) % _ASIDE < _ASIDE // 2:
         return other
     return xid
 
 
 def _steps(items):
-    """Yield lists of successive items, each of SWEEP_STEP items or of a few megabytes at most, or
-    one larger item."""
+    """Yield lists of successive items: SWEEP_STEP items or some megabytes at most, or one larger
+    item."""
     some, size = [], 0
     for item in items:
         if some and (size + _size(item) > 4 * _STEP_SIZE or len(some) == SWEEP_STEP):
@@ -4602,71 +4583,61 @@ def _cost(item):
 
 
 class Replay:
-    """One reading of the journal of a queue, which does again what its records say.
+    """One reading of the journal of a queue, which does what its records say.
 
-    file, number: the file that is read, and which one of all it is.
+    file: the file that is read. Its `waiting` counts the items that it adds.
     """
 
     def __init__(self, queue):
         self.queue = queue
         self.file = None
-        self.number = 0
-        self._added = []                # how many items each file adds
-        self._last_head = 0             # the last file that does something to the head
+        self._older = None              # the file before it
+        self._at_head = queue.journal.files[0]   # the last file that does something to the head
+        self._pack = None               # the last file that is a pack
+        self._lost_tail = ()            # what is missing at the end of `_older`, see LostTail
         self._closed = 0, 0             # where the last CHECK ends, how many were added before it
-        self._packed = None             # the last file that is a pack
-        self._lost, self._surplus = 0, None      # see LostTail
         self._latest = 0                # xid of what goes to the tail, or is delayed
         self._ignored = 0               # operations on items that are not there
         self._owed = 0                  # see _do()
-        self._done = 0                  # bytes of the files before this one
-        self._offset = 0                # where the next record is
-        self._look = 0                  # where the clock is looked at
-        self._told = time.monotonic()   # when the log has told how far it is
+        self._look = 0                  # the offset at which to look at the clock
+        self._told = time.monotonic()   # when the log was told how far the replay has got
 
     def run(self):
         """Do what the journal says. Raises Damage, and LostTail."""
         queue, journal = self.queue, self.queue.journal
-        for self.number, self.file in enumerate(journal.files):
+        for self._older, self.file in zip([None, *journal.files], journal.files):
             self._read()
-            self._done += self.file.size
         if self._ignored:
             log.warning("%s: %d operations on items that are not there, ignored",
                         journal.path, self._ignored)
-        journal.account(self._added, self._last_head, queue.count)
+        journal.account(self._at_head, queue.count)
         # An OPEN may be written in front of what is done to the tail: never with the same xid.
         queue.xid = _later(queue.xid, self._latest)
 
     def _read(self):
         """Do what one file says."""
-        queue, file = self.queue, self.file
-        older = queue.journal.files[self.number - 1] if self.number else None
-        file.begins = _first_ends(queue.count, 0 if not older else older.begins if (
-            self._packed == self.number - 1) else older.ends >> 40)
-        file.checked, file.ends = False, 0
-        # Of a file that ends without check sums nobody can know whether its end is there.
-        self._lost = 0
-        self._surplus = queue.count if older and (older.checked or not older.size) else None
-        self._added.append(0)
+        queue, file, older = self.queue, self.file, self._older
+        file.begins = _first_ends(queue.count, 0 if older is None else older.begins if (
+            older is self._pack) else older.ends >> 40)
+        file.checked, file.ends, file.waiting = False, 0, 0
         self._closed = 0, 0
-        self._offset = 0
+        self._look = 0
         for opcode, xid, item, end in queue.journal.read(file, self._take_run):
-            begin, self._offset = self._offset, end
-            if self._done + end > self._look:
-                self._tell()
+            if end > self._look:
+                self._tell(end)
             if opcode == REMOVE and queue.count:       # as a rule
-                self._last_head = self.number
+                self._at_head = file
                 self._pop()
             elif opcode == CHECK:
-                self._check(begin, end, *xid)
+                self._check(end, *xid)
             elif item is not None and opcode != ADD_DELAYED:
-                self._append(opcode, xid, item, begin)
+                self._append(opcode, xid, item, end)
             else:
                 self._do(opcode, xid, item)
 
     def _take_run(self, data, pos, base, span, ends):
-        """Append the items that read_run() reads, as long as memory is not used up by one. Return
-        what read_records() wants to know."""
+        """Append the items that read_run() reads, as far as there is memory. Return what
+        read_records() asks for."""
         queue = self.queue
         items = queue.items if queue._behind is None else None
         delayed = []
@@ -4677,63 +4648,63 @@ class Replay:
         queue.count += count
         queue.bytes += size
         if last:
-            self._close(base + last[0], self._added[-1] + last[1], last[2])
-        self._added[-1] += count
+            self._close(base + last[0], self.file.waiting + last[1], last[2])
+        self.file.waiting += count
         if delayed:
             # The highest, or the last if the numbers have started over among these.
-            latest = _later(self._latest, queue.delays.load(delayed))
-            self._latest = _later(latest, delayed[-1].xid)
-        self._offset = base + end
-        if self._done + self._offset > self._look:
-            self._tell()
+            fresh = {each.xid: each for each in delayed}
+            queue.delays.items.update(fresh)
+            self._latest = _later(_later(self._latest, max(fresh)), delayed[-1].xid)
+        if base + end > self._look:
+            self._tell(base + end)
         return end, last and last[0], count
 
-    def _tell(self):
-        """Tell the log how far it is, if it has told nothing for a while."""
-        done = self._done + self._offset
-        self._look = done + _STEP_SIZE // 4
+    def _tell(self, offset):
+        """Tell the log how far the replay has got, once in a while."""
+        self._look = offset + _STEP_SIZE // 4
         if time.monotonic() > self._told + _PROGRESS_SECONDS:
             self._told = time.monotonic()
-            queue = self.queue
+            queue, files = self.queue, self.queue.journal.files
+            done = offset + sum(file.size for file in files[:files.index(self.file)])
             log.info("loading %s: %d %%, %d items", queue.name, 100 * done // queue.journal.size,
                      queue.count)
 
-    def _check(self, begin, end, covers, _, ends):
+    def _check(self, end, covers, _, ends):
         """Note what a CHECK says."""
-        file = self.file
-        if not file.checked and begin == 0:            # see Journal.pass_all()
+        file, older = self.file, self._older
+        if not file.checked:             # a mark: if it is not the first record, nobody can know
+            self._lost_tail = ()         # how the file was begun
+        if end == _CHECK.size:           # see Journal.pass_all()
             file.begins = ends
             if ends:
-                self._last_head = self.number
-            if ends >> 40 and self._surplus is not None:
-                older = self.queue.journal.files[self.number - 1]
-                self._lost, self._surplus = _lost_tail(
-                    self.queue.count, ends,
-                    None if self._packed == self.number - 1 else older.ends >> 40)
-        elif not file.checked:           # nobody can know how it was begun
-            self._lost, self._surplus = 0, None
+                self._at_head = file
+            # Of a file that ends without check sums nobody can know whether its end is there.
+            if older is not None and (older.checked or not older.size):
+                count = self.queue.count
+                self._lost_tail = (0, count) if not ends >> 40 else _lost_tail(
+                    count, ends, None if older is self._pack else older.ends >> 40)
         file.checked = covers > 0 or not file.checked
-        self._close(end, self._added[-1], ends)
+        self._close(end, file.waiting, ends)
 
     def _close(self, end, count, ends):
-        if self._last_head == self.number and (self._surplus or self._lost):
-            raise LostTail(self._lost, self._surplus)
+        if self._at_head is self.file and any(self._lost_tail):
+            raise LostTail(self._older, *self._lost_tail)
         self._closed = end, count
         self.file.ends = ends
 
-    def _append(self, opcode, xid, item, begin):
-        """Append the item of a record that begins there."""
-        queue = self.queue
-        self._added[-1] += 1
+    def _append(self, opcode, xid, item, end):
+        """Append the item of a record that ends there."""
+        queue, file = self.queue, self.file
         if opcode in (CONTINUE, CONTINUEF):
             self._latest = _later(self._latest, xid)
             self._ignored += self._end(xid) is None
         cost = len(item.data) + ITEM_COST
         if queue._behind is None and queue.memory + cost > queue._allowance and (
                 queue.items or queue._allowance < queue.config.max_memory_size):
-            before = self._added[-1] - 1
-            offset, closed = self._closed if self.file.checked else (begin, before)
-            queue._behind = ReadBehind(queue.journal, self.file, offset, before - closed)
+            begin = end - len(item.data) - _HEADS[opcode].size
+            offset, before = self._closed if file.checked else (begin, file.waiting)
+            queue._behind = ReadBehind(queue.journal, file, offset, file.waiting - before)
+        file.waiting += 1
         if queue._behind is None:
             queue.items.append(item)
             queue.memory += cost
@@ -4742,43 +4713,43 @@ class Replay:
 
     def _end(self, xid):
         """Remove an open read or a Delayed, and return it; None if there is none."""
-        return self.queue.opens.pop(xid, None) or self.queue.delays.pop(xid)
+        return self.queue.opens.pop(xid, None) or self.queue.delays.items.pop(xid, None)
 
     def _pop(self):
         """Take the head item, whose data may have to be read again."""
         queue = self.queue
         if not queue.items:
             try:
-                queue._read_more(queue.count)
+                queue._read_more()
             except Damage as damage:
                 damage.file = queue._behind.file
                 raise
         return queue._take()
 
     def _do(self, opcode, xid, item):
-        """Do what a record says that is neither an item nor a REMOVE of one."""
-        queue, delays = self.queue, self.queue.delays
+        """Do what a record says that neither adds an item nor is a REMOVE of one."""
+        queue = self.queue
         if opcode == ADD_DELAYED:
             number, due = xid
-            delays.load([Delayed(due, number, item, False)])
+            queue.delays.items[number] = Delayed(due, number, item, False)
             self._latest = _later(self._latest, number)
         elif opcode == PAUSE:
             queue.paused = xid
         elif opcode == SAVE_XID:
-            queue.xid, self._packed = xid, self.number
+            queue.xid, self._pack = xid, self.file
         elif opcode == OPEN and xid >= _ASIDE and not queue.count:
-            self._owed += 1             # in truth it took one that was put back
+            self._owed += 1             # it took an item that a later UNREMOVE puts back
         elif opcode == UNREMOVE and xid == _LOST and self._owed:
             self._owed -= 1
         else:
             if opcode in _AT_HEAD:
-                self._last_head = self.number
+                self._at_head = self.file
             self._ignored += not self._redo(opcode, xid)
 
     def _redo(self, opcode, xid):
         """Do what a record says about the head or an open read; return False if there is no such
         item."""
-        queue, opens, delays = self.queue, self.queue.opens, self.queue.delays
+        queue, opens, delayed = self.queue, self.queue.opens, self.queue.delays.items
         if opcode in (OPEN, OPEN_NEXT) and queue.count:
             item = self._pop()
             if opcode == OPEN_NEXT:
@@ -4796,17 +4767,17 @@ class Replay:
             item = opens.pop(xid)
             item.deliveries += opcode == UNREMOVE
             queue._push(item)
-        elif opcode == UNREMOVE and xid in delays.items:
-            queue._push(delays.pop(xid).item)
+        elif opcode == UNREMOVE and xid in delayed:
+            queue._push(delayed.pop(xid).item)
         elif opcode in (UNREMOVE, PUT_BACK) and (self.file.checked or xid == _LOST):
-            # What was put back is lost: a file of this server never names one that was not there.
-            # If it was taken again that must not cost another item.
+            # The item that was put back is lost: a file of this server never names one that was
+            # not there. If it was taken again, that must not cost another item.
             queue._push(Item(LOST.data, LOST.add_time, LOST.expiry))
             return xid == _LOST
         elif opcode == DELAY and xid[0] in opens:
             item = opens.pop(xid[0])
             item.deliveries += 1
-            delays.load([Delayed(xid[1], xid[0], item, True)])
+            delayed[xid[0]] = Delayed(xid[1], xid[0], item, True)
         else:
             return False
         return True
@@ -4816,14 +4787,14 @@ class Upkeep:
     """Keeps the journal of a queue small, and writes it anew after a failed fsync: one task
     at a time.
 
-    error: what ended the last task; it is tried again in a while. renewing: None, or what _all()
-    said of a journal that has to be written anew before anything else is written to it; () if the
-    queue is behind, so that its files have to be copied. failure: a failed fsync, to be seen to
-    after the write that is under way.
+    error: what ended the last task; it is tried again after RETRY_MS. renewing: None, or what
+    _all() returned when it was found that everything has to be written anew before anything else
+    is written; () if the queue is behind, so that its files have to be copied. failure: None, or
+    the arguments of sync_failed(), to be called after the write that is under way.
     """
 
     def __init__(self, queue):
-        self._queue = weakref.ref(queue)     # it has this: they would be a cycle
+        self._queue = weakref.ref(queue)     # a strong one would make a cycle
         self.task = None
         self.error = None
         self.renewing = None
@@ -4832,18 +4803,18 @@ class Upkeep:
 
     @property
     def queue(self):
-        """The queue that this is part of."""
+        """The queue whose journal this keeps."""
         return self._queue()
 
     def can_write(self):
-        """Return whether write() may go on. While everything is written anew operations wait; if
-        that has failed, write() goes on and refuses them."""
+        """Return whether write() may go on. Operations wait while everything is written anew; if
+        that has failed, write() goes on, to refuse them."""
         if self.error and not self.queue.host.later:
             self.check()                     # without a server it is tried now
         return self.renewing is None or self.error is not None
 
     def check(self):
-        """Begin what there is to do, unless something is being done."""
+        """Begin the task that is due, unless one is under way."""
         if self.task is None and (self.error is None or not self.queue.host.later):
             self._begin()
 
@@ -4880,19 +4851,17 @@ class Upkeep:
         return None
 
     def _attend(self, task):
-        """A task: the one given, and what follows from it."""
+        """A task: run the one given, and note its end."""
         try:
             yield from task
-        except OSError as error:
-            self._failed(error)
-            return
         except Exception as error:
-            if not isinstance(error, MemoryError):
+            if not isinstance(error, (OSError, MemoryError)):
                 log.exception("unexpected, while a journal was rewritten")
-            self._failed(OSError(errno.ENOMEM, "out of memory or unexpected, see the log"))
-            return
-        self.task = self.error = None
-        self.check()
+            self._failed(error if isinstance(error, OSError) else OSError(
+                errno.ENOMEM, "out of memory or unexpected, see the log"))
+        else:
+            self.task = self.error = None
+            self.check()
 
     def _failed(self, error):
         if self.error is None:
@@ -4923,7 +4892,7 @@ class Upkeep:
         queue.journal.add_current(os.O_EXCL)
 
     def rewrite(self):
-        """A task: write all that there is anew, in place of all files there are now."""
+        """A task: write all that there is anew, in place of the files there are now."""
         queue = self.queue
         yield from self._open_fresh()
         history = queue.history
@@ -4932,8 +4901,8 @@ class Upkeep:
                 history.written, history.safe >= history.written, *self._all())
 
     def _all(self):
-        """Return all that there is: what is held, the counts of deliveries, which go on changing,
-        and the items."""
+        """Return all that there is, as Journal.pass_all() takes it: what is held, the counts of
+        deliveries, which go on changing, and the items."""
         held, items = self.queue.held(), list(self.queue.items)
         return held, _counts(held, items), items
 
@@ -4952,8 +4921,8 @@ class Upkeep:
                 setattr, self, "_rewrite_above", doubled))
 
     def renew(self):
-        """Have everything written anew before anything else is written: what is in the files
-        may not be on the disk, or not be what is in memory. No operation may be unwritten."""
+        """Have everything written anew before anything else is written: the files may not be on
+        the disk, or differ from what is in memory. There must be no unwritten operations."""
         self.stop()
         queue = self.queue
         self.renewing = () if queue._behind else self._all()
@@ -4982,7 +4951,7 @@ class Upkeep:
         queue.recover()
 
     def finish(self):
-        """Do at once what has to be done before the journal may be closed. Raises OSError."""
+        """Do at once what has to be done before the journal is closed. Raises OSError."""
         if self.renewing is not None:
             self.stop()
             run_task(self._renew())
@@ -4998,17 +4967,17 @@ class Upkeep:
 # == 6. Broker ============================================================================
 #
 # All queues by name: which queues a name leads to (fanout children, aliases), where expired
-# items go, the status, the counters and the table of statistics. Whatever a client can ask for,
-# in any protocol, is asked of the broker. Knows queues and the configuration; no sockets, no
-# protocols.
+# items go, the status, the counters and the table of statistics. The sessions of all protocols
+# ask the broker for what their clients want. It knows queues and the configuration; no sockets,
+# no protocols.
 
-# Where the items put under a name go: `targets` decide the answer, `copies` are the fanout
-# children, which get what they can take; `queues` are both, each once. only: the one target, if
-# there are no other queues.
-Route = collections.namedtuple("Route", "targets copies queues only")
+# Where the items put under a name go. queues: first the `targets`, which decide the answer, then
+# the fanout children, which get what they can take. only: the one target, if there are no other
+# queues.
+Route = collections.namedtuple("Route", "targets queues only")
 
-# An item that was opened as `xid` at `now`, to be moved to another queue: on a client's word, or
-# since it expired or came back too often. expiry: what it has there.
+# An item that was opened as `xid` at `now`, to be moved to another queue: because a client asked
+# for it, or it has expired, or came back too often. expiry: the one it gets there.
 Leaving = collections.namedtuple("Leaving", "item xid expiry now")
 
 # How many items are moved from one queue to another at a time, and how many bytes; how long a move
@@ -5071,8 +5040,8 @@ Stat = collections.namedtuple("Stat", "name kind ostrich metric get help")
 
 
 def _read_stats(lines, **functions):
-    """Return the Stats that lines of text describe, their fields in order. "=" is the name; get is
-    an attribute ("counters." the counter of that name), or one of the functions."""
+    """Return the Stats that lines of text describe, their fields in order. "=" stands for the name.
+    get is an attribute ("counters." is the counter of that name), or one of the functions."""
     def stat(name, kind, ostrich, metric, get, what):
         if ostrich == "=":
             ostrich = name
@@ -5161,8 +5130,8 @@ trouble | | | | trouble | Why puts or gets are refused, or none.
     gets=lambda b, now: b.stats.get_hits + b.stats.get_misses,
     reserved=lambda b, now: "%.3f" % (
         b.totals().reserved / (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))),
-    put_rate=lambda b, now: round(b.put_rate, 1),
-    get_rate=lambda b, now: round(b.get_rate, 1),
+    put_rate=lambda b, now: round(b.stats.put_rate, 1),
+    get_rate=lambda b, now: round(b.stats.get_rate, 1),
     turn=lambda b, now: b.metrics["turn_usec"].take_recent(),
     fsync=lambda b, now: b.metrics["fsync_usec"].take_recent(),
     trouble=lambda b, now: b.why_not_readable() or b.why_not_writable() or "none")
@@ -5179,23 +5148,23 @@ METRICS = {
 # seconds, as Broker.uptime().
 Failure = collections.namedtuple("Failure", "what error when")
 
+# Sums over all queues: waiting items, their bytes, items put, memory that they may take.
+Totals = collections.namedtuple("Totals", "items bytes put_items reserved")
+
 
 class Account:
-    """What the broker knows of a queue: what it has counted of it in its totals (waiting items,
-    their bytes, items put, memory reserved), when it was made, and samples of its rates."""
+    """What the broker knows of a queue: the share of its totals that it has counted for the queue,
+    when the queue was made, and samples of its rates."""
 
     def __init__(self, born):
         self.born = born                     # in seconds, as Broker.uptime()
-        self.counted = (0, 0, 0, 0)
+        self.counted = Totals(0, 0, 0, 0)
         self.sampled = (0, 0)                # items put, items taken at the last sample
         self.history = array.array("f")      # items, put rate, get rate; items, ...
 
 
-Totals = collections.namedtuple("Totals", "items bytes put_items reserved")
-
-
 class Moves:
-    """Items on their way from one queue to another: expired ones, dead letters, and what clients
+    """Items on their way from one queue to another: expired items, dead letters, and what clients
     move. An item is open in its queue until it is safe in the other."""
 
     def __init__(self, broker):
@@ -5205,8 +5174,8 @@ class Moves:
         self._stuck = set()               # queues whose expired items cannot be moved for now
 
     def bury(self, queue, item, now, setting):
-        """Move an item that is open to the queue that a setting names, behind those that are on
-        their way there already."""
+        """Move an open item to the queue that a setting names, behind those that are on their way
+        there already."""
         self._buried[setting] += _size(item)
         leaving = Leaving(item, item.xid, 0, now)
         if (queue, setting) in self._moving:
@@ -5217,7 +5186,7 @@ class Moves:
 
     def is_burying_much(self, queue):
         """Return whether no more expired items of a queue should be moved for now: those on their
-        way to another queue take much memory, or they cannot be moved."""
+        way take much memory, or cannot be moved."""
         return self._buried["expire_to_queue"] > _MOVE_SIZE or self.is_stuck(queue)
 
     def is_stuck(self, queue):
@@ -5225,7 +5194,7 @@ class Moves:
         return queue in self._stuck
 
     def _advance(self, move, error=None):
-        """Go on with a move, up to where it has to wait again."""
+        """Go on with a move until it has to wait again."""
         with contextlib.suppress(StopIteration):
             asks = move.send(error)
             while isinstance(asks, Queue) and asks.history.logged <= asks.history.safe:
@@ -5238,18 +5207,19 @@ class Moves:
                 self._broker.later(asks, functools.partial(self._advance, move))
 
     def _go_on(self, move, error):
-        """A task: go on with a move. Not at once, while queues are written and clients have still
-        to be told what has become of that: what it does might fail, and would be taken for it."""
+        """A task: go on with a move. It does not go on at once, while queues are being written and
+        clients have not yet been told of the result: a failure of the move would be taken for it.
+        """
         self._advance(move, error)
         yield
 
     def _move(self, source, setting):
-        """Move open items, some at a time. Yield the queue that has to be safe before it goes on,
-        or what calls back then, and be sent the error, if any; or the milliseconds after which to
-        go on.
+        """Move open items, some at a time. A generator: it yields the queue that has to be safe
+        before it goes on, or a function that calls back then, and is sent the error, if any; or it
+        yields the milliseconds after which it goes on.
 
-        They stay open until they are safe in all the queues they go to: what fails on the way is
-        undone, or tried again, and a crash finds them here, or there, or in both places.
+        Items stay open until they are safe in all the queues they go to. What fails on the way is
+        undone or tried again, and after a crash they are here, or there, or in both places.
         """
         moving = self._moving[source, setting]
         is_told = False
@@ -5278,7 +5248,7 @@ class Moves:
                     self._stuck.discard(source)
                     if setting == "expire_to_queue" or isinstance(error, WrongSum) or not getattr(
                             source.config, setting):
-                        break                # the next read drops what is damaged
+                        break                # the next read drops a damaged item
                 elif self._broker.later:
                     yield 0                  # others come in between
         finally:
@@ -5286,7 +5256,7 @@ class Moves:
             self._buried[setting] -= self._size_of(moving)
         xids = [leaving.xid for leaving in self._still_open(source, moving)]
         if setting == "expire_to_queue":
-            source.counters.expired_items -= len(xids)         # they are counted anew
+            source.counters.expired_items -= len(xids)         # they will be counted again
         source.abort(*xids, orphaned=True, counted=False)
 
     @staticmethod
@@ -5295,13 +5265,13 @@ class Moves:
 
     @staticmethod
     def _still_open(source, moving):
-        """Return those whose OPEN was not undone. They may have been opened again, to be moved:
-        under another number."""
+        """Return those whose OPEN has not been undone. They may have been opened again since, under
+        another number."""
         return [leaving for leaving in moving if source.opens.get(leaving.xid) is leaving.item]
 
     def _put_as_set(self, source, moving, setting):
-        """Put items where a setting says. Return how many are there, and what keeps the next one
-        from the first queue, if anything does."""
+        """Put items where a setting says. Return how many are there, and the error that keeps the
+        next one out of the first queue, if any."""
         if not moving:
             return 0, None
         broker, key = self._broker, os.fsencode(getattr(source.config, setting) or "")
@@ -5317,10 +5287,10 @@ class Moves:
         return count, error
 
     def _put_moved(self, source, moving, queues, setting=None):
-        """Put items into the first of these queues, as many as it takes, and then copies of them
-        into the others. Return how many are in the first, and the error, if any. Copies are put
-        until they are safe, but for a client (setting is None), which is told of the error. What
-        is in a queue that is deleted goes with it: clients may have had it by then."""
+        """Put items into the first of these queues, as many as it takes, and copies of these into
+        the others. Return how many are in the first, and the error, if any. Copies are tried again
+        until they are safe, unless a client asked for the move (setting is None) and can be told of
+        the error. If a queue is deleted meanwhile, the items in it are not put again."""
         first, *others = queues
         if first.closed:
             return 0, OSError(errno.ESTALE, "it was deleted", first.name)
@@ -5344,8 +5314,8 @@ class Moves:
 
     @staticmethod
     def _add_moved(source, queue, moving, must_fit):
-        """Add items to a queue, and drop those for which it is full; if they must fit, stop at the
-        first of these. Return how many it has taken, and the error that it stopped at, if any."""
+        """Add items to a queue. If it is full, stop if they must fit, else drop the item. Return
+        how many items are done with, and the error that it stopped at, if any."""
         for count, (item, _, expiry, now) in enumerate(moving):
             try:
                 is_added = queue.add(source.data_of(item), item.flags, expiry, now)
@@ -5360,7 +5330,7 @@ class Moves:
 
     @staticmethod
     def _confirm_moved(source, xids):
-        """Confirm items that are safe elsewhere, as often as it takes."""
+        """Confirm items that are safe elsewhere, again and again until that is safe too."""
         while any([source.confirm(xid, True) for xid in xids]):
             error = yield source
             if not error:
@@ -5370,7 +5340,7 @@ class Moves:
 
     def move(self, source, dest, most, now, done):
         """Move waiting items of one queue to another, at most `most`, the oldest first; then call
-        done((how many, OSError or None)). It ends early where the other queue is full."""
+        done((how many, OSError or None)). The move ends early if the other queue is full."""
         self._advance(self._move_many(source, dest, most, now, done))
 
     def _move_many(self, source, dest, most, now, done):
@@ -5404,30 +5374,25 @@ class Moves:
             error = failure or error
             xids = [leaving.xid for leaving in batch]
             source.abort(*xids[count:], orphaned=True, counted=False)
-            for xid in xids[:count]:
-                source.confirm(xid)
+            self._advance(self._confirm_moved(source, xids[:count]))
             moved += count
-            failure = yield source
-            if failure:                      # they are open again, and safe elsewhere
-                error = failure
-                self._advance(self._confirm_moved(source, xids[:count]))
-            elif count < len(batch):         # the other queue is full
+            error = (yield source) or error
+            if count < len(batch):           # the other queue is full
                 break
-            elif self._broker.later:
+            if self._broker.later:
                 yield 0                      # others come in between
         done((moved, error))
 
 
 class Broker:
-    """All queues of a server.
+    """All queues of a server, and the host of these queues, see Alone.
 
     config: a Config; the spool is its queue_path. later: see Alone. uptime: a function that
-    returns seconds of a monotonic clock. Loads every queue of the spool; raises OSError when the
+    returns seconds of a monotonic clock. Loads every queue of the spool. Raises OSError when the
     spool cannot be read.
 
-    It is the host of its queues, see Alone. After each turn write() writes what has changed.
-    `stopping` is set by whoever wants the server to stop; `tasks` are run by the server; `woken`
-    are sessions that can go on; `work` is set by the server when there is a worker.
+    After each turn write() writes what has changed. The server runs the `tasks`, resumes the
+    sessions in `woken`, stops when `stopping` has been set, and sets `work` when it has a worker.
     """
 
     work = None
@@ -5454,25 +5419,24 @@ class Broker:
         self.stats = Values(
             total_connections=0, cmd_set=0, cmd_peek=0,
             get_hits=0, get_misses=0, bytes_read=0, bytes_written=0, queue_creates=0,
-            queue_deletes=0, queue_expires=0)
+            queue_deletes=0, queue_expires=0, put_rate=0.0, get_rate=0.0)
         self.metrics = {name: Histogram() for name in METRICS}
         self.ages = []                   # how long the items had waited that this turn has given
-        self.put_rate = self.get_rate = 0.0       # items a second of all queues
         self._accounts = {}               # queue -> Account
         self._uncounted = set()           # queues that have changed since totals()
         self._totals = Totals(0, 0, 0, 0)
+        self._cas = itertools.count(1)
         self.clients = {}                 # session -> (its number, when it came)
         self.reloaded = []                # calls to be made after each reload
         self.failing = {}                 # queue -> Failure, while its journal fails
         self.refused = collections.Counter()      # reason -> commands refused for it
         self.scrubbed = None              # (files, damaged files, when) of the last scrub
-        self.free_space = None            # bytes left for the spool, and, if these are too few,
-        self.low_space = ""               # why nothing is put
+        self.free_space = None            # bytes left for the spool, None until that is known
+        self.low_space = ""               # why nothing can be put, if these are too few
         self._failed = {}                 # queue -> OSError, since the last write()
         self._reloads = []                # (who, done) of each reload that was asked for
-        self._refused = (False, False)    # whether the status refuses reads, writes by now
         self._strangers = set()           # (host, what it did) that the log has told of
-        self._grace = None                # cancels the end of its grace period
+        self._grace = lambda: None        # cancels the end of the grace period of the status
         self.moves = Moves(self)
         self._read_status()
         self.spool = os.path.abspath(self.settings.queue_path)
@@ -5485,7 +5449,6 @@ class Broker:
                 log.error("queue %s cannot be loaded: %s", name, error)
         for name in config.aliases.keys() & self.queues.keys():
             log.warning("the alias %s hides the queue of that name", name)
-        self._cas = itertools.count(1)
 
     # -- names
 
@@ -5494,8 +5457,8 @@ class Broker:
         return None if name in self.config.aliases else self.queues.get(name)
 
     def queue(self, name, now=None, who="the server"):
-        """Return the queue of that name, created if it is new; None for an alias. who: for the
-        log, who asks for it. Raises OSError."""
+        """Return the queue of that name, created if it is new; None for an alias. who: the client
+        that asks for it, for the log. Raises OSError."""
         if name in self.config.aliases:
             return None
         queue = self.queues.get(name)
@@ -5507,15 +5470,14 @@ class Broker:
         return queue
 
     def _check_room(self, name):
-        """Raise OSError if there are too many queues, or children of one, for one more."""
-        settings = self.settings
+        """Raise OSError if there are too many queues, or children of a queue, for one more."""
+        count = len(self.queues)
+        if count >= self.settings.max_queues:
+            raise OSError(errno.EDQUOT, "there are %d queues (max_queues)" % count, name)
         parent, is_child, _ = name.partition("+")
-        if len(self.queues) >= settings.max_queues:
-            raise OSError(errno.EDQUOT, "there are %d queues (max_queues)" % len(self.queues),
-                          name)
-        if is_child and len(self.children.get(parent, ())) >= settings.max_children:
-            raise OSError(errno.EDQUOT, "%s has %d children (max_children)" % (
-                parent, len(self.children[parent])), name)
+        count = len(self.children.get(parent, ()))
+        if is_child and count >= self.settings.max_children:
+            raise OSError(errno.EDQUOT, "%s has %d children (max_children)" % (parent, count), name)
 
     def targets(self, key):
         """Return the names of the queues that `key` (bytes) stands for: its own, or those of an
@@ -5531,8 +5493,8 @@ class Broker:
         users = getattr(config, right)
         if users and user not in users:
             return False
-        # A child of an alias gets what is put to all of the alias's queues. Such a queue may
-        # itself be a child of the alias.
+        # A child of an alias gets what is put to all queues of the alias. One of these may itself
+        # be a child of the alias.
         parent, is_child, _ = name.partition("+")
         return not is_child or all(
             self.may(user, right, other, (*seen, name))
@@ -5547,7 +5509,7 @@ class Broker:
         parents = dict.fromkeys([os.fsdecode(key), *(queue.name for queue in queues)])
         copies = [child for parent in parents for child in self.children.get(parent, ())
                   if child.name not in self.config.aliases and child not in targets]
-        route = Route(targets, copies, targets + copies,
+        route = Route(targets, targets + copies,
                       targets[0] if len(targets) == 1 and not copies else None)
         self.routes[key] = route
         return route
@@ -5571,7 +5533,7 @@ class Broker:
     # -- what clients ask for
 
     def cas(self, item):
-        """Return a number that no other item has."""
+        """Return the cas number of an item, which no other item has."""
         if item.cas is None:
             item.cas = next(self._cas)
         return item.cas
@@ -5596,6 +5558,8 @@ class Broker:
         parent, is_child, _ = queue.name.partition("+")
         if is_child:
             self.children[parent].remove(queue)
+            if not self.children[parent]:
+                del self.children[parent]
 
     # -- status
 
@@ -5605,14 +5569,14 @@ class Broker:
             raise ValueError("%r is none of: %s" % (word, ", ".join(STATUSES).lower()))
         self.status = word.upper()
         log.info("the status is %s, by %s", self.status, who)
-        grace = self.settings.status_change_grace_period
         # What the status allows is allowed at once, what it refuses after the grace period.
-        if self._grace:
-            self._grace()
-            self._grace = None
+        self._grace()
+        refused = STATUSES[self.status]
+        grace = self.settings.status_change_grace_period
         if grace and self.later:
-            self._grace = self.later(grace, self.update_refusals)
-        self.update_refusals(at_once=self._grace is None)
+            self._grace = self.later(grace, functools.partial(self._refuse, refused))
+            refused = [new and old for new, old in zip(refused, self._refused)]
+        self._refuse(refused)
 
     def admit(self, session):
         """Note that a client has come."""
@@ -5629,7 +5593,7 @@ class Broker:
         settings = self.settings
         if (settings.connection_limit_refuse_reads != UNLIMITED
                 or settings.connection_limit_refuse_writes != UNLIMITED):
-            self.update_refusals(at_once=False)
+            self._refuse(self._refused)
 
     def note_stranger(self, peer, why):
         """Log that a client wants something else than this port offers, once a host."""
@@ -5637,34 +5601,32 @@ class Broker:
             self._strangers.add((peer.host, why))
             log.info("%s %s", peer.name, why)
 
-    def update_refusals(self, at_once=True):
-        """Set `refuses_reads` and `refuses_writes` to the reasons, or to "". at_once: the status
-        refuses from now on what it refuses at all."""
-        self._refused = [new and (at_once or old)
-                         for new, old in zip(STATUSES[self.status], self._refused)]
+    def _refuse(self, refused):
+        """Set `refuses_reads` and `refuses_writes` to the reasons, or to "". refused: whether the
+        status refuses reads, and writes, by now."""
+        self._refused = refused
         settings = self.settings
         limits = settings.connection_limit_refuse_reads, settings.connection_limit_refuse_writes
         self.refuses_reads, self.refuses_writes = [
             "the server is %s" % self.status.lower() if refused
             else "there are more than %d connections" % limit
             if len(self.clients) > limit else ""
-            for refused, limit in zip(self._refused, limits)]
+            for refused, limit in zip(refused, limits)]
 
     def _read_status(self):
-        word = self.settings.default_status
-        path = self.settings.status_file
+        word, path = self.settings.default_status, self.settings.status_file
         if path:
             try:
                 with open(path, encoding="ascii", errors="replace") as file:
-                    word = file.read().strip()
-                STATUSES[word.upper()]
+                    saved = file.read().strip()
+                STATUSES[saved.upper()]
+                word = saved
             except FileNotFoundError:
                 pass
             except (OSError, KeyError) as error:
-                word = self.settings.default_status
                 log.error("status_file %s: %s; the status is %s", path, error, word)
         self.status = self._saved_status = word.upper()
-        self.update_refusals()
+        self._refuse(STATUSES[self.status])
 
     def _save_status(self):
         self._saved_status = self.status
@@ -5680,14 +5642,14 @@ class Broker:
     # -- reloading
 
     def reload(self, who, done=lambda error: None):
-        """Read the config file again, in steps, then call done(error): a ConfigError, and nothing
-        has changed, or None. Reloads that are asked for while one is going on are done as one."""
+        """Read the config file again, in steps, then call done(None); or done(ConfigError) if
+        nothing has changed. Reloads that are asked for while one is under way are done as one."""
         self._reloads.append((who, done))
         if len(self._reloads) == 1:
             self.start(self._reload())
 
     def _reload(self):
-        """A task: reload for those who have asked so far, until nobody asks any more."""
+        """A task: reload for those who have asked so far, until all have been told."""
         done = 0                             # they stay in the list, so that no second task starts
         try:
             while done < len(self._reloads):
@@ -5746,7 +5708,7 @@ class Broker:
     # -- expiry
 
     def discard_expired(self, queue, now, limit=UNLIMITED):
-        """Drop what has expired at the head of a queue. A generator: yields how many, after each
+        """Drop expired items at the head of a queue. A generator: it yields how many after each
         step."""
         while limit > 0 and not queue.closed:
             dropped = queue.discard_expired(now, min(limit, SWEEP_STEP))
@@ -5756,7 +5718,7 @@ class Broker:
             yield dropped
 
     def sweep(self, now):
-        """A task: drop what has expired, and queues older than their max_queue_age."""
+        """A task: drop expired items, and delete queues older than their max_queue_age."""
         for count, queue in enumerate(list(self.queues.values()), 1):
             try:
                 for _ in self.discard_expired(queue, now, queue.config.max_expire_sweep):
@@ -5804,7 +5766,7 @@ class Broker:
 
     def failed(self, queue, error):
         """Note that the operations of a queue that were not safe have been undone."""
-        if not isinstance(self._failed.get(queue), Unclear):   # of some nothing can be said
+        if not isinstance(self._failed.get(queue), Unclear):   # else what is said stays true
             self._failed[queue] = _bare(error)
         self.note_failure(queue, error, "written")
 
@@ -5813,7 +5775,7 @@ class Broker:
         self.note_failure(queue, error, "read")
 
     def timed_out(self, queue, xids):
-        """Log whose open reads go back, since their time is over."""
+        """Log the clients whose open reads go back, since their time is over."""
         overdue = set(xids)
         for session in self.clients:
             count = len(overdue.intersection(session.open_reads.get(queue, ())))
@@ -5845,15 +5807,15 @@ class Broker:
         return ""
 
     def why_not_readable(self):
-        """Return why clients had better read elsewhere, "" if all is well."""
+        """Return why clients should read elsewhere, "" if all is well."""
         return self.refuses_reads or self._will_refuse(0) or self.trouble()
 
     def why_not_writable(self):
-        """Return why clients had better put elsewhere, "" if all is well."""
+        """Return why clients should put elsewhere, "" if all is well."""
         return self.refuses_writes or self._will_refuse(1) or self.trouble() or self.low_space
 
     def _will_refuse(self, what):
-        """Return why reads (0) or writes (1) are refused after status_change_grace_period."""
+        """Return why reads (0) or writes (1) are refused after the grace period, "" if not."""
         return "the server is %s" % self.status.lower() if STATUSES[self.status][what] else ""
 
     def take_free_space(self, size):
@@ -5911,7 +5873,7 @@ class Broker:
                 del history[:-3 * SAMPLES]
             if count % SWEEP_STEP == 0:
                 yield
-        self.put_rate, self.get_rate = put_rate, get_rate
+        self.stats.put_rate, self.stats.get_rate = put_rate, get_rate
 
     def history(self, queue):
         """Return the last samples of a queue, as lists [items, put rate, get rate], the oldest
@@ -8273,7 +8235,8 @@ class AdminSession(Session):
         broker = self.broker
         head = json.dumps({
             "version": __version__, "uptime": int(broker.uptime()),
-            "put_rate": round(broker.put_rate, 1), "get_rate": round(broker.get_rate, 1),
+            "put_rate": round(broker.stats.put_rate, 1),
+            "get_rate": round(broker.stats.get_rate, 1),
             "status": broker.status, "connections": len(broker.clients),
             "items": broker.totals().items, "host": os.uname().nodename,
             "trouble": broker.why_not_readable() or broker.why_not_writable()})

@@ -6898,6 +6898,11 @@ def test_a_read_ends_in_time_though_what_has_expired_cannot_be_moved(tmp_path, m
     alarms = len(talk.clock.calls)
     put_some(talk, "work", *[b"y"] * 50)
     assert len(talk.clock.calls) < alarms + 5          # there was one more for each
+    work, served = talk.broker.queues["work"], []
+    serve = work._serve
+    monkeypatch.setattr(work, "_serve", lambda now: served.append(now) or serve(now))
+    assert ask("", "waits too", seconds=3) == ""
+    assert 1 < len(served) < 20                        # it was tried each millisecond
     talk("resume late\r\n")
     assert ask("", "waits too") == values("good", key="work/t=9000")
 
