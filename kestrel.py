@@ -12383,7 +12383,7 @@ class LogFile(LogStream):
             self.write("log_file: %s: %s" % (error, line))
 
     def _append(self, text):
-        # Names of queues are any bytes. O_NONBLOCK: a pipe that nobody reads must not stop the server.
+        # Names of queues are any bytes. O_NONBLOCK: a pipe without a reader must not block.
         with open(self._path, "a", encoding="utf-8", errors="backslashreplace",
                   opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK, 0o666)) as file:
             file.write(text)
