@@ -6150,7 +6150,8 @@ class Session:
                 self._go_on(given)
             if self.state is WORKING and self.command is None:
                 self._run_kept()
-        self._end_if_done()
+        if self.at_end:
+            self._end_if_done()
 
     def _stop(self, data, pos):
         """Keep the input from data[pos] on, which has not been run, and derive the state."""
@@ -9527,17 +9528,18 @@ class Connection:
 
     def _send_much(self):
         """Send as much as the kernel takes, and as is fair to the others; return how much."""
-        unsent = self.unsent
-        left = _MOST_SENT
+        unsent, left = self.unsent, _MOST_SENT
+        if sum(map(len, unsent)) < _BIG:     # as a rule
+            data = b"".join(unsent)
+            count = self.sock.send(data)
+            unsent[:] = [memoryview(data)[count:]] if count < len(data) else ()
+            return count
         while unsent and left:
             # Joining small answers is cheaper than a vector of them.
             if sum(map(len, unsent)) < _BIG + _COMMAND_COST * len(unsent):
                 unsent[:] = [b"".join(unsent)]
             try:
-                if len(unsent) == 1 and len(unsent[0]) <= left:
-                    count = self.sock.send(unsent[0])
-                else:
-                    count = self.sock.sendmsg(_first_of(unsent, left))
+                count = self.sock.sendmsg(_first_of(unsent, left))
             except BlockingIOError:
                 if left < _MOST_SENT:
                     break
@@ -9646,7 +9648,9 @@ class Connection:
     def count_buffers(self):
         """Tell the server how much memory the unparsed input and unsent output take."""
         session = self.session
-        size = session.unparsed + sum(map(len, session.out)) + sum(map(len, self.unsent))
+        size = session.unparsed
+        if session.out or self.unsent:
+            size += sum(map(len, session.out)) + sum(map(len, self.unsent))
         change = size - self.buffered
         if change:
             self.buffered = size
