@@ -1014,24 +1014,35 @@ def _mark(begins, ends):
     return _CHECK.pack(CHECK, 0, _mark_sum(begins, ends), ends)
 
 
+def _moved(ends, moves):
+    """Return the ends after some moves, see _MOVES; before them if `moves` is negative."""
+    return ends + moves & _MOST_ENDS
+
+
 def _go_on(ends, added, taken, back):
     """Return the ends after so many more items were added, taken and put back."""
-    return ends + (added << 40) + (taken << 16) + back & _MOST_ENDS
+    return _moved(ends, (added << 40) + (taken << 16) + back)
 
 
 def _between(ends, after):
     """Return how many items were (added, taken, put back) between these ends."""
-    moves = after - ends & _MOST_ENDS
+    moves = _moved(after, -ends)
     return moves >> 40, moves >> 16 & 0xffffff, moves & 0xffff
 
 
 def _first_ends(waiting, added):
     """Return the ends in the first mark of a file that is begun while all is written anew. added:
     how many items the file before it has added in all."""
-    return _go_on(0, waiting, 0, _BEGUN_ANEW + (added % _PACK if waiting else 0))
+    return _go_on(_BEGUN_ANEW + (added % _PACK if waiting else 0), waiting, 0, 0)
 
 
-# How the records move the ends.
+def _after_check(check, ends):
+    """Return the ends after a CHECK, None if check sums end there. check: (bytes, CRC, ends) of it.
+    ends: before it, None if there were no check sums."""
+    return check[2] if check[0] or ends is None else None
+
+
+# How much the records move the ends.
 _MOVES = collections.defaultdict(
     int, [(opcode, 1 << 40) for opcode in (ADD, ADDX, ADD_XID, CONTINUE, ADDF, CONTINUEF)]
     + [(opcode, 1 << 16) for opcode in (REMOVE, OPEN_NEXT, OPEN)]
@@ -1327,10 +1338,9 @@ def _encode_rare(opcode, item, xid):
 
 # -- damage
 #
-# Where reading fails, good records may follow. What a damaged record looked like cannot be
-# known; each hypothesis below is one way in which a single change leads the reader astray. The
-# first one that finds good records behind it wins. Records are good when they can be read to
-# the end of the file and are plausible.
+# Where reading fails, good records may follow: records that are plausible, and can be read to the
+# end of the file. Where there are check sums they say what is damaged; where there are none, it is
+# guessed in which way one change has led the reader astray.
 
 # Plausible times lie between 2005 and 2100.
 _PLAUSIBLE_TIMES = range(1104537600000, 4102444800000)
@@ -1339,10 +1349,10 @@ _PLAUSIBLE_TIMES = range(1104537600000, 4102444800000)
 _LIKELY_START = re.compile(rb"(?=[\x02\x0a].{9}[\1-\3]\0\0|[\x07\x08\x0c].{13}[\1-\3]\0\0"
                            rb"|\x0e.{21}[\1-\3]\0\0)", re.S)
 
-# Where reading failed. begin: the offset. torn: the file just ends there. last, last_end: the
-# last record before it that adds an item, or the first of several doubtful ones in a row, and
-# where these end; last is None if there is none. plausible: whether it is. mean: the average
-# size of such records here.
+# Where reading records without check sums failed. begin: the offset. torn: the file just ends
+# there. last, last_end: the last record before it that adds an item, or the first of several
+# doubtful ones in a row, and where these end; last is None if there is none. plausible: whether
+# it is. mean: the average size of the records that add items there.
 _Failure = collections.namedtuple("_Failure", "begin torn last last_end plausible mean")
 
 
@@ -1377,54 +1387,56 @@ def _next_good(data, begin):
                  if _is_good(data, match.start())), len(data))
 
 
-def _size_was_raised(data, at):
-    """The last record has swallowed good ones, since its size was changed."""
-    if at.last is None:
-        return None
-    inside = [match.start() for match in _LIKELY_START.finditer(data, at.last + 1, at.begin + 17)
-              if match.start() < at.begin]
-    if not inside or at.plausible and not any(_is_good(data, start, at.begin) for start in inside):
-        return None
-    end = next((start for start in inside if _is_good(data, start)), None)
-    return end and (at.last, end, 1)
+def _read_doubtful(data, start, stop=None):
+    """Read records without check sums from data[start] on, until that fails or one would begin at
+    data[stop]. Return the _Failure."""
+    begin, torn = start, False
+    last, last_end, plausible = None, 0, True
+    items = size = 0
+    data.seek(start)
+    try:
+        for opcode, xid, item, end in read_records(data):
+            if begin == stop:
+                break
+            end += start
+            if item is not None:
+                is_plausible = _is_plausible(opcode, xid, item)
+                if is_plausible or last is None or plausible:
+                    last = begin
+                last_end, plausible = end, is_plausible
+                items += 1
+                size += end - begin
+            begin = end
+    except Damage as damage:
+        torn = damage.torn
+    return _Failure(begin, torn, last, last_end, plausible, size // items if items else 0)
 
 
-def _opcode_was_changed(data, at):
-    """The opcode alone is wrong: good records follow after the size that is still there."""
-    if data[at.begin] in _HEADS or len(data) - at.begin <= 21:
-        return None
-    _, size, add_time, expiry = _ADDX.unpack_from(data, at.begin)
-    end = at.begin + 5 + size
-    if _is_plausible(ADDX, 0, Item(b"", add_time, expiry)) and (
-            at.begin + 21 <= end < len(data) and _is_good(data, end)):
-        return at.begin, end, 1
-    return None
-
-
-def _size_was_lowered(data, at):
-    """One bit of the last record's size is wrong, and reading failed within its data. In the
-    head of another record there would be a time as a rule."""
+def _guess(data, at):
+    """Return where the damage begins that made reading fail, where it ends, and how many items
+    are lost. at: the _Failure."""
+    if at.last is not None:
+        # The size of the last record was raised, so that it has swallowed good ones.
+        inside = [match.start()
+                  for match in _LIKELY_START.finditer(data, at.last + 1, at.begin + 17)
+                  if match.start() < at.begin]
+        if not at.plausible or any(_is_good(data, start, at.begin) for start in inside):
+            for start in inside:
+                if _is_good(data, start):
+                    return at.last, start, 1
     end = _next_good(data, at.begin)
-    if at.last is None or end == len(data):
-        return None
-    size, = struct.unpack_from("<i", data, at.last + 1)
-    if at.last_end == at.begin and not at.plausible or (
-            data[at.last] == ADDX and bin(size ^ (end - at.last - 5)).count("1") == 1
-            and not re.search(rb"[\1-\3]\0\0", data[at.begin:min(at.begin + 40, end)])):
-        return at.last, end, 1
-    return None
-
-
-def _anything_else(data, at):
-    """Nothing is known but where good records begin again."""
-    end = _next_good(data, at.begin)
-    if at.torn and end == len(data) or end - at.begin < 21:
-        return at.begin, end, 0
+    if at.last is not None and end < len(data):
+        # One bit of its size is wrong, and reading failed within its data. In the head of another
+        # record there would be a time as a rule.
+        size, = struct.unpack_from("<i", data, at.last + 1)
+        if at.last_end == at.begin and not at.plausible or (
+                data[at.last] == ADDX and bin(size ^ (end - at.last - 5)).count("1") == 1
+                and not re.search(rb"[\1-\3]\0\0", data[at.begin:min(at.begin + 40, end)])):
+            return at.last, end, 1
     size = end - at.begin
+    if at.torn and end == len(data) or size < _ADDX.size:
+        return at.begin, end, 0
     return at.begin, end, max(1, size // (at.mean or size))
-
-
-_HYPOTHESES = _size_was_raised, _opcode_was_changed, _size_was_lowered, _anything_else
 
 
 def _count_moves(data):
@@ -1455,7 +1467,7 @@ def _right_checks(data, begin):
             by_next = _ends_by_next(data, at + _CHECK.size)
             if is_whole:
                 yield start, at + _CHECK.size, tuple(
-                    one - moves & _MOST_ENDS for one in (ends, by_next) if one is not None), True
+                    _moved(one, -moves) for one in (ends, by_next) if one is not None), True
         at = data.find(_OPCODE_CHECK, at + 1)
 
 
@@ -1510,39 +1522,22 @@ def _may_cover(data, start, at):
     return False
 
 
-def _covered_by(data, at):
-    """Return how many bytes are covered by the CHECK at data[at]; 0 if there is none, or it is not
-    right for them."""
-    if data[at:at + 1] == _OPCODE_CHECK and at + _CHECK.size <= len(data):
-        _, size, crc, _ = _CHECK.unpack_from(data, at)
-        if 0 < size <= at and zlib.crc32(data[at - size:at]) == crc:
-            return size
-    return 0
-
-
 def _ends_by_next(data, begin):
-    """Return the ends at data[begin] by the next CHECK, None if there is none."""
+    """Return the ends at data[begin] by the next CHECK, None if there is none that is right."""
     data.seek(begin)
     moves = 0
     try:
         for opcode, xid, _, _ in read_records(data, 4096):
             if opcode == CHECK:              # a mark
-                return xid[2] - moves & _MOST_ENDS
+                return _moved(xid[2], -moves)
             moves += _MOVES[opcode]
     except Damage as damage:
         at = begin + damage.offset
-    else:
-        return None
-    if at == begin or _covered_by(data, at) != at - begin:
-        return None
-    *_, ends = _CHECK.unpack_from(data, at)
-    return ends - moves & _MOST_ENDS
-
-
-def _fit(moves, size):
-    """Return whether so many bytes of records can have moved so many items."""
-    added, taken, back = moves
-    return added <= size // _ADDX.size and taken + 5 * back <= size
+        if data[at:at + 1] == _OPCODE_CHECK and at + _CHECK.size <= len(data):
+            _, size, crc, ends = _CHECK.unpack_from(data, at)
+            if 0 < size == at - begin and zlib.crc32(data[begin:at]) == crc:
+                return _moved(ends, -moves)
+    return None
 
 
 def _likely(before, after, most):
@@ -1560,13 +1555,16 @@ def _moved_between(data, begin, before, end, after):
     """Return (the ends before and after the damaged records from data[begin] to data[end], how many
     items these (added, taken, put back)). before, after: accounts of the ends, of which one may be
     damaged as well."""
+    def rank(pair):                          # so many bytes may not have room for so many moves
+        added, taken, back = _between(*pair)
+        return (added > (end - begin) // _ADDX.size or taken + 5 * back > end - begin,
+                added + taken + back)
+
     if after[0] is None:                     # nothing follows that could take these items
         return before[-1], None, (0, 0, 0)
-    is_sure = len(set(before)) == len(set(after)) == 1
     likely = _likely(before, after, _CUT_OUT + end - begin)
-    fitting = [pair for pair in likely if is_sure or _fit(_between(*pair), end - begin)]
     if likely:
-        pair = min(fitting or likely, key=lambda pair: sum(_between(*pair)))
+        pair = min(likely, key=rank)
         return (*pair, _between(*pair))
     moves, is_whole = _count_moves(data[begin:max(begin, end - _CHECK.size)])
     added, taken, back = _between(0, moves)
@@ -1581,78 +1579,79 @@ Cut = collections.namedtuple(
     "Cut", "begin end why lost taken back before after checked unclosed", defaults=(0,))
 
 
-def find_damage(data, start=0, ends=None, begins=0):
-    """Yield a Cut for each damaged piece of a journal file from byte `start` on. data: an mmap of
-    the file. ends: at `start`, if there must be check sums from there on. begins: the ends in the
-    first mark, if they are not 0."""
+def find_damage(file, start=0, ends=None, begins=0):
+    """Return a Cut for each damaged piece of an open journal file from byte `start` on. ends: at
+    `start`, if there must be check sums from there on. begins: the ends in the first mark, if they
+    are not 0."""
+    if start >= os.fstat(file.fileno()).st_size:       # an empty file cannot be mapped
+        return []
+    import mmap
+    with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+        return list(_cuts(data, start, ends, begins))
+
+
+def _cuts(data, start, ends, begins):
+    """Yield what find_damage() returns. data: an mmap of the file."""
     resumed = None                       # the ends where check sums ended, and begin again
-    if start > len(data):                    # it has become shorter
-        return
     while True:
         closed = start                       # where the last CHECK ends
-        last, last_end, plausible, offset, items, size = None, 0, True, start, 0, 0
-        recent = collections.deque([start], _CHECK.size)       # where the last records begin
         data.seek(start)
         try:
-            for opcode, xid, item, end in read_records(data, ends=ends):
-                end += start
+            for opcode, xid, _, end in read_records(data, ends=ends):
                 if opcode == CHECK:
-                    if xid[0] or ends is None:
-                        ends = xid[2]
-                    else:
-                        ends, resumed = None, xid[2]
-                    closed = end
-                if item is not None:
-                    is_plausible = _is_plausible(opcode, xid, item)
-                    if is_plausible or last is None or plausible:
-                        last = offset
-                    plausible = is_plausible
-                    last_end = end
-                    items += 1
-                    size += end - offset
-                offset = end
-                recent.append(offset)
+                    closed = start + end
+                    ends, resumed = _after_check(xid, ends), xid[2]
             return
         except Damage as damage:
-            failure = _Failure(offset, damage.torn, last, last_end, plausible,
-                               size // items if items else 0)
-            why, at = damage.why, damage.offset + start
+            why, at = damage.why, start + damage.offset
         if ends is not None:
-            mark = data[closed:closed + _CHECK.size]
-            begin, before = closed, ends
-            if _is_nearly(mark, _mark(False, ends)):
-                end, after, is_checked = closed + len(mark), (ends,), False
-            else:
-                end, after, is_checked = _next_check(data, closed, ends)
-                if end == closed and ends in after:    # the records are right, but not the CHECK
-                    begin, before = at, ends + _count_moves(data[closed:at])[0] & _MOST_ENDS
-                    end, after, is_checked = _next_check(data, at + 1, before)
-            _, after, moves = _moved_between(data, begin, (before,), end, after)
-            yield Cut(begin, end, why, *moves, before, after, is_checked, begin - closed)
-            ends, resumed = (after, None) if is_checked else (None, after)
+            cut = _cut_checked(data, closed, at, why, ends)
         else:
-            limit, after, is_checked = _next_check(data, closed)
-            if is_checked:                   # the mark is in what is damaged
-                begin, end = offset, limit
-                if last is not None and (not plausible or begin >= limit):
-                    begin = last
-                if limit - _CHECK.size in recent:
-                    begin = limit - _CHECK.size
-                elif not closed + _CHECK.size <= begin < limit:
-                    begin = closed
-                if after[0] & 0xffff & -_PACK == _PACK:        # which puts nothing back
-                    begins = after[0] & 0xffff
-                before, ends, moves = _moved_between(
-                    data, begin, (0, begins) if resumed is None else (resumed,), end, after)
-                yield Cut(begin, end, why, *moves, None if begin else before, ends, True)
-            else:
-                begin, end, lost = next(filter(None, (
-                    hypothesis(data, failure) for hypothesis in _HYPOTHESES)))
-                if begin >= limit:           # it has swallowed the mark
-                    begin = last if last is not None and closed <= last < limit else closed
-                end = min(end, limit)
-                yield Cut(begin, end, why, lost, 0, 0, None, None, False)
-        start = end
+            cut = _cut_unchecked(data, closed, why, resumed, begins)
+        yield cut
+        start, ends = cut.end, cut.after if cut.checked else None
+        if cut.after is not None:
+            resumed = cut.after
+
+
+def _cut_checked(data, closed, at, why, ends):
+    """Return the Cut where there are check sums. closed: where the last right CHECK ends. at: where
+    reading failed. ends: at `closed`."""
+    begin, before = closed, ends
+    if _is_nearly(data[closed:closed + _CHECK.size], _mark(False, ends)):
+        end, after, is_checked = min(closed + _CHECK.size, len(data)), (ends,), False
+    else:
+        end, after, is_checked = _next_check(data, closed, ends)
+        if end == closed and ends in after:            # the records are right, but not the CHECK
+            begin, before = at, _moved(ends, _count_moves(data[closed:at])[0])
+            end, after, is_checked = _next_check(data, at + 1, before)
+    _, after, moves = _moved_between(data, begin, (before,), end, after)
+    return Cut(begin, end, why, *moves, before, after, is_checked, begin - closed)
+
+
+def _cut_unchecked(data, closed, why, resumed, begins):
+    """Return the Cut where there are no check sums. closed: where they ended. resumed: the ends in
+    the next mark, None if it is the first one: then they are `begins`, or 0."""
+    limit, after, is_checked = _next_check(data, closed)
+    if not is_checked:
+        at = _read_doubtful(data, closed)
+        begin, end, lost = _guess(data, at)
+        if begin >= limit:                   # it has swallowed the mark
+            begin = at.last if at.last is not None and at.last < limit else closed
+        return Cut(begin, min(end, limit), why, lost, 0, 0, None, None, False)
+    mark = limit - _CHECK.size               # which is in what is damaged
+    at = _read_doubtful(data, closed, mark)
+    begin = at.begin
+    if begin != mark:
+        if at.last is not None and (not at.plausible or begin >= limit):
+            begin = at.last
+        if not closed + _CHECK.size <= begin < limit:
+            begin = closed
+    if after[0] & 0xffff & -_PACK == _PACK:            # which puts nothing back
+        begins = after[0] & 0xffff
+    before, after, moves = _moved_between(
+        data, begin, (0, begins) if resumed is None else (resumed,), limit, after)
+    return Cut(begin, limit, why, *moves, None if begin else before, after, True)
 
 
 def read_good(path):
@@ -1668,7 +1667,7 @@ def read_good(path):
                     pending.append((opcode, xid, item, begin, start + end))
                     begin = start + end
                     if opcode == CHECK:
-                        ends = xid[2] if xid[0] or ends is None else None
+                        ends = _after_check(xid, ends)
                     if opcode == CHECK or ends is None:
                         yield from pending
                         pending = []
@@ -1676,15 +1675,13 @@ def read_good(path):
             except Damage as damage:
                 why = damage.why
                 if cuts is None:
-                    import mmap
-                    if not os.fstat(file.fileno()).st_size:
-                        return               # it has been emptied meanwhile
-                    with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
-                        cuts = iter(list(find_damage(data)))
+                    cuts = iter(find_damage(file))
             cut = next(cuts, None)
             if cut is None:                  # what was just being written is there by now
-                yield Cut(pending[0][3] if pending else begin, os.path.getsize(path), why,
-                          0, 0, 0, None, None, False)
+                size = os.path.getsize(path)
+                if size:                     # else the file has been emptied
+                    yield Cut(pending[0][3] if pending else begin, size, why,
+                              0, 0, 0, None, None, False)
                 return
             yield from (record for record in pending if record[4] <= cut.begin)
             yield cut
@@ -1848,6 +1845,17 @@ def _write_and_close(writes):
             _write_all(*write)
     finally:
         _close_all([write[0] for write in writes])
+
+
+def _pieces_of(fd, begin, end, path):
+    """Yield the bytes from `begin` to `end` of an open file in pieces, each in a list. Raises
+    OSError."""
+    for offset in range(begin, end, _STEP_SIZE):
+        size = min(_STEP_SIZE, end - offset)
+        piece = os.pread(fd, size, offset)
+        if len(piece) < size:
+            raise OSError(errno.EIO, "the file has become shorter", path)
+        yield [piece]
 
 
 def _load(item, fd, offset, size, head, crc):
@@ -2594,7 +2602,8 @@ class Journal:
             source = os.dup(file.fd) if file.fd is not None else os.open(
                 file.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                yield from self._write_file(file, _pieces_of(source, file))
+                yield from self._write_file(
+                    file, _pieces_of(source, 0, file.size, file.path))
                 yield self._sync_directory()
             finally:
                 os.close(source)
@@ -2610,14 +2619,9 @@ class Journal:
         Items that were taken are open reads until the end of the replay, and come back. Return how
         many pieces were cut out.
         """
-        if not os.path.getsize(file.path):   # which cannot be mapped
-            self.size -= file.size
-            file.size = 0
-            return 0
-        import mmap
-        with open(file.path, "rb") as source, mmap.mmap(
-                source.fileno(), 0, prot=mmap.PROT_READ) as data:
-            cuts = list(find_damage(data, start, ends, file.begins))
+        with open(file.path, "rb") as source:
+            cuts = find_damage(source, start, ends, file.begins)
+            length = os.fstat(source.fileno()).st_size
             for begin, end, why, lost, *_ in cuts:
                 where = ", where %d items may have been," % lost if lost else ""
                 done = "some writes%s are missing there" % where
@@ -2626,23 +2630,22 @@ class Journal:
                         end - begin, where, self.keep(file, source, begin, end))
                 log.warning("%s: %s at byte %d; %s", file.path, why, begin, done)
             stands = sum(cut.lost + cut.taken + cut.back for cut in cuts)
-            if len(cuts) == 1 and end == len(data) and not (
-                    stands or cuts[0].unclosed):          # a torn tail
-                os.truncate(file.path, begin)
-                self.size += begin - file.size
-                file.size = begin
-            elif cuts:
-                self._write_file_now(file, self._good_pieces(data, cuts))
-            else:                            # it has become longer
-                self.size += len(data) - file.size
-                file.size = len(data)
+            if len(cuts) > 1 or stands or cuts and (end < length or cuts[0].unclosed):
+                self._write_file_now(file, self._good_pieces(source, length, cuts))
+            else:
+                if cuts:                     # a torn tail
+                    os.truncate(file.path, begin)
+                    length = begin
+                self.size += length - file.size
+                file.size = length
         # There may be more damage, where what was cut out has led the reader astray.
         with open(file.path, "rb") as source, contextlib.suppress(Damage):
             source.seek(start)
             file.checked, file.ends = ends is not None, ends or 0
             for opcode, xid, _, _ in read_records(source, ends=ends):
                 if opcode == CHECK:
-                    file.checked, file.ends = xid[0] > 0 or not file.checked, xid[2]
+                    ends = _after_check(xid, ends)
+                    file.checked, file.ends = ends is not None, xid[2]
         return len(cuts)
 
     def set_aside(self, file, added, count):
@@ -2675,35 +2678,34 @@ class Journal:
         _raise(_fsync_directory(self.directory))
 
     @staticmethod
-    def _good_pieces(data, cuts):
+    def _good_pieces(source, size, cuts):
+        """Yield what is good of a damaged file of that size, which is open as `source`, and what
+        stands for the rest, in pieces."""
+        fd, path = source.fileno(), source.name
         done, aside = 0, _ASIDE
-        for begin, end, _, lost, taken, back, before, after, checked, unclosed in cuts + [
-                Cut(len(data), len(data), None, 0, 0, 0, None, None, None)]:
-            for offset in range(done, begin, _STEP_SIZE):
-                yield [data[offset:min(begin, offset + _STEP_SIZE)]]
+        for begin, end, _, lost, taken, back, before, after, checked, unclosed in cuts:
+            yield from _pieces_of(fd, done, begin, path)
             # Whatever their order was: so none is taken later that was not taken in truth.
             stands = [(ADDX, LOST, 0)] * lost + [
                 (OPEN, None, aside + number) for number in range(taken)] + [
                 (UNREMOVE, None, _LOST)] * back
-            if begin == 0 and (before is not None or end == len(data)):
+            if begin == 0 and (before is not None or end == size):
                 before = before or 0         # it may well have had check sums
                 yield [_mark(True, before)]
             if unclosed:                     # only the ends were wrong in the CHECK there
-                crc = zlib.crc32(data[begin - unclosed:begin])
+                crc = zlib.crc32(os.pread(fd, unclosed, begin - unclosed))
                 yield [_CHECK.pack(CHECK, unclosed, crc, before)]
             if before is None:
                 yield _encode(stands)[0]
-                if after is not None:
-                    yield [_mark(True, after)]
-            else:
-                if stands:
-                    chunks, before = _encode_checked(stands, before)
-                    yield chunks
-                if after is not None and (before != after or not checked):
-                    yield [_mark(False, before)]
-                if after is not None and before != after and checked:
-                    yield [_mark(True, after)]
+            elif stands:
+                chunks, before = _encode_checked(stands, before)
+                yield chunks
+            if after is not None and before is not None and (before != after or not checked):
+                yield [_mark(False, before)]
+            if checked and before != after:
+                yield [_mark(True, after)]
             done, aside = end, aside + taken
+        yield from _pieces_of(fd, done, size, path)
 
     def keep(self, file, source, begin, end):
         """Copy bytes of a file, which is open as `source`, into lost+found; return the path."""
@@ -2768,15 +2770,6 @@ class Journal:
             yield from self._remove(file)
         yield self._sync_directory()
         yield from self._remove(self.passed[-1])
-
-
-def _pieces_of(source, file):
-    """Yield what counts of a file in pieces, read from a descriptor of it."""
-    for offset in range(0, file.size, _STEP_SIZE):
-        piece = os.pread(source, min(_STEP_SIZE, file.size - offset), offset)
-        if len(piece) < min(_STEP_SIZE, file.size - offset):
-            raise OSError(errno.EIO, "the file has become shorter", file.path)
-        yield [piece]
 
 
 def _counts(held, items, less=()):
