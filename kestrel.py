@@ -1953,14 +1953,14 @@ def _raise(error):
 def put_aside(directory, name):
     """Move the files of a queue, of which nothing has been read, to lost+found. Raises OSError."""
     lost = os.path.join(directory, "lost+found")
-    for file in sorted(os.listdir(directory)):
-        match = _JOURNAL_NAME.fullmatch(file)
-        if match and match[1] == name and "~" not in file:
+    path = os.path.join(directory, name)
+    paths = ["%s.%d" % (path, number) for number in find_journals(directory, name).get(name, ())]
+    for old in paths + [path]:
+        if os.path.exists(old):
             os.makedirs(lost, 0o700, exist_ok=True)
-            target = os.path.join(lost, "%s.%d" % (file, _unique_number()))
-            os.rename(os.path.join(directory, file), target)
-            log.warning("%s: from before keep_journal was false, moved to %s",
-                        os.path.join(directory, file), target)
+            new = os.path.join(lost, "%s.%d" % (os.path.basename(old), _unique_number()))
+            os.rename(old, new)
+            log.warning("%s: from before keep_journal was false, moved to %s", old, new)
 
 
 _newest_number = 0
@@ -2526,23 +2526,34 @@ class Journal:
         """Yield the records of a pack in pieces. places: filled with (Place, new offset, CRC of
         the data) for each item that has one. begins: the ends in its first mark, which tell of the
         last file that it stands for."""
-        if not state.checked:
-            for chunks, _ in self._records(passing, state, places, begins):
-                yield chunks
-            return
-        yield [_mark(True, begins)]
-        for chunks, ends in self._records(passing, state, places, begins):
-            yield _checked(chunks, sum(map(len, chunks)), ends)
-        yield [_mark(False, ends)]           # nothing is missing, see Replay
+        ends = begins
+        chunks, size = [], 0                 # the next piece
+        offset = 0                           # where it ends
+        if state.checked:
+            yield [_mark(True, begins)]
+            offset = _CHECK.size
+        for opcode, records, place in self._records(passing, state):
+            length = sum(map(len, records))
+            if chunks and size + length > _SPAN:       # a large one has a CHECK of its own
+                yield _checked(chunks, size, ends) if state.checked else chunks
+                chunks, size = [], 0
+                offset += _CHECK.size if state.checked else 0
+            if place:
+                head, data = records
+                places.append((place, offset + len(head), zlib.crc32(data)))
+            ends = _moved(ends, _MOVES[opcode])
+            chunks += records
+            size += length
+            offset += length
+        yield _checked(chunks, size, ends) if state.checked else chunks
+        if state.checked:
+            yield [_mark(False, ends)]       # nothing is missing, see Replay
 
-    def _records(self, passing, state, places, ends):
-        """Yield (records of a pack, the ends after them). ends: before them."""
-        gap = _CHECK.size if state.checked else 0              # after what is yielded at a time
-        chunks = [_XID.pack(SAVE_XID, state.last_xid)]
+    def _records(self, passing, state):
+        """Yield (opcode, byte strings, Place of the item or None) of each record of a pack."""
+        yield SAVE_XID, [_XID.pack(SAVE_XID, state.last_xid)], None
         if state.paused:
-            chunks.append(_XID.pack(PAUSE, state.paused))
-        size = sum(map(len, chunks))
-        offset = gap + size
+            yield PAUSE, [_XID.pack(PAUSE, state.paused)], None
         for xid, item in itertools.chain(passing.held.items(), ((0, one) for one in passing.items)):
             delayed = None
             if type(item) is Delayed:
@@ -2554,37 +2565,13 @@ class Journal:
                 data, item, delayed = b"", LOST, None
             count = passing.counts.get(id(item), 0) if state.counts_deliveries else 0
             if delayed and not delayed.to_head:
-                head = _delayed_head(delayed, len(data), count)
-            else:
-                head = _head(item, len(data), count)
-            if size + len(data) > _SPAN and chunks:  # a large one is closed by a CHECK of its own
-                yield chunks, ends
-                chunks, size = [], 0
-                offset += gap
-            if item.place:
-                places.append((item.place, offset + len(head), zlib.crc32(data)))
-            record = [head, data]
-            is_open = xid and head[0] != ADD_DELAYED
-            ends = ends + _MOVES[head[0]] & _MOST_ENDS
-            if is_open and len(data) > _SPAN:
-                yield record, ends
-                offset += gap + len(head) + len(data)
-                record = []
-            if is_open:
-                record.append(_XID.pack(OPEN, xid))
-                ends = ends + _MOVES[OPEN] & _MOST_ENDS
-                if delayed:
-                    record.append(_DELAY.pack(DELAY, xid, delayed.due))
-            chunks += record
-            length = sum(map(len, record))
-            offset += length
-            size += length
-            if size >= _SPAN:
-                yield chunks, ends
-                chunks, size = [], 0
-                offset += gap
-        if chunks:
-            yield chunks, ends
+                yield ADD_DELAYED, [_delayed_head(delayed, len(data), count), data], item.place
+                continue
+            yield ADDX, [_head(item, len(data), count), data], item.place
+            if xid:
+                yield OPEN, [_XID.pack(OPEN, xid)], None
+            if delayed:
+                yield DELAY, [_DELAY.pack(DELAY, xid, delayed.due)], None
 
     def adopt_pack(self):
         """Let the packed file be the current one, which nothing has been written to."""
@@ -2917,7 +2904,7 @@ class ReadBehind:
                 raise Damage(self.offset, "wrong check sum", torn=False)
             head = start
             _, _, crc, ends = _CHECK.unpack(check)
-            if ends != self.ends + _MOVES[data[0]] & _MOST_ENDS:
+            if ends != _moved(self.ends, _MOVES[data[0]]):
                 raise Damage(self.offset, "write out of sequence", torn=False)
             self.ends = ends
         if data[0] == ADD_DELAYED:
@@ -4270,7 +4257,7 @@ class Queue:
         for write in self.journal.writes:    # what is not safe is behind what is damaged
             write.before[:] = [
                 (one, old + file.size - size, waiting - lost, checked,
-                 ends + file.ends - old_ends & _MOST_ENDS) if one is file
+                 _moved(ends, file.ends - old_ends)) if one is file
                 else (one, old, waiting, checked, ends)
                 for one, old, waiting, checked, ends in write.before]
 
