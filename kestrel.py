@@ -1885,18 +1885,16 @@ def find_journals(directory, only=None):
     """
     found = {}
     packs = []
-    changed = False
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         match = _JOURNAL_NAME.fullmatch(entry.name)
         if entry.is_dir() or only is not None and not (match and match[1] == only):
             continue
-        try:
+        why = "not a journal"
+        with contextlib.suppress(ValueError):
             name = check_name(match[1] if match else "")
-            if not entry.is_file():
-                raise ValueError("not a regular file")
-        except ValueError as error:
-            log.warning("%s: %s, left alone", entry.path,
-                        error if match and not entry.is_file() else "not a journal")
+            why = None if entry.is_file() else "not a regular file"
+        if why:
+            log.warning("%s: %s, left alone", entry.path, why)
             continue
         if "~" in entry.name:
             log.info("%s: deleted, an unfinished rewrite", entry.path)
@@ -1908,28 +1906,29 @@ def find_journals(directory, only=None):
         elif match[2]:
             numbers.append(int(match[2]))
     for last, name in sorted(packs):
-        path = "%s.%d" % (os.path.join(directory, name), last)
-        if found[name] is None:              # an earlier pack of it has failed
+        numbers = found[name]
+        if numbers is None:                  # an earlier pack of it has failed
             continue
-        changed = True
+        path = os.path.join(directory, name)
+        pack = "%s.%d.pack" % (path, last)
         try:
-            for number in [number for number in found[name] if number <= last]:
-                os.unlink("%s.%d" % (os.path.join(directory, name), number))
-                found[name].remove(number)
+            for number in [number for number in numbers if number <= last]:
+                os.unlink("%s.%d" % (path, number))
+                numbers.remove(number)
             _raise(_fsync_directory(directory))
-            if os.path.getsize(path + ".pack"):
-                os.rename(path + ".pack", path)
-                found[name].append(last)
+            if os.path.getsize(pack):
+                os.rename(pack, "%s.%d" % (path, last))
+                numbers.append(last)
             else:                            # the queue was being deleted
-                os.unlink(path + ".pack")
-                if not found[name] and not os.path.exists(os.path.join(directory, name)):
+                os.unlink(pack)
+                if not numbers and not os.path.exists(path):
                     del found[name]
         except OSError as error:
             if only is not None:
                 raise
-            log.error("queue %s cannot be loaded: %s.pack: %s", name, path, error.strerror)
+            log.error("queue %s cannot be loaded: %s: %s", name, pack, error.strerror)
             found[name] = None
-    error = _fsync_directory(directory) if changed else None
+    error = _fsync_directory(directory) if packs else None
     if error:                                # it will be done again at the next start
         log.error("%s: %s", directory, error.strerror)
     for numbers in filter(None, found.values()):
@@ -2034,12 +2033,14 @@ class JournalFile:
         return self.number is None, self.number
 
 
-# A batch of operations on its way to the files. shares: (file, records, their size) of each
-# file that gets some. size: of all. waiting: {file: its count of waiting items then}. passed:
-# how many files are passed then. held: (the open reads and the Delayed when the last of them is
-# passed, their counts of deliveries). ends: of each file then, {file: ends}. checked: whether it
-# has CHECKs.
-Plan = collections.namedtuple("Plan", "shares size waiting passed held ends checked")
+# What a file gets of a batch of operations: records as byte strings, their size; the ends, and how
+# many of the waiting items are accounted to the file then.
+Share = collections.namedtuple("Share", "file chunks size ends waiting")
+
+# A batch of operations on its way to the files. size: of all shares. passed: how many files are
+# passed then. held: (the open reads and the Delayed when the last of them is passed, their counts
+# of deliveries). checked: whether it has CHECKs.
+Plan = collections.namedtuple("Plan", "shares size passed held checked")
 
 # What commit() has done. before: (file, size, count of waiting items, `checked`, `ends`) of each
 # file changed.
@@ -2106,7 +2107,6 @@ class Journal:
 
     def __init__(self, directory, name, older, budget, lock):
         self.directory = directory
-        self.name = name
         self.path = os.path.join(directory, name)
         self.budget = budget
         self.lock = None
@@ -2224,8 +2224,8 @@ class Journal:
         the Delayed. checked: whether it is written with CHECKs."""
         files = self.files
         if len(files) == 1:
-            share, ends = self._share(files[0], ops, checked)
-            return Plan((share,), share[2], {files[0]: count}, 0, None, {files[0]: ends}, checked)
+            share = self._share(files[0], ops, count, checked)
+            return Plan((share,), share.size, 0, None, checked)
         shares = {}
         waiting = {}
         head = after = 0
@@ -2248,28 +2248,23 @@ class Journal:
         while not waiting.get(head, files[head].waiting) and head < len(files) - 1:
             head += 1
             after = len(ops)
-        done, ends = [], {}
-        for number in sorted(shares):
-            file = files[number]
-            share, ends[file] = self._share(file, shares[number], checked)
-            done.append(share)
-        return Plan(done, sum(size for _, _, size in done),
-                    {files[number]: left for number, left in waiting.items()},
-                    head, _held_before(held(), ops[after:]) if head else None, ends, checked)
+        done = [self._share(files[number], shares[number], waiting[number], checked)
+                for number in sorted(shares)]
+        return Plan(done, sum(share.size for share in done), head,
+                    _held_before(held(), ops[after:]) if head else None, checked)
 
     @staticmethod
-    def _share(file, ops, checked):
-        """Return the share of a file, and the ends after it."""
+    def _share(file, ops, waiting, checked):
         chunks, ends = (_encode_checked if checked else _encode)(ops, file.ends)
         if file.checked != checked:
             chunks.insert(0, _mark(checked, file.ends))
-        return (file, chunks, sum(map(len, chunks))), ends if checked else file.ends
+        return Share(file, chunks, sum(map(len, chunks)), ends if checked else file.ends, waiting)
 
     def write(self, plan):
         """Write what is planned, one write a file. Raises OSError; cut() is then due."""
         begun = []
         try:
-            for file, chunks, size in plan.shares:
+            for file, chunks, size, *_ in plan.shares:
                 fd = file.fd if file.fd is not None else self._open(file)
                 begun.append(file)
                 _write_all(fd, chunks, file.size, size)
@@ -2283,7 +2278,7 @@ class Journal:
         """Return the call for the worker that writes what is planned. Raises OSError."""
         writes = []
         try:
-            for file, chunks, size in plan.shares:
+            for file, chunks, size, *_ in plan.shares:
                 writes.append((os.dup(self._open(file)), chunks, file.size, size))
         except (OSError, Damage):
             _close_all([write[0] for write in writes])
@@ -2296,15 +2291,12 @@ class Journal:
         if not safe:
             self.writes.append(Write(position, [
                 (file, file.size, file.waiting, file.checked, file.ends)
-                for file in plan.waiting], plan.passed))
-        for file, _, size in plan.shares:
+                for file, *_ in plan.shares], plan.passed))
+        for file, _, size, file.ends, file.waiting in plan.shares:
             file.checked = plan.checked
-            file.ends = plan.ends[file]
             file.size += size
             self.size += size
             self.unsynced.add(file)
-        for file, count in plan.waiting.items():
-            file.waiting = count
         if plan.passed:
             self._pass(plan.passed, position, *plan.held)
 
@@ -2644,15 +2636,12 @@ class Journal:
                     file.path, max(0, count))
         ops = [(ADDX, LOST, 0)] * added + [(UNREMOVE, None, _LOST)] * -count + [
             (OPEN, None, _ASIDE + number) for number in range(count)]
-        (_, chunks, size), _ = self._share(file, ops, True)
-        fd = _open_journal(file.path)
-        try:
-            _write_all(fd, chunks, file.size, size)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        file.size += size
-        self.size += size
+        share = self._share(file, ops, 0, True)
+        fd = self._open(file)
+        _write_all(fd, share.chunks, file.size, share.size)
+        os.fsync(fd)
+        file.size += share.size
+        self.size += share.size
 
     def replace_missing(self, file, lost):
         """Put a file in the place of one that has disappeared. lost: for how many items of it,
@@ -3875,7 +3864,7 @@ class Queue:
         self.history.writing = None
         failure, self.upkeep.failure = self.upkeep.failure, None
         if error:
-            journal.torn.update(file for file, _, _ in plan.shares)
+            journal.torn.update(share.file for share in plan.shares)
             self._go_back(error, True)
         else:
             for _ in range(count):           # also of those flushed since: that may be undone
@@ -4227,7 +4216,8 @@ class Queue:
         """Repair a file while the queue is behind. Raises OSError."""
         behind, files = self._behind, self.journal.files
         writing = self.history.writing
-        if writing and file in writing.waiting or self.upkeep.renewing is not None:
+        if self.upkeep.renewing is not None or (
+                writing and file in [share.file for share in writing.shares]):
             raise OSError(errno.EAGAIN, "damaged, and repaired in a moment", file.path)
         self.journal.cut()                   # what was refused must not be found again
         start = behind.offset if file is behind.file else 0
