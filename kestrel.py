@@ -857,7 +857,7 @@ class Logins:
 
 
 def _now(now=None):
-    """Return `now` itself, or the time of day in milliseconds where the caller has none."""
+    """Return `now`, or the time of day in milliseconds if that is None."""
     return time.time_ns() // 1000000 if now is None else now
 
 
@@ -881,8 +881,8 @@ class Item:
 
     data: bytes; None while it is only on disk, at `place`. flags: the memcache client's 32 bits.
     add_time and expiry: milliseconds of the epoch, expiry 0 for none. deliveries: how often it was
-    handed out and came back. xid: the number of the latest open read of it. cas: what `gets` told
-    of it, None until asked. place: the Place of its data, if it was read from there.
+    handed out and came back. xid: the number of the latest open read of it. cas: the number that
+    `gets` gave it, None if none did. place: the Place of its data, if it was read from there.
     """
 
     __slots__ = ("data", "add_time", "expiry", "flags", "deliveries", "xid", "cas", "place")
@@ -916,12 +916,11 @@ PAUSES = ("no", "in", "out", "in and out")
 # The memory overhead of an item in bytes, as measured with CPython 3.8 to 3.13.
 ITEM_COST = 200
 
-# The opcodes. What this server writes is ADDX, REMOVE, SAVE_XID, OPEN, CONFIRM, UNREMOVE,
-# and ADDF where flags or deliveries need it; of Kestrel's others it only reads. CHECK closes what
-# is written at a time, see below. Those from 12 on are for what Kestrel does not have: CONTINUEF
-# moves an item that is open or delayed to the tail, DELAY makes an open read a delayed item,
-# ADD_DELAYED adds one, PAUSE pauses a queue, PUT_BACK is an UNREMOVE that is not counted, of a
-# queue that counts deliveries.
+# The opcodes. This server writes ADDX, REMOVE, SAVE_XID, OPEN, CONFIRM, UNREMOVE, and ADDF for an
+# item with flags or deliveries; it only reads the others of Kestrel. CHECK closes each write, see
+# below. Those from 12 on are for what Kestrel does not have: CONTINUEF moves an item that is open
+# or delayed to the tail, DELAY makes an open read a delayed item, ADD_DELAYED adds one, PAUSE
+# pauses a queue, PUT_BACK is an UNREMOVE that does not count as a delivery.
 ADD, REMOVE, ADDX, OPEN_NEXT, SAVE_XID = 0, 1, 2, 3, 4
 UNREMOVE, CONFIRM, ADD_XID, CONTINUE, OPEN, ADDF = 5, 6, 7, 8, 9, 10
 CHECK, CONTINUEF, DELAY, ADD_DELAYED, PAUSE, PUT_BACK = 11, 12, 13, 14, 15, 16
@@ -929,7 +928,7 @@ CHECK, CONTINUEF, DELAY, ADD_DELAYED, PAUSE, PUT_BACK = 11, 12, 13, 14, 15, 16
 # The opcodes of the records that read_run() reads.
 _IN_RUNS = frozenset([ADDX, ADDF, ADD_DELAYED, CHECK])
 
-# Operations that are no opcodes of their own. FLUSH: as many REMOVEs as there are waiting items.
+# Operations that have no opcode of their own. FLUSH: as many REMOVEs as there are waiting items.
 # TO_TAIL, DUE_TAIL: CONTINUEF of an open read, or of a delayed item whose time has come. DUE_HEAD:
 # UNREMOVE of such an item. DROP: CONFIRM of all delayed items.
 FLUSH, TO_TAIL, DUE_TAIL, DUE_HEAD, DROP = -1, -2, -3, -4, -5
@@ -944,8 +943,8 @@ OPCODE_NAMES = {
     TO_TAIL: "CONTINUEF", DUE_TAIL: "CONTINUEF", DUE_HEAD: "UNREMOVE", DROP: "FLUSH",
 }
 
-# What stands before the data: opcode, xid, time when it is due, size, add time, expiry, flags and
-# deliveries, as far as the opcode has them. `size` counts all after it.
+# What comes before the data: opcode, xid, time when it is due, size, add time, expiry, flags and
+# deliveries, as far as the opcode has them. `size` counts all bytes after it.
 _HEADS = {
     ADD: struct.Struct("<Bii"),
     ADDX: struct.Struct("<Biqq"),
@@ -974,34 +973,34 @@ _READ_SIZE = 1 << 17
 _LARGE = 1 << 20                # bytes of a write that is not done on the loop's thread
 _STEP_SIZE = 1 << 20            # bytes that a task reads or writes in one step
 
-# What stands in a repaired journal for an item that was lost; nobody is ever given it.
+# The stand-in for a lost item in a repaired journal. No client is given it.
 LOST = Item(b"", 0, 1)
 
 
 # -- check sums
 #
-# What is written at a time is closed by a CHECK: the number of bytes since the last one, their
-# CRC-32, and the *ends*: how many items the records of this file that have check sums added to the
-# tail of the queue (24 bits), took from its head (24 bits) and put back there (16 bits). A CHECK of
-# no bytes is a *mark*: check sums begin after it where there are none yet, and end where there are
-# some. So it is known of each byte whether there must be a check sum for it, of what is damaged how
-# far it moved both ends of the queue, and between any two writes whether others are missing. Each
-# CHECK covers at most 2 * _SPAN bytes, or one operation.
+# A CHECK closes each write. It has the number of bytes since the last CHECK, their CRC-32, and the
+# *ends*: how many items the records of this file that have check sums added to the tail of the
+# queue (24 bits), took from its head (24 bits) and put back there (16 bits). A CHECK of no bytes is
+# a *mark*: check sums begin after it if there were none before it, and end there if there were. So
+# it is known which bytes must have a check sum, how many items were moved by those that are
+# damaged, and whether writes are missing between two others. A CHECK covers at most 2 * _SPAN
+# bytes, or one operation.
 
 _SPAN = 1 << 18
 _MOST_ENDS = (1 << 64) - 1
 _OPCODE_CHECK = bytes([CHECK])
-_CUT_OUT = 1 << 18              # how many items may be missing, though no bytes look damaged,
+_CUT_OUT = 1 << 18              # how many items may be missing where no bytes look damaged,
 _CUT_OUT_LAST = 1 << 12         # and before the last write of a file, whose ends may be wrong
-_MISPLACED = 1 << 16            # how many bytes may stand in a wrong place
+_MISPLACED = 1 << 16            # how many bytes may be in a wrong place
 
 # The first mark of a pack, and of a file that is begun while all is written anew, has other ends
-# than 0. In the place of the put-backs it has one of these bits, so that later CHECKs tell which
-# kind of file it is even if that mark is damaged; the bits below are those of a number of items.
+# than 0. In place of the put-backs it has one of these bits, and below it the last bits of a
+# number of items. So later CHECKs tell which kind of file it is even if that mark is damaged.
 _PACK, _BEGUN_ANEW = 1 << 14, 1 << 15
 
-# Numbers of open reads from _ASIDE on are for items whose REMOVEs are lost, see LostTail and
-# repair(). _LOST is for lost items that are put back.
+# Numbers of open reads from _ASIDE on are for items whose REMOVEs are lost. _LOST is for lost items
+# that are put back.
 _ASIDE, _LOST = 0x7f000000, 0x7fffffff
 
 
@@ -1055,8 +1054,8 @@ def is_lost(item):
 
 
 class Damage(Exception):
-    """A journal does not go on with a whole record at `offset`. torn: it just ends early. file:
-    the JournalFile, where the reader does not know it."""
+    """There is no whole record at byte `offset` of a journal. torn: the file just ends there. file:
+    the JournalFile, if the reader cannot know it."""
 
     def __init__(self, offset, why, torn, file=None):
         super().__init__("%s at byte %d" % (why, offset))
@@ -1072,13 +1071,13 @@ def read_records(file, piece=_READ_SIZE, take_run=None, ends=None):
 
     The item is None and the xid 0 where the record has none; for DELAY and ADD_DELAYED the xid is
     a tuple (xid, due), for PAUSE what is paused, for CHECK a tuple (bytes, CRC, ends). Raises
-    Damage at the first byte from which no whole record can be read, or the first of those that
-    have not the right check sum, which is known after they have been yielded; at a CHECK that is
-    right but for the ends, which do not go on from those before. ends: at the beginning of `file`,
-    if there must be check sums from there on. take_run: called with (data, pos, the offset of data
-    in the file, the index in data of what the next CHECK covers or None, the ends at pos) where
-    several records follow that read_run() may read. It returns (where what it has not read begins,
-    where the last CHECK that it has read ends or None, how many items it has read).
+    Damage at the first byte from which no whole record can be read; at the first record whose check
+    sum is wrong, which is known after the record has been yielded; at a CHECK whose sum is right,
+    but whose ends do not follow from those before it. ends: at the beginning of `file`, if there
+    must be check sums from there on. take_run: called with (data, pos, the offset of data in the
+    file, the index in data of what the next CHECK covers or None, the ends at pos) where several
+    records follow that read_run() may read. It returns (where it has stopped reading, where the
+    last CHECK that it has read ends or None, how many items it has read).
     """
     data, pos, base = b"", 0, 0           # data[pos] is the byte base + pos of the file
     span = 0                              # the next CHECK covers data[span:]
@@ -1313,7 +1312,7 @@ def _checked(chunks, size, ends):
 
 
 def _encode_rare(opcode, item, xid):
-    """Return the records of an operation that Kestrel has not, or of a flush."""
+    """Return the records of an operation that Kestrel does not have, or of a flush."""
     if opcode == FLUSH:
         return [b"\1" * xid]
     if opcode in (PAUSE, PUT_BACK):
@@ -1450,9 +1449,10 @@ def _count_moves(data):
 
 
 def _right_checks(data, begin):
-    """Yield for each CHECK that is right for what it covers, from `begin` on: (where that begins,
-    where it ends; accounts of the ends there: by this CHECK, and by the next one if there is one;
-    whether there must be check sums at once)."""
+    """Yield for each CHECK from `begin` on that is right for what it covers: (where that begins,
+    where the CHECK ends, accounts of the ends where it begins, whether there must be check sums
+    from there on). The first account is by this CHECK, the second by the next one, if there is
+    one."""
     at = data.find(_OPCODE_CHECK, begin)
     while at >= 0 and at + _CHECK.size <= len(data):
         _, size, crc, ends = _CHECK.unpack_from(data, at)
@@ -1472,10 +1472,12 @@ def _right_checks(data, begin):
 
 
 def _next_check(data, begin, before=None):
-    """Return where check sums are right again from `begin` on; accounts of the ends there, None at
-    the end of the file as a rule; and whether there must be check sums at once. before: the ends at
-    `begin`: the place is sought that goes on from there, or where as few items as possible are
-    missing. What comes before it stands in a wrong place, and is damaged as well."""
+    """Return where check sums are right again from `begin` on, or the end of the file; accounts of
+    the ends there, of which one may be None; and whether there must be check sums from there on.
+
+    before: the ends at `begin`. The place that goes on from these is sought, or else the one where
+    the fewest items are missing. What comes before it is in a wrong place, and counts as damaged.
+    """
     best = missing = None
     enough = len(data)                       # where the search ends
     for start, end, after, is_checked in _right_checks(data, begin):
@@ -1505,8 +1507,8 @@ def _next_check(data, begin, before=None):
 
 
 def _is_nearly(data, expected):
-    """Return whether the bytes are those expected but for a few bits. Not many: other records have
-    zeros in the same places, and may have been cut short."""
+    """Return whether the bytes differ from those expected in a few bits only. Other records have
+    zeros in the same places, and may have been cut short: so a few bits are not many."""
     wrong = int.from_bytes(data, "little") ^ int.from_bytes(expected, "little")
     return bin(wrong).count("1") <= 4
 
@@ -1541,20 +1543,20 @@ def _ends_by_next(data, begin):
 
 
 def _likely(before, after, most):
-    """Return those pairs of accounts of the ends that may be right, where at most so many items are
-    missing: not of what stands in a wrong place."""
+    """Return those pairs of accounts of the ends between which fewer than `most` items were moved.
+    With more of them, what follows is in a wrong place."""
     return [pair for pair in itertools.product(before, after) if max(_between(*pair)) < most]
 
 
 def _least(pairs):
-    """Return how many items were moved between two accounts of the ends, at the least."""
+    """Return the least number of items that were moved between two accounts of the ends."""
     return min(sum(_between(*pair)) for pair in pairs)
 
 
 def _moved_between(data, begin, before, end, after):
-    """Return (the ends before and after the damaged records from data[begin] to data[end], how many
-    items these (added, taken, put back)). before, after: accounts of the ends, of which one may be
-    damaged as well."""
+    """Return the ends before and after the damaged records from data[begin] to data[end], and how
+    many items these (added, took, put back). before, after: accounts of the ends, of which one may
+    be damaged as well."""
     def rank(pair):                          # so many bytes may not have room for so many moves
         added, taken, back = _between(*pair)
         return (added > (end - begin) // _ADDX.size or taken + 5 * back > end - begin,
@@ -1573,10 +1575,10 @@ def _moved_between(data, begin, before, end, after):
 
 # A damaged piece of a file, and why. lost: how many items may have been added there. taken, back:
 # how many were taken from the head and put back there, as far as that can be known. before, after:
-# the ends before and after it, None where there are no check sums. checked: whether there must be
-# check sums for what follows. unclosed: how many good bytes before it have no right CHECK.
-Cut = collections.namedtuple(
-    "Cut", "begin end why lost taken back before after checked unclosed", defaults=(0,))
+# the ends before and after it, None where there are no check sums. unclosed: how many good bytes
+# before it have no right CHECK.
+Cut = collections.namedtuple("Cut", "begin end why lost taken back before after unclosed",
+                             defaults=(0, 0, 0, None, None, 0))
 
 
 def find_damage(file, start=0, ends=None, begins=0):
@@ -1592,7 +1594,7 @@ def find_damage(file, start=0, ends=None, begins=0):
 
 def _cuts(data, start, ends, begins):
     """Yield what find_damage() returns. data: an mmap of the file."""
-    resumed = None                       # the ends where check sums ended, and begin again
+    known = None                         # the ends in the last CHECK, None if there was none
     while True:
         closed = start                       # where the last CHECK ends
         data.seek(start)
@@ -1600,18 +1602,17 @@ def _cuts(data, start, ends, begins):
             for opcode, xid, _, end in read_records(data, ends=ends):
                 if opcode == CHECK:
                     closed = start + end
-                    ends, resumed = _after_check(xid, ends), xid[2]
+                    ends, known = _after_check(xid, ends), xid[2]
             return
         except Damage as damage:
             why, at = damage.why, start + damage.offset
         if ends is not None:
+            known = ends
             cut = _cut_checked(data, closed, at, why, ends)
         else:
-            cut = _cut_unchecked(data, closed, why, resumed, begins)
+            cut = _cut_unchecked(data, closed, why, known, begins)
         yield cut
-        start, ends = cut.end, cut.after if cut.checked else None
-        if cut.after is not None:
-            resumed = cut.after
+        start, ends = cut.end, cut.after
 
 
 def _cut_checked(data, closed, at, why, ends):
@@ -1626,19 +1627,20 @@ def _cut_checked(data, closed, at, why, ends):
             begin, before = at, _moved(ends, _count_moves(data[closed:at])[0])
             end, after, is_checked = _next_check(data, at + 1, before)
     _, after, moves = _moved_between(data, begin, (before,), end, after)
-    return Cut(begin, end, why, *moves, before, after, is_checked, begin - closed)
+    return Cut(begin, end, why, *moves, before, after if is_checked else None, begin - closed)
 
 
-def _cut_unchecked(data, closed, why, resumed, begins):
-    """Return the Cut where there are no check sums. closed: where they ended. resumed: the ends in
-    the next mark, None if it is the first one: then they are `begins`, or 0."""
+def _cut_unchecked(data, closed, why, known, begins):
+    """Return the Cut where there are no check sums. closed: where they ended. known: the ends
+    there, from which they go on at the next mark; None before the first mark, whose ends are
+    `begins`, or 0."""
     limit, after, is_checked = _next_check(data, closed)
     if not is_checked:
         at = _read_doubtful(data, closed)
         begin, end, lost = _guess(data, at)
         if begin >= limit:                   # it has swallowed the mark
             begin = at.last if at.last is not None and at.last < limit else closed
-        return Cut(begin, min(end, limit), why, lost, 0, 0, None, None, False)
+        return Cut(begin, min(end, limit), why, lost)
     mark = limit - _CHECK.size               # which is in what is damaged
     at = _read_doubtful(data, closed, mark)
     begin = at.begin
@@ -1650,13 +1652,14 @@ def _cut_unchecked(data, closed, why, resumed, begins):
     if after[0] & 0xffff & -_PACK == _PACK:            # which puts nothing back
         begins = after[0] & 0xffff
     before, after, moves = _moved_between(
-        data, begin, (0, begins) if resumed is None else (resumed,), limit, after)
-    return Cut(begin, limit, why, *moves, None if begin else before, after, True)
+        data, begin, (0, begins) if known is None else (known,), limit, after)
+    return Cut(begin, limit, why, *moves, None if begin else before, after)
 
 
 def read_good(path):
     """Yield (opcode, xid, item, begin, end) for each good record of a journal file, and a Cut for
-    each damaged piece; records that a CHECK may prove bad come after it. Raises OSError."""
+    each damaged piece. Where there are check sums, records are yielded after their CHECK has been
+    read. Raises OSError."""
     cuts, start, ends = None, 0, None
     with open(path, "rb") as file:
         while True:
@@ -1680,12 +1683,11 @@ def read_good(path):
             if cut is None:                  # what was just being written is there by now
                 size = os.path.getsize(path)
                 if size:                     # else the file has been emptied
-                    yield Cut(pending[0][3] if pending else begin, size, why,
-                              0, 0, 0, None, None, False)
+                    yield Cut(pending[0][3] if pending else begin, size, why)
                 return
             yield from (record for record in pending if record[4] <= cut.begin)
             yield cut
-            start, ends = cut.end, cut.after if cut.checked else None
+            start, ends = cut.end, cut.after
 
 
 def dump_records(path: str) -> "Iterator[dict]":
@@ -1726,17 +1728,17 @@ def dump_records(path: str) -> "Iterator[dict]":
 
 
 class WrongSum(OSError):
-    """The data of an item has not the check sum that it should have."""
+    """The data of an item does not have the check sum that it should have."""
 
 
 class LostTail(Exception):
-    """The end of a journal file has not reached the disk, but that of the next one has: a power
-    failure. It is seen when operations at the head begin in the next file. args: how many items
-    were added there, and how many then wait that should not (if less than none: are missing)."""
+    """A power failure has cost a journal file its end, but not the next file. This is known when
+    operations at the head begin in the next one. args: how many items the lost end added, and how
+    many items wait then that should not; if negative, how many are missing."""
 
 
 class Unclear(OSError):
-    """Operations failed, and whether they are in the files cannot be said."""
+    """Operations failed, and it is not known whether they are in the files."""
 
 
 def _why(error):
@@ -1785,13 +1787,13 @@ def _fsync_directory(path):
 
 def _close_all(fds):
     for fd in fds:
-        with contextlib.suppress(OSError):             # it is closed all the same
+        with contextlib.suppress(OSError):             # it is closed even so
             os.close(fd)
 
 
 def _open_journal(path, flags=0):
-    """Open a file of a journal for writing. Raises OSError, also for what is no file: a pipe
-    would keep the opener waiting, and what is written to a device is gone."""
+    """Open a file of a journal for writing. Raises OSError, also if it is not a regular file:
+    opening a pipe waits for another process, and a device does not keep what is written."""
     with contextlib.suppress(FileNotFoundError):
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -1800,8 +1802,8 @@ def _open_journal(path, flags=0):
 
 
 def _lock(fd, how, path):
-    """Lock an open file, as flock() does, without waiting; return its descriptor. Raises OSError
-    if another process holds it, and closes the descriptor."""
+    """Lock an open file, as flock() does, without waiting; return its descriptor. Raises OSError,
+    and closes the descriptor, if another process holds the lock."""
     try:
         fcntl.flock(fd, how | fcntl.LOCK_NB)
     except OSError as error:
@@ -1821,21 +1823,17 @@ def _discard(path):
 
 
 def _write_all(fd, chunks, offset, size):
-    """Write byte strings of `size` bytes in all at `offset`, however often the kernel stops
-    short."""
+    """Write byte strings of `size` bytes in all at `offset`, also if the kernel writes less than
+    it is given."""
     # Joining chunks costs less than many calls; copying large ones does not.
-    if len(chunks) > 1 and size < _LARGE:
-        chunks = [b"".join(chunks)]
-    pieces = chunks if len(chunks) == 1 else itertools.chain.from_iterable(
+    pieces = [b"".join(chunks)] if size < _LARGE else itertools.chain.from_iterable(
         group if large else [b"".join(group)]
         for large, group in itertools.groupby(chunks, lambda chunk: len(chunk) >= _LARGE))
     for piece in pieces:
-        done = os.pwrite(fd, piece, offset)
-        offset += done
+        done = 0
         while done < len(piece):
-            count = os.pwrite(fd, memoryview(piece)[done:], offset)
-            offset += count
-            done += count
+            done += os.pwrite(fd, memoryview(piece)[done:] if done else piece, offset + done)
+        offset += done
 
 
 def _write_and_close(writes):
@@ -1878,10 +1876,10 @@ _JOURNAL_NAME = re.compile(r"([^.~]+)(?:\.(0|-?[1-9][0-9]*)(\.pack)?|~~[0-9]+)?"
 def find_journals(directory, only=None):
     """Return {queue name: [numbers of its older files]} of a spool, tidied up on the way.
 
-    Unfinished files are deleted and packed files take the place of what they stand for. What is
-    no journal is left alone, with a warning; so are directories. Of a queue whose files cannot
-    be tidied up the numbers are None. only: the name of the one queue to look at, whose errors
-    are raised. Raises OSError when the directory cannot be read.
+    Unfinished files are deleted and packed files take the place of what they stand for. Other
+    files are left alone, with a warning, and so are directories, without one. A queue whose files
+    cannot be tidied up has None in place of the numbers. only: the name of the one queue to look
+    at, whose errors are raised. Raises OSError when the directory cannot be read.
     """
     found = {}
     packs = []
@@ -1937,7 +1935,7 @@ def find_journals(directory, only=None):
 
 
 def is_short_of_descriptors(error):
-    """Return whether a call failed only since too many files are open, here or in the system."""
+    """Return whether a call failed because too many files are open, here or in the system."""
     return error.errno in (errno.EMFILE, errno.ENFILE)
 
 
@@ -1966,8 +1964,9 @@ _newest_number = 0
 
 
 def _unique_number(above=0):
-    """Return the time in milliseconds as the number of a file, but one that is greater than
-    `above` and than any before: what is left of a deleted queue is never taken for new."""
+    """Return a number for a file: the time in milliseconds, or more, so that it is greater than
+    `above` and than any number before. So what is left of a deleted queue is never taken for
+    new."""
     global _newest_number
     _newest_number = max(_now(), above + 1, _newest_number + 1)
     return _newest_number
@@ -1976,9 +1975,9 @@ def _unique_number(above=0):
 class Budget:
     """What the queues of a server share: memory for items, and descriptors for files.
 
-    memory: the bytes that items in memory take, see ITEM_COST. most_memory: where queues begin
-    to leave items on disk, and, where they cannot, refuse them. most_files: how many journal
-    files are open at once; the one that was opened first is closed for another.
+    memory: the bytes that items in memory take, see ITEM_COST. most_memory: with so many, queues
+    begin to leave items on disk, or refuse them if they cannot. most_files: how many journal
+    files may be open; the one that was opened first is closed for another.
     """
 
     def __init__(self, most_memory=UNLIMITED, most_files=UNLIMITED):
@@ -2007,7 +2006,8 @@ class JournalFile:
     path: None once it has been deleted. number: None for the current one. size: how many of its
     bytes count. waiting: how many waiting items are accounted to it, see Journal. inode: what
     identifies the file that was opened under that path. checked: whether there must be a check sum
-    for what follows. begins, ends: in the first mark, or what it may be, and in the last CHECK.
+    for what follows. begins, ends: the ends in the first mark, or those that it should have, and
+    in the last CHECK.
     """
 
     __slots__ = ("path", "number", "size", "waiting", "inode", "fd", "checked", "begins", "ends")
@@ -2057,8 +2057,8 @@ Passing = collections.namedtuple("Passing", "position number held counts items")
 # An fsync under way, of all that has been written up to `position`.
 Sync = collections.namedtuple("Sync", "position files directory")
 
-# How many more items wait after an operation, FLUSH apart; those that go to the current file. The
-# others belong to the head.
+# How many more items wait after each operation apart from FLUSH; which of them append an item, and
+# which go to the current file. The others go to the file that has the head.
 _WAITING_AFTER = {
     ADDX: 1, REMOVE: -1, OPEN: -1, UNREMOVE: 1, CONFIRM: 0, TO_TAIL: 1, DUE_TAIL: 1, DUE_HEAD: 1,
     PUT_BACK: 1, DELAY: 0, ADD_DELAYED: 0, DROP: 0, PAUSE: 0}
@@ -2068,15 +2068,15 @@ _AT_HEAD = frozenset((REMOVE, OPEN_NEXT, OPEN, UNREMOVE, PUT_BACK))      # as op
 
 
 def _lost_tail(count, begins, added):
-    """Return what LostTail tells of a file. count: how many items wait at its end. begins: the ends
-    in the first mark of the next file, see _first_ends(). added: how many items it has added, None
-    if it is a pack, in which nothing was taken."""
+    """Return the args of LostTail for a file. count: how many items wait at its end. begins: the
+    ends in the first mark of the next file, see _first_ends(). added: how many items it has added,
+    None if it is a pack, in which nothing was taken."""
     surplus = (count - (begins >> 40) + (1 << 23)) % (1 << 24) - (1 << 23)       # from 24 bits
     if added is None:
         lost = max(0, -surplus)
     else:
         lost = (begins - added) % _PACK
-        lost = lost if lost < _PACK // 2 else 0        # else it is less than none
+        lost = lost if lost < _PACK // 2 else 0        # else it is negative
     return lost, surplus + lost
 
 
@@ -2100,16 +2100,16 @@ class Journal:
     files are those before it, and cut() cuts off what is there beyond. What is committed but
     not safe is remembered in `writes`, so that go_back() can return to any safe position.
 
-    older: the numbers of the older files, None to look for them. lock: for a queue without a
-    server, the descriptor of the directory, whose lock keeps servers out of it; each file that is
-    open is locked against other queues of the kind.
+    older: the numbers of the older files, None to look for them. lock: whether to lock the
+    directory against servers, and each open file against others who do so, for a queue without a
+    server.
     """
 
     def __init__(self, directory, name, older, budget, lock):
         self.directory = directory
         self.path = os.path.join(directory, name)
         self.budget = budget
-        self.lock = None
+        self.lock = None                     # the descriptor of the locked directory
         self.passed = []
         self.files = []
         self.directory_changed = False       # it has to be fsynced
@@ -2206,8 +2206,8 @@ class Journal:
         return item
 
     def account(self, added, last_head, count):
-        """After a replay: what waits in which file. added: how many items each file adds.
-        last_head: the index of the last file that does something to the head of the queue.
+        """Account the waiting items to the files after a replay. added: how many items each file
+        adds. last_head: the index of the last file that does something to the head of the queue.
         count: how many items wait."""
         for file, number in zip(self.files, added):
             file.waiting = number
@@ -2287,7 +2287,7 @@ class Journal:
 
     def commit(self, plan, position, safe):
         """Make a written batch count. position: of its last operation. safe: whether that is
-        safe now, so that nobody will go back."""
+        safe by now, so that go_back() will not undo it."""
         if not safe:
             self.writes.append(Write(position, [
                 (file, file.size, file.waiting, file.checked, file.ends)
@@ -2506,8 +2506,8 @@ class Journal:
             self.budget.close(pack)
             yield self._sync_directory()
         else:
-            # Nothing is left of them. The oldest goes first: whatever is done to items
-            # that are not there, a queue that ended empty ends empty.
+            # Nothing is kept of them. The oldest goes first: operations on items that are not
+            # there any more are ignored, so a queue that ended empty is still empty.
             for file in old:
                 yield from self._remove(file)
                 yield self._sync_directory()
@@ -2591,12 +2591,12 @@ class Journal:
 
     def repair(self, file, start=0, ends=None):
         """Cut what is damaged out of a file, from byte `start` on, and keep it in lost+found.
-        ends: at `start`, if there must be check sums from there on.
+        Return how many pieces were cut out. ends: at `start`, if there must be check sums from
+        there on.
 
-        In their place come records of items that have expired already, as many as may have been
-        lost, or put back: each REMOVE of such an item will take one of them, and not a good item.
-        Items that were taken are open reads until the end of the replay, and come back. Return how
-        many pieces were cut out.
+        Stand-ins take the place of the items that may have been lost, or put back: the REMOVE of
+        such an item will take a stand-in, and not a good item. Items that were taken are open
+        reads until the end of the replay, and come back.
         """
         with open(file.path, "rb") as source:
             cuts = find_damage(source, start, ends, file.begins)
@@ -2628,10 +2628,9 @@ class Journal:
         return len(cuts)
 
     def set_aside(self, file, added, count):
-        """Add what stands for so many lost items at the end of a file, and let `count` items be
-        open reads: what took them is lost, and what is done in newer files was not done to them.
-        They come back at the end of the replay. If it is less than none, put back what stands for
-        those that are lost."""
+        """Append stand-ins for `added` lost items to a file, and make `count` items open reads:
+        the records that took them are lost, and those of newer files are not meant for them. They
+        come back at the end of the replay. If `count` is negative, put back so many stand-ins."""
         log.warning("%s: its end is lost, but not that of a newer file; %d items come back",
                     file.path, max(0, count))
         ops = [(ADDX, LOST, 0)] * added + [(UNREMOVE, None, _LOST)] * -count + [
@@ -2644,8 +2643,8 @@ class Journal:
         self.size += share.size
 
     def replace_missing(self, file, lost):
-        """Put a file in the place of one that has disappeared. lost: for how many items of it,
-        which are in memory, there will be REMOVEs."""
+        """Put a file with stand-ins for `lost` items in the place of one that has disappeared:
+        those items are in memory, and will be taken."""
         self._write_file_now(file, [[_head(LOST, 0) * lost]])
         file.checked = False
 
@@ -2655,13 +2654,13 @@ class Journal:
 
     @staticmethod
     def _good_pieces(source, size, cuts):
-        """Yield what is good of a damaged file of that size, which is open as `source`, and what
-        stands for the rest, in pieces."""
+        """Yield what is good of a damaged file of that size, which is open as `source`, and the
+        stand-ins for the rest, in pieces."""
         fd, path = source.fileno(), source.name
         done, aside = 0, _ASIDE
-        for begin, end, _, lost, taken, back, before, after, checked, unclosed in cuts:
+        for begin, end, _, lost, taken, back, before, after, unclosed in cuts:
             yield from _pieces_of(fd, done, begin, path)
-            # Whatever their order was: so none is taken later that was not taken in truth.
+            # In this order, whatever theirs was: so none is taken later that was never taken.
             stands = [(ADDX, LOST, 0)] * lost + [
                 (OPEN, None, aside + number) for number in range(taken)] + [
                 (UNREMOVE, None, _LOST)] * back
@@ -2676,9 +2675,9 @@ class Journal:
             elif stands:
                 chunks, before = _encode_checked(stands, before)
                 yield chunks
-            if after is not None and before is not None and (before != after or not checked):
+            if before not in (None, after) and (after is not None or end < size):
                 yield [_mark(False, before)]
-            if checked and before != after:
+            if after not in (None, before):
                 yield [_mark(True, after)]
             done, aside = end, aside + taken
         yield from _pieces_of(fd, done, size, path)
@@ -2749,8 +2748,8 @@ class Journal:
 
 
 def _counts(held, items, less=()):
-    """Return {id of an item: its count of deliveries} of the items that have one. What follows in
-    the files counts anew: less: {id of an item: how often that was}."""
+    """Return {id of an item: its count of deliveries} of the items that have one. less: {id of an
+    item: how many of these are counted by what follows in the files}."""
     counts = {id(item): item.deliveries for item in items if item.deliveries}
     for one in held.values():
         item = one.item if type(one) is Delayed else one
@@ -2763,8 +2762,8 @@ def _counts(held, items, less=()):
 
 
 def _held_before(held, ops):
-    """Return the open reads and the Delayed before operations, from those after them; and their
-    counts of deliveries then.
+    """Return the open reads and the Delayed before some operations, and their counts of deliveries
+    then. held: those after the operations, which is changed.
 
     Files are passed in the middle of a batch, and until it is written all of it may be undone;
     so what was there then is found by going backwards from the end.
@@ -2784,10 +2783,10 @@ def _held_before(held, ops):
 
 
 class ReadBehind:
-    """Reads a queue's items that are not in memory: those after byte `offset` of `file`, but for
-    the first `skip` of them. It begins behind the last CHECK of `file` so far, if there are check
-    sums. ends: in the CHECK that ends at `offset`, if there must be check sums from there on, else
-    None.
+    """Reads the items of a queue that are not in memory: those after byte `offset` of `file`,
+    without the first `skip` of them. If there are check sums it begins after the last CHECK of
+    `file` so far. ends: in the CHECK that ends at `offset`, if there must be check sums from there
+    on, else None.
 
     older: the files in front of those of the journal, for a spool whose newer files take items
     from older ones: the items of all these are accounted to files[0], see Journal.account().
@@ -2803,8 +2802,8 @@ class ReadBehind:
         self.older = ()
 
     def go_back(self):
-        """Go back to the end of the file if that is where it was cut off. Nothing had been left to
-        be read of what followed."""
+        """Go back to the end of the file, if the file was cut off before `offset`. What followed
+        had been read."""
         if self.offset > self.file.size:
             self.offset = self.file.size
             self.ends = self.file.ends if self.file.checked else None
@@ -2833,8 +2832,8 @@ class ReadBehind:
         return items
 
     def _take(self, data, left, most, size, items):
-        """Take the items of a piece: those whose check sum is right, where there must be one.
-        Return whether there was anything in it that could be taken."""
+        """Take the items of a piece, where there must be check sums only those with a right one.
+        Return whether anything could be taken."""
         skip, ends = self.skip, self.ends
         taken = skip, 0, ends                # up to where it is taken
         found = []                           # behind that
@@ -2873,8 +2872,8 @@ class ReadBehind:
         return bool(items) or done > 0
 
     def _take_large(self, data, left, items):
-        """Take an item that is larger than a piece, without its data, whose check sum is looked at
-        when it is read. Return whether it is such an item."""
+        """Take an item that is larger than a piece, without its data, whose check sum is compared
+        when the data is read. Return whether there is such an item."""
         if data[0] not in _HEADS:
             return False
         item, _, start, size = _parse_head(data)
