@@ -2629,9 +2629,12 @@ class Journal:
         ops = [(ADDX, LOST, 0)] * added + [(UNREMOVE, None, _LOST)] * -count + [
             (OPEN, None, _ASIDE + number) for number in range(count)]
         _, chunks, size, *_ = self._share(file, ops, 0, True)
-        fd = self._open(file)
-        _write_all(fd, chunks, file.size, size)
-        os.fsync(fd)
+        fd = _open_journal(file.path)        # whatever its size is by now
+        try:
+            _write_all(fd, chunks, file.size, size)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
         file.size += size
         self.size += size
 
