@@ -1640,8 +1640,10 @@ def _cut_unchecked(data, closed, why, known, begins):
             begin = closed
     if after[0] & 0xffff & -_PACK == _PACK:            # which puts nothing back
         begins = after[0] & 0xffff
-    before, after, moves = _moved_between(
-        data, begin, (0, begins) if known is None else (known,), limit, after)
+    before = (0, begins) if known is None else (known,)
+    if begin == mark:                    # only the mark is damaged: nothing was moved there
+        before += after
+    before, after, moves = _moved_between(data, begin, before, limit, after)
     return Cut(begin, limit, why, *moves, None if begin else before, after)
 
 
@@ -4581,6 +4583,7 @@ class Replay:
         self._older = None              # the file before it
         self._at_head = queue.journal.files[0]   # the last file that does something to the head
         self._pack = None               # the last file that is a pack
+        self._is_own = False            # whether a CHECK was read: Kestrel writes none
         self._lost_tail = ()            # what is missing at the end of `_older`, see LostTail
         self._closed = 0, 0             # where the last CHECK ends, how many were added before it
         self._latest = 0                # xid of what goes to the tail, or is delayed
@@ -4677,6 +4680,7 @@ class Replay:
         if self._at_head is self.file and any(self._lost_tail):
             raise LostTail(self._older, *self._lost_tail)
         self._closed = end, count
+        self._is_own = True
         self.file.ends = ends
 
     def _append(self, opcode, xid, item, end):
@@ -4756,9 +4760,9 @@ class Replay:
             queue._push(item)
         elif opcode == UNREMOVE and xid in delayed:
             queue._push(delayed.pop(xid).item)
-        elif opcode in (UNREMOVE, PUT_BACK) and (self.file.checked or xid == _LOST):
-            # The item that was put back is lost: a file of this server never names one that was
-            # not there. If it was taken again, that must not cost another item.
+        elif opcode in (UNREMOVE, PUT_BACK) and (self._is_own or xid == _LOST):
+            # The item that was put back is lost: this server never names one that was not there.
+            # If it was taken again, that must not cost another item.
             queue._push(Item(LOST.data, LOST.add_time, LOST.expiry))
             return xid == _LOST
         elif opcode == DELAY and xid[0] in opens:

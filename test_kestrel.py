@@ -3141,6 +3141,34 @@ def add_records(*datas):
     return [(kestrel.ADDX, kestrel.Item(data, NOW), 0) for data in datas]
 
 
+@promise(6)
+def test_a_damaged_mark_costs_no_items_whatever_ends_it_had(tmp_path):
+    """A file that was begun without check sums: what its ends should be may not be known."""
+    ends = kestrel._first_ends(3, 5)
+    good = addx(b"d")
+    checks, _ = kestrel._encode_checked([(kestrel.REMOVE, None, 0)], ends)
+    mark = kestrel._mark(True, ends)
+    for place in range(len(mark)):
+        path = tmp_path / str(place)
+        path.mkdir()
+        spool_of(path, **{"q.1": addx(b"a") + addx(b"b") + addx(b"c"),
+                          "q": good + damaged("flip", mark, place) + b"".join(checks)})
+        assert contents(load(path)) == [b"b", b"c", b"d"]
+
+
+@promise(6)
+def test_a_lost_open_costs_no_item_where_check_sums_have_ended(tmp_path):
+    items, ends = kestrel._encode_checked([(kestrel.ADDX, kestrel.Item(data, NOW), 0)
+                                           for data in (b"a", b"b")], 0)
+    open_a, after = kestrel._encode_checked([(kestrel.OPEN, None, 1)], ends)
+    data = kestrel._mark(True, 0) + b"".join(items)
+    place = len(data) + 2
+    data += b"".join(open_a) + kestrel._mark(False, after) + xid_record(5, 1) + b"\1"
+    spool_of(tmp_path, q=damaged("flip", data, place))
+    queue = load(tmp_path)
+    assert sorted(contents(queue)) == [b"a", b"b"]     # that of the damaged write comes back
+
+
 @promise(3)
 def test_a_write_cut_short_is_not_taken_for_a_damaged_mark(tmp_path):
     """One in a hundred was, where it began with few bits: then the rest of it was believed, and
