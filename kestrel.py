@@ -9464,8 +9464,9 @@ class Connection:
             self.close()
             return
         server.broker.stats.bytes_written += count
-        session.load = 0                     # as sent() does
-        if count < len(data):
+        if count == len(data):
+            session.load = 0                 # as sent() does
+        else:
             self.unsent = [memoryview(data)[count:]]
             self.place()
 
