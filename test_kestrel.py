@@ -11412,6 +11412,7 @@ def test_a_half_closed_client_is_hung_up_on_when_its_last_command_fails(serve, d
 
 def test_a_client_is_sent_so_much_in_a_turn(serve, monkeypatch):
     monkeypatch.setattr(kestrel, "_MOST_SENT", 5000)
+    monkeypatch.setattr(kestrel, "_BIG", 2500)
     server = serve("[server]\nmax_output_buffer = 10mb\n")
     client = server.client()
     data = bytes(range(256)) * 4000
