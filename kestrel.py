@@ -6098,7 +6098,8 @@ class Session:
         """Take bytes that the client sent, and run every whole command in them."""
         self.now = now
         if self.state is READY:              # as a rule
-            pos = self._parse(data)
+            # A client that has to read its answers first may still be READY.
+            pos = self._parse(data) if self.load <= self.most_load else 0
             if pos != len(data) or self._needed:
                 self._stop(data, pos)
         elif not self.is_over():
@@ -9495,8 +9496,9 @@ class Connection:
                 return
         if not self.unsent and not session.out:
             session.sent()
+        # The input that a HELD client has sent on is to be counted, and has a limit.
         if (session.state not in (READY, HELD) or self.state is not READY or self.unsent
-                or self.buffered or session.at_end):
+                or self.buffered or session.unparsed or session.at_end):
             self.place()
 
     def _send_much(self):

@@ -10177,6 +10177,40 @@ def test_the_loop_rests_while_answers_are_held(serve, monkeypatch):
     slow.close()
 
 
+def test_what_a_held_client_sends_on_is_counted_and_limited(serve, monkeypatch):
+    server = serve("[queue]\nsync_journal = 0\n")
+    client = server.client()
+    client.put("q", b"0")
+    held = HeldFsync(monkeypatch)
+    held.hold(client, "set q 0 0 1\r\n1\r\n")
+    client.sock.settimeout(0.5)
+    with pytest.raises(socket.timeout):                # the kernel's buffers are full
+        for _ in range(200):
+            client.send(b"version\r\n" * 10000)
+    connection, = server.server.connections.values()
+    assert 0 < connection.session.unparsed < connection.buffered < 3 * kestrel._CHUNK
+    held.disarm()
+    client.sock.settimeout(20)
+    assert client.line() == "STORED\r\n"
+
+
+def test_answers_that_are_not_read_are_limited_though_commands_come_one_by_one(serve):
+    server = serve("[server]\nmax_output_buffer = 200kb\n")
+    client = server.client()
+    for _ in range(150):
+        client.put("q", bytes(100000))
+    stats = server.server.broker.stats
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        slow.connect(("127.0.0.1", server.port))
+        for _ in range(120):
+            wanted = stats.bytes_read + len(b"get q\r\n")
+            slow.sendall(b"get q\r\n")
+            until(lambda: stats.bytes_read == wanted)
+        assert max(one.session.load for one in server.server.connections.values()) < 500000
+
+
 def test_running_out_of_descriptors_only_delays(serve, monkeypatch):
     """Neither an fsync nor a write fails for it."""
     monkeypatch.setattr(kestrel, "_SYNC_AGAIN_MS", 5)
