@@ -2477,7 +2477,8 @@ class Journal:
         """A task: put one file in place of those that have been passed. state: a Kept. Raises
         OSError; then it can be done again."""
         old = [file for file in self.passed if file.number <= passing.number]
-        if passing.held or passing.items or state.paused:
+        # An earlier try may have deleted all of them, and failed at the last fsync.
+        if old and (passing.held or passing.items or state.paused):
             path = "%s.%d" % (self.path, passing.number)
             pack = next((file for file in old if file.path == path + ".pack"),   # tried before
                         JournalFile(path + ".pack", passing.number))
