@@ -3844,7 +3844,8 @@ class Queue:
             if isinstance(error, Damage):
                 error = self._size_changed(error.file)
             error = error and _as_os_error(error, journal.path)
-            if not error or is_short_of_descriptors(error) and self.host.work:
+            is_partial = plan and journal.torn       # then there is something to cut off at once
+            if not error or is_short_of_descriptors(error) and self.host.work and not is_partial:
                 self.host.later(_NO_DESCRIPTOR_MS, functools.partial(self.host.changed, self))
                 return
             raise self._go_back(error, plan is not None) from None
