@@ -2477,7 +2477,8 @@ class Journal:
         """A task: put one file in place of those that have been passed. state: a Kept. Raises
         OSError; then it can be done again."""
         old = [file for file in self.passed if file.number <= passing.number]
-        if passing.held or passing.items or state.paused:
+        # An earlier try may have deleted all of them, and failed at the last fsync.
+        if old and (passing.held or passing.items or state.paused):
             path = "%s.%d" % (self.path, passing.number)
             pack = next((file for file in old if file.path == path + ".pack"),   # tried before
                         JournalFile(path + ".pack", passing.number))
@@ -3829,7 +3830,8 @@ class Queue:
             if isinstance(error, Damage):
                 error = self._size_changed(error.file)
             error = error and _as_os_error(error, journal.path)
-            if not error or is_short_of_descriptors(error) and self.host.work:
+            is_partial = plan and journal.torn       # then there is something to cut off at once
+            if not error or is_short_of_descriptors(error) and self.host.work and not is_partial:
                 self.host.later(_NO_DESCRIPTOR_MS, functools.partial(self.host.changed, self))
                 return
             raise self._go_back(error, plan is not None) from None

@@ -1988,6 +1988,53 @@ def test_a_pack_that_cannot_be_finished_is_tried_again(tmp_path, disk):
             queue.close()
 
 
+def test_a_write_that_lacks_a_descriptor_for_its_second_file_is_not_put_off(tmp_path, disk):
+    """What is in the first file by then is cut off, before anything else can fail."""
+    queue = turn_queue(tmp_path, max_memory_size=500)
+    bench = queue.host
+    bench.work = lambda call, done: None
+    items = [b"%d" % number * 30 for number in range(20)]
+    for item in items:
+        queue.add(item, now=NOW)
+        queue.write()
+        bench.run()
+    queue.remove(now=NOW)
+    queue.add(b"x", now=NOW)
+    bench.budget.close(queue.journal.current)
+    disk.failing = {"open": errno.EMFILE}
+    with contextlib.suppress(OSError):
+        queue.write()
+    disk.failing = {"ftruncate": errno.EIO}
+    with contextlib.suppress(OSError):
+        queue.write()
+    disk.failing = {}
+    assert not queue.history.ops and contents_of(tmp_path) == items
+    queue.close()
+
+
+def test_a_pause_after_the_last_fsync_of_a_removal_has_failed(tmp_path, disk):
+    """There is nothing left that a pack could stand for, and upkeep goes on."""
+    bench = Bench()
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(
+        default_journal_size=10, sync_journal=None), host=bench, now=NOW)
+    fill(queue, b"1")
+    queue.remove(now=NOW)
+    queue.write()
+    while bench.step():
+        if queue.journal.passings:
+            disk.failing = {"fsync": errno.EIO}
+    assert queue.upkeep.error and queue.journal.passings and os.listdir(str(tmp_path)) == ["q"]
+    disk.failing = {}
+    queue.pause()
+    queue.write()
+    while bench.calls:
+        bench.calls.pop(0)()
+    bench.run()
+    assert not queue.upkeep.error and not queue.journal.passings
+    queue.close()
+    assert load(tmp_path).paused == kestrel.PAUSED_IN | kestrel.PAUSED_OUT
+
+
 def test_both_renames_of_a_pack_can_fail_and_rotation_is_tried_again(tmp_path, disk):
     """Rotation needs one rename and the creation of a file; each of them fails once."""
     for failing in ("rename", "open", "fsync"):
