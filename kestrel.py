@@ -2479,7 +2479,8 @@ class Journal:
         """A task: put one file in place of those that have been passed. state: a Kept. Raises
         OSError; then it can be done again."""
         old = [file for file in self.passed if file.number <= passing.number]
-        if passing.held or passing.items or state.paused:
+        # An earlier try may have deleted all of them, and failed at the last fsync.
+        if old and (passing.held or passing.items or state.paused):
             path = "%s.%d" % (self.path, passing.number)
             pack = next((file for file in old if file.path == path + ".pack"),   # tried before
                         JournalFile(path + ".pack", passing.number))
@@ -3831,7 +3832,8 @@ class Queue:
             if isinstance(error, Damage):
                 error = self._size_changed(error.file)
             error = error and _as_os_error(error, journal.path)
-            if not error or is_short_of_descriptors(error) and self.host.work:
+            is_partial = plan and journal.torn       # then there is something to cut off at once
+            if not error or is_short_of_descriptors(error) and self.host.work and not is_partial:
                 self.host.later(_NO_DESCRIPTOR_MS, functools.partial(self.host.changed, self))
                 return
             raise self._go_back(error, plan is not None) from None
@@ -6102,7 +6104,8 @@ class Session:
         """Take bytes that the client sent, and run every whole command in them."""
         self.now = now
         if self.state is READY:              # as a rule
-            pos = self._parse(data)
+            # A client that has to read its answers first may still be READY.
+            pos = self._parse(data) if self.load <= self.most_load else 0
             if pos != len(data) or self._needed:
                 self._stop(data, pos)
         elif not self.is_over():
@@ -9468,8 +9471,9 @@ class Connection:
             self.close()
             return
         server.broker.stats.bytes_written += count
-        session.load = 0                     # as sent() does
-        if count < len(data):
+        if count == len(data):
+            session.load = 0                 # as sent() does
+        else:
             self.unsent = [memoryview(data)[count:]]
             self.place()
 
@@ -9498,8 +9502,9 @@ class Connection:
                 return
         if not self.unsent and not session.out:
             session.sent()
+        # The input that a HELD client has sent on is to be counted, and has a limit.
         if (session.state not in (READY, HELD) or self.state is not READY or self.unsent
-                or self.buffered or session.at_end):
+                or self.buffered or session.unparsed or session.at_end):
             self.place()
 
     def _send_much(self):

@@ -1988,6 +1988,53 @@ def test_a_pack_that_cannot_be_finished_is_tried_again(tmp_path, disk):
             queue.close()
 
 
+def test_a_write_that_lacks_a_descriptor_for_its_second_file_is_not_put_off(tmp_path, disk):
+    """What is in the first file by then is cut off, before anything else can fail."""
+    queue = turn_queue(tmp_path, max_memory_size=500)
+    bench = queue.host
+    bench.work = lambda call, done: None
+    items = [b"%d" % number * 30 for number in range(20)]
+    for item in items:
+        queue.add(item, now=NOW)
+        queue.write()
+        bench.run()
+    queue.remove(now=NOW)
+    queue.add(b"x", now=NOW)
+    bench.budget.close(queue.journal.current)
+    disk.failing = {"open": errno.EMFILE}
+    with contextlib.suppress(OSError):
+        queue.write()
+    disk.failing = {"ftruncate": errno.EIO}
+    with contextlib.suppress(OSError):
+        queue.write()
+    disk.failing = {}
+    assert not queue.history.ops and contents_of(tmp_path) == items
+    queue.close()
+
+
+def test_a_pause_after_the_last_fsync_of_a_removal_has_failed(tmp_path, disk):
+    """There is nothing left that a pack could stand for, and upkeep goes on."""
+    bench = Bench()
+    queue = kestrel.Queue("q", str(tmp_path), kestrel.QueueConfig(
+        default_journal_size=10, sync_journal=None), host=bench, now=NOW)
+    fill(queue, b"1")
+    queue.remove(now=NOW)
+    queue.write()
+    while bench.step():
+        if queue.journal.passings:
+            disk.failing = {"fsync": errno.EIO}
+    assert queue.upkeep.error and queue.journal.passings and os.listdir(str(tmp_path)) == ["q"]
+    disk.failing = {}
+    queue.pause()
+    queue.write()
+    while bench.calls:
+        bench.calls.pop(0)()
+    bench.run()
+    assert not queue.upkeep.error and not queue.journal.passings
+    queue.close()
+    assert load(tmp_path).paused == kestrel.PAUSED_IN | kestrel.PAUSED_OUT
+
+
 def test_both_renames_of_a_pack_can_fail_and_rotation_is_tried_again(tmp_path, disk):
     """Rotation needs one rename and the creation of a file; each of them fails once."""
     for failing in ("rename", "open", "fsync"):
@@ -10203,6 +10250,40 @@ def test_the_loop_rests_while_answers_are_held(serve, monkeypatch):
     held.disarm()
     assert slow.recv(100) == b"STORED\r\n"
     slow.close()
+
+
+def test_what_a_held_client_sends_on_is_counted_and_limited(serve, monkeypatch):
+    server = serve("[queue]\nsync_journal = 0\n")
+    client = server.client()
+    client.put("q", b"0")
+    held = HeldFsync(monkeypatch)
+    held.hold(client, "set q 0 0 1\r\n1\r\n")
+    client.sock.settimeout(0.5)
+    with pytest.raises(socket.timeout):                # the kernel's buffers are full
+        for _ in range(200):
+            client.send(b"version\r\n" * 10000)
+    connection, = server.server.connections.values()
+    assert 0 < connection.session.unparsed < connection.buffered < 3 * kestrel._CHUNK
+    held.disarm()
+    client.sock.settimeout(20)
+    assert client.line() == "STORED\r\n"
+
+
+def test_answers_that_are_not_read_are_limited_though_commands_come_one_by_one(serve):
+    server = serve("[server]\nmax_output_buffer = 200kb\n")
+    client = server.client()
+    for _ in range(150):
+        client.put("q", bytes(100000))
+    stats = server.server.broker.stats
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        slow.connect(("127.0.0.1", server.port))
+        for _ in range(120):
+            wanted = stats.bytes_read + len(b"get q\r\n")
+            slow.sendall(b"get q\r\n")
+            until(lambda: stats.bytes_read == wanted)
+        assert max(one.session.load for one in server.server.connections.values()) < 500000
 
 
 def test_running_out_of_descriptors_only_delays(serve, monkeypatch):
