@@ -9365,8 +9365,8 @@ class Connection:
         self.is_greeting = hasattr(sock, "do_handshake")       # a TLS handshake is not done yet
         self.is_traced = False
         # The state that place() has seen last; None if flush() has to call it again, since
-        # something is kept or unsent, or all is traced. place() does the same for READY and HELD,
-        # so it is not called when a READY client becomes HELD, or the other way round.
+        # something is kept or unsent, or all is traced. A READY client that becomes HELD for a
+        # moment needs no place(): so this may be READY while the client is HELD.
         self.state = READY
         self.buffered = 0                # bytes of input and output that server.buffered counts
         self.unsent = []                 # answers that the kernel has not taken yet
@@ -12380,8 +12380,8 @@ class LogFile(LogStream):
         line = self.format(record)
         try:
             self._append(line + "\n")
-        except OSError as error:
-            self.write("log_file: %s: %s" % (error, line))
+        except (OSError, MemoryError) as error:
+            self.write("log_file: %s: %s" % (_as_os_error(error, self._path), line))
 
     def _append(self, text):
         # Names of queues are any bytes. O_NONBLOCK: a pipe without a reader must not block.
