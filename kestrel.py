@@ -1501,8 +1501,9 @@ def _next_check(data, begin, before=None):
 
 
 def _is_nearly(data, expected):
-    """Return whether the bytes differ from those expected in a few bits only. Other records have
-    zeros in the same places, and may have been cut short: so a few bits are not many."""
+    """Return whether the bytes differ from those expected in a few bits only. With more than 4 of
+    them, other records could be taken for these: they have zeros in the same places, and may have
+    been cut short."""
     wrong = int.from_bytes(data, "little") ^ int.from_bytes(expected, "little")
     return bin(wrong).count("1") <= 4
 
@@ -1537,8 +1538,8 @@ def _ends_by_next(data, begin):
 
 
 def _likely(before, after, most):
-    """Return those pairs of accounts of the ends between which fewer than `most` items were moved.
-    With more of them, what follows is in a wrong place."""
+    """Return those pairs of accounts of the ends between which fewer than `most` items each were
+    added, taken and put back. With more of them, what follows is in a wrong place."""
     return [pair for pair in itertools.product(before, after) if max(_between(*pair)) < most]
 
 
@@ -1630,7 +1631,7 @@ def _cut_unchecked(data, closed, why, known, begins):
         if begin >= limit:                   # it has swallowed the mark
             begin = at.last if at.last is not None and at.last < limit else closed
         return Cut(begin, min(end, limit), why, lost)
-    mark = limit - _CHECK.size               # which is in what is damaged
+    mark = limit - _CHECK.size               # where the mark must be; it is damaged too
     at = _read_doubtful(data, closed, mark)
     begin = at.begin
     if begin != mark:
@@ -2287,8 +2288,8 @@ class Journal:
             self.writes.append(Write(position, [
                 (file, file.size, file.waiting, file.checked, file.ends)
                 for file, *_ in plan.shares], plan.passed))
-        for file, _, size, file.ends, file.waiting in plan.shares:
-            file.checked = plan.checked
+        for file, _, size, ends, waiting in plan.shares:
+            file.ends, file.waiting, file.checked = ends, waiting, plan.checked
             file.size += size
             self.size += size
             self.unsynced.add(file)
@@ -2840,7 +2841,7 @@ class ReadBehind:
             for opcode, xid, item, done in read_records(
                     io.BytesIO(data), ends=ends):
                 if opcode == CHECK:
-                    ends = xid[2] if xid[0] or ends is None else None
+                    ends = _after_check(xid, ends)
                 elif item is not None and opcode != ADD_DELAYED:
                     if skip:
                         skip -= 1
@@ -3028,8 +3029,8 @@ class History:
 
     def __init__(self):
         self.safe = self.written = self.durable = 0
-        self.ops = []                        # (opcode, item, xid) of what is still to be written,
-        self.unsafe = []                     # and of what is not safe, though it is being written
+        self.ops = []                        # (opcode, item, xid) of what is still to be written
+        self.unsafe = []                     # those that are being written, or are, but not safe
         self.writing = None                  # the Plan that the worker writes
         self._pending = collections.deque()  # (position, call) of when_safe(), in order
         self.syncing = collections.deque()   # (position, call) of when_durable()
@@ -3148,7 +3149,7 @@ class Delays:
         return due[0][0] if due else None
 
     def clear(self):
-        """Remove all, and leave what `items` and `due` were as it is."""
+        """Remove all. The caller may keep the old `items` and `due`: they are not emptied."""
         self.items, self.due = {}, []
         self.bytes = self.memory = 0
 
@@ -4643,9 +4644,9 @@ class Replay:
             self._close(base + last[0], self.file.waiting + last[1], last[2])
         self.file.waiting += count
         if delayed:
-            # The highest, or the last if the numbers have started over among these.
             fresh = {each.xid: each for each in delayed}
             queue.delays.items.update(fresh)
+            # The highest, or the last if the numbers have started over among these.
             self._latest = _later(_later(self._latest, max(fresh)), delayed[-1].xid)
         if base + end > self._look:
             self._tell(base + end)
@@ -4664,9 +4665,9 @@ class Replay:
     def _check(self, end, covers, _, ends):
         """Note what a CHECK says."""
         file, older = self.file, self._older
-        if not file.checked:             # a mark: if it is not the first record, nobody can know
-            self._lost_tail = ()         # how the file was begun
-        if end == _CHECK.size:           # see Journal.pass_all()
+        if not file.checked:             # the first mark of a file, or a later one, which tells
+            self._lost_tail = ()         # nothing of the end of the file before
+        if end == _CHECK.size:           # it is the first record, see Journal.pass_all()
             file.begins = ends
             if ends:
                 self._at_head = file
@@ -5415,7 +5416,7 @@ class Broker:
             get_hits=0, get_misses=0, bytes_read=0, bytes_written=0, queue_creates=0,
             queue_deletes=0, queue_expires=0, put_rate=0.0, get_rate=0.0)
         self.metrics = {name: Histogram() for name in METRICS}
-        self.ages = []                   # how long the items had waited that this turn has given
+        self.ages = []                   # how long the items had waited that this turn handed out
         self._accounts = {}               # queue -> Account
         self._uncounted = set()           # queues that have changed since totals()
         self._totals = Totals(0, 0, 0, 0)
@@ -6377,8 +6378,8 @@ class Session:
 
     def _next(self, queues, opening, peek, wait):
         """Return the first of these queues that has an item, and the item; or (None, None) if
-        there is none, or none comes in time. Queues that are None have none. A generator, since it
-        may have to wait."""
+        there is none, or none comes in time. queues: may contain None, for a queue that does not
+        exist. A generator, since it may have to wait."""
         moves, naps = self.broker.moves, RETRY_MS // _LOADING_MS
         while True:
             queues = [queue for queue in queues if queue and not queue.closed]
@@ -6848,8 +6849,8 @@ def _parse_line(line):
                   reason="PROXY" if words[0] == b"PROXY" else "client")
 
 
-# Clients send the same lines again and again, so what _parse_line() returns for them is kept: as
-# much as there may be, of lines that are not long. (A dict is twice as fast as a functools cache.)
+# Line -> what _parse_line() has returned for it: clients send the same lines again and again. Their
+# number and length are limited. (A dict is twice as fast as a functools cache.)
 _known_lines = {}
 _MOST_KNOWN = 4096
 _LONGEST_KNOWN = 120
@@ -6895,7 +6896,7 @@ class MemcacheSession(LineSession):
         broker = self.broker
         # No call as a rule; it stays so in this turn, since the answer to a login takes another.
         is_stranger = broker.config.users is not None and self.is_stranger
-        while pos < end:                     # READY, so there is no need to look at the state first
+        while pos < end:                     # the state is READY at first: it is looked at below
             if pos and len(broker.dirty) > _MOST_DIRTY:
                 self._pass_turn()
                 break
@@ -6938,8 +6939,8 @@ class MemcacheSession(LineSession):
         return pos
 
     def _pass_over(self, pos, end):
-        """Return where the input goes on behind a refused data block, and need more of it if that
-        is not all there."""
+        """Skip what has come of a refused data block, from `pos` to `end`; return where the next
+        command begins, or `end`. The rest of the block is skipped when it comes."""
         skipped = min(self._skip, end - pos)
         self._skip -= skipped
         if self._skip:
@@ -9044,7 +9045,7 @@ class Timers:
 class Worker:
     """A thread for calls that block, above all fsync, so that the loop never does.
 
-    wake: called from the thread after each.
+    wake: called from the thread after each of them.
     """
 
     def __init__(self, wake):
@@ -9062,7 +9063,7 @@ class Worker:
         self._jobs.put((work, done))
 
     def take_results(self):
-        """Make the calls that are due since work has returned."""
+        """Call done(error) for all work that has returned, see submit()."""
         while self.done:
             done, error = self.done.popleft()
             self.unfinished -= 1
@@ -9149,8 +9150,8 @@ class Poller:
         return events
 
     def watch(self, sock, data, read=True, write=False):
-        """Watch a socket: whether there is something to read, and whether it can be written. data:
-        what its events are given with."""
+        """Watch a socket. read, write: whether to return an event when it can be read, or written.
+        data: what poll() returns with the event."""
         mask = (self._read if read else 0) | (self._write if write else 0)
         fd = sock.fileno()
         if fd not in self._watched:
@@ -9367,8 +9368,9 @@ class Connection:
         self.last_active = server.mono   # when it said something, or took some of its answers
         self.is_greeting = hasattr(sock, "do_handshake")       # a TLS handshake is not done yet
         self.is_traced = False
-        # The state for which place() has arranged all, None if there is more to see to: something
-        # is kept or unsent, or all is traced. HELD may be READY for it.
+        # The state that place() has seen last; None if flush() has to call it again, since
+        # something is kept or unsent, or all is traced. A READY client that becomes HELD for a
+        # moment needs no place(): so this may be READY while the client is HELD.
         self.state = READY
         self.buffered = 0                # bytes of input and output that server.buffered counts
         self.unsent = []                 # answers that the kernel has not taken yet
@@ -9478,7 +9480,8 @@ class Connection:
             self.place()
 
     def _flush_any(self, failed, unsafe):
-        """Do as flush(), whatever the client waits for, and whatever has failed."""
+        """Do the work of flush() in all other cases: the client waits, something has failed or is
+        not safe yet, or there is much to send."""
         session = self.session
         # Also when nothing has failed: a failure in a later turn would be taken for one of what a
         # command that goes on has written already.
@@ -9502,7 +9505,7 @@ class Connection:
                 return
         if not self.unsent and not session.out:
             session.sent()
-        # The input that a HELD client has sent on is to be counted, and has a limit.
+        # A HELD client may have sent more input: place() counts it, and reads no more than a limit.
         if (session.state not in (READY, HELD) or self.state is not READY or self.unsent
                 or self.buffered or session.unparsed or session.at_end):
             self.place()
@@ -9603,7 +9606,7 @@ class Connection:
     def tick(self):
         """Do what is due."""
         self._alarm = None
-        self.state = None                    # the alarm may have to be set anew
+        self.state = None                    # let flush() call place(), which sets the next alarm
         for when, call in list(self._deadlines()):
             if when <= self.server.mono and self.session.state is not CLOSED:
                 call()
@@ -11813,8 +11816,9 @@ def _command_put(client, options):
 
 
 def _put_all(options, puts, show=lambda done: None):
-    """Put items, and return how many. puts: does so while it yields (how many were taken, of how
-    many). show: is told how many items are done. Raises ValueError when some are not taken."""
+    """Put items, and return how many. puts: a generator that puts some at each step, and yields
+    (how many of them were taken, how many they were). show: called with how many were put so far.
+    Raises ValueError when some are not taken."""
     done = 0
     try:
         for taken, count in puts:
@@ -12380,8 +12384,8 @@ class LogFile(LogStream):
         line = self.format(record)
         try:
             self._append(line + "\n")
-        except OSError as error:
-            self.write("log_file: %s: %s" % (error, line))
+        except (OSError, MemoryError) as error:
+            self.write("log_file: %s: %s" % (_as_os_error(error, self._path), line))
 
     def _append(self, text):
         # Names of queues are any bytes. O_NONBLOCK: a pipe without a reader must not block.

@@ -13232,6 +13232,17 @@ def test_a_log_file_on_a_full_disk_harms_nothing_and_is_changed_by_a_reload(tmp_
     assert "queue b created" in log
 
 
+def test_a_log_file_that_there_is_no_memory_to_open_stops_nothing(tmp_path, monkeypatch, capfd):
+    handler = kestrel.LogFile(str(tmp_path / "log"))
+
+    def append(text):
+        raise MemoryError
+
+    monkeypatch.setattr(handler, "_append", append)
+    handler.handle(logging.makeLogRecord({"msg": "hello"}))
+    assert re.fullmatch("log_file: .*out of memory: .*/log': hello\n", capfd.readouterr().err)
+
+
 def test_a_log_that_nobody_reads_stops_nothing(tmp_path):
     port = free_port()
     (tmp_path / "conf").write_text("[server]\nenable_session_trace = true\nadmin_port = off\n")
