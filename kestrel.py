@@ -10487,8 +10487,8 @@ def _lock_spool(path):
     except OSError as error:
         holder = _lock_holder(fd)
         os.close(fd)
-        raise OSError(error.errno, "the spool %s is held by another server%s: stop it, or give "
-                      "this one another --spool" % (path, holder)) from None
+        raise OSError(error.errno, "the spool %s is held by another server%s: stop it, or use "
+                      "another spool" % (path, holder)) from None
     return fd
 
 
@@ -11824,7 +11824,8 @@ def _put_all(options, puts, show=lambda done: None):
         for taken, count in puts:
             done += taken
             if taken < count:
-                raise ValueError("%s is full or paused; %d items were put" % (options.queue, done))
+                raise ValueError("%s is full or paused, or the item is too large; %d items were put"
+                                 % (options.queue, done))
             show(done)
     except (OSError, ServerError, KeyboardInterrupt):
         if done:                             # so that they are not put again

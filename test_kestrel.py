@@ -12586,7 +12586,7 @@ def test_commands_for_operators(ask_server):
 def test_commands_tell_what_is_wrong(ask_server, monkeypatch, capfd):
     ask_server("put", "full", "1")
     assert ask_server.errors(["put", "full", "2"]) == (
-        1, "kestrel.py: full is full or paused; 0 items were put\n")
+        1, "kestrel.py: full is full or paused, or the item is too large; 0 items were put\n")
     assert ask_server.errors(["put", "a/b", "2"]) == (1, "kestrel.py: '/' in the name of a queue\n")
     for words in (["get"], ["get", "q", "-n", "x"], ["move", "q"], ["lst"], ["--dump"], ["kick", "x"],
                   ["status", "--json"], ["get", "q", "-n", "0"], ["status", "foo"],
