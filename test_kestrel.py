@@ -2745,7 +2745,7 @@ def test_runs_of_items_are_loaded_as_single_records_are(tmp_path, monkeypatch, m
         found = []
         for in_runs in (True, False):
             with monkeypatch.context() as patch:
-                patch.setattr(kestrel, "_STEP_SIZE", chances.choice([64, 500, 1 << 17]))
+                patch.setattr(kestrel, "_LOAD_SIZE", chances.choice([64, 500, 1 << 17]))
                 if not in_runs:
                     patch.setattr(kestrel, "read_run",
                                   lambda data, pos, *arguments: (pos, 0, 0, None))
