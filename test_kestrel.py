@@ -10333,6 +10333,7 @@ def test_idle_timers_go_with_their_connection(serve):
     client = server.client()
     for _ in range(50):
         server.client().close()
+    until(lambda: client.stats()["total_connections"] == "51")
     until(lambda: client.stats()["curr_connections"] == "1")
     assert len(server.server.timers._heap) < 10
 
