@@ -966,8 +966,8 @@ _MOST_DELIVERIES = 1000000
 _READ_SIZE = 1 << 17
 _LARGE = 1 << 20                # bytes of a write that is not done on the loop's thread
 _STEP_SIZE = 1 << 20            # bytes that a task reads or writes in one step
-# Bytes that are read of a journal at a time when it is loaded. Of larger pieces the C library gives
-# the memory back to the system each time, and a start takes a quarter longer.
+# How many bytes of a journal are read at a time when it is loaded. The C library returns the memory
+# of larger pieces to the system each time, which makes a start a quarter longer.
 _LOAD_SIZE = 1 << 18
 
 # The stand-in for a lost item in a repaired journal. No client is given it.
@@ -1782,7 +1782,7 @@ def _fsync_directory(path):
 
 def _close_all(fds):
     for fd in fds:
-        with contextlib.suppress(OSError):             # it is closed even so
+        with contextlib.suppress(OSError):             # it is closed nevertheless
             os.close(fd)
 
 
@@ -6866,7 +6866,7 @@ _LONGEST_KNOWN = 120
 
 
 def _learn_line(line, max_line):
-    """Do as _parse_line(), and keep what it returns. Raises Refused, also for a long line."""
+    """Return what _parse_line() returns, and keep it. Raises Refused, also for a long line."""
     if len(line.rstrip(b"\r")) > max_line:
         raise Refused("CLIENT_ERROR", "line too long", close=True)
     parsed = _parse_line(line)
@@ -9468,7 +9468,7 @@ class Connection:
         """Send the answers that are safe, as far as the kernel takes them. failed, unsafe: see
         Session.settle()."""
         session, server = self.session, self.server
-        # As a rule all that there is to do is to send one small answer, or several.
+        # As a rule there is only one small answer to send, or several.
         if not (self.state is READY is session.state and session.out) or failed or unsafe or (
                 session.load >= _BIG):
             self._flush_any(failed, unsafe)

@@ -7237,16 +7237,22 @@ def test_an_answer_does_not_fail_with_what_is_done_after_it_was_written(tmp_path
     assert session.take() == [b"STORED\r\n"] and items_of(talk.broker, "q") == [b"x"]
 
 
-@promise(2)
-@pytest.mark.parametrize("ask", ["set q/sync 0 0 1\r\ny\r\n", "get q/close/n=2\r\n"])
-def test_who_waits_for_what_may_have_happened_is_hung_up_on(tmp_path, disk, ask):
-    """It was told SERVER_ERROR, and what it had put was there afterwards."""
+def with_an_open_read(tmp_path):
+    """A session that has an item of q open, which is safe."""
     talk = Talk(tmp_path, "[queue]\nsync_journal = 0\n")
     queue, session = talk.broker.queue("q", NOW), talk.session()
     session.feed(set_("q", "x").encode() + b"get q/open\r\n", NOW)
     commit(talk.broker, NOW)
     sync(queue)
     session.take()
+    return talk, queue, session
+
+
+@promise(2)
+@pytest.mark.parametrize("ask", ["set q/sync 0 0 1\r\ny\r\n", "get q/close/n=2\r\n"])
+def test_who_waits_for_what_may_have_happened_is_hung_up_on(tmp_path, disk, ask):
+    """It was told SERVER_ERROR, and what it had put was there afterwards."""
+    talk, queue, session = with_an_open_read(tmp_path)
     session.feed(ask.encode(), NOW)
     commit(talk.broker, NOW)
     disk.failing = {"ftruncate": errno.EIO}
@@ -7259,12 +7265,7 @@ def test_who_waits_for_what_may_have_happened_is_hung_up_on(tmp_path, disk, ask)
 @pytest.mark.parametrize("ask", ["set q/sync 0 0 1\r\ny\r\n", "get q/close/n=2\r\n",
                                  "get q/close/open/t=1000\r\n"])
 def test_a_client_is_not_told_of_a_failure_while_what_it_did_becomes_safe(tmp_path, ask):
-    talk = Talk(tmp_path, "[queue]\nsync_journal = 0\n")
-    queue, session = talk.broker.queue("q", NOW), talk.session()
-    session.feed(set_("q", "x").encode() + b"get q/open\r\n", NOW)
-    commit(talk.broker, NOW)
-    sync(queue)
-    session.take()
+    talk, queue, session = with_an_open_read(tmp_path)
     session.feed(ask.encode(), NOW)
     session.turn_away(kestrel.Refused("SERVER_ERROR", "out of memory"))
     assert session.is_over() and not session.take()
