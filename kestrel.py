@@ -61,7 +61,7 @@ Time is read once a turn and handed down as `now`.
 
 The path of a set, from recv to send: Server.turn(), Connection.ready(), Session.feed(),
 MemcacheSession._parse() and store(), Queue.add(); Queue.write() with Journal.plan() and write();
-Connection.flush(). A get has do_get(), Queue.remove() and _give() in the place of store() and
+Server._answer(). A get has do_get(), Queue.remove() and _give() in the place of store() and
 add(). This code runs for every command, so measure whatever you add to it. Gets of several keys,
 or with options that Kestrel does not have, go through get_beyond().
 
@@ -5412,12 +5412,16 @@ class Broker:
         self.budget = budget or Budget()
         self.queues = {}
         self.routes = {}                  # what route() found
+        self.known_lines = {}             # memcache command line -> what it means, see _learn()
         self.children = {}                # name of a parent -> its fanout children
         self.dirty = []                   # queues with something to write
         self.changed = self.dirty.append
         self.tasks = collections.deque()
         self.start = self.tasks.append
         self.woken = []
+        # How much load a session may pile up in this turn: with more, its next command waits until
+        # all answers have been sent.
+        self.share = self.settings.max_output_buffer
         self.stopping = False
         self.logins = Logins(self)
         self.aside = None                 # Worker.submit of a thread for slow calls, or None
@@ -6004,7 +6008,6 @@ class Session:
     What the server uses: feed(), hang_up(), resume(), time_out(), settle(), take(), sent(),
     turn_away(), close(), the attributes that follow and those explained in __init__():
 
-    most_load    with more load, the next command waits until all answers have been sent
     timeout      milliseconds after which time_out() is to be called; the server resets it to None
 
     A protocol has _parse(data), which runs the commands in `data` and returns how far it has got,
@@ -6027,7 +6030,6 @@ class Session:
         self.state = READY
         self.out = []                   # answers to be sent, in order
         self.load = 0                   # their size, and what else the commands have cost
-        self.most_load = broker.settings.max_output_buffer
         self.touched = []               # (queue, index in out, count, whole), see _rest_on()
         self.holds = 0                  # how many queues have to be safe before answers are sent
         # queue -> {xid: (when it was opened here, its number)}, the oldest first
@@ -6062,7 +6064,7 @@ class Session:
         """Derive the state from what the session waits for."""
         if self.state is ENDING or self.state is CLOSED:
             return
-        if self.load > self.most_load:
+        if self.load > self.broker.share:
             self.state = FULL
         elif self.command is not None:
             self.state = (WORKING if self.asks is None else
@@ -6115,7 +6117,7 @@ class Session:
         self.now = now
         if self.state is READY:              # as a rule
             # A client that has to read its answers first may still be READY.
-            pos = self._parse(data) if self.load <= self.most_load else 0
+            pos = self._parse(data) if self.load <= self.broker.share else 0
             if pos != len(data) or self._needed:
                 self._stop(data, pos)
         elif not self.is_over():
@@ -6147,7 +6149,7 @@ class Session:
         if not self.is_over():
             if pos < len(data):
                 self._keep(data[pos:])
-            if self.state is READY and self.load <= self.most_load and self._kept is not None:
+            if self.state is READY and self.load <= self.broker.share and self._kept is not None:
                 self._needed = max(self._needed, self._kept.tell() + 1)      # it needs more
             self._end_if_done()
 
@@ -6164,7 +6166,7 @@ class Session:
 
     def _pass_turn(self):
         """Defer the next command to the next turn."""
-        self.load = self.most_load + 1
+        self.load = self.broker.share + 1
 
     # -- commands that wait
 
@@ -6427,7 +6429,7 @@ class Session:
                 break
             say(item)
             count -= 1
-            if self.load > self.most_load:
+            if self.load > self.broker.share:
                 yield
         return item
 
@@ -6858,23 +6860,9 @@ def _parse_line(line):
                   reason="PROXY" if words[0] == b"PROXY" else "client")
 
 
-# Line -> what _parse_line() has returned for it: clients send the same lines again and again. Their
-# number and length are limited. (A dict is twice as fast as a functools cache.)
-_known_lines = {}
+# Of how many command lines the meaning is kept, and how long these may be.
 _MOST_KNOWN = 4096
 _LONGEST_KNOWN = 120
-
-
-def _learn_line(line, max_line):
-    """Return what _parse_line() returns, and keep it. Raises Refused, also for a long line."""
-    if len(line.rstrip(b"\r")) > max_line:
-        raise Refused("CLIENT_ERROR", "line too long", close=True)
-    parsed = _parse_line(line)
-    if len(line) <= _LONGEST_KNOWN:
-        if len(_known_lines) >= _MOST_KNOWN:
-            _known_lines.clear()
-        _known_lines[line] = parsed
-    return parsed
 
 
 class MemcacheSession(LineSession):
@@ -6905,10 +6893,13 @@ class MemcacheSession(LineSession):
         broker = self.broker
         # No call as a rule; it stays so in this turn, since the answer to a login takes another.
         is_stranger = broker.config.users is not None and self.is_stranger
-        while pos < end:                     # the state is READY at first: it is looked at below
-            if pos and len(broker.dirty) > _MOST_DIRTY:
-                self._pass_turn()
-                break
+        while pos < end:
+            if pos:                          # before the first command nothing is in its way
+                if self.state is not READY or self.load > broker.share:
+                    break
+                if len(broker.dirty) > _MOST_DIRTY:
+                    self._pass_turn()
+                    break
             try:
                 eol = data.find(b"\n", pos)
                 if eol < 0:
@@ -6919,19 +6910,18 @@ class MemcacheSession(LineSession):
                 pos = eol + 1
                 if is_stranger:
                     self._check_stranger(line)
-                command, asked, size = _known_lines.get(line) or (
-                    _learn_line(line, broker.settings.max_line))
+                command, asked, size = broker.known_lines.get(line) or self._learn(line)
                 if size is None:
                     waits = command(self, asked)
                 else:
-                    if size > (MAX_LOGIN if is_stranger else broker.settings.max_item_size):
-                        raise Refused("SERVER_ERROR", "object too large for cache", skip=size + 2)
+                    if is_stranger:
+                        self._check_size(size, MAX_LOGIN)
                     stop = pos + size
                     if stop + 2 > end:
                         self._block = asked
                         self._needed = size + 2
                         break
-                    if data[stop:stop + 2] != b"\r\n":
+                    if not data.startswith(b"\r\n", stop):
                         raise Refused("CLIENT_ERROR", "bad data chunk", close=True)
                     item = data[pos:stop]
                     pos = stop + 2
@@ -6942,10 +6932,28 @@ class MemcacheSession(LineSession):
             except (Refused, OSError) as error:
                 self._words = line.split()
                 self._refuse(error)
-                pos = self._pass_over(pos, end)
-            if self.state is not READY or self.load > self.most_load:
-                break
+                pos = self._pass_over(pos, end) or end         # 0: it was no line
         return pos
+
+    def _learn(self, line):
+        """Return what _parse_line() returns. It is kept, since clients send the same lines again
+        and again. Raises Refused, also for a line or an item that is too long."""
+        settings, known = self.broker.settings, self.broker.known_lines
+        if len(line.rstrip(b"\r")) > settings.max_line:
+            raise Refused("CLIENT_ERROR", "line too long", close=True)
+        parsed = _parse_line(line)
+        self._check_size(parsed[2] or 0, settings.max_item_size)
+        if len(line) <= _LONGEST_KNOWN:
+            if len(known) >= _MOST_KNOWN:
+                known.clear()
+            known[line] = parsed
+        return parsed
+
+    @staticmethod
+    def _check_size(size, most):
+        """Check that a data block is not too large. Raises Refused."""
+        if size > most:
+            raise Refused("SERVER_ERROR", "object too large for cache", skip=size + 2)
 
     def _pass_over(self, pos, end):
         """Skip what has come of a refused data block, from `pos` to `end`; return where the next
@@ -7137,7 +7145,7 @@ class MemcacheSession(LineSession):
                 if get.key or isinstance(error, Unclear):
                     raise
                 log.error("get of many keys: %s", _why(error))
-            if not get.key and (self.load > self.most_load or number % QUEUES_STEP == 0):
+            if not get.key and (self.load > self.broker.share or number % QUEUES_STEP == 0):
                 yield
         if get.key:
             for queue in dict.fromkeys(rests_on):
@@ -7187,7 +7195,7 @@ class MemcacheSession(LineSession):
         for items in queue.browse(key.count, self.now):
             for item in items:
                 self._give(get, key, queue, item)
-                if self.load > self.most_load:
+                if self.load > self.broker.share:
                     yield
             yield
 
@@ -7220,7 +7228,7 @@ class MemcacheSession(LineSession):
             self._give(get, key, queue, item)
             if len(given) == 1:
                 turn = self.touched          # the next one has a list of its own
-            if self.load > self.most_load:
+            if self.load > self.broker.share:
                 yield
         if not given:
             self._count_read(queues[0] if queues else None, None)
@@ -7435,7 +7443,7 @@ class TextSession(LineSession):
     def _parse(self, data):
         pos = 0
         settings = self.broker.settings
-        while self.state is READY and self.load <= self.most_load:
+        while self.state is READY and self.load <= self.broker.share:
             words, items = self._put_begun or (None, None)
             if pos and items is None and len(self.broker.dirty) > _MOST_DIRTY:
                 self._pass_turn()
@@ -7650,7 +7658,7 @@ class ThriftSession(Session):
     def _parse(self, data):
         pos = 0
         most = self.broker.settings.max_item_size + _FRAME_EXTRA
-        while self.state is READY and self.load <= self.most_load and len(data) - pos >= 4:
+        while self.state is READY and self.load <= self.broker.share and len(data) - pos >= 4:
             if pos and len(self.broker.dirty) > _MOST_DIRTY:
                 self._pass_turn()
                 break
@@ -8013,7 +8021,7 @@ class AdminSession(Session):
 
     def _parse(self, data):
         pos = 0
-        while self.state is READY and self.load <= self.most_load:
+        while self.state is READY and self.load <= self.broker.share:
             self._request = _NO_REQUEST
             try:
                 while data[pos:pos + 2] == b"\r\n":        # RFC 9112, 2.2
@@ -9406,8 +9414,6 @@ class Connection:
     def ready(self, readable):
         """Read the socket, or have answers sent: it can be read or written."""
         session, server = self.session, self.server
-        if session.state is CLOSED:
-            return
         server.active.append(self)
         if not readable:
             return
@@ -9416,7 +9422,7 @@ class Connection:
         except BlockingIOError:
             self.is_greeting = self.is_greeting and not self.sock.version()
             return
-        except OSError as error:         # reset: it will take no answers either
+        except OSError as error:         # closed, or reset: it will take no answers either
             if hasattr(error, "reason"):               # it is an ssl.SSLError
                 why = str(error.reason or error)
                 words = next(words for part, words in _TLS_FAILURES.items() if part in why)
@@ -9435,7 +9441,6 @@ class Connection:
         self.is_greeting = False
         if self.is_traced:
             trace.info("%s: says %r", session.who, data[:200])
-        session.most_load = server.share
         session.feed(data, server.now)
         if session.load > _UNCOUNTED:
             self.count_buffers()
@@ -9451,7 +9456,6 @@ class Connection:
         """Go on with a session that can go on."""
         session, server = self.session, self.server
         server.active.append(self)
-        session.most_load = server.share
         session.resume(server.now)
         if session.load > _UNCOUNTED:
             self.count_buffers()
@@ -9465,33 +9469,8 @@ class Connection:
         self.server.active.append(self)      # it may be WORKING again
 
     def flush(self, failed=(), unsafe=()):
-        """Send the answers that are safe, as far as the kernel takes them. failed, unsafe: see
-        Session.settle()."""
-        session, server = self.session, self.server
-        # As a rule there is only one small answer to send, or several.
-        if not (self.state is READY is session.state and session.out) or failed or unsafe or (
-                session.load >= _BIG):
-            self._flush_any(failed, unsafe)
-            return
-        data = b"".join(session.take())
-        try:
-            count = self.sock.send(data)
-            self.last_active = server.mono
-        except BlockingIOError:
-            count = 0
-        except OSError:                  # it has gone: the next read would have said so
-            self.close()
-            return
-        server.broker.stats.bytes_written += count
-        if count == len(data):
-            session.load = 0                 # as sent() does
-        else:
-            self.unsent = [memoryview(data)[count:]]
-            self.place()
-
-    def _flush_any(self, failed, unsafe):
-        """Do the work of flush() in all other cases: the client waits, something has failed or is
-        not safe yet, or there is much to send."""
+        """Send the answers that are safe, as far as the kernel takes them, and arrange what comes
+        next. failed, unsafe: see Session.settle()."""
         session = self.session
         # Also when nothing has failed: a failure in a later turn would be taken for one of what a
         # command that goes on has written already.
@@ -9903,7 +9882,6 @@ class Server:
         self.active = []                 # connections that may have something to send
         self.waiting = set()             # connections whose sessions wait for an item
         self.buffered = 0                # unparsed input and unsent output of all connections
-        self.share = 0                   # how much load a session may pile up in this turn
         self.mono = time.monotonic()
         self.now = _now()
         self.reload_wanted = False
@@ -10014,7 +9992,7 @@ class Server:
             if first:
                 events = first + [event for event in events if event[0] not in self.waiting]
         # The more there are, the less is done for each.
-        self.share = broker.settings.max_output_buffer // max(
+        broker.share = broker.settings.max_output_buffer // max(
             1, len(events) + len(broker.woken) + len(broker.tasks) - 1)
         end = self.mono + _FEED_SECONDS
         greetings = count = 0
@@ -10210,14 +10188,38 @@ class Server:
         if self.broker.woken:
             active += [self.connections[session] for session in self.broker.woken
                        if session in self.connections]
-        for connection in active:
-            try:
-                connection.flush(failed, unsafe)
-            except Exception as error:
-                self._unexpected(connection, error)
+        self._answer(active, failed, unsafe)
         if self.broker.woken:            # the others have nothing more to do
             self.broker.woken = [one for one in self.broker.woken
                                  if one.state is WORKING or one.at_end]
+
+    def _answer(self, connections, failed, unsafe):
+        """Send these clients their answers. failed, unsafe: see Session.settle()."""
+        stats = self.broker.stats
+        is_plain = not (failed or unsafe)
+        for connection in connections:
+            session = connection.session
+            try:
+                if not (is_plain and connection.state is READY is session.state and session.out
+                        and session.load < _BIG):
+                    connection.flush(failed, unsafe)
+                    continue
+                # As a rule there is just one small answer, or several. This is what flush() does
+                # then, without its calls.
+                data = b"".join(session.take())
+                try:
+                    count = connection.sock.send(data)
+                except OSError:              # flush() will see why
+                    count = 0
+                stats.bytes_written += count
+                if count == len(data):
+                    connection.last_active = self.mono
+                    session.load = 0
+                else:
+                    connection.unsent = [memoryview(data)[count:]]
+                    connection.flush()
+            except Exception as error:
+                self._unexpected(connection, error)
 
     # -- the end
 
