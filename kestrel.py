@@ -1820,13 +1820,13 @@ def _discard(path):
 def _write_all(fd, chunks, offset, size):
     """Write byte strings of `size` bytes in all at `offset`, also if the kernel writes less than
     it is given."""
+    if size < _LARGE and os.pwrite(
+            fd, chunks[0] if len(chunks) == 1 else b"".join(chunks), offset) == size:
+        return                               # as a rule
     # Joining chunks costs less than many calls; copying large ones does not.
-    if len(chunks) > 1 and size < _LARGE:
-        chunks = [b"".join(chunks)]
-    pieces = chunks if len(chunks) == 1 else itertools.chain.from_iterable(
-        group if large else [b"".join(group)]
-        for large, group in itertools.groupby(chunks, lambda chunk: len(chunk) >= _LARGE))
-    for piece in pieces:
+    for piece in itertools.chain.from_iterable(
+            group if large else [b"".join(group)]
+            for large, group in itertools.groupby(chunks, lambda chunk: len(chunk) >= _LARGE)):
         done = os.pwrite(fd, piece, offset)
         while done < len(piece):
             done += os.pwrite(fd, memoryview(piece)[done:], offset + done)
@@ -3278,6 +3278,8 @@ class Queue:
             data = _as_bytes(data)
         if expiry or flags:
             _check_numbers(expiry, flags)
+            if not config.keep_flags:
+                flags = 0
         size = len(data)
         if size > config.max_item_size:
             return False
@@ -3287,7 +3289,7 @@ class Queue:
         if self._limits and self._is_full() and not self._make_room(now):
             self._catch_up()
             return False
-        item = Item(data, now, expiry, flags if config.keep_flags else 0)
+        item = Item(data, now, expiry, flags)
         if self._behind:
             self._fresh.append(item)
         else:
@@ -3356,6 +3358,7 @@ class Queue:
         """Derive how many items may wait and how large they may be, None if there is no limit:
         delayed items count too; and whether remove() and peek() have only the head to look at."""
         config, delays = self.config, self.delays
+        self._small = min(config.max_memory_size, config.max_journal_size)
         self._is_plain = not (delays.items or self.paused)
         if self.paused & PAUSED_IN:
             self._limits = 0, 0
@@ -3866,9 +3869,12 @@ class Queue:
         if self.config.sync_journal != 0 and history.unsafe:
             history.advance(position)
             self.journal.forget(position)
-        self.journal.commit(plan, position, history.safe >= position)
+        journal = self.journal
+        journal.commit(plan, position, history.safe >= position)
         history.settle()
-        self.upkeep.check()
+        # As a rule there are items, in one file that is not large: nothing to be done.
+        if not self.count or journal.size > self._small or journal.passings:
+            self.upkeep.check()
 
     def _wrote(self, journal, plan, position, fresh, count, error):
         """Handle the result of the worker's write of a plan."""
@@ -4825,9 +4831,6 @@ class Upkeep:
         queue = self.queue
         journal = queue.journal
         config = queue.config
-        if queue.count and self.renewing is None and not journal.passings and (
-                journal.size <= min(config.max_memory_size, config.max_journal_size)):
-            return None                      # as a rule
         if self.renewing is not None:
             return self._renew()
         if journal.passings:
@@ -6469,13 +6472,12 @@ class Session:
 
     def _count_read(self, queue, item, peek=False):
         """Count a read that has found an item, or None."""
-        stats = self.broker.stats
         if peek:
-            stats.cmd_peek += 1
+            self.broker.stats.cmd_peek += 1
         elif item is not None:
             self.broker.latency.fresh.append(queue.counters.age)
         else:
-            stats.get_misses += 1
+            self.broker.stats.get_misses += 1
             if queue:
                 queue.counters.get_misses += 1
 
