@@ -3032,6 +3032,7 @@ class History:
 
     def __init__(self):
         self.safe = self.written = self.durable = 0
+        self.undone = range(0)               # the positions that were given up last
         self.ops = []                        # (opcode, item, xid) of what is still to be written
         self.unsafe = []                     # those that are being written, or are, but not safe
         self.writing = None                  # the Plan that the worker writes
@@ -3088,6 +3089,9 @@ class History:
             pending.append(self.syncing.pop())
         if self.durable == self.safe:
             self.durable = logged
+        # Those of several failures, if nothing became safe in between.
+        begin = self.undone.start if self.undone.stop == self.safe + 1 else self.safe + 1
+        self.undone = range(begin, logged + 1)
         self.safe = self.written = logged
         self.ops, self.unsafe = [], []
 
@@ -6041,7 +6045,7 @@ class Session:
         self.asks = None                # what it has yielded,
         self._given = None              # and what it is given next
         self.timeout = None
-        # (queue, xid, index in out) of what was closed since answers were sent last
+        # (queue, xid, index in out, position) of what was closed since answers were sent last
         self._ended = []
         self._kept = None               # a BytesIO of input that has not been run, if any
         self._needed = 0                # the length from which on it is worth looking at again
@@ -6105,8 +6109,8 @@ class Session:
         self.now = now
         self.end()
         self.state = CLOSED
-        for queue, xid, _ in self._ended:
-            queue.history.when_safe(functools.partial(self._put_back, queue, xid))
+        for queue, xid, _, position in self._ended:
+            queue.history.when_safe(functools.partial(self._put_back, queue, xid), position)
 
     @staticmethod
     def _put_back(queue, xid, error):
@@ -6310,7 +6314,7 @@ class Session:
                      else self._failure(_why(failed[queue]), said))
             self.out[index:index + count] = [error if whole else b""] + [b""] * (count - 1)
         for queue in failed:
-            mine = [xid for other, xid, _ in self._ended if other is queue]
+            mine = [xid for other, xid, *_ in self._ended if other is queue]
             mine += self.open_reads.pop(queue, ())
             mine = list(filter(queue.is_open, mine))
             if mine:
@@ -6320,8 +6324,9 @@ class Session:
     def _has_ended(self, index):
         """Return whether the command of an answer has closed a read, and this has not been undone.
         Then it is not refused, though it finds no item: an error says that the read is open."""
-        ended = [queue.is_open(xid) for queue, xid, at in self._ended if at == index]
-        return bool(ended) and not any(ended)
+        undone = [position in queue.history.undone
+                  for queue, _, at, position in self._ended if at == index]
+        return bool(undone) and not any(undone)
 
     def turn_away(self, error):
         """Refuse the command in hand, or the part of one that has come; drop all other input, and
@@ -6454,7 +6459,7 @@ class Session:
         if history.ops or history.unsafe:    # else nothing of it can be undone
             self._rest_on(queue, whole)
         for xid in xids:
-            self._ended.append((queue, xid, len(self.out)))
+            self._ended.append((queue, xid, len(self.out), history.logged))
             del reads[xid]
         if not reads:
             self.open_reads.pop(queue, None)
@@ -7715,7 +7720,7 @@ class ThriftSession(Session):
             super().turn_away(error)
 
     def _fail(self, failed, entries):
-        ended = [(queue, xid) for queue, xid, _ in self._ended if queue in failed]
+        ended = [(queue, xid) for queue, xid, *_ in self._ended if queue in failed]
         super()._fail(failed, entries)
         # The items of a get that could not be confirmed go back: the client has no ids of them.
         for queue in failed:
@@ -7769,8 +7774,8 @@ class ThriftSession(Session):
                 queue.limit(xid, min(auto_abort, queue.config.open_transaction_timeout
                                      or auto_abort))
             else:
-                self._ended.append((queue, xid, None))
                 queue.confirm(xid)
+                self._ended.append((queue, xid, None, queue.history.logged))
         if queue:
             self._rest_on(queue)
         self._count_read(queue, items[0] if items else None)

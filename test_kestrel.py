@@ -7376,6 +7376,20 @@ def test_what_is_on_its_way_to_the_dead_letters_cannot_be_closed(tmp_path, disk)
     assert dead.count == 1 and not work.opens and not work.delays.dying
 
 
+def test_the_close_of_a_read_that_was_opened_in_the_same_failed_write_is_refused(talk, disk):
+    """It was END, and the item came again."""
+    put_all(talk, "q", "a", "b")
+    assert talk("get q/open\r\n") == values("a", key="q/open")
+    disk.failing = {"pwrite": errno.ENOSPC}
+    session = talk.session()
+    session.feed(b"get q/close\r\nget q/open\r\nget q/close\r\n", NOW)
+    session.settle(talk.broker.write()[1], {})
+    assert b"".join(session.take()) == 3 * b"SERVER_ERROR q: No space left on device\r\n"
+    queue = talk.broker.queues["q"]
+    assert [item.data for item in queue.opens.values()] == [b"a"]
+    assert [item.data for item in queue.items] == [b"b"]
+
+
 @pytest.mark.parametrize("is_undone", [False, True])
 def test_an_abort_that_is_undone_makes_no_dead_letter(tmp_path, disk, is_undone):
     """The client was told of a failure, and the item was a dead letter all the same; the client
