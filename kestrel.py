@@ -6036,7 +6036,7 @@ class Session:
         self.asks = None                # what it has yielded,
         self._given = None              # and what it is given next
         self.timeout = None
-        # (queue, xid, index in out) of what was closed since answers were sent last
+        # (queue, xid, index in out, what open_reads had) of what was closed since answers were sent
         self._ended = []
         self._kept = None               # a BytesIO of input that has not been run, if any
         self._needed = 0                # the length from which on it is worth looking at again
@@ -6100,7 +6100,7 @@ class Session:
         self.now = now
         self.end()
         self.state = CLOSED
-        for queue, xid, _ in self._ended:
+        for queue, xid, *_ in self._ended:
             queue.history.when_safe(functools.partial(self._put_back, queue, xid))
 
     @staticmethod
@@ -6305,17 +6305,17 @@ class Session:
                      else self._failure(_why(failed[queue]), said))
             self.out[index:index + count] = [error if whole else b""] + [b""] * (count - 1)
         for queue in failed:
-            mine = [xid for other, xid, _ in self._ended if other is queue]
-            mine += self.open_reads.pop(queue, ())
-            mine = list(filter(queue.is_open, mine))
+            mine = {xid: read for other, xid, _, read in self._ended if other is queue}
+            mine.update(self.open_reads.pop(queue, {}))
+            mine = {xid: read for xid, read in mine.items() if queue.is_open(xid)}
             if mine:
-                self.open_reads[queue] = {xid: (self.now, next(self._opened)) for xid in mine}
+                self.open_reads[queue] = mine
         self._update()
 
     def _has_ended(self, index):
         """Return whether the command of an answer has closed a read, and this has not been undone.
         Then it is not refused, though it finds no item: an error says that the read is open."""
-        ended = [queue.is_open(xid) for queue, xid, at in self._ended if at == index]
+        ended = [queue.is_open(xid) for queue, xid, at, _ in self._ended if at == index]
         return bool(ended) and not any(ended)
 
     def turn_away(self, error):
@@ -6449,8 +6449,7 @@ class Session:
         if history.ops or history.unsafe:    # else nothing of it can be undone
             self._rest_on(queue, whole)
         for xid in xids:
-            self._ended.append((queue, xid, len(self.out)))
-            del reads[xid]
+            self._ended.append((queue, xid, len(self.out), reads.pop(xid)))
         if not reads:
             self.open_reads.pop(queue, None)
         return ended
@@ -7705,7 +7704,7 @@ class ThriftSession(Session):
             super().turn_away(error)
 
     def _fail(self, failed, entries):
-        ended = [(queue, xid) for queue, xid, _ in self._ended if queue in failed]
+        ended = [(queue, xid) for queue, xid, *_ in self._ended if queue in failed]
         super()._fail(failed, entries)
         # The items of a get that could not be confirmed go back: the client has no ids of them.
         for queue in failed:
@@ -7753,13 +7752,13 @@ class ThriftSession(Session):
             if queue:
                 queue.abort(*self.open_reads.pop(queue, ()), orphaned=True)
             raise
-        for xid in self.open_reads.pop(queue, ()):
+        for xid, read in self.open_reads.pop(queue, {}).items():
             if auto_abort:
                 self._lent.setdefault(queue, []).append(xid)
                 queue.limit(xid, min(auto_abort, queue.config.open_transaction_timeout
                                      or auto_abort))
             else:
-                self._ended.append((queue, xid, None))
+                self._ended.append((queue, xid, None, read))
                 queue.confirm(xid)
         if queue:
             self._rest_on(queue)

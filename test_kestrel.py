@@ -7551,6 +7551,21 @@ def failing_turn(talk, disk, *names):
 
 
 @promise(2)
+@pytest.mark.parametrize("refused", [b"get a/close\r\n", b"get a/abort\r\n", b"set a 0 0 1\r\nx\r\n"])
+def test_reads_of_several_queues_end_in_their_order_after_a_failure(talk, disk, refused):
+    """What was refused took its queue to the end of that order, so that a later close removed the
+    item of another queue."""
+    put_all(talk, "a", "a0")
+    put_all(talk, "b", "b0")
+    talk("get a/open\r\nget b/open\r\n")
+    talk.session().feed(refused, NOW)
+    assert failing_turn(talk, disk, "client") == [b"SERVER_ERROR a: Input/output error\r\n"]
+    talk("get b/or=a/close\r\n")
+    talk("get b/or=a/abort\r\n")
+    assert (items_of(talk.broker, "a"), items_of(talk.broker, "b")) == ([], [b"b0"])
+
+
+@promise(2)
 @pytest.mark.parametrize("how, open_reads, waiting", [
     ("close/n=2", 0, 0), ("abort/n=2", 0, 2), ("abort/tail", 1, 1), ("close/or=r/n=2", 0, 0)])
 def test_what_was_closed_is_not_refused_since_something_else_fails(
