@@ -6796,18 +6796,19 @@ _MEMCACHED = (b"incr decr touch gat gats mg md mn ma me slabs lru lru_crawler wa
               b" misbehave debug extstore refresh_certs").split()
 
 
-def _when_all_durable(queues, call):
-    """Make a call, with None, when all that was done to these queues is durable; or, with an
-    OSError, when any of it has been undone: an Unclear, if there is one."""
+def _when_all(waits, call):
+    """Make a call, with None, when all of `waits`, such as the when_safe of several queues, have
+    made the call that they are given; or with an OSError that one has made it with: an Unclear, if
+    there is one. They are all asked at once, since what has been undone is forgotten."""
     found = []
 
     def settled(error):
         found.append(error)
-        if len(found) == len(queues):
+        if len(found) == len(waits):
             call(max(found, key=lambda error: (isinstance(error, Unclear), bool(error))))
 
-    for queue in queues:
-        queue.history.when_durable(settled)
+    for wait in waits:
+        wait(settled)
 
 
 def _lines(begin, between, pairs):
@@ -7058,7 +7059,8 @@ class MemcacheSession(LineSession):
         if block.sync and route.queues:
             for queue in route.queues:       # what was written before may still need an fsync
                 self.broker.changed(queue)
-            error = yield functools.partial(_when_all_durable, route.queues)
+            error = yield functools.partial(
+                _when_all, [queue.history.when_durable for queue in route.queues])
             if error:
                 raise error
         self._reply(block.words, b"STORED\r\n" if stored else b"NOT_STORED\r\n")
@@ -7152,8 +7154,9 @@ class MemcacheSession(LineSession):
         if key.close or key.abort or key.touch:
             changed = self._end_beyond(queues, key)
             # After that the answer does not rest on them: later failures are of other commands.
-            for queue in changed if not key.touch else ():
-                error = yield queue.history.when_safe
+            if changed and not key.touch:
+                error = yield functools.partial(
+                    _when_all, [queue.history.when_safe for queue in changed])
                 if error:                # whatever the other keys give
                     raise error if isinstance(error, Unclear) else Refused(
                         "SERVER_ERROR", _why(error), reason=_reason(error))

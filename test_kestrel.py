@@ -7566,6 +7566,27 @@ def test_reads_of_several_queues_end_in_their_order_after_a_failure(talk, disk, 
 
 
 @promise(2)
+@pytest.mark.parametrize("how", ["close", "abort/tail"])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_reads_of_several_queues_that_cannot_all_be_closed(talk, disk, how, failing):
+    """The answer was END if the last of the queues had failed while the first was still waited
+    for: but these reads were open again."""
+    put_all(talk, "a", "a0")
+    put_all(talk, "b", "b0")
+    talk("get a/open\r\nget b/open\r\n")
+    session = talk.session()
+    session.feed(b"get a/or=b/%b/n=2\r\n" % how.encode(), NOW)
+    disk.failing, disk.once, disk.good = {"pwrite": errno.EIO}, True, failing
+    written, failed = commit(talk.broker, NOW)
+    assert len(written) == len(failed) == 1
+    session.settle(failed, set())
+    session.resume(NOW)
+    assert b"".join(session.take()) == b"SERVER_ERROR %b: Input/output error\r\n" % b"ab"[
+        failing:failing + 1]
+    assert [queue.name for queue in session.open_reads] == ["ab"[failing]]
+
+
+@promise(2)
 @pytest.mark.parametrize("how, open_reads, waiting", [
     ("close/n=2", 0, 0), ("abort/n=2", 0, 2), ("abort/tail", 1, 1), ("close/or=r/n=2", 0, 0)])
 def test_what_was_closed_is_not_refused_since_something_else_fails(
