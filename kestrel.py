@@ -6305,9 +6305,12 @@ class Session:
                      else self._failure(_why(failed[queue]), said))
             self.out[index:index + count] = [error if whole else b""] + [b""] * (count - 1)
         for queue in failed:
-            mine = {xid: read for other, xid, _, read in self._ended if other is queue}
-            mine.update(self.open_reads.pop(queue, {}))
-            mine = {xid: read for xid, read in mine.items() if queue.is_open(xid)}
+            mine = self.open_reads.pop(queue, {})
+            # What was opened last may be undone; before that, what is not open has timed out.
+            while mine and not queue.is_open(next(reversed(mine))):
+                mine.popitem()
+            mine = {**{xid: read for other, xid, _, read in self._ended
+                       if other is queue and queue.is_open(xid)}, **mine}
             if mine:
                 self.open_reads[queue] = mine
         self._update()

@@ -7566,6 +7566,22 @@ def test_reads_of_several_queues_end_in_their_order_after_a_failure(talk, disk, 
 
 
 @promise(2)
+def test_a_read_that_has_timed_out_is_still_the_oldest_after_a_failure(tmp_path, disk):
+    """A close of it does nothing: it closed the next one, which its worker had not finished."""
+    talk = timed_talk(tmp_path)
+    put_all(talk, "a", "a0", "a1")
+    talk("get a/open/timeout=50\r\nget a/open\r\n")
+    talk.clock.reach(100)
+    assert talk("get a/peek\r\n") == values("a0", key="a/peek")
+    talk.session().feed(b"get a/open\r\nset a 0 0 1\r\nx\r\n", NOW)
+    assert failing_turn(talk, disk, "client") == [b"SERVER_ERROR a: Input/output error\r\n" * 2]
+    assert talk("get a/close\r\n") == "END\r\n"
+    talk("get a/abort\r\n")
+    assert items_of(talk.broker, "a") == [b"a1", b"a0"]
+    assert not talk.session().open_reads
+
+
+@promise(2)
 @pytest.mark.parametrize("how", ["close", "abort/tail"])
 @pytest.mark.parametrize("failing", [0, 1])
 def test_reads_of_several_queues_that_cannot_all_be_closed(talk, disk, how, failing):
