@@ -11107,7 +11107,7 @@ class Cluster(Client):
         return [member for member in members if also_resting or member.rests_until <= now]
 
     def _get(self, queue, timeout, options):
-        if {"open", "close", "abort", "touch"} & set(options.split("/")):
+        if {"open", "close", "abort", "touch"} & set(options.lower().split("/")):
             raise TypeError("the next call may ask another server: use open() or work()")
         return self._find(queue, timeout, options)[1]
 

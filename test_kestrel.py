@@ -12049,7 +12049,8 @@ def test_what_cannot_be_asked_of_several_servers(servers):
     with pytest.raises(ValueError, match="no server"):
         kestrel.Client([])
     cluster = cluster_of(started)
-    for call in (lambda: cluster.get("q", options="/open"), lambda: cluster.queues(),
+    for call in (lambda: cluster.get("q", options="/open"),
+                 lambda: cluster.get("q", options="/n=2/Open"), lambda: cluster.queues(),
                  lambda: cluster.export("q")):
         with pytest.raises(TypeError):
             call()
