@@ -7153,13 +7153,17 @@ class MemcacheSession(LineSession):
         on, as the items in it do."""
         names = (key.name, *key.others)
         queues = list(filter(None, map(self.broker.find, names)))
-        changed = []
+        changed = {}
         if key.close or key.abort or key.touch:
             changed = self._end_beyond(queues, key)
             # After that the answer does not rest on them: later failures are of other commands.
             if changed and not key.touch:
                 error = yield functools.partial(
                     _when_all, [queue.history.when_safe for queue in changed])
+                # If only some are open again, no answer tells the client which.
+                if error and not all([queue.is_open(xid) for queue, xids in changed.items()
+                                      for xid in xids]):
+                    raise Unclear(error.errno, error.strerror, error.filename)
                 if error:                # whatever the other keys give
                     raise error if isinstance(error, Unclear) else Refused(
                         "SERVER_ERROR", _why(error), reason=_reason(error))
@@ -7232,7 +7236,7 @@ class MemcacheSession(LineSession):
         return given if not given or self.touched is turn else []
 
     def _end_beyond(self, queues, key):
-        """Close, abort or touch the oldest open reads of these queues; return the queues."""
+        """Close, abort or touch the oldest open reads of these queues; return {queue: xids}."""
         # One that has timed out cannot be touched any more.
         reads = sorted([(number, queue.name, xid) for queue in queues
                         for xid, (_, number) in self.open_reads.get(queue, {}).items()
@@ -7246,7 +7250,7 @@ class MemcacheSession(LineSession):
                     queue.touch(xid)
             else:
                 self._end_reads(queue, len(xids), key.close, False, delay=key.delay, tail=key.tail)
-        return list(ended)
+        return ended
 
     def _give(self, get, key, queue, item):
         """Answer a key with an item, or with END if it is None."""
