@@ -6045,7 +6045,8 @@ class Session:
         self.asks = None                # what it has yielded,
         self._given = None              # and what it is given next
         self.timeout = None
-        # (queue, xid, index in out, position) of what was closed since answers were sent last
+        # (queue, xid, index in out, what open_reads had, position) of what was closed since answers
+        # were sent last
         self._ended = []
         self._kept = None               # a BytesIO of input that has not been run, if any
         self._needed = 0                # the length from which on it is worth looking at again
@@ -6109,7 +6110,7 @@ class Session:
         self.now = now
         self.end()
         self.state = CLOSED
-        for queue, xid, _, position in self._ended:
+        for queue, xid, *_, position in self._ended:
             queue.history.when_safe(functools.partial(self._put_back, queue, xid), position)
 
     @staticmethod
@@ -6314,18 +6315,21 @@ class Session:
                      else self._failure(_why(failed[queue]), said))
             self.out[index:index + count] = [error if whole else b""] + [b""] * (count - 1)
         for queue in failed:
-            mine = [xid for other, xid, *_ in self._ended if other is queue]
-            mine += self.open_reads.pop(queue, ())
-            mine = list(filter(queue.is_open, mine))
+            mine = self.open_reads.pop(queue, {})
+            # What was opened last may be undone; before that, what is not open has timed out.
+            while mine and not queue.is_open(next(reversed(mine))):
+                mine.popitem()
+            mine = {**{xid: read for other, xid, _, read, _ in self._ended
+                       if other is queue and queue.is_open(xid)}, **mine}
             if mine:
-                self.open_reads[queue] = {xid: (self.now, next(self._opened)) for xid in mine}
+                self.open_reads[queue] = mine
         self._update()
 
     def _has_ended(self, index):
         """Return whether the command of an answer has closed a read, and this has not been undone.
         Then it is not refused, though it finds no item: an error says that the read is open."""
         undone = [position in queue.history.undone
-                  for queue, _, at, position in self._ended if at == index]
+                  for queue, _, at, _, position in self._ended if at == index]
         return bool(undone) and not any(undone)
 
     def turn_away(self, error):
@@ -6459,8 +6463,7 @@ class Session:
         if history.ops or history.unsafe:    # else nothing of it can be undone
             self._rest_on(queue, whole)
         for xid in xids:
-            self._ended.append((queue, xid, len(self.out), history.logged))
-            del reads[xid]
+            self._ended.append((queue, xid, len(self.out), reads.pop(xid), history.logged))
         if not reads:
             self.open_reads.pop(queue, None)
         return ended
@@ -6806,18 +6809,19 @@ _MEMCACHED = (b"incr decr touch gat gats mg md mn ma me slabs lru lru_crawler wa
               b" misbehave debug extstore refresh_certs").split()
 
 
-def _when_all_durable(queues, call):
-    """Make a call, with None, when all that was done to these queues is durable; or, with an
-    OSError, when any of it has been undone: an Unclear, if there is one."""
+def _when_all(waits, call):
+    """Make a call, with None, when all of `waits`, such as the when_safe of several queues, have
+    made the call that they are given; or with an OSError that one has made it with: an Unclear, if
+    there is one. They are all asked at once, since what has been undone is forgotten."""
     found = []
 
     def settled(error):
         found.append(error)
-        if len(found) == len(queues):
+        if len(found) == len(waits):
             call(max(found, key=lambda error: (isinstance(error, Unclear), bool(error))))
 
-    for queue in queues:
-        queue.history.when_durable(settled)
+    for wait in waits:
+        wait(settled)
 
 
 def _lines(begin, between, pairs):
@@ -7074,7 +7078,8 @@ class MemcacheSession(LineSession):
         if block.sync and route.queues:
             for queue in route.queues:       # what was written before may still need an fsync
                 self.broker.changed(queue)
-            error = yield functools.partial(_when_all_durable, route.queues)
+            error = yield functools.partial(
+                _when_all, [queue.history.when_durable for queue in route.queues])
             if error:
                 raise error
         self._reply(block.words, b"STORED\r\n" if stored else b"NOT_STORED\r\n")
@@ -7164,12 +7169,17 @@ class MemcacheSession(LineSession):
         on, as the items in it do."""
         names = (key.name, *key.others)
         queues = list(filter(None, map(self.broker.find, names)))
-        changed = []
+        changed = {}
         if key.close or key.abort or key.touch:
             changed = self._end_beyond(queues, key)
             # After that the answer does not rest on them: later failures are of other commands.
-            for queue in changed if not key.touch else ():
-                error = yield queue.history.when_safe
+            if changed and not key.touch:
+                error = yield functools.partial(
+                    _when_all, [queue.history.when_safe for queue in changed])
+                # If only some are open again, no answer tells the client which.
+                if error and not all([queue.is_open(xid) for queue, xids in changed.items()
+                                      for xid in xids]):
+                    raise Unclear(error.errno, error.strerror, error.filename)
                 if error:                # whatever the other keys give
                     raise error if isinstance(error, Unclear) else Refused(
                         "SERVER_ERROR", _why(error), reason=_reason(error))
@@ -7242,7 +7252,7 @@ class MemcacheSession(LineSession):
         return given if not given or self.touched is turn else []
 
     def _end_beyond(self, queues, key):
-        """Close, abort or touch the oldest open reads of these queues; return the queues."""
+        """Close, abort or touch the oldest open reads of these queues; return {queue: xids}."""
         # One that has timed out cannot be touched any more.
         reads = sorted([(number, queue.name, xid) for queue in queues
                         for xid, (_, number) in self.open_reads.get(queue, {}).items()
@@ -7256,7 +7266,7 @@ class MemcacheSession(LineSession):
                     queue.touch(xid)
             else:
                 self._end_reads(queue, len(xids), key.close, False, delay=key.delay, tail=key.tail)
-        return list(ended)
+        return ended
 
     def _give(self, get, key, queue, item):
         """Answer a key with an item, or with END if it is None."""
@@ -7768,14 +7778,14 @@ class ThriftSession(Session):
             if queue:
                 queue.abort(*self.open_reads.pop(queue, ()), orphaned=True)
             raise
-        for xid in self.open_reads.pop(queue, ()):
+        for xid, read in self.open_reads.pop(queue, {}).items():
             if auto_abort:
                 self._lent.setdefault(queue, []).append(xid)
                 queue.limit(xid, min(auto_abort, queue.config.open_transaction_timeout
                                      or auto_abort))
             else:
                 queue.confirm(xid)
-                self._ended.append((queue, xid, None, queue.history.logged))
+                self._ended.append((queue, xid, None, read, queue.history.logged))
         if queue:
             self._rest_on(queue)
         self._count_read(queue, items[0] if items else None)
@@ -11111,7 +11121,7 @@ class Cluster(Client):
         return [member for member in members if also_resting or member.rests_until <= now]
 
     def _get(self, queue, timeout, options):
-        if {"open", "close", "abort", "touch"} & set(options.split("/")):
+        if {"open", "close", "abort", "touch"} & set(options.lower().split("/")):
             raise TypeError("the next call may ask another server: use open() or work()")
         return self._find(queue, timeout, options)[1]
 

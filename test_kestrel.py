@@ -7564,6 +7564,75 @@ def failing_turn(talk, disk, *names):
 
 
 @promise(2)
+@pytest.mark.parametrize("refused", [b"get a/close\r\n", b"get a/abort\r\n", b"set a 0 0 1\r\nx\r\n"])
+def test_reads_of_several_queues_end_in_their_order_after_a_failure(talk, disk, refused):
+    """What was refused took its queue to the end of that order, so that a later close removed the
+    item of another queue."""
+    put_all(talk, "a", "a0")
+    put_all(talk, "b", "b0")
+    talk("get a/open\r\nget b/open\r\n")
+    talk.session().feed(refused, NOW)
+    assert failing_turn(talk, disk, "client") == [b"SERVER_ERROR a: Input/output error\r\n"]
+    talk("get b/or=a/close\r\n")
+    talk("get b/or=a/abort\r\n")
+    assert (items_of(talk.broker, "a"), items_of(talk.broker, "b")) == ([], [b"b0"])
+
+
+@promise(2)
+def test_a_read_that_has_timed_out_is_still_the_oldest_after_a_failure(tmp_path, disk):
+    """A close of it does nothing: it closed the next one, which its worker had not finished."""
+    talk = timed_talk(tmp_path)
+    put_all(talk, "a", "a0", "a1")
+    talk("get a/open/timeout=50\r\nget a/open\r\n")
+    talk.clock.reach(100)
+    assert talk("get a/peek\r\n") == values("a0", key="a/peek")
+    talk.session().feed(b"get a/open\r\nset a 0 0 1\r\nx\r\n", NOW)
+    assert failing_turn(talk, disk, "client") == [b"SERVER_ERROR a: Input/output error\r\n" * 2]
+    assert talk("get a/close\r\n") == "END\r\n"
+    talk("get a/abort\r\n")
+    assert items_of(talk.broker, "a") == [b"a1", b"a0"]
+    assert not talk.session().open_reads
+
+
+@promise(2)
+@pytest.mark.parametrize("how", ["close", "abort/tail"])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_reads_of_several_queues_that_cannot_all_be_closed(talk, disk, how, failing):
+    """The answer was END if the last of the queues had failed while the first was still waited
+    for. An error would be wrong too: the next close would be of other reads."""
+    put_all(talk, "a", "a0")
+    put_all(talk, "b", "b0", "b1")
+    talk("get a/open\r\nget b/open/n=2\r\n")
+    session = talk.session()
+    session.feed(b"get a/or=b/%b/n=2\r\n" % how.encode(), NOW)
+    disk.failing, disk.once, disk.good = {"pwrite": errno.EIO}, True, failing
+    written, failed = commit(talk.broker, NOW)
+    assert len(written) == len(failed) == 1
+    session.settle(failed, set())
+    session.resume(NOW)
+    assert session.state == "closed" and not session.take()
+    kept = how != "close"
+    assert items_of(talk.broker, "a") == [b"a0"] * (kept or failing == 0)
+    assert sorted(items_of(talk.broker, "b")) == [b"b0"] * (kept or failing == 1) + [b"b1"]
+
+
+@promise(2)
+def test_reads_of_several_queues_none_of_which_can_be_closed(talk, disk):
+    put_all(talk, "a", "a0")
+    put_all(talk, "b", "b0")
+    talk("get a/open\r\nget b/open\r\n")
+    talk.session().feed(b"get a/or=b/close/n=2\r\n", NOW)
+    disk.failing = {"pwrite": errno.EIO}
+    _, failed = commit(talk.broker, NOW)
+    disk.failing = {}
+    talk.session().settle(failed, set())
+    talk.session().resume(NOW)
+    assert b"".join(talk.session().take()).startswith(b"SERVER_ERROR")
+    assert talk("get a/or=b/close/n=2\r\n") == "END\r\n"
+    assert not talk.broker.queues["a"].opens and not talk.broker.queues["b"].opens
+
+
+@promise(2)
 @pytest.mark.parametrize("how, open_reads, waiting", [
     ("close/n=2", 0, 0), ("abort/n=2", 0, 2), ("abort/tail", 1, 1), ("close/or=r/n=2", 0, 0)])
 def test_what_was_closed_is_not_refused_since_something_else_fails(
@@ -12005,7 +12074,8 @@ def test_what_cannot_be_asked_of_several_servers(servers):
     with pytest.raises(ValueError, match="no server"):
         kestrel.Client([])
     cluster = cluster_of(started)
-    for call in (lambda: cluster.get("q", options="/open"), lambda: cluster.queues(),
+    for call in (lambda: cluster.get("q", options="/open"),
+                 lambda: cluster.get("q", options="/n=2/Open"), lambda: cluster.queues(),
                  lambda: cluster.export("q")):
         with pytest.raises(TypeError):
             call()
