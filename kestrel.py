@@ -592,14 +592,16 @@ class Config:
         return values
 
     def _check_aliases(self):
-        """Note aliases of aliases, and names that are those of queues too."""
+        """Note aliases of aliases, queues that they name twice, and names of queues."""
         for name, destinations in self.aliases.items():
             header = "alias " + name
             if name in self._queues:
                 self._note("%s is both an alias and a queue" % name, header)
-            for other in destinations:
-                if other in self.aliases:
-                    self._note("destination_queues: %s is an alias itself" % other, header,
+            for other in dict.fromkeys(destinations):
+                why = ("is an alias itself" if other in self.aliases else
+                       "is named twice" if destinations.count(other) > 1 else "")
+                if why:
+                    self._note("destination_queues: %s %s" % (other, why), header,
                                "destination_queues")
 
     def _check_server(self):

@@ -1172,6 +1172,7 @@ sync_journal = never
     ("[alias a]\ndestination_queues = b, c d\n[queue a]\n", 1, "both an alias and a queue"),
     ("[alias a]\ndestination_queues = b\n[alias b]\ndestination_queues = c\n", 2,
      "b is an alias itself"),
+    ("[alias a]\ndestination_queues = b, c, b\n", 2, "b is named twice"),
     ("[DEFAULT]\nmax_items = 5\n", 1, "unknown section [DEFAULT]"),
     ("[server]\nmemcache_prot = 5\n", 2, "in [server]; did you mean memcache_port?"),
     ("[queue]\nmax_itmes = 5\n", 2, "in [queue]; did you mean max_items?"),
