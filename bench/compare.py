@@ -6,7 +6,7 @@
     python3 bench/compare.py --qload /tmp/qload
     python3 bench/compare.py --qload /tmp/qload --only put-get flood --rounds 9
     python3 bench/compare.py --qload /tmp/qload --python python3.8 --python pypy3
-    python3 bench/compare.py --qload /tmp/qload --floor floor.py     # a bare loop, see --help
+    python3 bench/compare.py --qload /tmp/qload --floor bench/floor.py     # a bare loop
     python3 bench/compare.py                              # with bench/load.py, slow to drive
 
 All servers run at the same time and are driven in turns, so that a noisy machine is as
@@ -247,8 +247,8 @@ def main():
     parser.add_argument("--qload", help="the path of qload, a load generator in C")
     parser.add_argument("--python", action="append",
                         help="the Python to run kestrel.py with; may be given several times")
-    parser.add_argument("--floor", metavar="PATH", help="a server that does the least that can "
-                        "be done in Python, to be started as PATH PORT SPOOL")
+    parser.add_argument("--floor", metavar="PATH", help="a server that does the least, "
+                        "bench/floor.py, to be started as PATH PORT SPOOL")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1, help="how much work a round is")
     parser.add_argument("--only", nargs="+", choices=WORKS, default=list(WORKS))
