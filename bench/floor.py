@@ -100,7 +100,8 @@ class Connection:
             if eol < 0:
                 break
             words = data[pos:eol].split()
-            queue = server.queues.get(words[1]) or server.queue(words[1])
+            name = words[1].partition(b"/")[0]         # options are not obeyed
+            queue = server.queues.get(name) or server.queue(name)
             if words[0] == b"set":
                 stop = eol + 1 + int(words[4])
                 if stop + 2 > end:
