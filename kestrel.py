@@ -6858,8 +6858,10 @@ def _parse_line(line):
     name = words[0].lower()
     if name in (b"get", b"gets"):
         get = _parse_get(words)
-        if get.key and get.key == ReadKey(*get.key[:_KESTREL_FIELDS]):
-            return MemcacheSession.do_get, get, None
+        key = get.key
+        if key and key == ReadKey(*key[:_KESTREL_FIELDS]):
+            return MemcacheSession.do_get, (get, key, key.name, key.wait, key.open,
+                                            key.close or key.abort, key.peek), None
         return MemcacheSession.get_beyond, get, None
     if name in _BLOCKS:
         block = _parse_block(words)
@@ -7095,15 +7097,14 @@ class MemcacheSession(LineSession):
 
     # -- reading
 
-    def do_get(self, get):
+    def do_get(self, asked):
         """get <key>: answered at once if that is possible."""
+        get, key, name, wait, opening, ending, peek = asked
         broker = self.broker
-        key = get.key
-        queue = broker.find(key.name)
+        queue = broker.find(name)
         if queue is None:
             return self._get_in_steps(get)
-        wait, opening, closing, abort, peek = key[2:_KESTREL_FIELDS]
-        if (closing or abort or broker.refuses_reads or self.open_reads
+        if (ending or broker.refuses_reads or self.open_reads
                 or broker.config.users is not None) and not self._begin_read(key, queue):
             self._say(b"END\r\n")
             return None
