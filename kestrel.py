@@ -10584,7 +10584,7 @@ class Client:
                  timeout: float = 30, user: "str | None" = None, password: str = "",
                  tls: "ssl.SSLContext | None" = None) -> None:
         self._arguments = host, port, timeout, user, password, tls
-        self._timeout = timeout
+        self._timeout = self._connect_timeout = timeout
         self._tls = tls
         self._opened = {}                # key of the queues of which items are open -> how many
         self._sock = self._file = None
@@ -10596,10 +10596,10 @@ class Client:
         try:
             if host.startswith("unix:"):
                 self._sock = socket.socket(socket.AF_UNIX)
-                self._sock.settimeout(self._timeout)
+                self._sock.settimeout(self._connect_timeout)
                 self._sock.connect(host[5:])
             else:
-                self._sock = socket.create_connection((host, port), self._timeout)
+                self._sock = socket.create_connection((host, port), self._connect_timeout)
                 self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls:
                 import ssl

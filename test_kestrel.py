@@ -12026,6 +12026,19 @@ def test_what_one_of_several_servers_refuses_is_put_on_another(servers):
             cluster.put("q", b"x", flags=1 << 40)
 
 
+def test_a_server_of_several_is_given_a_short_time_to_connect(serve, monkeypatch):
+    """Also when it is connected to again: it may have gone with its machine."""
+    server, timeouts = serve(), []
+    connect = socket.create_connection
+    monkeypatch.setattr(socket, "create_connection", lambda address, timeout: (
+        timeouts.append(timeout) or connect(address, timeout)))
+    with kestrel.Client(["127.0.0.1:%d" % server.port], timeout=7) as client:
+        assert client.put("q", b"x")
+        client._connected()[0]._hang_up()
+        assert client.put("q", b"y") and timeouts == [1, 1]
+        assert client._connected()[0]._sock.gettimeout() == 7
+
+
 def test_servers_that_are_gone_or_hang_cost_their_share(servers, caplog):
     started, clients = servers({}, {})
     with socket.create_server(("127.0.0.1", 0)) as hangs:
