@@ -4,9 +4,9 @@
 
     python3 bench/floor.py PORT SPOOL
 
-A bare `selectors` loop that knows `set` and `get` (options are passed over), keeps a deque, and appends to
-a journal, one write a queue and one send a connection a turn, as kestrel.py does. It has no
-other features, checks nothing, and never reads its journals.
+A bare `selectors` loop that knows `set` and `get` (options are passed over), keeps a deque, and
+appends to a journal, with one write a queue and one send a connection a turn, as kestrel.py does.
+It has no other features, checks nothing, and never reads its journals.
 """
 
 import collections
