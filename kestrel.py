@@ -10,7 +10,7 @@ HTTP to whoever watches it; each key is a durable FIFO queue.
 
 or, inside another program, one durable queue alone:
 
-    queue = kestrel.Queue("work", path="/var/spool/kestrel")
+    queue = kestrel.Queue("work", path="spool")       # a directory that exists
     queue.add(b"hello")
     item = queue.remove(open=True)        # item.data == b"hello"
     queue.confirm(item.xid)
@@ -11429,13 +11429,14 @@ def _parse_options(arguments):
                         help="with --dump: a JSON object for each record, with all of its data; "
                              "with --verify: for each file")
     parser.add_argument("journals", metavar="JOURNAL", nargs="*", help=argparse.SUPPRESS)
-    tools.add_argument("--pack", metavar="SPOOL/QUEUE",
+    # Without their path, which then stands behind another option, these are True for a moment.
+    tools.add_argument("--pack", metavar="SPOOL/QUEUE", nargs="?", const=True,
                        help="write the journals of a queue that no server holds as one "
                             "minimal file, and exit")
     parser.add_argument("--kestrel", action="store_true",
                         help="with --pack: as Kestrel 2.x can read it, without flags, delays, "
                              "pauses and check sums")
-    tools.add_argument("--verify", metavar="SPOOL",
+    tools.add_argument("--verify", metavar="SPOOL", nargs="?", const=True,
                        help="read all journals of a spool, which a server may be using, say which "
                             "are good, and exit with 0 if all are")
     tools.add_argument("--copy", nargs=2, metavar=("SPOOL", "DEST"),
@@ -11455,6 +11456,11 @@ def _parse_options(arguments):
     if first in ("--server", "--user", "--tls", "--cafile"):
         parser.error("%s comes after the command" % first)
     options = parser.parse_args(arguments)
+    for tool in ("pack", "verify"):
+        if getattr(options, tool) is True:
+            if len(options.journals) != 1:
+                parser.error("--%s needs one path" % tool)
+            setattr(options, tool, options.journals.pop())
     if options.dump and not options.journals:
         parser.error("--dump needs journal files")
     for name, tools in (("json", ("dump", "verify")), ("kestrel", ("pack",)), ("every", ("copy",))):
@@ -11806,7 +11812,7 @@ def _connect(options, timeout=30, server=None):
 
 
 def _password(user):
-    """Return the password of a user. Raises EOFError if there is nobody to ask."""
+    """Return the password of a user. Raises EOFError if there is none, and nobody to ask."""
     if user is None or "KESTREL_PASSWORD" in os.environ:
         return os.environ.get("KESTREL_PASSWORD", "")
     import getpass
@@ -11815,8 +11821,8 @@ def _password(user):
         with warnings.catch_warnings():
             warnings.simplefilter("error")   # without a terminal it would read standard input
             return getpass.getpass("password of %s: " % user)
-    except getpass.GetPassWarning:
-        raise EOFError from None
+    except (getpass.GetPassWarning, EOFError):
+        raise EOFError("no password: set $KESTREL_PASSWORD") from None
 
 
 def _show(options, names, rows):
@@ -12146,10 +12152,14 @@ def _command_delete(client, options):
 def _if_sure(options, question, call):
     """Make a call for the queue, after a question at a terminal unless there is --yes; return the
     exit status."""
-    if options.yes or not sys.stdin.isatty() or input(question + " [y/N] ").lower() == "y":
+    try:
+        is_sure = options.yes or not sys.stdin.isatty() or (
+            input(question + " [y/N] ").lower() == "y")
+    except EOFError:
+        raise EOFError("no answer: use --yes") from None
+    if is_sure:
         call(options.queue)
-        return 0
-    return 1
+    return 0 if is_sure else 1
 
 
 def _command_ping(client, options):
@@ -12282,8 +12292,8 @@ def _run_command(name, *arguments):
         options.password = _password(options.user)
         with _connect(options, _PING_SECONDS if name == "ping" else 30) as client:
             return function(client, options) or 0
-    except EOFError:                     # nobody answers
-        return _fail(2, "there is nobody to ask: set $KESTREL_PASSWORD, or use --yes")
+    except EOFError as error:
+        return _fail(2, str(error))
     except OSError as error:
         if error.filename == _STDOUT:
             raise

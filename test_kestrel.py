@@ -12546,7 +12546,7 @@ def test_a_password_is_not_read_from_what_is_to_be_put(ask_server):
     done = subprocess.run(command("put", "q", "--user", "bob"), input=b"1\n2\n", timeout=60,
                           stderr=subprocess.PIPE, env=environment, start_new_session=True)
     assert (done.returncode, done.stderr) == (
-        2, b"kestrel.py: there is nobody to ask: set $KESTREL_PASSWORD, or use --yes\n")
+        2, b"kestrel.py: no password: set $KESTREL_PASSWORD\n")
 
 
 def test_a_password_is_asked_for_once(serve, tmp_path, monkeypatch, capfd):
@@ -12686,7 +12686,7 @@ def test_commands_tell_what_is_wrong(ask_server, monkeypatch, capfd):
                   ["status", "--json"], ["get", "q", "-n", "0"], ["status", "foo"],
                   ["list", "--server", "host:port"], ["list", "--cafile", "/none"],
                   ["list", "--cafile", kestrel.__file__], ["--json"], ["--every", "1s"],
-                  ["--kestrel"], ["--check", "--verify", "."], ["--convert", "x", "--pack", "y"],
+                  ["--kestrel"], ["--verify"], ["--check", "--verify", "."], ["--convert", "x", "--pack", "y"],
                   ["--server", "localhost", "list"], ["-c", "kestrel.conf", "list"]):
         with pytest.raises(SystemExit) as stopped:
             kestrel.main(words)
@@ -13559,7 +13559,7 @@ def test_a_queue_is_packed_for_kestrel(tmp_path, caplog):
     queue.pause(kestrel.PAUSED_IN)
     queue.close()
     caplog.set_level(logging.INFO)
-    assert kestrel.main(["--pack", str(tmp_path / "q"), "--kestrel"]) == 0
+    assert kestrel.main(["--pack", "--kestrel", str(tmp_path / "q")]) == 0
     for words in ("items whose flags are dropped: 1", "delayed items that are available now: 2",
                   "pauses that end: 1"):
         assert words in caplog.text
