@@ -3106,6 +3106,7 @@ class History:
     def forget(self):
         """Treat all operations so far as safe: they will never be written to the disk."""
         _, tell = self.go_back()
+        self.undone = range(0)
         self.durable = self.safe
         tell(None)
         self.settle()
@@ -6041,7 +6042,7 @@ class Session:
         self.load = 0                   # their size, and what else the commands have cost
         self.touched = []               # (queue, index in out, count, whole), see _rest_on()
         self.holds = 0                  # how many queues have to be safe before answers are sent
-        # queue -> {xid: (when it was opened here, its number)}, the oldest first
+        # queue -> {xid: (when it was opened here, its number, position)}, the oldest first
         self.open_reads = {}
         self.command = None             # the generator of the command in hand,
         self.asks = None                # what it has yielded,
@@ -6317,12 +6318,12 @@ class Session:
                      else self._failure(_why(failed[queue]), said))
             self.out[index:index + count] = [error if whole else b""] + [b""] * (count - 1)
         for queue in failed:
-            mine = self.open_reads.pop(queue, {})
-            # What was opened last may be undone; before that, what is not open has timed out.
-            while mine and not queue.is_open(next(reversed(mine))):
-                mine.popitem()
-            mine = {**{xid: read for other, xid, _, read, _ in self._ended
-                       if other is queue and queue.is_open(xid)}, **mine}
+            # All is as it was before: a read that has timed out is not open either, but stays.
+            undone = queue.history.undone
+            mine = {xid: read for other, xid, _, read, position in self._ended
+                    if other is queue and position in undone}
+            mine.update(self.open_reads.pop(queue, ()))
+            mine = {xid: read for xid, read in mine.items() if read[2] not in undone}
             if mine:
                 self.open_reads[queue] = mine
         self._update()
@@ -6449,7 +6450,8 @@ class Session:
 
     def _note_open(self, queue, item):
         """Note that the client has opened a read."""
-        self.open_reads.setdefault(queue, {})[item.xid] = self.now, next(self._opened)
+        self.open_reads.setdefault(queue, {})[item.xid] = (
+            self.now, next(self._opened), queue.history.logged)
         if item.deliveries == _OFTEN - 1:
             log.warning("%s is given an item of %s that has come back %d times", self.who,
                         queue.name, item.deliveries)
@@ -7258,7 +7260,7 @@ class MemcacheSession(LineSession):
         """Close, abort or touch the oldest open reads of these queues; return {queue: xids}."""
         # One that has timed out cannot be touched any more.
         reads = sorted([(number, queue.name, xid) for queue in queues
-                        for xid, (_, number) in self.open_reads.get(queue, {}).items()
+                        for xid, (_, number, _) in self.open_reads.get(queue, {}).items()
                         if not key.touch or queue.is_open(xid)])[:key.count]
         ended = {}
         for _, name, xid in reads:

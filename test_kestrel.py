@@ -7596,6 +7596,54 @@ def test_a_read_that_has_timed_out_is_still_the_oldest_after_a_failure(tmp_path,
 
 
 @promise(2)
+def test_the_close_of_a_read_that_has_timed_out_may_fail_and_be_tried_again(tmp_path, disk):
+    """It closed the next one, which its worker had not finished."""
+    talk = timed_talk(tmp_path)
+    put_all(talk, "a", "a0", "a1")
+    talk("get a/open/timeout=50\r\nget a/open\r\n")
+    talk.clock.reach(100)
+    assert talk("get a/peek\r\n") == values("a0", key="a/peek")
+    talk.session().feed(b"set a 0 0 1\r\nx\r\nget a/close\r\n", NOW)
+    assert failing_turn(talk, disk, "client") == [b"SERVER_ERROR a: Input/output error\r\n" * 2]
+    assert talk("get a/close\r\n") == "END\r\n"
+    talk("get a/abort\r\n")
+    assert sorted(items_of(talk.broker, "a")) == [b"a0", b"a1"]
+
+
+@promise(2)
+def test_the_latest_read_has_timed_out_and_stays_in_its_place_after_a_failure(tmp_path, disk):
+    talk = timed_talk(tmp_path)
+    put_all(talk, "a", "a0")
+    talk("get a/open/timeout=50\r\n")
+    talk.clock.reach(100)
+    assert talk("get a/peek\r\n") == values("a0", key="a/peek")
+    talk.session().feed(b"set a 0 0 1\r\nx\r\n", NOW)
+    failing_turn(talk, disk, "client")
+    assert talk("get a/open\r\n") == values("a0", key="a/open")
+    assert talk("get a/close\r\n") == "END\r\n"
+    talk("get a/abort\r\n")
+    assert items_of(talk.broker, "a") == [b"a0"]
+
+
+@promise(2)
+def test_a_read_of_a_queue_in_memory_is_closed_though_the_next_queue_cannot_be_read(
+        tmp_path, disk):
+    """The answer was an error, which says that the read is open."""
+    talk = Talk(tmp_path, "[queue m]\nkeep_journal = false\n[queue r]\nmax_memory_size = 1kb\n")
+    put_all(talk, "m", "m0")
+    put_all(talk, "r", *["x" * 100] * 40)
+    talk("get m/open\r\n")
+    talk("get r\r\n" * 4)                  # the others are on the disk only
+    disk.failing = {"pread": errno.EIO}
+    session = talk.session()
+    session.feed(b"get m/close/open/or=r\r\n", NOW)
+    commit(talk.broker, NOW)
+    session.resume(NOW)
+    assert b"".join(session.take()) == b"END\r\n"
+    assert not talk.broker.queues["m"].opens
+
+
+@promise(2)
 @pytest.mark.parametrize("how", ["close", "abort/tail"])
 @pytest.mark.parametrize("failing", [0, 1])
 def test_reads_of_several_queues_that_cannot_all_be_closed(talk, disk, how, failing):
