@@ -6926,13 +6926,12 @@ class MemcacheSession(LineSession):
                 line = data[pos:eol]
                 pos = eol + 1
                 if is_stranger:
-                    self._check_stranger(line)
-                command, asked, size = broker.known_lines.get(line) or self._learn(line)
+                    command, asked, size = self._parse_first(line)
+                else:
+                    command, asked, size = broker.known_lines.get(line) or self._learn(line)
                 if size is None:
                     waits = command(self, asked)
                 else:
-                    if is_stranger:
-                        self._check_size(size, MAX_LOGIN)
                     stop = pos + size
                     if stop + 2 > end:
                         self._block = asked
@@ -6953,24 +6952,33 @@ class MemcacheSession(LineSession):
         return pos
 
     def _learn(self, line):
-        """Return what _parse_line() returns. It is kept, since clients send the same lines again
-        and again. Raises Refused, also for a line or an item that is too long."""
-        settings, known = self.broker.settings, self.broker.known_lines
-        if len(line.rstrip(b"\r")) > settings.max_line:
-            raise Refused("CLIENT_ERROR", "line too long", close=True)
-        parsed = _parse_line(line)
-        self._check_size(parsed[2] or 0, settings.max_item_size)
+        """Return what _parse_checked() returns. It is kept, since clients send the same lines
+        again and again."""
+        known = self.broker.known_lines
+        parsed = self._parse_checked(line, self.broker.settings.max_item_size)
         if len(line) <= _LONGEST_KNOWN:
             if len(known) >= _MOST_KNOWN:
                 known.clear()
             known[line] = parsed
         return parsed
 
-    @staticmethod
-    def _check_size(size, most):
-        """Check that a data block is not too large. Raises Refused."""
-        if size > most:
+    def _parse_first(self, line):
+        """Return what _parse_checked() returns for the first command of a client that has to log
+        in: that is the login, or quit."""
+        if line.lower().split()[:1] not in ([b"set"], [b"quit"]):
+            raise Refused("CLIENT_ERROR", "unauthenticated", close=True)
+        return self._parse_checked(line, MAX_LOGIN)
+
+    def _parse_checked(self, line, most):
+        """Return what _parse_line() returns. Raises Refused, also for a line that is too long, or
+        a data block of more than `most` bytes."""
+        if len(line.rstrip(b"\r")) > self.broker.settings.max_line:
+            raise Refused("CLIENT_ERROR", "line too long", close=True)
+        parsed = _parse_line(line)
+        size = parsed[2]
+        if size is not None and size > most:
             raise Refused("SERVER_ERROR", "object too large for cache", skip=size + 2)
+        return parsed
 
     def _pass_over(self, pos, end):
         """Skip what has come of a refused data block, from `pos` to `end`; return where the next
@@ -7019,11 +7027,6 @@ class MemcacheSession(LineSession):
         if self.command is None:
             self._words = self._block.words if self._block else ()
         super().turn_away(error)
-
-    def _check_stranger(self, line):
-        """Check that the first command is the login, or quit."""
-        if line.lower().split()[:1] not in ([b"set"], [b"quit"]):
-            raise Refused("CLIENT_ERROR", "unauthenticated", close=True)
 
     def _reply(self, words, answer):
         """Answer a command, which may have asked for no answer."""

@@ -1406,6 +1406,12 @@ def test_the_login_may_come_in_pieces_with_commands_behind_it(door, cut):
     assert door.heard() == "STORED\r\nVERSION 1.0.0\r\nEND\r\n"
 
 
+def test_a_login_may_be_longer_than_an_item(door):
+    door = door("max_item_size = 3b\n[queue]\nkeep_journal = false\n")
+    assert door.ask(LOGIN + set_("q", "1234") + set_("q", "123")) == (
+        "STORED\r\nSERVER_ERROR object too large for cache\r\nSTORED\r\n")
+
+
 def test_what_was_said_with_the_login_before_a_half_close_is_done(door):
     door = door("[queue]\nkeep_journal = false\n")
     door.say(LOGIN + set_("q", "1") + "get q/peek\r\n")
