@@ -10234,11 +10234,11 @@ class Server:
                 data = b"".join(session.take())
                 try:
                     count = connection.sock.send(data)
+                    connection.last_active = self.mono
                 except OSError:              # flush() will see why
                     count = 0
                 stats.bytes_written += count
                 if count == len(data):
-                    connection.last_active = self.mono
                     session.load = 0
                 else:
                     connection.unsent = [memoryview(data)[count:]]

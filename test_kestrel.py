@@ -11271,6 +11271,30 @@ def test_a_client_that_speaks_but_takes_nothing_is_closed(tmp_path, skip):
         assert not server.connections
 
 
+def test_send_timeout_begins_when_a_part_of_the_answer_is_taken(tmp_path, skip):
+    """It began when the client had asked, though the answer had waited for the disk since."""
+    with turned_by_hand(tmp_path, "[server]\nsend_timeout = 60s\n", 1) as (server, (client,)):
+        connection, = server.connections.values()
+        real, taken = connection.sock, []
+
+        class Sock:
+            def __getattr__(self, name):
+                return getattr(real, name)
+
+            def send(self, data):
+                if taken:
+                    raise BlockingIOError
+                taken.append(data)
+                return 1
+
+        connection.sock = Sock()
+        connection.session.out.append(b"END\r\n")
+        connection.last_active -= 100
+        server._answer([connection], {}, {})
+        assert connection.unsent == [b"ND\r\n"] and connection.last_active == server.mono
+        connection.sock = real
+
+
 @pytest.mark.parametrize("with_tls", [False, True])
 def test_a_client_that_takes_its_answer_slowly_is_not_closed(serve, tmp_path, skip, with_tls):
     server = serve((secured(tmp_path) if with_tls else "[server]\n") + "send_timeout = 20s\n")
