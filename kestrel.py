@@ -7184,9 +7184,9 @@ class MemcacheSession(LineSession):
             if changed and not key.touch:
                 error = yield functools.partial(
                     _when_all, [queue.history.when_safe for queue in changed])
-                # If only some are open again, no answer tells the client which.
-                if error and not all([queue.is_open(xid) for queue, xids in changed.items()
-                                      for xid in xids]):
+                # If only some of it has been undone, no answer tells the client what.
+                if error and not all([position in queue.history.undone
+                                      for queue, position in changed.items()]):
                     raise Unclear(error.errno, error.strerror, error.filename)
                 if error:                # whatever the other keys give
                     raise error if isinstance(error, Unclear) else Refused(
@@ -7260,7 +7260,8 @@ class MemcacheSession(LineSession):
         return given if not given or self.touched is turn else []
 
     def _end_beyond(self, queues, key):
-        """Close, abort or touch the oldest open reads of these queues; return {queue: xids}."""
+        """Close, abort or touch the oldest open reads of these queues; return the queues that had
+        any, as {queue: position}."""
         # One that has timed out cannot be touched any more.
         reads = sorted([(number, queue.name, xid) for queue in queues
                         for xid, (_, number, _) in self.open_reads.get(queue, {}).items()
@@ -7274,7 +7275,7 @@ class MemcacheSession(LineSession):
                     queue.touch(xid)
             else:
                 self._end_reads(queue, len(xids), key.close, False, delay=key.delay, tail=key.tail)
-        return ended
+        return {queue: queue.history.logged for queue in ended}
 
     def _give(self, get, key, queue, item):
         """Answer a key with an item, or with END if it is None."""

@@ -7602,6 +7602,29 @@ def test_a_read_that_has_timed_out_is_still_the_oldest_after_a_failure(tmp_path,
 
 
 @promise(2)
+@pytest.mark.parametrize("timed_out", [False, True])
+def test_reads_that_are_not_open_any_more_may_fail_to_be_closed(tmp_path, disk, timed_out):
+    """The connection was closed, though all had been undone: its other reads went back."""
+    talk = timed_talk(tmp_path)
+    put_all(talk, "a", "a0", "a1")
+    put_all(talk, "other", "b0")
+    talk("get other/open\r\n")
+    said = b"get a/open\r\nget a/close/n=2\r\n"
+    if timed_out:
+        talk("get a/open/timeout=50\r\n")
+        talk.clock.reach(100)
+        assert talk("get a/peek\r\n") == values("a0", key="a/peek")
+    talk.session().feed(said, NOW)
+    heard = failing_turn(talk, disk, "client")
+    talk.session().resume(NOW)
+    heard += [b"".join(talk.session().take())]
+    assert b"".join(heard) == b"SERVER_ERROR a: Input/output error\r\n" * 2
+    assert talk("get a/close/n=2\r\n") == "END\r\n"
+    assert items_of(talk.broker, "a") == [b"a0", b"a1"]
+    assert len(talk.broker.queues["other"].opens) == 1
+
+
+@promise(2)
 def test_the_close_of_a_read_that_has_timed_out_may_fail_and_be_tried_again(tmp_path, disk):
     """It closed the next one, which its worker had not finished."""
     talk = timed_talk(tmp_path)
