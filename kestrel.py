@@ -3363,7 +3363,8 @@ class Queue:
 
     def _set_limits(self):
         """Derive how many items may wait and how large they may be, None if there is no limit:
-        delayed items count too; and whether remove() and peek() have only the head to look at."""
+        delayed items count too; whether remove() and peek() have only the head to look at; and up
+        to which size a journal needs no upkeep as long as there are items."""
         config, delays = self.config, self.delays
         self._small = min(config.max_memory_size, config.max_journal_size)
         self._is_plain = not (delays.items or self.paused)
