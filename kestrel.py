@@ -3106,6 +3106,7 @@ class History:
     def forget(self):
         """Treat all operations so far as safe: they will never be written to the disk."""
         _, tell = self.go_back()
+        self.undone = range(0)
         self.durable = self.safe
         tell(None)
         self.settle()
@@ -3362,7 +3363,8 @@ class Queue:
 
     def _set_limits(self):
         """Derive how many items may wait and how large they may be, None if there is no limit:
-        delayed items count too; and whether remove() and peek() have only the head to look at."""
+        delayed items count too; whether remove() and peek() have only the head to look at; and up
+        to which size a journal needs no upkeep as long as there are items."""
         config, delays = self.config, self.delays
         self._small = min(config.max_memory_size, config.max_journal_size)
         self._is_plain = not (delays.items or self.paused)
@@ -6041,7 +6043,7 @@ class Session:
         self.load = 0                   # their size, and what else the commands have cost
         self.touched = []               # (queue, index in out, count, whole), see _rest_on()
         self.holds = 0                  # how many queues have to be safe before answers are sent
-        # queue -> {xid: (when it was opened here, its number)}, the oldest first
+        # queue -> {xid: (when it was opened here, its number, position)}, the oldest first
         self.open_reads = {}
         self.command = None             # the generator of the command in hand,
         self.asks = None                # what it has yielded,
@@ -6317,12 +6319,12 @@ class Session:
                      else self._failure(_why(failed[queue]), said))
             self.out[index:index + count] = [error if whole else b""] + [b""] * (count - 1)
         for queue in failed:
-            mine = self.open_reads.pop(queue, {})
-            # What was opened last may be undone; before that, what is not open has timed out.
-            while mine and not queue.is_open(next(reversed(mine))):
-                mine.popitem()
-            mine = {**{xid: read for other, xid, _, read, _ in self._ended
-                       if other is queue and queue.is_open(xid)}, **mine}
+            # All is as it was before: a read that has timed out is not open either, but stays.
+            undone = queue.history.undone
+            mine = {xid: read for other, xid, _, read, position in self._ended
+                    if other is queue and position in undone}
+            mine.update(self.open_reads.pop(queue, ()))
+            mine = {xid: read for xid, read in mine.items() if read[2] not in undone}
             if mine:
                 self.open_reads[queue] = mine
         self._update()
@@ -6449,7 +6451,8 @@ class Session:
 
     def _note_open(self, queue, item):
         """Note that the client has opened a read."""
-        self.open_reads.setdefault(queue, {})[item.xid] = self.now, next(self._opened)
+        self.open_reads.setdefault(queue, {})[item.xid] = (
+            self.now, next(self._opened), queue.history.logged)
         if item.deliveries == _OFTEN - 1:
             log.warning("%s is given an item of %s that has come back %d times", self.who,
                         queue.name, item.deliveries)
@@ -6924,13 +6927,12 @@ class MemcacheSession(LineSession):
                 line = data[pos:eol]
                 pos = eol + 1
                 if is_stranger:
-                    self._check_stranger(line)
-                command, asked, size = broker.known_lines.get(line) or self._learn(line)
+                    command, asked, size = self._parse_first(line)
+                else:
+                    command, asked, size = broker.known_lines.get(line) or self._learn(line)
                 if size is None:
                     waits = command(self, asked)
                 else:
-                    if is_stranger:
-                        self._check_size(size, MAX_LOGIN)
                     stop = pos + size
                     if stop + 2 > end:
                         self._block = asked
@@ -6951,24 +6953,33 @@ class MemcacheSession(LineSession):
         return pos
 
     def _learn(self, line):
-        """Return what _parse_line() returns. It is kept, since clients send the same lines again
-        and again. Raises Refused, also for a line or an item that is too long."""
-        settings, known = self.broker.settings, self.broker.known_lines
-        if len(line.rstrip(b"\r")) > settings.max_line:
-            raise Refused("CLIENT_ERROR", "line too long", close=True)
-        parsed = _parse_line(line)
-        self._check_size(parsed[2] or 0, settings.max_item_size)
+        """Return what _parse_checked() returns. It is kept, since clients send the same lines
+        again and again."""
+        known = self.broker.known_lines
+        parsed = self._parse_checked(line, self.broker.settings.max_item_size)
         if len(line) <= _LONGEST_KNOWN:
             if len(known) >= _MOST_KNOWN:
                 known.clear()
             known[line] = parsed
         return parsed
 
-    @staticmethod
-    def _check_size(size, most):
-        """Check that a data block is not too large. Raises Refused."""
-        if size > most:
+    def _parse_first(self, line):
+        """Return what _parse_checked() returns for the first command of a client that has to log
+        in: that is the login, or quit."""
+        if line.lower().split()[:1] not in ([b"set"], [b"quit"]):
+            raise Refused("CLIENT_ERROR", "unauthenticated", close=True)
+        return self._parse_checked(line, MAX_LOGIN)
+
+    def _parse_checked(self, line, most):
+        """Return what _parse_line() returns. Raises Refused, also for a line that is too long, or
+        a data block of more than `most` bytes."""
+        if len(line.rstrip(b"\r")) > self.broker.settings.max_line:
+            raise Refused("CLIENT_ERROR", "line too long", close=True)
+        parsed = _parse_line(line)
+        size = parsed[2]
+        if size is not None and size > most:
             raise Refused("SERVER_ERROR", "object too large for cache", skip=size + 2)
+        return parsed
 
     def _pass_over(self, pos, end):
         """Skip what has come of a refused data block, from `pos` to `end`; return where the next
@@ -7017,11 +7028,6 @@ class MemcacheSession(LineSession):
         if self.command is None:
             self._words = self._block.words if self._block else ()
         super().turn_away(error)
-
-    def _check_stranger(self, line):
-        """Check that the first command is the login, or quit."""
-        if line.lower().split()[:1] not in ([b"set"], [b"quit"]):
-            raise Refused("CLIENT_ERROR", "unauthenticated", close=True)
 
     def _reply(self, words, answer):
         """Answer a command, which may have asked for no answer."""
@@ -7179,9 +7185,9 @@ class MemcacheSession(LineSession):
             if changed and not key.touch:
                 error = yield functools.partial(
                     _when_all, [queue.history.when_safe for queue in changed])
-                # If only some are open again, no answer tells the client which.
-                if error and not all([queue.is_open(xid) for queue, xids in changed.items()
-                                      for xid in xids]):
+                # If only some of it has been undone, no answer tells the client what.
+                if error and not all([position in queue.history.undone
+                                      for queue, position in changed.items()]):
                     raise Unclear(error.errno, error.strerror, error.filename)
                 if error:                # whatever the other keys give
                     raise error if isinstance(error, Unclear) else Refused(
@@ -7255,10 +7261,11 @@ class MemcacheSession(LineSession):
         return given if not given or self.touched is turn else []
 
     def _end_beyond(self, queues, key):
-        """Close, abort or touch the oldest open reads of these queues; return {queue: xids}."""
+        """Close, abort or touch the oldest open reads of these queues; return the queues that had
+        any, as {queue: position}."""
         # One that has timed out cannot be touched any more.
         reads = sorted([(number, queue.name, xid) for queue in queues
-                        for xid, (_, number) in self.open_reads.get(queue, {}).items()
+                        for xid, (_, number, _) in self.open_reads.get(queue, {}).items()
                         if not key.touch or queue.is_open(xid)])[:key.count]
         ended = {}
         for _, name, xid in reads:
@@ -7269,7 +7276,7 @@ class MemcacheSession(LineSession):
                     queue.touch(xid)
             else:
                 self._end_reads(queue, len(xids), key.close, False, delay=key.delay, tail=key.tail)
-        return ended
+        return {queue: queue.history.logged for queue in ended}
 
     def _give(self, get, key, queue, item):
         """Answer a key with an item, or with END if it is None."""
@@ -10229,11 +10236,11 @@ class Server:
                 data = b"".join(session.take())
                 try:
                     count = connection.sock.send(data)
+                    connection.last_active = self.mono
                 except OSError:              # flush() will see why
                     count = 0
                 stats.bytes_written += count
                 if count == len(data):
-                    connection.last_active = self.mono
                     session.load = 0
                 else:
                     connection.unsent = [memoryview(data)[count:]]

@@ -1406,6 +1406,12 @@ def test_the_login_may_come_in_pieces_with_commands_behind_it(door, cut):
     assert door.heard() == "STORED\r\nVERSION 1.0.0\r\nEND\r\n"
 
 
+def test_a_login_may_be_longer_than_an_item(door):
+    door = door("max_item_size = 3b\n[queue]\nkeep_journal = false\n")
+    assert door.ask(LOGIN + set_("q", "1234") + set_("q", "123")) == (
+        "STORED\r\nSERVER_ERROR object too large for cache\r\nSTORED\r\n")
+
+
 def test_what_was_said_with_the_login_before_a_half_close_is_done(door):
     door = door("[queue]\nkeep_journal = false\n")
     door.say(LOGIN + set_("q", "1") + "get q/peek\r\n")
@@ -7596,6 +7602,77 @@ def test_a_read_that_has_timed_out_is_still_the_oldest_after_a_failure(tmp_path,
 
 
 @promise(2)
+@pytest.mark.parametrize("timed_out", [False, True])
+def test_reads_that_are_not_open_any_more_may_fail_to_be_closed(tmp_path, disk, timed_out):
+    """The connection was closed, though all had been undone: its other reads went back."""
+    talk = timed_talk(tmp_path)
+    put_all(talk, "a", "a0", "a1")
+    put_all(talk, "other", "b0")
+    talk("get other/open\r\n")
+    said = b"get a/open\r\nget a/close/n=2\r\n"
+    if timed_out:
+        talk("get a/open/timeout=50\r\n")
+        talk.clock.reach(100)
+        assert talk("get a/peek\r\n") == values("a0", key="a/peek")
+    talk.session().feed(said, NOW)
+    heard = failing_turn(talk, disk, "client")
+    talk.session().resume(NOW)
+    heard += [b"".join(talk.session().take())]
+    assert b"".join(heard) == b"SERVER_ERROR a: Input/output error\r\n" * 2
+    assert talk("get a/close/n=2\r\n") == "END\r\n"
+    assert items_of(talk.broker, "a") == [b"a0", b"a1"]
+    assert len(talk.broker.queues["other"].opens) == 1
+
+
+@promise(2)
+def test_the_close_of_a_read_that_has_timed_out_may_fail_and_be_tried_again(tmp_path, disk):
+    """It closed the next one, which its worker had not finished."""
+    talk = timed_talk(tmp_path)
+    put_all(talk, "a", "a0", "a1")
+    talk("get a/open/timeout=50\r\nget a/open\r\n")
+    talk.clock.reach(100)
+    assert talk("get a/peek\r\n") == values("a0", key="a/peek")
+    talk.session().feed(b"set a 0 0 1\r\nx\r\nget a/close\r\n", NOW)
+    assert failing_turn(talk, disk, "client") == [b"SERVER_ERROR a: Input/output error\r\n" * 2]
+    assert talk("get a/close\r\n") == "END\r\n"
+    talk("get a/abort\r\n")
+    assert sorted(items_of(talk.broker, "a")) == [b"a0", b"a1"]
+
+
+@promise(2)
+def test_the_latest_read_has_timed_out_and_stays_in_its_place_after_a_failure(tmp_path, disk):
+    talk = timed_talk(tmp_path)
+    put_all(talk, "a", "a0")
+    talk("get a/open/timeout=50\r\n")
+    talk.clock.reach(100)
+    assert talk("get a/peek\r\n") == values("a0", key="a/peek")
+    talk.session().feed(b"set a 0 0 1\r\nx\r\n", NOW)
+    failing_turn(talk, disk, "client")
+    assert talk("get a/open\r\n") == values("a0", key="a/open")
+    assert talk("get a/close\r\n") == "END\r\n"
+    talk("get a/abort\r\n")
+    assert items_of(talk.broker, "a") == [b"a0"]
+
+
+@promise(2)
+def test_a_read_of_a_queue_in_memory_is_closed_though_the_next_queue_cannot_be_read(
+        tmp_path, disk):
+    """The answer was an error, which says that the read is open."""
+    talk = Talk(tmp_path, "[queue m]\nkeep_journal = false\n[queue r]\nmax_memory_size = 1kb\n")
+    put_all(talk, "m", "m0")
+    put_all(talk, "r", *["x" * 100] * 40)
+    talk("get m/open\r\n")
+    talk("get r\r\n" * 4)                  # the others are on the disk only
+    disk.failing = {"pread": errno.EIO}
+    session = talk.session()
+    session.feed(b"get m/close/open/or=r\r\n", NOW)
+    commit(talk.broker, NOW)
+    session.resume(NOW)
+    assert b"".join(session.take()) == b"END\r\n"
+    assert not talk.broker.queues["m"].opens
+
+
+@promise(2)
 @pytest.mark.parametrize("how", ["close", "abort/tail"])
 @pytest.mark.parametrize("failing", [0, 1])
 def test_reads_of_several_queues_that_cannot_all_be_closed(talk, disk, how, failing):
@@ -11215,6 +11292,30 @@ def test_a_client_that_speaks_but_takes_nothing_is_closed(tmp_path, skip):
                 server.interrupt()
                 server.turn()
         assert not server.connections
+
+
+def test_send_timeout_begins_when_a_part_of_the_answer_is_taken(tmp_path, skip):
+    """It began when the client had asked, though the answer had waited for the disk since."""
+    with turned_by_hand(tmp_path, "[server]\nsend_timeout = 60s\n", 1) as (server, (client,)):
+        connection, = server.connections.values()
+        real, taken = connection.sock, []
+
+        class Sock:
+            def __getattr__(self, name):
+                return getattr(real, name)
+
+            def send(self, data):
+                if taken:
+                    raise BlockingIOError
+                taken.append(data)
+                return 1
+
+        connection.sock = Sock()
+        connection.session.out.append(b"END\r\n")
+        connection.last_active -= 100
+        server._answer([connection], {}, {})
+        assert connection.unsent == [b"ND\r\n"] and connection.last_active == server.mono
+        connection.sock = real
 
 
 @pytest.mark.parametrize("with_tls", [False, True])
