@@ -3029,12 +3029,13 @@ class History:
     Each operation has a position: its number in the history of the queue. `logged`, `written`
     and `durable` are the last positions in memory, handed to the kernel and fsynced. `safe` is
     the last one that may be acknowledged: with sync_journal = 0 what is durable, else what is
-    written. What must not happen before a change is safe is left to when_safe().
+    written. `undone` are the positions that were given up last. What must not happen before a
+    change is safe is left to when_safe().
     """
 
     def __init__(self):
         self.safe = self.written = self.durable = 0
-        self.undone = range(0)               # the positions that were given up last
+        self.undone = range(0)
         self.ops = []                        # (opcode, item, xid) of what is still to be written
         self.unsafe = []                     # those that are being written, or are, but not safe
         self.writing = None                  # the Plan that the worker writes
