@@ -2665,7 +2665,7 @@ def flow(queue, bench, turns, opened=None):
 
 
 @promise(5)
-@pytest.mark.parametrize("backlog", [0, 50, 2000])
+@pytest.mark.parametrize("backlog", [0, 50, 1000])
 def test_disk_use_follows_the_backlog_and_not_its_history(tmp_path, backlog):
     """Many times max_memory_size goes through; one read stays open all the time."""
     bench, opened = Bench(), []
@@ -4089,7 +4089,7 @@ def test_damage_that_is_met_while_reading_behind(tmp_path, caplog, kind):
     items = [b"item%02d-" % number + b"abc\1\2\x09z" * (number % 4) for number in range(36)]
     journal = b"".join(map(addx, items[12:24]))
     ends = [len(b"".join(map(addx, items[12:number + 1]))) for number in range(12, 24)]
-    for place in range(0, len(journal), 11):
+    for place in range(0, len(journal), 17):
         path = tmp_path / str(place)
         path.mkdir()
         queue = behind_three_files(path, items)
