@@ -72,27 +72,30 @@ class Server:
 
 
 class Connection:
-    __slots__ = ("server", "sock", "recv", "send", "data", "out")
+    __slots__ = ("server", "sock", "recv", "send", "dirty", "active", "data", "out")
 
     def __init__(self, server, sock):
         self.server = server
         self.sock = sock
         self.recv = sock.recv
         self.send = sock.send
+        self.dirty = server.dirty
+        self.active = server.active
         self.data = b""                  # what is not yet a whole command
         self.out = []
 
     def ready(self, now):
-        server, out = self.server, self.out
         try:
             data = self.recv(1 << 18)
         except OSError:
             data = b""
         if not data:
-            server.selector.unregister(self.sock)
+            self.server.selector.unregister(self.sock)
             self.sock.close()
             return
-        data = self.data + data if self.data else data
+        if self.data:
+            data = self.data + data
+        queues, out = self.server.queues, self.out
         end = len(data)
         pos = 0
         while pos < end:
@@ -100,33 +103,37 @@ class Connection:
             if eol < 0:
                 break
             words = data[pos:eol].split()
-            name = words[1].partition(b"/")[0]         # options are not obeyed
-            queue = server.queues.get(name) or server.queue(name)
             if words[0] == b"set":
                 stop = eol + 1 + int(words[4])
                 if stop + 2 > end:
                     break
                 item = data[eol + 1:stop]
                 pos = stop + 2
+                queue = queues.get(words[1]) or self.server.queue(words[1])
                 queue.items.append((now, 0, item))
                 queue.bytes += len(item)
-                if not queue.unwritten:
-                    server.dirty.append(queue)
-                queue.unwritten += pack_head(2, len(item) + 16, now, 0), item
+                unwritten = queue.unwritten
+                if not unwritten:
+                    self.dirty.append(queue)
+                unwritten.append(pack_head(2, len(item) + 16, now, 0))
+                unwritten.append(item)
                 out.append(b"STORED\r\n")
             else:
                 pos = eol + 1
+                name = words[1].partition(b"/")[0]     # options are passed over
+                queue = queues.get(name) or self.server.queue(name)
                 if queue.items:
                     item = queue.items.popleft()[2]
                     queue.bytes -= len(item)
-                    if not queue.unwritten:
-                        server.dirty.append(queue)
-                    queue.unwritten.append(b"\1")
-                    out.append(b"VALUE %b 0 %d\r\n%b\r\nEND\r\n" % (words[1], len(item), item))
+                    unwritten = queue.unwritten
+                    if not unwritten:
+                        self.dirty.append(queue)
+                    unwritten.append(b"\1")
+                    out.append(b"VALUE %b 0 %d\r\n%b\r\nEND\r\n" % (name, len(item), item))
                 else:
                     out.append(b"END\r\n")
         self.data = data[pos:]
-        server.active.append(self)
+        self.active.append(self)
 
 
 if __name__ == "__main__":
