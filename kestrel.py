@@ -3037,7 +3037,7 @@ class History:
         self.safe = self.written = self.durable = 0
         self.undone = range(0)
         self.ops = []                        # (opcode, item, xid) of what is still to be written
-        self.unsafe = []                     # those that are being written, or are, but not safe
+        self.unsafe = []                     # those that are being written, or wait for an fsync
         self.writing = None                  # the Plan that the worker writes
         self._pending = collections.deque()  # (position, call) of when_safe(), in order
         self.syncing = collections.deque()   # (position, call) of when_durable()
@@ -3873,15 +3873,14 @@ class Queue:
 
     def _commit(self, plan, position):
         """Account for a batch that has been written."""
-        history = self.history
+        history, journal = self.history, self.journal
         history.written = position
         if self.config.sync_journal != 0 and history.unsafe:
             history.advance(position)
-            self.journal.forget(position)
-        journal = self.journal
+            journal.forget(position)
         journal.commit(plan, position, history.safe >= position)
         history.settle()
-        # As a rule there are items, in one file that is not large: nothing to be done.
+        # As a rule there are items, and the journal is small: no upkeep is due.
         if not self.count or journal.size > self._small or journal.passings:
             self.upkeep.check()
 
@@ -6816,9 +6815,9 @@ _MEMCACHED = (b"incr decr touch gat gats mg md mn ma me slabs lru lru_crawler wa
 
 
 def _when_all(waits, call):
-    """Make a call, with None, when all of `waits`, such as the when_safe of several queues, have
-    made the call that they are given; or with an OSError that one has made it with: an Unclear, if
-    there is one. They are all asked at once, since what has been undone is forgotten."""
+    """Call `call` when all of `waits`, such as the when_safe of several queues, have called back:
+    with None, or with an OSError that one of them has reported, an Unclear if there is one. All
+    are asked at once, since a queue soon forgets what it has undone."""
     found = []
 
     def settled(error):
@@ -6879,7 +6878,7 @@ def _parse_line(line):
                   reason="PROXY" if words[0] == b"PROXY" else "client")
 
 
-# Of how many command lines the meaning is kept, and how long these may be.
+# The number of command lines whose meaning is kept, and their greatest length.
 _MOST_KNOWN = 4096
 _LONGEST_KNOWN = 120
 
@@ -6950,7 +6949,7 @@ class MemcacheSession(LineSession):
             except (Refused, OSError) as error:
                 self._words = line.split()
                 self._refuse(error)
-                pos = self._pass_over(pos, end) or end         # 0: it was no line
+                pos = self._pass_over(pos, end) or end         # 0: it was not a whole line
         return pos
 
     def _learn(self, line):
@@ -11437,7 +11436,7 @@ def _parse_options(arguments):
                         help="with --dump: a JSON object for each record, with all of its data; "
                              "with --verify: for each file")
     parser.add_argument("journals", metavar="JOURNAL", nargs="*", help=argparse.SUPPRESS)
-    # Without their path, which then stands behind another option, these are True for a moment.
+    # True if another option stands between --pack, or --verify, and its path.
     tools.add_argument("--pack", metavar="SPOOL/QUEUE", nargs="?", const=True,
                        help="write the journals of a queue that no server holds as one "
                             "minimal file, and exit")
@@ -12160,14 +12159,15 @@ def _command_delete(client, options):
 def _if_sure(options, question, call):
     """Make a call for the queue, after a question at a terminal unless there is --yes; return the
     exit status."""
-    try:
-        is_sure = options.yes or not sys.stdin.isatty() or (
-            input(question + " [y/N] ").lower() == "y")
-    except EOFError:
-        raise EOFError("no answer: use --yes") from None
-    if is_sure:
-        call(options.queue)
-    return 0 if is_sure else 1
+    if not options.yes and sys.stdin.isatty():
+        try:
+            answer = input(question + " [y/N] ")
+        except EOFError:
+            raise EOFError("no answer: use --yes") from None
+        if answer.lower() != "y":
+            return 1
+    call(options.queue)
+    return 0
 
 
 def _command_ping(client, options):

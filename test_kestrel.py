@@ -6518,7 +6518,7 @@ def test_a_monitor_does_not_count_what_has_timed_out(talk):
 
 def test_a_client_keeps_no_queues_that_are_deleted_while_it_has_open_reads(serve):
     """They stayed in memory for as long as the client did, and their reads were counted as open."""
-    server = serve("[queue]\nsync_journal = never\n")          # nor does an fsync keep them
+    server = serve("[queue]\nsync_journal = never\n")          # no fsync keeps them in memory
     client, other = server.client(), server.client()
     for deleting in client, other:
         client.put("q", b"x")
@@ -7594,14 +7594,21 @@ def test_reads_of_several_queues_end_in_their_order_after_a_failure(talk, disk, 
     assert (items_of(talk.broker, "a"), items_of(talk.broker, "b")) == ([], [b"b0"])
 
 
+def with_a_read_timed_out(tmp_path, then=""):
+    """A Talk whose client has opened a0 of the queue a, which also has a1, and done `then`; the
+    read has timed out since."""
+    talk = timed_talk(tmp_path)
+    put_all(talk, "a", "a0", "a1")
+    talk("get a/open/timeout=50\r\n" + then)
+    talk.clock.reach(100)
+    assert talk("get a/peek\r\n") == values("a0", key="a/peek")
+    return talk
+
+
 @promise(2)
 def test_a_read_that_has_timed_out_is_still_the_oldest_after_a_failure(tmp_path, disk):
     """A close of it does nothing: it closed the next one, which its worker had not finished."""
-    talk = timed_talk(tmp_path)
-    put_all(talk, "a", "a0", "a1")
-    talk("get a/open/timeout=50\r\nget a/open\r\n")
-    talk.clock.reach(100)
-    assert talk("get a/peek\r\n") == values("a0", key="a/peek")
+    talk = with_a_read_timed_out(tmp_path, "get a/open\r\n")
     talk.session().feed(b"get a/open\r\nset a 0 0 1\r\nx\r\n", NOW)
     assert failing_turn(talk, disk, "client") == [b"SERVER_ERROR a: Input/output error\r\n" * 2]
     assert talk("get a/close\r\n") == "END\r\n"
@@ -7614,16 +7621,14 @@ def test_a_read_that_has_timed_out_is_still_the_oldest_after_a_failure(tmp_path,
 @pytest.mark.parametrize("timed_out", [False, True])
 def test_reads_that_are_not_open_any_more_may_fail_to_be_closed(tmp_path, disk, timed_out):
     """The connection was closed, though all had been undone: its other reads went back."""
-    talk = timed_talk(tmp_path)
-    put_all(talk, "a", "a0", "a1")
+    if timed_out:
+        talk = with_a_read_timed_out(tmp_path)
+    else:
+        talk = timed_talk(tmp_path)
+        put_all(talk, "a", "a0", "a1")
     put_all(talk, "other", "b0")
     talk("get other/open\r\n")
-    said = b"get a/open\r\nget a/close/n=2\r\n"
-    if timed_out:
-        talk("get a/open/timeout=50\r\n")
-        talk.clock.reach(100)
-        assert talk("get a/peek\r\n") == values("a0", key="a/peek")
-    talk.session().feed(said, NOW)
+    talk.session().feed(b"get a/open\r\nget a/close/n=2\r\n", NOW)
     heard = failing_turn(talk, disk, "client")
     talk.session().resume(NOW)
     heard += [b"".join(talk.session().take())]
@@ -7636,11 +7641,7 @@ def test_reads_that_are_not_open_any_more_may_fail_to_be_closed(tmp_path, disk, 
 @promise(2)
 def test_the_close_of_a_read_that_has_timed_out_may_fail_and_be_tried_again(tmp_path, disk):
     """It closed the next one, which its worker had not finished."""
-    talk = timed_talk(tmp_path)
-    put_all(talk, "a", "a0", "a1")
-    talk("get a/open/timeout=50\r\nget a/open\r\n")
-    talk.clock.reach(100)
-    assert talk("get a/peek\r\n") == values("a0", key="a/peek")
+    talk = with_a_read_timed_out(tmp_path, "get a/open\r\n")
     talk.session().feed(b"set a 0 0 1\r\nx\r\nget a/close\r\n", NOW)
     assert failing_turn(talk, disk, "client") == [b"SERVER_ERROR a: Input/output error\r\n" * 2]
     assert talk("get a/close\r\n") == "END\r\n"
@@ -7650,17 +7651,13 @@ def test_the_close_of_a_read_that_has_timed_out_may_fail_and_be_tried_again(tmp_
 
 @promise(2)
 def test_the_latest_read_has_timed_out_and_stays_in_its_place_after_a_failure(tmp_path, disk):
-    talk = timed_talk(tmp_path)
-    put_all(talk, "a", "a0")
-    talk("get a/open/timeout=50\r\n")
-    talk.clock.reach(100)
-    assert talk("get a/peek\r\n") == values("a0", key="a/peek")
+    talk = with_a_read_timed_out(tmp_path)
     talk.session().feed(b"set a 0 0 1\r\nx\r\n", NOW)
     failing_turn(talk, disk, "client")
     assert talk("get a/open\r\n") == values("a0", key="a/open")
     assert talk("get a/close\r\n") == "END\r\n"
     talk("get a/abort\r\n")
-    assert items_of(talk.broker, "a") == [b"a0"]
+    assert items_of(talk.broker, "a") == [b"a0", b"a1"]
 
 
 @promise(2)
@@ -13624,7 +13621,7 @@ def test_a_file_that_is_written_to_while_it_is_dumped(tmp_path, monkeypatch, ski
 
 
 def test_a_scrub_tells_of_damage(serve, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(kestrel, "__file__", compiled())       # the process reads the files at once
+    monkeypatch.setattr(kestrel, "__file__", compiled())       # it starts in no time
     server = serve("[server]\nscrub_interval = 50ms\nadmin_port = %d\n" % free_port())
     caplog.set_level(logging.INFO)
     client = server.client()

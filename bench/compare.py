@@ -247,8 +247,8 @@ def main():
     parser.add_argument("--qload", help="the path of qload, a load generator in C")
     parser.add_argument("--python", action="append",
                         help="the Python to run kestrel.py with; may be given several times")
-    parser.add_argument("--floor", metavar="PATH", help="with --qload: a server that does the least, "
-                        "bench/floor.py, to be started as PATH PORT SPOOL")
+    parser.add_argument("--floor", metavar="PATH", help="with --qload: a server that does the "
+                        "least, such as bench/floor.py, to be started as PATH PORT SPOOL")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1, help="how much work a round is")
     parser.add_argument("--only", nargs="+", choices=WORKS, default=list(WORKS))
