@@ -1487,7 +1487,8 @@ def _next_check(data, begin, before=None):
         most = _CUT_OUT_LAST if is_alone else _CUT_OUT + start - begin
         least = min((sum(_between(*pair)) for pair in _likely((before,), after, most)),
                     default=None)
-        if is_alone and (least is None or end < len(data)):
+        if is_alone and (least is None or end < len(data) or _is_flipped(
+                int.from_bytes(data[end - 8:end], "little"), _moved(before, -after[0]))):
             best, missing = (start, (before,), True), 1        # perhaps only its ends are wrong
         elif least is not None and (best is None or least < missing):
             best, missing = (start, after, True), least
@@ -1511,6 +1512,14 @@ def _is_nearly(data, expected):
     been cut short."""
     wrong = int.from_bytes(data, "little") ^ int.from_bytes(expected, "little")
     return bin(wrong).count("1") <= 4
+
+
+def _is_flipped(ends, off):
+    """Return whether ends that are off by so much differ in one bit of what was taken from the
+    head, or put back. If such moves are missing, those that follow took other items than they
+    seem to; to believe that of a flipped bit would cost an item."""
+    wrong = ends ^ _moved(ends, off)
+    return wrong & wrong - 1 == 0 and 0 < wrong < 1 << 40
 
 
 def _may_cover(data, start, at):
