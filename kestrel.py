@@ -8852,7 +8852,6 @@ async function view() {
     + `${number.format(stats.delayed)} delayed, ${number.format(stats.open_transactions)} open, `
     + `${number.format(stats.waiters)} waiters; journal ${bytes(stats.logsize)}`
     + (queue.children.length ? "; children: " + queue.children.join(", ") : ""))
-  axis(at("chart"), queue.history)
   set(at("settings"), queue.settings.join("\\n"))
   if (getSelection().isCollapsed && !pressed)
     at("items").replaceChildren(...queue.items.length
@@ -8879,6 +8878,7 @@ async function view() {
     set(one, title)
     one.onclick = act
   })
+  axis(at("chart"), queue.history)     // last, when it is known whether there is a scroll bar
 }
 
 // -- the clients
