@@ -984,7 +984,17 @@ LOST = Item(b"", 0, 1)
 # a *mark*: check sums begin after it if there were none before it, and end there if there were. So
 # it is known which bytes must have a check sum, how many items were moved by those that are
 # damaged, and whether writes are missing between two others. A CHECK covers at most 2 * _SPAN
-# bytes, or one operation.
+# bytes, or one operation. A queue is given two items in a turn, and one is opened in the next:
+#
+#     CHECK 0, ends 0 0 0     the mark
+#     ADDX, ADDX
+#     CHECK 90, ends 2 0 0    covers 90 bytes, and two items have been added
+#     OPEN 1
+#     CHECK 5, ends 2 1 0     and one of them has been taken
+#
+# If the two records in the middle are damaged, the ends before and after them still tell that they
+# added two items. In the code the ends are one number, so a sum or a difference does for all three.
+# The CRC of a mark covers its ends. That of another CHECK does not: its ends may be wrong alone.
 
 _SPAN = 1 << 18
 _MOST_ENDS = (1 << 64) - 1
@@ -994,8 +1004,10 @@ _CUT_OUT_LAST = 1 << 12         # and before the last write of a file, whose end
 _MISPLACED = 1 << 16            # how many bytes may be in a wrong place
 
 # The first mark of a pack, and of a file that is begun while all is written anew, has other ends
-# than 0. In place of the put-backs it has one of these bits, and below it the last bits of a
-# number of items. So later CHECKs tell which kind of file it is even if that mark is damaged.
+# than 0. In place of the put-backs it has one of these bits, and below it the last 14 bits of how
+# many items an older file has added: for a pack the last file that it stands for, for a file begun
+# anew the one before it. So a lost end of that file is noticed, see _lost_tail(). Later CHECKs have
+# the bits too, and tell which kind of file it is even if that mark is damaged.
 _PACK, _BEGUN_ANEW = 1 << 14, 1 << 15
 
 # Numbers of open reads from _ASIDE on are for items whose REMOVEs are lost. _LOST is for lost items
@@ -1028,10 +1040,20 @@ def _between(ends, after):
     return moves >> 40, moves >> 16 & 0xffffff, moves & 0xffff
 
 
+def _added(ends):
+    """Return how many items were added, of these ends."""
+    return ends >> 40
+
+
 def _first_ends(waiting, added):
-    """Return the ends in the first mark of a file that is begun while all is written anew. added:
-    how many items the file before it has added in all."""
+    """Return the ends in the first mark of a file that is begun while all is written anew. waiting:
+    how many items wait then. added: how many items the file before it has added in all."""
     return _go_on(_BEGUN_ANEW + (added % _PACK if waiting else 0), waiting, 0, 0)
+
+
+def _pack_ends(added):
+    """Return the ends in the first mark of a pack. added: as in _first_ends()."""
+    return _PACK + added % _PACK
 
 
 def _after_check(check, ends):
@@ -2074,10 +2096,17 @@ _AT_HEAD = frozenset((REMOVE, OPEN_NEXT, OPEN, UNREMOVE, PUT_BACK))      # as op
 
 
 def _lost_tail(count, begins, added):
-    """Return the args of LostTail for a file. count: how many items wait at its end. begins: the
-    ends in the first mark of the next file, see _first_ends(). added: how many items it has added,
-    None if it is a pack, in which nothing was taken."""
-    surplus = (count - (begins >> 40) + (1 << 23)) % (1 << 24) - (1 << 23)       # from 24 bits
+    """Return what a file has lost at its end, as in the args of LostTail. count: how many items
+    wait at its end. begins: the ends in the first mark of the next file, see _first_ends(). added:
+    how many items it has added, None if it is a pack, in which nothing was taken.
+
+    Say it has added 7 items, of which 5 wait, but by the next file it had added 8, and 4 waited.
+    So its lost end added 1 item, and took 2, which wait now: 5 + 1 - 4.
+    """
+    waiting = _added(begins)
+    if not waiting:
+        return 0, count
+    surplus = (count - waiting + (1 << 23)) % (1 << 24) - (1 << 23)       # from 24 bits
     if added is None:
         lost = max(0, -surplus)
     else:
@@ -2329,7 +2358,7 @@ class Journal:
         # if that is empty, without its own mark.
         older = (self.passed + self.files)[-2]
         self.current.begins = self.current.ends = _first_ends(
-            len(items), older.ends >> 40 if older.size else 0)
+            len(items), _added(older.ends) if older.size else 0)
         self._pass(len(self.files) - 1, position, held, counts, items)
 
     def forget(self, safe):
@@ -2502,7 +2531,7 @@ class Journal:
             pack.ends = old[-1].ends         # it stands for that
             places = []
             yield from self._write_file(pack, self._pieces(
-                passing, state, places, _PACK + (pack.ends >> 40) % _PACK))
+                passing, state, places, _pack_ends(_added(pack.ends))))
             rest = self.passed[len(old):]
             old = [file for file in old if file is not pack]
             self.passed = old + [pack] + rest
@@ -4636,8 +4665,10 @@ class Replay:
     def _read(self):
         """Do what one file says."""
         queue, file, older = self.queue, self.file, self._older
-        file.begins = _first_ends(queue.count, 0 if older is None else older.begins if (
-            older is self._pack) else older.ends >> 40)
+        added = 0
+        if older is not None:            # a pack has in its first mark what its last file added
+            added = older.begins if older is self._pack else _added(older.ends)
+        file.begins = _first_ends(queue.count, added)
         file.checked, file.ends, file.waiting = False, 0, 0
         self._closed = 0, 0
         self._look = 0
@@ -4699,9 +4730,8 @@ class Replay:
                 self._at_head = file
             # Of a file that ends without check sums nobody can know whether its end is there.
             if older is not None and (older.checked or not older.size):
-                count = self.queue.count
-                self._lost_tail = (0, count) if not ends >> 40 else _lost_tail(
-                    count, ends, None if older is self._pack else older.ends >> 40)
+                self._lost_tail = _lost_tail(
+                    self.queue.count, ends, None if older is self._pack else _added(older.ends))
         file.checked = covers > 0 or not file.checked
         self._close(end, file.waiting, ends)
 
