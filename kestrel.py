@@ -1468,64 +1468,69 @@ def _count_moves(data):
     return moves, is_whole
 
 
-def _right_checks(data, begin):
-    """Yield for each CHECK from `begin` on that is right for what it covers: (where that begins,
-    where the CHECK ends, accounts of the ends where it begins, whether there must be check sums
-    from there on). The first account is by this CHECK, the second by the next one, if there is
-    one."""
-    at = data.find(_OPCODE_CHECK, begin)
+# Where check sums are right again. begin: where what the first right CHECK covers begins. end:
+# where that CHECK ends. ends: what the ends may be at `begin`: by this CHECK, and by the next one,
+# if that is right too. Since the CRC does not cover them, either may be wrong. Those of a mark are
+# sure, and given twice. There are none at the end of a file without a CHECK. is_checked: whether
+# there must be check sums from `begin` on.
+_Resumption = collections.namedtuple("_Resumption", "begin end ends is_checked")
+
+
+def _resumptions(data, start):
+    """Yield a _Resumption for each CHECK from `start` on that is right for what it covers."""
+    at = data.find(_OPCODE_CHECK, start)
     while at >= 0 and at + _CHECK.size <= len(data):
         _, size, crc, ends = _CHECK.unpack_from(data, at)
-        start = at - size
+        begin, end = at - size, at + _CHECK.size
         if size == 0:
             for begins in (True, False):
                 if crc == _mark_sum(begins, ends):
-                    yield at, at + _CHECK.size, (ends, ends), not begins
-        elif start >= begin and _may_cover(data, start, at) and (
-                zlib.crc32(data[start:at]) == crc):
-            moves, is_whole = _count_moves(data[start:at])
-            by_next = _ends_by_next(data, at + _CHECK.size)
+                    yield _Resumption(at, end, (ends, ends), not begins)
+        elif begin >= start and _may_cover(data, begin, at) and zlib.crc32(data[begin:at]) == crc:
+            moves, is_whole = _count_moves(data[begin:at])
+            by_next = _ends_by_next(data, end)
             if is_whole:
-                yield start, at + _CHECK.size, tuple(
-                    _moved(one, -moves) for one in (ends, by_next) if one is not None), True
+                yield _Resumption(begin, end, tuple(
+                    _moved(one, -moves) for one in (ends, by_next) if one is not None), True)
         at = data.find(_OPCODE_CHECK, at + 1)
 
 
-def _next_check(data, begin, before=None):
-    """Return where check sums are right again from `begin` on, or the end of the file; accounts of
-    the ends there, of which one may be None; and whether there must be check sums from there on.
+def _resume(data, begin, before=None):
+    """Return the _Resumption from `begin` on, which may be at the end of the file.
 
     before: the ends at `begin`. The place that goes on from these is sought, or else the one where
     the fewest items are missing. What comes before it is in a wrong place, and counts as damaged.
     """
-    best = missing = None
-    enough = len(data)                       # where the search ends
-    for start, end, after, is_checked in _right_checks(data, begin):
-        if before is None or not (is_checked or best):
-            return start, after, is_checked
-        if not is_checked or start > enough:
+    best = fewest = None
+    last = len(data)                         # no better one is sought beyond
+    for found in _resumptions(data, begin):
+        if before is None or not (found.is_checked or best):
+            return found
+        if not found.is_checked or found.begin > last:
             break
-        is_alone = start == begin and len(after) == 1
-        most = _CUT_OUT_LAST if is_alone else _CUT_OUT + start - begin
-        least = min((sum(_between(*pair)) for pair in _likely((before,), after, most)),
-                    default=None)
-        if is_alone and (least is None or end < len(data) or _is_flipped(
-                int.from_bytes(data[end - 8:end], "little"), _moved(before, -after[0]))):
-            best, missing = (start, (before,), True), 1        # perhaps only its ends are wrong
-        elif least is not None and (best is None or least < missing):
-            best, missing = (start, after, True), least
+        # A write just here, whose ends no other CHECK confirms: perhaps nothing else is wrong.
+        is_doubtful = found.begin == begin and len(found.ends) == 1
+        most = _CUT_OUT_LAST if is_doubtful else _CUT_OUT + found.begin - begin
+        missing = min((sum(_between(*pair)) for pair in _likely((before,), found.ends, most)),
+                      default=None)
+        if is_doubtful and (missing is None or found.end < len(data) or _is_flipped(
+                int.from_bytes(data[found.end - 8:found.end], "little"),
+                _moved(before, -found.ends[0]))):
+            best, fewest = found._replace(ends=(before,)), 1       # one that misses none is better
+        elif missing is not None and (best is None or missing < fewest):
+            best, fewest = found, missing
             if not missing:
                 break
-        if best and enough == len(data):
-            enough = end + _MISPLACED
+        if best and last == len(data):
+            last = found.end + _MISPLACED
     if best:
         return best
     end = len(data)
     if end - begin > _CHECK.size and data[end - _CHECK.size] == CHECK:
         _, size, _, ends = _CHECK.unpack_from(data, end - _CHECK.size)
         if size == end - _CHECK.size - begin:          # only what it covers is damaged
-            return end, (ends,), True
-    return end, (None,), False
+            return _Resumption(end, end, (ends,), True)
+    return _Resumption(end, end, (), False)
 
 
 def _is_nearly(data, expected):
@@ -1564,7 +1569,7 @@ def _ends_by_next(data, begin):
             if opcode == CHECK:              # a mark
                 return _moved(xid[2], -moves)
             moves += _MOVES[opcode]
-    except Damage as damage:
+    except Damage as damage:                 # at the CHECK, since it was not told to expect one
         at = begin + damage.offset
         if data[at:at + 1] == _OPCODE_CHECK and at + _CHECK.size <= len(data):
             _, size, crc, ends = _CHECK.unpack_from(data, at)
@@ -1574,26 +1579,33 @@ def _ends_by_next(data, begin):
 
 
 def _likely(before, after, most):
-    """Return those pairs of accounts of the ends between which fewer than `most` items each were
-    added, taken and put back. With more of them, what follows is in a wrong place."""
+    """Return the pairs of what the ends may be before and after something, between which fewer than
+    `most` items each were added, taken and put back. With more of them, what follows is in a wrong
+    place."""
     return [pair for pair in itertools.product(before, after) if max(_between(*pair)) < most]
 
 
 def _moved_between(data, begin, before, end, after):
     """Return the ends before and after the damaged records from data[begin] to data[end], and how
-    many items these (added, took, put back). before, after: accounts of the ends, of which one may
-    be damaged as well."""
-    def rank(pair):                          # so many bytes may not have room for so many moves
-        added, taken, back = _between(*pair)
-        return (added > (end - begin) // _ADDX.size or taken + 5 * back > end - begin,
-                added + taken + back)
+    many items these (added, took, put back). before, after: what the ends may be there.
 
-    if after[0] is None:                     # nothing follows that could take these items
+    Say they are 5 2 0 before, and after these records 6 2 0 by the first CHECK that is right, but
+    70 2 0 by the next one. The records are 40 bytes, too few for 65 items: so they added one item.
+    """
+    def rank(pair):
+        added, taken, back = _between(*pair)
+        has_no_room = (added > (end - begin) // _ADDX.size
+                       or taken + 5 * back > end - begin)        # a REMOVE, an UNREMOVE
+        return has_no_room, added + taken + back
+
+    if not after:                            # nothing follows that could take these items
         return before[-1], None, (0, 0, 0)
     likely = _likely(before, after, _CUT_OUT + end - begin)
     if likely:
         pair = min(likely, key=rank)
         return (*pair, _between(*pair))
+    # All of these ends are wrong. What can still be read says how many, and one item may be hidden
+    # in what cannot.
     moves, is_whole = _count_moves(data[begin:max(begin, end - _CHECK.size)])
     added, taken, back = _between(0, moves)
     return before[-1], after[0], (added + (not is_whole), taken, back)
@@ -1646,22 +1658,25 @@ def _cut_checked(data, closed, at, why, ends):
     reading failed. ends: at `closed`."""
     begin, before = closed, ends
     if _is_nearly(data[closed:closed + _CHECK.size], _mark(False, ends)):
-        end, after, is_checked = min(closed + _CHECK.size, len(data)), (ends,), False
+        end = min(closed + _CHECK.size, len(data))
+        found = _Resumption(end, end, (ends,), False)
     else:
-        end, after, is_checked = _next_check(data, closed, ends)
-        if end == closed and ends in after:            # the records are right, but not the CHECK
+        found = _resume(data, closed, ends)
+        if found.begin == closed and ends in found.ends:       # only those in the CHECK are wrong
             begin, before = at, _moved(ends, _count_moves(data[closed:at])[0])
-            end, after, is_checked = _next_check(data, at + 1, before)
-    _, after, moves = _moved_between(data, begin, (before,), end, after)
-    return Cut(begin, end, why, *moves, before, after if is_checked else None, begin - closed)
+            found = _resume(data, at + 1, before)
+    end = found.begin
+    _, after, moves = _moved_between(data, begin, (before,), end, found.ends)
+    return Cut(begin, end, why, *moves, before, after if found.is_checked else None, begin - closed)
 
 
 def _cut_unchecked(data, closed, why, known, begins):
     """Return the Cut where there are no check sums. closed: where they ended. known: the ends
     there, from which they go on at the next mark; None before the first mark, whose ends are
     `begins`, or 0."""
-    limit, after, is_checked = _next_check(data, closed)
-    if not is_checked:
+    found = _resume(data, closed)
+    limit = found.begin
+    if not found.is_checked:
         at = _read_doubtful(data, closed)
         begin, end, lost = _guess(data, at)
         if begin >= limit:                   # it has swallowed the mark
@@ -1675,12 +1690,14 @@ def _cut_unchecked(data, closed, why, known, begins):
             begin = at.last
         if not closed + _CHECK.size <= begin < limit:
             begin = closed
-    if after[0] & 0xffff & -_PACK == _PACK:            # which puts nothing back
-        begins = after[0] & 0xffff
+    low = found.ends[0] & 0xffff
+    if low & -_PACK == _PACK:            # a pack, which puts nothing back: its mark has the same
+        begins = low
     before = (0, begins) if known is None else (known,)
     if begin == mark:                    # only the mark is damaged: nothing was moved there
-        before += after
-    before, after, moves = _moved_between(data, begin, before, limit, after)
+        before += found.ends
+    before, after, moves = _moved_between(data, begin, before, limit, found.ends)
+    # Only at the beginning of a file are the ends known without check sums before it.
     return Cut(begin, limit, why, *moves, None if begin else before, after)
 
 
