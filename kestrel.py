@@ -2658,23 +2658,26 @@ class Journal:
         with open(file.path, "rb") as source:
             cuts = find_damage(source, start, ends, file.begins)
             length = os.fstat(source.fileno()).st_size
-            for begin, end, why, lost, *_ in cuts:
-                where = ", where %d items may have been," % lost if lost else ""
+            for cut in cuts:
+                where = ", where %d items may have been," % cut.lost if cut.lost else ""
                 done = "some writes%s are missing there" % where
-                if end > begin:
+                if cut.end > cut.begin:
                     done = "%d bytes cut out%s and kept in %s" % (
-                        end - begin, where, self.keep(file, source, begin, end))
-                log.warning("%s: %s at byte %d; %s", file.path, why, begin, done)
+                        cut.end - cut.begin, where, self.keep(file, source, cut.begin, cut.end))
+                log.warning("%s: %s at byte %d; %s", file.path, cut.why, cut.begin, done)
             stands = sum(cut.lost + cut.taken + cut.back for cut in cuts)
-            if len(cuts) > 1 or stands or cuts and (end < length or cuts[0].unclosed):
+            has_torn_tail = len(cuts) == 1 and cuts[0].end >= length and not (
+                stands or cuts[0].unclosed)
+            if cuts and not has_torn_tail:
                 self._write_file_now(file, self._good_pieces(source, length, cuts))
             else:
-                if cuts:                     # a torn tail
-                    os.truncate(file.path, begin)
-                    length = begin
+                if has_torn_tail:
+                    length = cuts[0].begin
+                    os.truncate(file.path, length)
                 self.size += length - file.size
                 file.size = length
-        # There may be more damage, where what was cut out has led the reader astray.
+        # What the last CHECK is now. There may be more damage, where what was cut out has led the
+        # reader astray.
         with open(file.path, "rb") as source, contextlib.suppress(Damage):
             source.seek(start)
             file.checked, file.ends = ends is not None, ends or 0
@@ -2718,28 +2721,31 @@ class Journal:
         stand-ins for the rest, in pieces."""
         fd, path = source.fileno(), source.name
         done, aside = 0, _ASIDE
-        for begin, end, _, lost, taken, back, before, after, unclosed in cuts:
-            yield from _pieces_of(fd, done, begin, path)
+        for cut in cuts:
+            yield from _pieces_of(fd, done, cut.begin, path)
             # In this order, whatever theirs was: so none is taken later that was never taken.
-            stands = [(ADDX, LOST, 0)] * lost + [
-                (OPEN, None, aside + number) for number in range(taken)] + [
-                (UNREMOVE, None, _LOST)] * back
-            if begin == 0 and (before is not None or end == size):
-                before = before or 0         # it may well have had check sums
-                yield [_mark(True, before)]
-            if unclosed:                     # only the ends were wrong in the CHECK there
-                crc = zlib.crc32(os.pread(fd, unclosed, begin - unclosed))
-                yield [_CHECK.pack(CHECK, unclosed, crc, before)]
-            if before is None:
+            stands = [(ADDX, LOST, 0)] * cut.lost + [
+                (OPEN, None, aside + number) for number in range(cut.taken)] + [
+                (UNREMOVE, None, _LOST)] * cut.back
+            ends = cut.before
+            if cut.begin == 0 and (ends is not None or cut.end == size):
+                ends = ends or 0             # it may well have had check sums
+                yield [_mark(True, ends)]
+            if cut.unclosed:                 # only the ends were wrong in the CHECK there
+                crc = zlib.crc32(os.pread(fd, cut.unclosed, cut.begin - cut.unclosed))
+                yield [_CHECK.pack(CHECK, cut.unclosed, crc, ends)]
+            if ends is None:
                 yield _encode(stands)[0]
             elif stands:
-                chunks, before = _encode_checked(stands, before)
+                chunks, ends = _encode_checked(stands, ends)
                 yield chunks
-            if before not in (None, after) and (after is not None or end < size):
-                yield [_mark(False, before)]
-            if after not in (None, before):
-                yield [_mark(True, after)]
-            done, aside = end, aside + taken
+            # Check sums end here if what follows has none, or does not go on from these ends; then
+            # they begin again. Nothing has to be said at the end of the file.
+            if ends not in (None, cut.after) and (cut.after is not None or cut.end < size):
+                yield [_mark(False, ends)]
+            if cut.after not in (None, ends):
+                yield [_mark(True, cut.after)]
+            done, aside = cut.end, aside + cut.taken
         yield from _pieces_of(fd, done, size, path)
 
     def keep(self, file, source, begin, end):
