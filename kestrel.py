@@ -2272,19 +2272,25 @@ class Journal:
     def plan(self, ops, count, held, checked):
         """Return the Plan for a batch of operations. count: how many items wait after it.
         held: a function that returns what is kept under a number after it, the open reads and
-        the Delayed. checked: whether it is written with CHECKs."""
+        the Delayed. checked: whether it is written with CHECKs.
+
+        Say 2 items wait in files[0] and 1 in files[1], the current one, and the batch is REMOVE,
+        ADDX, REMOVE, OPEN. Both REMOVEs go to files[0], which is passed with the second one. The
+        ADDX goes to files[1], and so does the OPEN, of the item that waited there: 1 is left.
+        """
         files = self.files
         if len(files) == 1:
             share = self._share(files[0], ops, count, checked)
             return Plan((share,), share[2], 0, None, checked)
-        shares = {}
-        waiting = {}
-        head = after = 0
+        last = len(files) - 1
+        head = after = 0                     # which file has the head, since the operation `after`
+        waiting = {head: files[head].waiting, last: files[last].waiting}
+        shares = {}                          # like `waiting`, by the numbers of the files
         for index, op in enumerate(ops):
-            while not waiting.get(head, files[head].waiting) and head < len(files) - 1:
-                head += 1
-                after = index
-            opcode, item, xid = op
+            while not waiting[head] and head < last:
+                head, after = head + 1, index
+                waiting.setdefault(head, files[head].waiting)
+            opcode = op[0]
             if opcode == FLUSH:
                 for number in range(head, len(files)):
                     left = waiting.get(number, files[number].waiting)
@@ -2292,13 +2298,12 @@ class Journal:
                         shares.setdefault(number, []).append((FLUSH, None, left))
                     waiting[number] = 0
                 continue
-            number = len(files) - 1 if opcode in _IN_CURRENT else head
+            number = last if opcode in _IN_CURRENT else head
             shares.setdefault(number, []).append(op)
-            waiting[number] = (
-                waiting.get(number, files[number].waiting) + _WAITING_AFTER[opcode])
-        while not waiting.get(head, files[head].waiting) and head < len(files) - 1:
-            head += 1
-            after = len(ops)
+            waiting[number] += _WAITING_AFTER[opcode]
+        while not waiting[head] and head < last:
+            head, after = head + 1, len(ops)
+            waiting.setdefault(head, files[head].waiting)
         done = [self._share(files[number], shares[number], waiting[number], checked)
                 for number in sorted(shares)]
         return Plan(done, sum(share[2] for share in done), head,
