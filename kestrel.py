@@ -2082,22 +2082,25 @@ class JournalFile:
 
 # A batch of operations on its way to the files. shares: (file, records as byte strings, their size,
 # the ends then, how many waiting items are accounted to it then) of each file that gets some; bare
-# tuples save 0.4 us. size: of all. passed: how many files are passed then. held: (the open reads
-# and the Delayed when the last of them is passed, their counts of deliveries). checked: whether it
-# has CHECKs.
-Plan = collections.namedtuple("Plan", "shares size passed held checked")
+# tuples save 0.4 us. size: of all. passed: how many files are passed then. kept: what there is when
+# the last of them is passed, a Kept. checked: whether it has CHECKs.
+Plan = collections.namedtuple("Plan", "shares size passed kept checked")
 
 # What commit() has done. before: (file, size, count of waiting items, `checked`, `ends`) of each
 # file changed.
 Write = collections.namedtuple("Write", "position before passed")
 
-# What a pack keeps of a queue besides items: the last xid, what is paused, whether deliveries are
-# counted on the disk, whether there are to be CHECKs.
-Kept = collections.namedtuple("Kept", "last_xid paused counts_deliveries checked")
+# What is kept of files that have been passed. held: {xid: open read or Delayed}. counts: {id of an
+# item: its count of deliveries}, of those that have one: the counts of the items go on, and newer
+# files have what raised them. items: all that wait, if everything is written anew.
+Kept = collections.namedtuple("Kept", "held counts items", defaults=[()])
 
-# Files have been passed with the operation at `position`. Of those up to `number` it keeps `held`,
-# {xid: open read or Delayed}, and `items`. counts: see _counts().
-Passing = collections.namedtuple("Passing", "position number held counts items")
+# What else a pack says of a queue: the last xid, what is paused; whether deliveries are counted on
+# the disk, whether there are to be CHECKs.
+QueueState = collections.namedtuple("QueueState", "last_xid paused counts_deliveries checked")
+
+# Files have been passed with the operation at `position`, those up to `number`. kept: of them.
+Passing = collections.namedtuple("Passing", "position number kept")
 
 # An fsync under way, of all that has been written up to `position`.
 Sync = collections.namedtuple("Sync", "position files directory")
@@ -2307,7 +2310,7 @@ class Journal:
         done = [self._share(files[number], shares[number], waiting[number], checked)
                 for number in sorted(shares)]
         return Plan(done, sum(share[2] for share in done), head,
-                    _held_before(held(), ops[after:]) if head else None, checked)
+                    _kept_before(held(), ops[after:]) if head else None, checked)
 
     @staticmethod
     def _share(file, ops, waiting, checked):
@@ -2359,29 +2362,28 @@ class Journal:
             self.size += size
             self.unsynced.add(file)
         if plan.passed:
-            self._pass(plan.passed, position, *plan.held)
+            self._pass(plan.passed, position, plan.kept)
 
-    def _pass(self, count, position, held, counts, items=()):
+    def _pass(self, count, position, kept):
         self.passed += self.files[:count]
         del self.files[:count]
-        self.passings.append(Passing(position, self.passed[-1].number, held, counts, items))
+        self.passings.append(Passing(position, self.passed[-1].number, kept))
 
-    def pass_all(self, position, safe, held, counts, items):
-        """Have everything written anew: pack() will put what is held, and the items, which are
-        all that wait, into one file in place of all but the current one, which is empty. counts:
-        see _counts()."""
+    def pass_all(self, position, safe, kept):
+        """Have everything written anew: pack() will put what is kept, which is all that there is,
+        into one file in place of all but the current one, which is empty."""
         if not safe:
             self.writes.append(Write(position, [(self.current, 0, 0, False, 0)],
                                      len(self.files) - 1))
         if not self.passed and len(self.files) == 1:           # there is nothing yet
             self.passed.append(JournalFile(None, self._next_number()))
-        self.current.waiting = len(items)
+        self.current.waiting = len(kept.items)
         # Its first mark says how many wait, and how many the file before it has added in all: none
         # if that is empty, without its own mark.
         older = (self.passed + self.files)[-2]
         self.current.begins = self.current.ends = _first_ends(
-            len(items), _added(older.ends) if older.size else 0)
-        self._pass(len(self.files) - 1, position, held, counts, items)
+            len(kept.items), _added(older.ends) if older.size else 0)
+        self._pass(len(self.files) - 1, position, kept)
 
     def forget(self, safe):
         """Drop what go_back() would need for the operations up to `safe`."""
@@ -2542,18 +2544,18 @@ class Journal:
         return passings[0] if passings and passings[0].position <= safe else None
 
     def pack(self, passing, state):
-        """A task: put one file in place of those that have been passed. state: a Kept. Raises
-        OSError; then it can be done again."""
+        """A task: put one file in place of those that have been passed. state: a
+        QueueState. Raises OSError; then it can be done again."""
         old = [file for file in self.passed if file.number <= passing.number]
         # An earlier try may have deleted all of them, and failed at the last fsync.
-        if old and (passing.held or passing.items or state.paused):
+        if old and (passing.kept.held or passing.kept.items or state.paused):
             path = "%s.%d" % (self.path, passing.number)
             pack = next((file for file in old if file.path == path + ".pack"),   # tried before
                         JournalFile(path + ".pack", passing.number))
             pack.ends = old[-1].ends         # it stands for that
             places = []
             yield from self._write_file(pack, self._pieces(
-                passing, state, places, _pack_ends(_added(pack.ends))))
+                passing.kept, state, places, _pack_ends(_added(pack.ends))))
             rest = self.passed[len(old):]
             old = [file for file in old if file is not pack]
             self.passed = old + [pack] + rest
@@ -2576,7 +2578,7 @@ class Journal:
         if self.passings and self.passings[0] is passing:
             self.passings.popleft()
 
-    def _pieces(self, passing, state, places, begins):
+    def _pieces(self, kept, state, places, begins):
         """Yield the records of a pack in pieces. places: filled with (Place, new offset, CRC of
         the data) for each item that has one. begins: the ends in its first mark, which tell of the
         last file that it stands for."""
@@ -2586,7 +2588,7 @@ class Journal:
         if state.checked:
             yield [_mark(True, begins)]
             offset = _CHECK.size
-        for opcode, records, place in self._records(passing, state):
+        for opcode, records, place in self._records(kept, state):
             length = sum(map(len, records))
             if chunks and size + length > _SPAN:       # a large one has a CHECK of its own
                 yield _checked(chunks, size, ends) if state.checked else chunks
@@ -2603,12 +2605,12 @@ class Journal:
         if state.checked:
             yield [_mark(False, ends)]       # nothing is missing, see Replay
 
-    def _records(self, passing, state):
+    def _records(self, kept, state):
         """Yield (opcode, byte strings, Place of the item or None) of each record of a pack."""
         yield SAVE_XID, [_XID.pack(SAVE_XID, state.last_xid)], None
         if state.paused:
             yield PAUSE, [_XID.pack(PAUSE, state.paused)], None
-        for xid, item in itertools.chain(passing.held.items(), ((0, one) for one in passing.items)):
+        for xid, item in itertools.chain(kept.held.items(), ((0, one) for one in kept.items)):
             delayed = None
             if type(item) is Delayed:
                 delayed, item = item, item.item
@@ -2617,7 +2619,7 @@ class Journal:
             except WrongSum as error:
                 log.warning("%s: %s; it is dropped", item.place.file.path, error.strerror)
                 data, item, delayed = b"", LOST, None
-            count = passing.counts.get(id(item), 0) if state.counts_deliveries else 0
+            count = kept.counts.get(id(item), 0) if state.counts_deliveries else 0
             if delayed and not delayed.to_head:
                 yield ADD_DELAYED, [_delayed_head(delayed, len(data), count), data], item.place
                 continue
@@ -2818,26 +2820,27 @@ class Journal:
         yield from self._remove(self.passed[-1])
 
 
-def _counts(held, items, less=()):
-    """Return {id of an item: its count of deliveries} of the items that have one. less: {id of an
-    item: how many of these are counted by what follows in the files}."""
+def kept_now(held, items=(), less=()):
+    """Return the Kept of these open reads and Delayed, and items. less: {id of an item: how many of
+    its deliveries are counted by what follows in the files}."""
     counts = {id(item): item.deliveries for item in items if item.deliveries}
     for one in held.values():
         item = one.item if type(one) is Delayed else one
-        count = item.deliveries - (item is not one and one.to_head)
-        if less:
-            count -= less[id(item)]
+        count = item.deliveries - (less[id(item)] if less else 0)
+        if item is not one and one.to_head:
+            count -= 1                       # that the DELAY in the pack will count
         if count > 0:
             counts[id(item)] = count
-    return counts
+    return Kept(held, counts, items)
 
 
-def _held_before(held, ops):
-    """Return the open reads and the Delayed before some operations, and their counts of deliveries
-    then. held: those after the operations, which is changed.
+def _kept_before(held, ops):
+    """Return the Kept before some operations. held: the open reads and the Delayed after these,
+    which is changed.
 
     Files are passed in the middle of a batch, and until it is written all of it may be undone;
-    so what was there then is found by going backwards from the end.
+    so what was there then is found by going backwards from the end. Say the open reads are 7 and 8
+    after OPEN 7, UNREMOVE 3, OPEN 8: before, 3 was open, and had come back once less.
     """
     less = collections.Counter()
     for opcode, item, xid in reversed(ops):
@@ -2849,8 +2852,9 @@ def _held_before(held, ops):
             held[xid] = item = item.item
         elif opcode == DROP:
             held.update(item)
-        less[id(item)] += opcode in (UNREMOVE, TO_TAIL, DELAY)
-    return dict(sorted(held.items())), _counts(held, (), less)
+        if opcode in (UNREMOVE, TO_TAIL, DELAY):       # which count a delivery
+            less[id(item)] += 1
+    return kept_now(dict(sorted(held.items())), (), less)
 
 
 class ReadBehind:
@@ -4079,13 +4083,13 @@ class Queue:
                 ("pauses that end", int(paused > 0))]
 
     def state(self):
-        """Return the Kept for a pack, with `paused` as it is after the safe operations: later ones
+        """Return the QueueState, with `paused` as it is after the safe operations: later ones
         may be undone."""
         history = self.history
         paused = next((before for opcode, before, _ in itertools.chain(history.unsafe, history.ops)
                        if opcode == PAUSE), self.paused)
-        return Kept(self.xid, paused, self.config.max_deliveries != UNLIMITED,
-                    self.config.check_journal)
+        return QueueState(self.xid, paused, self.config.max_deliveries != UNLIMITED,
+                          self.config.check_journal)
 
     def recover(self, now=None):
         """Write and serve the waiters, after a failure that may be over."""
@@ -4865,10 +4869,10 @@ class Upkeep:
     """Keeps the journal of a queue small, and writes it anew after a failed fsync: one task
     at a time.
 
-    error: what ended the last task; it is tried again after RETRY_MS. renewing: None, or what
-    _all() returned when it was found that everything has to be written anew before anything else
-    is written; () if the queue is behind, so that its files have to be copied. failure: None, or
-    the arguments of sync_failed(), to be called after the write that is under way.
+    error: what ended the last task; it is tried again after RETRY_MS. renewing: None unless
+    everything has to be written anew before anything else is written; then all that there was when
+    this was found, a Kept; or () if the queue was behind, so that its files have to be copied.
+    failure: None, or the arguments of sync_failed(), to be called after the write that is under way.
     """
 
     def __init__(self, queue):
@@ -4973,13 +4977,10 @@ class Upkeep:
         history = queue.history
         if queue._behind is None:
             queue.journal.pass_all(
-                history.written, history.safe >= history.written, *self._all())
+                history.written, history.safe >= history.written, self._all())
 
     def _all(self):
-        """Return all that there is, as Journal.pass_all() takes it: what is held, the counts of
-        deliveries, which go on changing, and the items."""
-        held, items = self.queue.held(), list(self.queue.items)
-        return held, _counts(held, items), items
+        return kept_now(self.queue.held(), list(self.queue.items))
 
     def _compact(self):
         """A task: rewrite a journal that has grown too large, once for each doubling, and at most
@@ -5012,7 +5013,7 @@ class Upkeep:
             if current.number is not None or current.size or not current.is_there():
                 yield from self._open_fresh()
             journal.passings.clear()         # of an earlier try
-            journal.pass_all(queue.history.written, True, *self.renewing)
+            journal.pass_all(queue.history.written, True, self.renewing)
             yield from journal.pack(journal.passings[-1], queue.state())
             journal.torn.clear()
             journal.unsynced.clear()
