@@ -1051,11 +1051,6 @@ def _first_ends(waiting, added):
     return _go_on(_BEGUN_ANEW + (added % _PACK if waiting else 0), waiting, 0, 0)
 
 
-def _pack_ends(added):
-    """Return the ends in the first mark of a pack. added: as in _first_ends()."""
-    return _PACK + added % _PACK
-
-
 def _after_check(check, ends):
     """Return the ends after a CHECK, None if check sums end there. check: (bytes, CRC, ends) of it.
     ends: before it, None if there were no check sums."""
@@ -2086,9 +2081,9 @@ class JournalFile:
 # the last of them is passed, a Kept. checked: whether it has CHECKs.
 Plan = collections.namedtuple("Plan", "shares size passed kept checked")
 
-# What commit() has done. before: (file, size, count of waiting items, `checked`, `ends`) of each
-# file changed.
+# What commit() has done. before: a FileState, as it was before, of each file changed.
 Write = collections.namedtuple("Write", "position before passed")
+FileState = collections.namedtuple("FileState", "file size waiting checked ends")
 
 # What is kept of files that have been passed. held: {xid: open read or Delayed}. counts: {id of an
 # item: its count of deliveries}, of those that have one: the counts of the items go on, and newer
@@ -2354,7 +2349,7 @@ class Journal:
         safe by now, so that go_back() will not undo it."""
         if not safe:
             self.writes.append(Write(position, [
-                (file, file.size, file.waiting, file.checked, file.ends)
+                FileState(file, file.size, file.waiting, file.checked, file.ends)
                 for file, *_ in plan.shares], plan.passed))
         for file, _, size, ends, waiting in plan.shares:
             file.ends, file.waiting, file.checked = ends, waiting, plan.checked
@@ -2373,7 +2368,7 @@ class Journal:
         """Have everything written anew: pack() will put what is kept, which is all that there is,
         into one file in place of all but the current one, which is empty."""
         if not safe:
-            self.writes.append(Write(position, [(self.current, 0, 0, False, 0)],
+            self.writes.append(Write(position, [FileState(self.current, 0, 0, False, 0)],
                                      len(self.files) - 1))
         if not self.passed and len(self.files) == 1:           # there is nothing yet
             self.passed.append(JournalFile(None, self._next_number()))
@@ -2403,6 +2398,14 @@ class Journal:
                 del self.passed[-write.passed:]
         while self.passings and self.passings[-1].position > safe:
             self.passings.pop()
+
+    def correct(self, file, size, ends, lost):
+        """Let go_back() go back to what a file is since its repair, before which it had this size
+        and these ends, and `lost` items more. What is not safe is behind what was damaged."""
+        for write in self.writes:
+            write.before[:] = [one if one.file is not file else one._replace(
+                size=one.size + file.size - size, waiting=one.waiting - lost,
+                ends=_moved(one.ends, file.ends - ends)) for one in write.before]
 
     def cut(self):
         """Cut off what failed or undone operations have left. Raises OSError."""
@@ -2555,7 +2558,7 @@ class Journal:
             pack.ends = old[-1].ends         # it stands for that
             places = []
             yield from self._write_file(pack, self._pieces(
-                passing.kept, state, places, _pack_ends(_added(pack.ends))))
+                passing.kept, state, places, _PACK + _added(pack.ends) % _PACK))
             rest = self.passed[len(old):]
             old = [file for file in old if file is not pack]
             self.passed = old + [pack] + rest
@@ -4306,41 +4309,40 @@ class Queue:
 
     def _mend(self, file):
         """Repair a file while the queue is behind. Raises OSError."""
-        behind, files = self._behind, self.journal.files
-        writing = self.history.writing
+        behind, writing = self._behind, self.history.writing
         if self.upkeep.renewing is not None or (
                 writing and file in [one for one, *_ in writing.shares]):
             raise OSError(errno.EAGAIN, "damaged, and repaired in a moment", file.path)
         self.journal.cut()                   # what was refused must not be found again
-        start = behind.offset if file is behind.file else 0
+        start, ends = (behind.offset, behind.ends) if file is behind.file else (0, None)
         for item in self._in_memory():
             if item.place and item.place.file is file and item.place.offset >= start:
                 self.data_of(item)           # its offset will change
                 item.place = None
         size, old_ends = file.size, file.ends
-        ends = behind.ends if file is behind.file else None
         if not self.journal.repair(file, start, ends) and file.size == size:
             raise OSError(errno.EIO, "cannot be read, though nothing is damaged", file.path)
-        lost = 0
-        # While `older` are read, the count of files[0] is theirs too: it is corrected at its end.
-        uncounted = [*behind.older, *files[:behind.file in behind.older]]
-        if file not in uncounted and (
-                file is behind.file or behind.file not in files[files.index(file):]):
-            with open(file.path, "rb") as source, contextlib.suppress(Damage):
-                source.seek(start)
-                there = 0
-                for opcode, _, item, _ in read_records(source, ends=ends):
-                    there += item is not None and opcode != ADD_DELAYED
-            if file is behind.file:          # the first ones have been read
-                behind.skip = min(behind.skip, there)
-                there -= behind.skip
-            lost = (self._unread_of(file) if file is behind.file else file.waiting) - there
-            self._lose(file, lost)
-        for write in self.journal.writes:    # what is not safe is behind what was damaged
-            for number, (one, old, waiting, checked, ends) in enumerate(write.before):
-                if one is file:
-                    write.before[number] = (file, old + file.size - size, waiting - lost, checked,
-                                            _moved(ends, file.ends - old_ends))
+        lost = self._count_lost(file, start, ends)
+        self._lose(file, lost)
+        self.journal.correct(file, size, old_ends, lost)
+
+    def _count_lost(self, file, start, ends):
+        """Return how many unread items a file has lost by a repair from byte `start` on. ends: see
+        Journal.repair()."""
+        behind, files = self._behind, self.journal.files
+        if file in behind.older or file is files[0] and behind.file in behind.older:
+            return 0                         # counted together, corrected at the end of files[0]
+        if file is not behind.file and behind.file in files[files.index(file):]:
+            return 0                         # all of it has been read
+        there = 0
+        with open(file.path, "rb") as source, contextlib.suppress(Damage):
+            source.seek(start)
+            for opcode, _, item, _ in read_records(source, ends=ends):
+                there += item is not None and opcode != ADD_DELAYED
+        if file is not behind.file:
+            return file.waiting - there
+        behind.skip = min(behind.skip, there)          # the first ones have been read
+        return self._unread_of(file) - (there - behind.skip)
 
     def _mend_missing(self, error):
         """Go on without a file to be read behind that has disappeared. Raises OSError."""
@@ -4872,7 +4874,7 @@ class Upkeep:
     error: what ended the last task; it is tried again after RETRY_MS. renewing: None unless
     everything has to be written anew before anything else is written; then all that there was when
     this was found, a Kept; or () if the queue was behind, so that its files have to be copied.
-    failure: None, or the arguments of sync_failed(), to be called after the write that is under way.
+    failure: None, or the arguments of sync_failed(), to be called after the write in hand.
     """
 
     def __init__(self, queue):
