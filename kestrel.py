@@ -984,17 +984,13 @@ LOST = Item(b"", 0, 1)
 # a *mark*: check sums begin after it if there were none before it, and end there if there were. So
 # it is known which bytes must have a check sum, how many items were moved by those that are
 # damaged, and whether writes are missing between two others. A CHECK covers at most 2 * _SPAN
-# bytes, or one operation. A queue is given two items in a turn, and one is opened in the next:
+# bytes, or one operation. A file in which a turn added two items, and the next opened one of them:
 #
-#     CHECK 0, ends 0 0 0     the mark
-#     ADDX, ADDX
-#     CHECK 90, ends 2 0 0    covers 90 bytes, and two items have been added
-#     OPEN 1
-#     CHECK 5, ends 2 1 0     and one of them has been taken
+#     CHECK 0, 0 0 0     ADDX ADDX CHECK 90, 2 0 0     OPEN CHECK 5, 2 1 0
 #
-# If the two records in the middle are damaged, the ends before and after them still tell that they
-# added two items. In the code the ends are one number, so a sum or a difference does for all three.
-# The CRC of a mark covers its ends. That of another CHECK does not: its ends may be wrong alone.
+# If the second write is damaged, the ends before and after it still tell that it added two items.
+# In the code the ends are one number, so a sum or a difference does for all three. The CRC of a
+# mark covers its ends; that of another CHECK does not, so its ends may be wrong alone.
 
 _SPAN = 1 << 18
 _MOST_ENDS = (1 << 64) - 1
@@ -3776,11 +3772,12 @@ class Queue:
             new.append((DROP, self.delays.items, 0))
             self.delays.clear()
             self._set_limits()
-        held = self.items, self._fresh, self._behind, self.count, self.bytes, self.memory
-        if self.count:
+        items, memory, count = self.items, self.memory, self.count
+        if count:
+            before = items, self._fresh, self._behind, count, self.bytes, memory
             self._drop_items()
-            new.append((FLUSH, held, held[3]))
-            gone.append((held[0], held[5]))
+            new.append((FLUSH, before, count))
+            gone.append((items, memory))
         is_first = not history.ops
         history.ops += new
         if new and is_first or self.journal and self.journal.torn:
@@ -4240,6 +4237,7 @@ class Queue:
                 self.memory + self.open_memory + cost > self._allowance) and (
                 self.items or self._allowance < self.config.max_memory_size):
             history, current = self.history, self.journal.current
+            # Those which are still to be written there are in memory: the reader skips them.
             unwritten = history.unsafe[history.written - history.safe:] + history.ops
             pending = sum(op[0] in _APPENDED for op in unwritten)
             self._behind = ReadBehind(self.journal, current, current.size, pending)
@@ -4356,14 +4354,16 @@ class Queue:
         self._lose(file, lost)
 
     def _check_count(self, file, found):
-        """Correct the counts at the end of a file, if it had more or fewer items
-        than it should have had, since another process has changed it."""
+        """Correct the counts at the end of a file, if it had more or fewer items than it should
+        have had, since another process has changed it. found: how many were read after that end,
+        from the file that is being read now; 0 if there are no more."""
         files = self.journal.files
         new = self._behind.file
         if found and (new is files[0] or new not in files):
             return                           # counted at the end of files[0], or right: passed
         if file in self._behind.older:
             file = files[0]
+        # What was found, and what is unread now, should be what waits in `new` and behind it.
         after = files[files.index(new):] if found else []
         lost = self._unread + found - sum(other.waiting for other in after)
         if lost:
@@ -4585,7 +4585,7 @@ class Queue:
                     self._hold(delayed, _now())
             elif opcode == PAUSE:
                 self.paused = item
-            else:
+            else:                            # FLUSH
                 (self.items, self._fresh, self._behind, self.count, self.bytes,
                  self.memory) = item
         self._catch_up()
@@ -5011,10 +5011,10 @@ class Upkeep:
         queue = self.queue
         journal = queue.journal
         if self.renewing:
-            current = journal.current
+            current = journal.current        # perhaps the fresh one of an earlier try
             if current.number is not None or current.size or not current.is_there():
                 yield from self._open_fresh()
-            journal.passings.clear()         # of an earlier try
+            journal.passings.clear()         # of that try
             journal.pass_all(queue.history.written, True, self.renewing)
             yield from journal.pack(journal.passings[-1], queue.state())
             journal.torn.clear()
@@ -5251,7 +5251,12 @@ class Account:
 
 class Moves:
     """Items on their way from one queue to another: expired items, dead letters, and what clients
-    move. An item is open in its queue until it is safe in the other."""
+    move. An item is open in its queue until it is safe in the other.
+
+    A move is a generator, which yields what it waits for: a queue, whose operations so far have to
+    be safe; a function that calls back, as Queue.when_lasting() does; or some milliseconds. It is
+    sent the error with which the wait ended, or None.
+    """
 
     def __init__(self, broker):
         self._broker = broker
@@ -5289,7 +5294,7 @@ class Moves:
                 asks = asks.history.when_safe
             if callable(asks):
                 asks(lambda error: self._broker.start(self._go_on(move, error)))
-            elif self._broker.later:
+            elif self._broker.later:         # else there are no later turns: it ends here
                 self._broker.later(asks, functools.partial(self._advance, move))
 
     def _go_on(self, move, error):
@@ -5300,13 +5305,9 @@ class Moves:
         yield
 
     def _move(self, source, setting):
-        """Move open items, some at a time. A generator: it yields the queue that has to be safe
-        before it goes on, or a function that calls back then, and is sent the error, if any; or it
-        yields the milliseconds after which it goes on.
-
-        Items stay open until they are safe in all the queues they go to. What fails on the way is
-        undone or tried again, and after a crash they are here, or there, or in both places.
-        """
+        """Move open items, some at a time. They stay open until they are safe in all the queues
+        they go to. What fails on the way is undone or tried again, and after a crash they are here,
+        or there, or in both places."""
         moving = self._moving[source, setting]
         is_told = False
         try:
@@ -5321,8 +5322,9 @@ class Moves:
                 still = self._still_open(source, batch)
                 count, error = yield from self._put_as_set(source, still, setting)
                 yield from self._confirm_moved(source, [leaving.xid for leaving in still[:count]])
-                moving[:len(batch)] = still[count:]
-                self._buried[setting] -= size - self._size_of(still[count:])
+                left = still[count:]         # the others are there, or not open any more
+                moving[:len(batch)] = left
+                self._buried[setting] -= size - self._size_of(left)
                 if error:
                     if not is_told:
                         log.error("queue %s: items cannot be moved (%s): %s", source.name, setting,
@@ -5332,9 +5334,11 @@ class Moves:
                         self._stuck.add(source)
                     yield RETRY_MS           # so that a failing disk does not make the loop spin
                     self._stuck.discard(source)
+                    # Expired items go back, and the next read finds them expired. So does a damaged
+                    # item: the next read drops it. Dead letters are tried again while they may go.
                     if setting == "expire_to_queue" or isinstance(error, WrongSum) or not getattr(
                             source.config, setting):
-                        break                # the next read drops a damaged item
+                        break
                 elif self._broker.later:
                     yield 0                  # others come in between
         finally:
@@ -6309,9 +6313,11 @@ class Session:
 
     def _rest_on(self, queue, whole=True):
         """Make the next answer depend on the journal of a queue: it is sent when what has been
-        done is safe, and is an error if that fails. whole: False in a get of many keys, which
-        passes over a queue that fails; or the item that was peeked at: the answer stays true as
-        long as that is at the head."""
+        done is safe, and is an error if that fails. whole: False in a get of many keys, where it is
+        no error; or the item that was peeked at: the answer stays true as long as that is at the
+        head. An entry of `touched` is about out[index:index + count]: an error takes its place, or
+        nothing if `whole` is False, for what is a part of a longer answer.
+        """
         self.touched.append((queue, len(self.out), int(whole is not False), whole))
 
     def _refuse(self, error):
@@ -7323,7 +7329,7 @@ class MemcacheSession(LineSession):
                 queue.limit(item.xid, min(key.timeout, limit))
             self._give(get, key, queue, item)
             if len(given) == 1:
-                turn = self.touched          # the next one has a list of its own
+                turn = self.touched          # settle() and take() put a new list in its place
             if self.load > self.broker.share:
                 yield
         if not given:
