@@ -1449,14 +1449,18 @@ def _guess(data, at):
     return at.begin, end, max(1, size // (at.mean or size))
 
 
-def _count_moves(data):
-    """Return (by how much records move the ends, as far as they can be read; whether all can)."""
-    moves, is_whole = 0, False
+def _count_moves(data, begin=0):
+    """Return (by how much the records from byte `begin` of an open file on move the ends; where the
+    next CHECK begins, or what cannot be read)."""
+    moves, at = 0, begin
+    data.seek(begin)
     with contextlib.suppress(Damage):
-        for opcode, *_ in read_records(io.BytesIO(data)):
+        for opcode, _, _, end in read_records(data, 4096):
+            if opcode == CHECK:
+                break
             moves += _MOVES[opcode]
-        is_whole = True
-    return moves, is_whole
+            at = begin + end
+    return moves, at
 
 
 # Where check sums are right again. begin: where what the first right CHECK covers begins. end:
@@ -1478,9 +1482,9 @@ def _resumptions(data, start):
                 if crc == _mark_sum(begins, ends):
                     yield _Resumption(at, end, (ends, ends), not begins)
         elif begin >= start and _may_cover(data, begin, at) and zlib.crc32(data[begin:at]) == crc:
-            moves, is_whole = _count_moves(data[begin:at])
+            moves, stop = _count_moves(data, begin)
             by_next = _ends_by_next(data, end)
-            if is_whole:
+            if stop == at:
                 yield _Resumption(begin, end, tuple(
                     _moved(one, -moves) for one in (ends, by_next) if one is not None), True)
         at = data.find(_OPCODE_CHECK, at + 1)
@@ -1553,26 +1557,18 @@ def _may_cover(data, start, at):
 
 def _ends_by_next(data, begin):
     """Return the ends at data[begin] by the next CHECK, None if there is none that is right."""
-    data.seek(begin)
-    moves = 0
-    try:
-        for opcode, xid, _, _ in read_records(data, 4096):
-            if opcode == CHECK:              # a mark
-                return _moved(xid[2], -moves)
-            moves += _MOVES[opcode]
-    except Damage as damage:                 # at the CHECK, since it was not told to expect one
-        at = begin + damage.offset
-        if data[at:at + 1] == _OPCODE_CHECK and at + _CHECK.size <= len(data):
-            _, size, crc, ends = _CHECK.unpack_from(data, at)
-            if 0 < size == at - begin and zlib.crc32(data[begin:at]) == crc:
-                return _moved(ends, -moves)
+    moves, at = _count_moves(data, begin)
+    if data[at:at + 1] == _OPCODE_CHECK and at + _CHECK.size <= len(data):
+        _, size, crc, ends = _CHECK.unpack_from(data, at)
+        if crc == _mark_sum(True, ends) if size == 0 else (
+                size == at - begin and crc == zlib.crc32(data[begin:at])):
+            return _moved(ends, -moves)
     return None
 
 
 def _likely(before, after, most):
-    """Return the pairs of what the ends may be before and after something, between which fewer than
-    `most` items each were added, taken and put back. With more of them, what follows is in a wrong
-    place."""
+    """Return the pairs of what the ends may be before and after something, with fewer than `most`
+    items added, taken and put back in between. With more, what follows is in a wrong place."""
     return [pair for pair in itertools.product(before, after) if max(_between(*pair)) < most]
 
 
@@ -1597,9 +1593,10 @@ def _moved_between(data, begin, before, end, after):
         return (*pair, _between(*pair))
     # All of these ends are wrong. What can still be read says how many, and one item may be hidden
     # in what cannot.
-    moves, is_whole = _count_moves(data[begin:max(begin, end - _CHECK.size)])
+    damaged = data[begin:max(begin, end - _CHECK.size)]
+    moves, stop = _count_moves(io.BytesIO(damaged))
     added, taken, back = _between(0, moves)
-    return before[-1], after[0], (added + (not is_whole), taken, back)
+    return before[-1], after[0], (added + (stop < len(damaged)), taken, back)
 
 
 # A damaged piece of a file, and why. lost: how many items may have been added there. taken, back:
@@ -1654,7 +1651,7 @@ def _cut_checked(data, closed, at, why, ends):
     else:
         found = _resume(data, closed, ends)
         if found.begin == closed and ends in found.ends:       # only those in the CHECK are wrong
-            begin, before = at, _moved(ends, _count_moves(data[closed:at])[0])
+            begin, before = at, _moved(ends, _count_moves(io.BytesIO(data[closed:at]))[0])
             found = _resume(data, at + 1, before)
     end = found.begin
     _, after, moves = _moved_between(data, begin, (before,), end, found.ends)
