@@ -2651,8 +2651,8 @@ class Journal:
 
     def repair(self, file, start=0, ends=None):
         """Cut what is damaged out of a file, from byte `start` on, and keep it in lost+found.
-        Return how many pieces were cut out. ends: at `start`, if there must be check sums from
-        there on.
+        Return (how many pieces were cut out, how many items are added from `start` on then). ends:
+        at `start`, if there must be check sums from there on.
 
         Stand-ins take the place of the items that may have been lost, or put back: the REMOVE of
         such an item will take a stand-in, and not a good item. Items that were taken are open
@@ -2679,16 +2679,17 @@ class Journal:
                     os.truncate(file.path, length)
                 self.size += length - file.size
                 file.size = length
-        # What the last CHECK is now. There may be more damage, where what was cut out has led the
-        # reader astray.
+        # There may be more damage, where what was cut out has led the reader astray.
+        added = 0
         with open(file.path, "rb") as source, contextlib.suppress(Damage):
             source.seek(start)
             file.checked, file.ends = ends is not None, ends or 0
-            for opcode, xid, _, _ in read_records(source, ends=ends):
+            for opcode, xid, item, _ in read_records(source, ends=ends):
                 if opcode == CHECK:
                     ends = _after_check(xid, ends)
                     file.checked, file.ends = ends is not None, xid[2]
-        return len(cuts)
+                added += item is not None and opcode != ADD_DELAYED
+        return len(cuts), added
 
     def set_aside(self, file, added, count):
         """Append stand-ins for `added` lost items to a file, and make `count` items open reads:
@@ -4315,25 +4316,21 @@ class Queue:
                 self.data_of(item)           # its offset will change
                 item.place = None
         size, old_ends = file.size, file.ends
-        if not self.journal.repair(file, start, ends) and file.size == size:
+        cuts, there = self.journal.repair(file, start, ends)
+        if not cuts and file.size == size:
             raise OSError(errno.EIO, "cannot be read, though nothing is damaged", file.path)
-        lost = self._count_lost(file, start, ends)
+        lost = self._count_lost(file, there)
         self._lose(file, lost)
         self.journal.correct(file, size, old_ends, lost)
 
-    def _count_lost(self, file, start, ends):
-        """Return how many unread items a file has lost by a repair from byte `start` on. ends: see
-        Journal.repair()."""
+    def _count_lost(self, file, there):
+        """Return how many unread items a file has lost by a repair. there: how many it has now,
+        without those in front of what the repair has looked at."""
         behind, files = self._behind, self.journal.files
         if file in behind.older or file is files[0] and behind.file in behind.older:
             return 0                         # counted together, corrected at the end of files[0]
         if file is not behind.file and behind.file in files[files.index(file):]:
             return 0                         # all of it has been read
-        there = 0
-        with open(file.path, "rb") as source, contextlib.suppress(Damage):
-            source.seek(start)
-            for opcode, _, item, _ in read_records(source, ends=ends):
-                there += item is not None and opcode != ADD_DELAYED
         if file is not behind.file:
             return file.waiting - there
         behind.skip = min(behind.skip, there)          # the first ones have been read
