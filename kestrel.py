@@ -1574,11 +1574,9 @@ def _likely(before, after, most):
 
 def _moved_between(data, begin, before, end, after):
     """Return the ends before and after the damaged records from data[begin] to data[end], and how
-    many items these (added, took, put back). before, after: what the ends may be there.
-
-    Say they are 5 2 0 before, and after these records 6 2 0 by the first CHECK that is right, but
-    70 2 0 by the next one. The records are 40 bytes, too few for 65 items: so they added one item.
-    """
+    many items these (added, took, put back). before, after: what the ends may be there. Say 5 2 0
+    before; and after 40 damaged bytes 6 2 0 by the first CHECK that is right, but 70 2 0 by the
+    next one. There is no room for 65 items in 40 bytes: so they added one item."""
     def rank(pair):
         added, taken, back = _between(*pair)
         has_no_room = (added > (end - begin) // _ADDX.size
@@ -1591,8 +1589,7 @@ def _moved_between(data, begin, before, end, after):
     if likely:
         pair = min(likely, key=rank)
         return (*pair, _between(*pair))
-    # All of these ends are wrong. What can still be read says how many, and one item may be hidden
-    # in what cannot.
+    # All of these are wrong. What can be read says how many, and the rest may be one item.
     damaged = data[begin:max(begin, end - _CHECK.size)]
     moves, stop = _count_moves(io.BytesIO(damaged))
     added, taken, back = _between(0, moves)
@@ -2106,11 +2103,9 @@ _AT_HEAD = frozenset((REMOVE, OPEN_NEXT, OPEN, UNREMOVE, PUT_BACK))      # as op
 def _lost_tail(count, begins, added):
     """Return what a file has lost at its end, as in the args of LostTail. count: how many items
     wait at its end. begins: the ends in the first mark of the next file, see _first_ends(). added:
-    how many items it has added, None if it is a pack, in which nothing was taken.
-
-    Say it has added 7 items, of which 5 wait, but by the next file it had added 8, and 4 waited.
-    So its lost end added 1 item, and took 2, which wait now: 5 + 1 - 4.
-    """
+    how many items it has added, None if it is a pack, in which nothing was taken. Say it has added
+    7 items, and 5 wait; but by the next file it had added 8, and 4 waited. So its lost end added 1
+    item, and took 2, which wait now: 5 + 1 - 4."""
     waiting = _added(begins)
     if not waiting:
         return 0, count
@@ -2263,16 +2258,14 @@ class Journal:
     def plan(self, ops, count, held, checked):
         """Return the Plan for a batch of operations. count: how many items wait after it.
         held: a function that returns what is kept under a number after it, the open reads and
-        the Delayed. checked: whether it is written with CHECKs.
-
-        Say 2 items wait in files[0] and 1 in files[1], the current one, and the batch is REMOVE,
-        ADDX, REMOVE, OPEN. Both REMOVEs go to files[0], which is passed with the second one. The
-        ADDX goes to files[1], and so does the OPEN, of the item that waited there: 1 is left.
-        """
+        the Delayed. checked: whether it is written with CHECKs."""
         files = self.files
         if len(files) == 1:
             share = self._share(files[0], ops, count, checked)
             return Plan((share,), share[2], 0, None, checked)
+        # Say 2 items wait in files[0] and 1 in files[1], the current one, and the batch is REMOVE,
+        # ADDX, REMOVE, OPEN. Both REMOVEs go to files[0], which is passed with the second one. The
+        # ADDX goes to files[1], and so does the OPEN, of the item that waited there: 1 is left.
         last = len(files) - 1
         head = after = 0                     # which file has the head, since the operation `after`
         waiting = {head: files[head].waiting, last: files[last].waiting}
@@ -2669,12 +2662,11 @@ class Journal:
                         cut.end - cut.begin, where, self.keep(file, source, cut.begin, cut.end))
                 log.warning("%s: %s at byte %d; %s", file.path, cut.why, cut.begin, done)
             stands = sum(cut.lost + cut.taken + cut.back for cut in cuts)
-            has_torn_tail = len(cuts) == 1 and cuts[0].end >= length and not (
-                stands or cuts[0].unclosed)
-            if cuts and not has_torn_tail:
+            is_torn = len(cuts) == 1 and cuts[0].end >= length and not (stands or cuts[0].unclosed)
+            if cuts and not is_torn:
                 self._write_file_now(file, self._good_pieces(source, length, cuts))
             else:
-                if has_torn_tail:
+                if is_torn:
                     length = cuts[0].begin
                     os.truncate(file.path, length)
                 self.size += length - file.size
@@ -2824,8 +2816,7 @@ def kept_now(held, items=(), less=()):
     for one in held.values():
         item = one.item if type(one) is Delayed else one
         count = item.deliveries - (less[id(item)] if less else 0)
-        if item is not one and one.to_head:
-            count -= 1                       # that the DELAY in the pack will count
+        count -= item is not one and one.to_head       # the DELAY in the pack counts it
         if count > 0:
             counts[id(item)] = count
     return Kept(held, counts, items)
@@ -3061,11 +3052,11 @@ class Alone:
                             or None; None if there is no other thread
     later(ms, call)         make a call after that time; return a function that cancels it; None
                             if there are no timers, and so no later turns
-    moves                   None, or has three methods. bury(queue, item, now, setting): move an
-                            open read, whose item has expired or was handed out too often, to the
-                            queue that this setting names. is_burying_much(queue): return whether
-                            no more should be moved for now. is_stuck(queue): return whether its
-                            expired items cannot be moved for now
+    moves                   None, or has these. bury(queue, item, now, setting): move an open read,
+                            whose item has expired or was handed out too often, to the queue that
+                            this setting names. is_burying_much(queue): return whether no more
+                            should be moved for now. stuck: the queues whose expired items cannot
+                            be moved for now
     sweep_limit             how many expired items a read drops at once
     locks_files             whether to keep other processes out
     budget                  see Budget
@@ -3770,12 +3761,11 @@ class Queue:
             new.append((DROP, self.delays.items, 0))
             self.delays.clear()
             self._set_limits()
-        items, memory, count = self.items, self.memory, self.count
-        if count:
-            before = items, self._fresh, self._behind, count, self.bytes, memory
+        before = self.items, self._fresh, self._behind, self.count, self.bytes, self.memory
+        if self.count:
+            new.append((FLUSH, before, self.count))
+            gone.append((self.items, self.memory))
             self._drop_items()
-            new.append((FLUSH, before, count))
-            gone.append((items, memory))
         is_first = not history.ops
         history.ops += new
         if new and is_first or self.journal and self.journal.torn:
@@ -3859,7 +3849,7 @@ class Queue:
                 return
             if item is None:
                 if self.count and not self._loading:             # a run of expired ones
-                    is_stuck = self.host.moves and self.host.moves.is_stuck(self)
+                    is_stuck = self.host.moves and self in self.host.moves.stuck
                     self._serve_again(RETRY_MS if is_stuck else _SWEEP_MS)
                 return
             waiter.take(self, item)
@@ -4693,10 +4683,8 @@ class Replay:
     def _read(self):
         """Do what one file says."""
         queue, file, older = self.queue, self.file, self._older
-        added = 0
-        if older is not None:            # a pack has in its first mark what its last file added
-            added = older.begins if older is self._pack else _added(older.ends)
-        file.begins = _first_ends(queue.count, added)
+        file.begins = _first_ends(queue.count, 0 if older is None else (
+            older.begins if older is self._pack else _added(older.ends)))      # see _PACK
         file.checked, file.ends, file.waiting = False, 0, 0
         self._closed = 0, 0
         self._look = 0
@@ -5245,18 +5233,15 @@ class Account:
 
 class Moves:
     """Items on their way from one queue to another: expired items, dead letters, and what clients
-    move. An item is open in its queue until it is safe in the other.
-
-    A move is a generator, which yields what it waits for: a queue, whose operations so far have to
-    be safe; a function that calls back, as Queue.when_lasting() does; or some milliseconds. It is
-    sent the error with which the wait ended, or None.
-    """
+    move. An item is open in its queue until it is safe in the other. A move is a generator, which
+    yields what it waits for: a queue, whose operations so far have to be safe; a function that
+    calls back, as Queue.when_lasting() does; or some milliseconds. It is sent the error, if any."""
 
     def __init__(self, broker):
         self._broker = broker
         self._buried = collections.Counter()      # setting -> bytes of items on their way
         self._moving = {}                 # (queue, setting) -> [the Leaving that are on their way]
-        self._stuck = set()               # queues whose expired items cannot be moved for now
+        self.stuck = set()                # queues whose expired items cannot be moved for now
 
     def bury(self, queue, item, now, setting):
         """Move an open item to the queue that a setting names, behind those that are on their way
@@ -5272,11 +5257,7 @@ class Moves:
     def is_burying_much(self, queue):
         """Return whether no more expired items of a queue should be moved for now: those on their
         way take much memory, or cannot be moved."""
-        return self._buried["expire_to_queue"] > _MOVE_SIZE or self.is_stuck(queue)
-
-    def is_stuck(self, queue):
-        """Return whether the expired items of a queue cannot be moved for now."""
-        return queue in self._stuck
+        return self._buried["expire_to_queue"] > _MOVE_SIZE or queue in self.stuck
 
     def _advance(self, move, error=None):
         """Go on with a move until it has to wait again."""
@@ -5316,8 +5297,7 @@ class Moves:
                 still = self._still_open(source, batch)
                 count, error = yield from self._put_as_set(source, still, setting)
                 yield from self._confirm_moved(source, [leaving.xid for leaving in still[:count]])
-                left = still[count:]         # the others are there, or not open any more
-                moving[:len(batch)] = left
+                moving[:len(batch)] = left = still[count:]     # the others are there, or not open
                 self._buried[setting] -= size - self._size_of(left)
                 if error:
                     if not is_told:
@@ -5325,9 +5305,9 @@ class Moves:
                                   _why(error) if isinstance(error, OSError) else error)
                     is_told = True
                     if setting == "expire_to_queue":
-                        self._stuck.add(source)
+                        self.stuck.add(source)
                     yield RETRY_MS           # so that a failing disk does not make the loop spin
-                    self._stuck.discard(source)
+                    self.stuck.discard(source)
                     # Expired items go back, and the next read finds them expired. So does a damaged
                     # item: the next read drops it. Dead letters are tried again while they may go.
                     if setting == "expire_to_queue" or isinstance(error, WrongSum) or not getattr(
@@ -5445,7 +5425,7 @@ class Moves:
             except OSError as failure:
                 error = failure
             if not batch:
-                if not error and source.count and self.is_stuck(source):
+                if not error and source.count and source in self.stuck:
                     error = OSError(errno.EBUSY, "its expired items cannot be moved", source.name)
                 elif not error and source.count:
                     yield _LOADING_MS        # a run of expired items, or a large one is being read
@@ -6310,8 +6290,7 @@ class Session:
         done is safe, and is an error if that fails. whole: False in a get of many keys, where it is
         no error; or the item that was peeked at: the answer stays true as long as that is at the
         head. An entry of `touched` is about out[index:index + count]: an error takes its place, or
-        nothing if `whole` is False, for what is a part of a longer answer.
-        """
+        nothing if `whole` is False, for what is a part of a longer answer."""
         self.touched.append((queue, len(self.out), int(whole is not False), whole))
 
     def _refuse(self, error):
@@ -6491,7 +6470,7 @@ class Session:
             is_late = self.broker.later and more and all(map(moves.is_burying_much, more))
             if more and not is_late:
                 yield None                   # a run of expired items, or a large one is being read
-            elif is_late and not wait and naps and not all(map(moves.is_stuck, more)):
+            elif is_late and not wait and naps and not moves.stuck.issuperset(more):
                 naps -= 1
                 yield lambda wake: self.broker.later(_LOADING_MS, functools.partial(wake, None))
             elif wait and queues:
