@@ -1277,7 +1277,7 @@ def _delayed_head(delayed, size, deliveries=0):
 def _encode(ops, ends=0):
     """Return (the records of operations as a list of byte strings, the ends after them)."""
     chunks = []
-    added = taken = back = 0
+    added = taken = back = 0             # as _MOVES would say; without a look-up it is faster
     for opcode, item, xid in ops:
         if opcode == ADDX:
             data = item.data
@@ -2898,8 +2898,8 @@ class ReadBehind:
         """Take the items of a piece, where there must be check sums only those with a right one.
         Return whether anything could be taken."""
         skip, ends = self.skip, self.ends
-        taken = skip, 0, ends                # up to where it is taken
-        found = []                           # behind that
+        taken = skip, 0, ends                # where to go on: what to skip after which offset
+        found = []                           # the items behind that
         try:
             for opcode, xid, item, done in read_records(
                     io.BytesIO(data), ends=ends):
@@ -2918,7 +2918,7 @@ class ReadBehind:
                         sizes = itertools.accumulate(len(one.data) for one in found)
                         room = min(room, 1 + sum(end < size for end in sizes))
                     items += found[:room]
-                    if len(found) > room:        # the next time the rest, from here on again
+                    if len(found) > room:        # go on from the same offset, behind these
                         taken = taken[0] + room, *taken[1:]
                         break
                     found = []
@@ -3176,8 +3176,8 @@ class Delays:
 
     items: {xid: Delayed}. due: a heap of (due, xid), which may have entries of items that are gone.
     alarm: None, or (when the next is due, a function that cancels the alarm for it). bytes, memory:
-    the size of their data, and what they take of the memory. dying: the xids of open reads on
-    their way to the dead_letter_queue.
+    the size of their data, and what they take of the memory. dying: the xids of open reads that no
+    client can end: on their way to the dead_letter_queue, or safe in another queue.
     """
 
     def __init__(self):
@@ -3727,7 +3727,7 @@ class Queue:
                 else:
                     self._append_again(delayed.item)
                 self._log(DUE_HEAD if delayed.to_head else DUE_TAIL, delayed, delayed.xid)
-        finally:
+        finally:                             # what could not be written is due as before
             for xid, delayed in found.items():
                 if delays.items.get(xid) is delayed:
                     heapq.heappush(delays.due, delayed[:2])
@@ -5676,10 +5676,10 @@ class Broker:
         settings = self.settings
         limits = settings.connection_limit_refuse_reads, settings.connection_limit_refuse_writes
         self.refuses_reads, self.refuses_writes = [
-            "the server is %s" % self.status.lower() if refused
+            "the server is %s" % self.status.lower() if is_refused
             else "there are more than %d connections" % limit
             if len(self.clients) > limit else ""
-            for refused, limit in zip(refused, limits)]
+            for is_refused, limit in zip(refused, limits)]
 
     def _read_status(self):
         word, path = self.settings.default_status, self.settings.status_file
