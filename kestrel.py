@@ -6097,8 +6097,8 @@ class Session:
         self.asks = None                # what it has yielded,
         self._given = None              # and what it is given next
         self.timeout = None
-        # (queue, xid, index in out, what open_reads had, position) of what was closed since answers
-        # were sent last
+        # (queue, xid, index in out, what open_reads had, position) of what was closed by commands
+        # whose answers have not been sent
         self._ended = []
         self._kept = None               # a BytesIO of input that has not been run, if any
         self._needed = 0                # the length from which on it is worth looking at again
@@ -6147,8 +6147,11 @@ class Session:
 
     def end(self):
         """Run no more commands, and put open reads back. The connection is closed when all answers
-        have been sent."""
+        have been sent; that includes an item which was taken for the client in this turn."""
+        given, self._given = self._given, None
         if self.state is not CLOSED:
+            if given is not None:
+                self._go_on(given)
             self.state = ENDING
         self._drop_command()
         self._kept, self._needed = None, 0
@@ -6160,8 +6163,8 @@ class Session:
         """Note that the connection is closed. Open reads go back, and so do those that were closed
         if that is undone."""
         self.now = now
-        self.end()
         self.state = CLOSED
+        self.end()
         for queue, xid, *_, position in self._ended:
             queue.history.when_safe(functools.partial(self._put_back, queue, xid), position)
 
@@ -6312,7 +6315,10 @@ class Session:
         """Return the answers to be sent, and forget them."""
         out, self.out, self.touched = self.out, [], []
         if self._ended:
-            self._ended.clear()
+            # The answer of the command in hand will be the first of the next ones.
+            self._ended = [] if self.command is None else [
+                (queue, xid, 0, read, position)
+                for queue, xid, index, read, position in self._ended if index == len(out)]
         return out
 
     def sent(self):
@@ -6388,7 +6394,7 @@ class Session:
     def turn_away(self, error):
         """Refuse the command in hand, or the part of one that has come; drop all other input, and
         end. A command that waits is not answered: what it has done before may stay."""
-        if self.asks is None:
+        if self.asks is None and self._given is None:
             self._refuse(error)
         self.end()
 
@@ -6431,24 +6437,28 @@ class Session:
         log.warning("%s is denied: %s", self.who, why)
         raise Refused("CLIENT_ERROR", why, reason="denied")
 
-    def _check_opens(self, queue, plain):
-        """Check that the client may open one more read of a queue, or read it plainly."""
+    def _check_opens(self, queue, plain, closing=0):
+        """Check that the client may open one more read of a queue, or read it plainly, when so many
+        have been closed."""
         if plain and self._reads_of(queue):
             raise Refused("ERROR", "close the open read of %s first" % queue.name, close=True)
-        if not self._may_open(queue):
+        if not self._may_open(queue, closing):
             raise Refused("ERROR", "too many open reads of %s; limit=%d" % (
                 queue.name, self.broker.settings.max_open_transactions), close=True)
 
-    def _may_open(self, queue):
-        """Return whether the client may open one more read of a queue."""
+    def _may_open(self, queue, closing=0):
+        """Return whether the client may open one more read of a queue, when the oldest `closing`
+        have been closed."""
         limit = self.broker.settings.max_open_transactions
         # Those that have timed out do not count, but looking for them takes long.
-        return (len(self.open_reads.get(queue, ())) < limit
-                or len(self._reads_of(queue)) < limit)
+        return (len(self.open_reads.get(queue, ())) - closing < limit
+                or len(self._reads_of(queue, closing)) < limit)
 
-    def _reads_of(self, queue):
-        """Return the xids that are open here, without those that have timed out."""
-        return list(filter(queue.is_open, self.open_reads.get(queue, ())))
+    def _reads_of(self, queue, skip=0):
+        """Return the xids that are open here, without the oldest ones and those that have timed
+        out."""
+        return list(filter(queue.is_open,
+                           itertools.islice(self.open_reads.get(queue, ()), skip, None)))
 
     # -- reading
 
@@ -7176,19 +7186,18 @@ class MemcacheSession(LineSession):
     def _begin_read(self, key, queue):
         """Do what a key asks for before an item is read; return whether one is to be read.
         queue: None if there is none of that name."""
-        if key.close or key.abort:
-            if queue:
-                self._end_reads(queue, 1, key.close)
-            if not key.open:
-                return False
-        broker = self.broker
-        if broker.refuses_reads:
-            self._check_reads()
-        if broker.config.users is not None:
-            self._check_user("get_users", key.name)
-        if queue in self.open_reads and not key.peek:
-            self._check_opens(queue, plain=not key.open)
-        return True
+        ends = key.close or key.abort
+        if key.open or not ends:             # checked first: what is refused has closed nothing
+            broker = self.broker
+            if broker.refuses_reads:
+                self._check_reads()
+            if broker.config.users is not None:
+                self._check_user("get_users", key.name)
+            if queue in self.open_reads and not key.peek:
+                self._check_opens(queue, plain=not key.open, closing=int(ends))
+        if ends and queue:
+            self._end_reads(queue, 1, key.close)
+        return key.open or not ends
 
     def _get_in_steps(self, get, begun=False):
         key = get.key
@@ -7228,7 +7237,11 @@ class MemcacheSession(LineSession):
         names = (key.name, *key.others)
         queues = list(filter(None, map(self.broker.find, names)))
         changed = {}
-        if key.close or key.abort or key.touch:
+        ends = key.close or key.abort or key.touch
+        if key.open or not ends:             # checked first: what is refused has closed nothing
+            self._check_reads()
+            self._check_user("get_users", *names)
+        if ends:
             changed = self._end_beyond(queues, key)
             # After that the answer does not rest on them: later failures are of other commands.
             if changed and not key.touch:
@@ -7243,8 +7256,6 @@ class MemcacheSession(LineSession):
                         "SERVER_ERROR", _why(error), reason=_reason(error))
             if not key.open:
                 return []
-        self._check_reads()
-        self._check_user("get_users", *names)
         if key.peek:
             yield from self._browse(get, key, queues)
             return []
@@ -7277,8 +7288,9 @@ class MemcacheSession(LineSession):
     def _read_beyond(self, get, key, queues):
         """Give up to key.count items of the first of these queues that have any; return the queue
         of each, or [] if some were given in an earlier turn."""
-        for queue in queues:
-            self._check_opens(queue, plain=not key.open)
+        if not key.close:                    # else it is too late to refuse it
+            for queue in queues:
+                self._check_opens(queue, plain=not key.open)
         given = []
         while len(given) < key.count:
             if key.open:
@@ -7630,10 +7642,10 @@ class TextSession(LineSession):
         self._check_reads()
         queue = self.broker.find(name) if peek else (yield from self._queue(name))
         if queue and not peek and not monitor:
-            self._end_reads(queue, 1, True)
-            if not self._may_open(queue):
+            if not self._may_open(queue, closing=1):
                 raise Refused("CLIENT_ERROR", "Too many open transactions; limit=%d"
                               % self.broker.settings.max_open_transactions)
+            self._end_reads(queue, 1, True)
 
         def say(item):
             self._rest_on(queue, item if peek else True)
