@@ -6270,7 +6270,34 @@ def test_open_reads_can_be_closed_while_quiescent(talk):
     talk(set_("q", "1") + set_("q", "2") + "get q/open\r\nstatus quiescent\r\n")
     assert talk("get q/close\r\n") == "END\r\n"
     assert not talk.broker.queues["q"].opens
-    assert talk("get q/close/open\r\n").startswith("SERVER_ERROR the server is quiescent")
+
+
+@promise(2)
+@pytest.mark.parametrize("text, get, close", [
+    ("", "get q/close/open", True), ("", "get q/close/open/n=2", True), ("", "get q/abort", False),
+    ("max_open_transactions = 1", "get q/or=other/close/open", True)])
+def test_a_close_that_is_refused_closes_nothing(tmp_path, text, get, close):
+    """The item was gone, though the client was told that it had not been closed."""
+    talk = Talk(tmp_path, "[server]\n%s\n" % text)
+    talk(set_("q", "1") + set_("q", "2") + set_("other", "3"))
+    talk("get q/open\r\nget other/open\r\n" + ("" if text else "status quiescent\r\n"))
+    queue, answer = talk.broker.queues["q"], talk(get + "\r\n")
+    if text:                                 # it takes the oldest read of both
+        assert answer.startswith("VALUE q") and len(queue.opens) == 1
+    elif close:
+        assert answer.startswith("SERVER_ERROR the server is quiescent")
+        assert queue.count + len(queue.opens) == 2
+    else:
+        assert answer == "END\r\n" and queue.count == 2
+
+
+def test_what_may_be_opened_counts_what_is_closed_before(tmp_path):
+    talk = Talk(tmp_path, "[server]\nmax_open_transactions = 1\n")
+    put(talk.broker, "q", b"1", b"2", b"3")
+    assert "1" in talk("get q/open\r\n") and "2" in talk("get q/close/open\r\n")
+    assert talk("get q/open\r\n").startswith("ERROR too many")
+    talk.session_type = kestrel.TextSession
+    assert [talk("get q\n", "text") for _ in range(3)] == [":2\n", ":3\n", "*\n"]
 
 
 @pytest.mark.parametrize("rule, local, refused", [
@@ -7744,9 +7771,11 @@ def test_what_was_closed_is_not_refused_since_something_else_fails(
 @promise(2)
 @pytest.mark.parametrize("protocol", ["memcache", "text"])
 @pytest.mark.parametrize("is_said", [True, False])
+@pytest.mark.parametrize("before", [b"", b"version\n"])
 def test_what_was_closed_is_not_refused_since_the_next_item_fails(
-        tmp_path, disk, protocol, is_said):
-    """The item came in a later turn, when the read before it had been closed for good."""
+        tmp_path, disk, protocol, is_said, before):
+    """The item came in a later turn, when the read before it had been closed for good, and what
+    came before it in the same packet had been answered."""
     talk = Talk(tmp_path, session_type=kestrel._PROTOCOLS[protocol])
     put(talk.broker, "q", b"1")
     key, again, nothing = {
@@ -7754,9 +7783,12 @@ def test_what_was_closed_is_not_refused_since_the_next_item_fails(
         "text": ("get q\n", b"get q 9000\n", b"*\n")}[protocol]
     assert "1" in talk(key)
     session, queue = talk.session(), talk.broker.queues["q"]
-    session.feed(again, NOW)
+    session.feed(before + again, NOW)
     commit(talk.broker, NOW)
     session.settle({}, set())
+    if before:
+        assert b"1.0" in b"".join(session.take())
+        session.sent()
     assert session.state == "waiting" and not queue.opens
     queue.add(b"2", now=NOW)
     if is_said:
@@ -7768,12 +7800,13 @@ def test_what_was_closed_is_not_refused_since_the_next_item_fails(
 @promise(2)
 def test_what_was_closed_is_not_refused_since_the_next_item_cannot_be_read(talk, monkeypatch):
     put(talk.broker, "q", b"1", b"2")
-    talk("get q/open\r\n")
+    talk("get q/open\r\nget q/open\r\n")
 
     def fail(*arguments):
         raise OSError(errno.EIO, "no")
 
     monkeypatch.setattr(kestrel.Queue, "remove", fail)
+    assert talk("version\r\nget q/close/open/n=1\r\n").endswith("\r\nEND\r\n")
     assert talk("get q/close/open\r\n") == "END\r\n" and not talk.broker.queues["q"].opens
     assert talk("get q/close/open\r\n") == "SERVER_ERROR journal: no\r\n"
 
@@ -10082,8 +10115,10 @@ def test_clients_and_kick(serve):
     assert re.fullmatch(r"CLIENT 2 127\.0\.0\.1:\d+ - memcache waiting \d+ 0 q\r\n", second)
     with kestrel.Client(port=server.port) as client:
         assert [row[4] for row in client.clients()] == ["ready", "waiting", "working"]
-    assert one.ask("kick 2\r\n") == "OK\r\n"
-    assert two.line() == ""
+    # What comes in the turn of its end has been taken for it.
+    one.send("set q 0 0 1\r\ny\r\nkick 2\r\n")
+    assert [one.line(), one.line()] == ["STORED\r\n", "OK\r\n"]
+    assert two.sock.makefile("rb").read() == b"VALUE q/t=20000 0 1\r\ny\r\nEND\r\n"
     two.close()
     until(lambda: len(server.server.broker.clients) == 1)
     assert one.ask("kick 2\r\n") == "NOT_FOUND\r\n"
