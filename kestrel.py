@@ -7126,10 +7126,11 @@ class MemcacheSession(LineSession):
         stored = queue.add(data, flags, expiry, self.now)
         if not stored:
             broker.refused["full"] += 1
-        if words[-1] != b"noreply":
-            out = self.out
-            self.touched.append((queue, len(out), 1, True))
-            out.append(b"STORED\r\n" if stored else b"NOT_STORED\r\n")
+        out = self.out
+        # Also if it wants no answer: it must not send more than can be written.
+        self.touched.append((queue, len(out), 1, True))
+        out.append(b"" if words[-1] == b"noreply" else
+                   b"STORED\r\n" if stored else b"NOT_STORED\r\n")
         self.load += _COMMAND_COST
         return None
 
@@ -9592,7 +9593,7 @@ class Connection:
         unsent, left = self.unsent, _MOST_SENT
         if sum(map(len, unsent)) < _BIG:     # as a rule
             data = b"".join(unsent)
-            count = self.sock.send(data)
+            count = self.sock.send(data) if data else 0
             unsent[:] = [memoryview(data)[count:]] if count < len(data) else ()
             return count
         while unsent and left:
@@ -10296,7 +10297,7 @@ class Server:
                 # then, without its calls.
                 data = b"".join(session.take())
                 try:
-                    count = connection.sock.send(data)
+                    count = connection.sock.send(data) if data else 0
                     connection.last_active = self.mono
                 except OSError:              # flush() will see why
                     count = 0
