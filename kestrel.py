@@ -7194,7 +7194,7 @@ class MemcacheSession(LineSession):
                 self._check_reads()
             if broker.config.users is not None:
                 self._check_user("get_users", key.name)
-            if queue in self.open_reads and not key.peek:
+            if len(self.open_reads.get(queue, ())) > ends and not key.peek:
                 self._check_opens(queue, plain=not key.open, closing=int(ends))
         if ends and queue:
             self._end_reads(queue, 1, key.close)
