@@ -618,9 +618,13 @@ class Config:
                   if address.startswith("unix:")]
         for key, path in paths:
             directory = os.path.dirname(path) or "."
+            where = "command line" if key in self.overrides else "server"
             if path and not os.path.isdir(directory):
-                self._note("%s: there is no directory %s" % (key, directory),
-                           "command line" if key in self.overrides else "server", key)
+                self._note("%s: there is no directory %s" % (key, directory), where, key)
+            elif key != "listen" and "." not in os.path.basename(path) and (
+                    os.path.abspath(directory) == os.path.abspath(settings.queue_path)):
+                self._note("%s: a file of this name in the spool would be taken for a queue" % key,
+                           where, key)
 
     def _check_queues(self):
         """Note queues whose items would be moved to themselves, or nowhere, and users of queues
@@ -9432,6 +9436,9 @@ def _scrub(spool, found):
     done = subprocess.run([sys.executable, os.path.abspath(__file__), "--verify", spool, "--json"],
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
     found += map(json.loads, done.stdout.splitlines())
+    if done.returncode and not any(one["damage"] for one in found):
+        raise OSError(errno.EIO, "--verify ends with status %d, see standard error"
+                      % done.returncode)
 
 
 def _run_status_command(command, status, endpoints):
@@ -10249,9 +10256,12 @@ class Server:
             log.error("%s: %d damaged pieces, the first at byte %d (%s); --verify tells more",
                       one["file"], len(one["damage"]), one["damage"][0]["begin"],
                       one["damage"][0]["why"])
-        log.info("%d journal files read in %d s, %d are damaged%s", len(found),
-                 self.mono - since, len(damaged), ": %s" % error if error else "")
-        self.broker.scrubbed = len(found), len(damaged), self.now
+        if error:
+            log.error("scrub_interval: %s", error.strerror)
+        else:
+            log.info("%d journal files read in %d s, %d are damaged", len(found),
+                     self.mono - since, len(damaged))
+            self.broker.scrubbed = len(found), len(damaged), self.now
         self.later(self.broker.settings.scrub_interval, functools.partial(self._scrub, worker))
 
     # -- writing, fsyncing, answering
@@ -11380,7 +11390,7 @@ def main(arguments=None):
         finally:
             print(end="", flush=True)        # so that its errors come here, after --help too
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        _complain(str(error))
         return os.EX_CONFIG              # systemd does not start it again, see kestrel.service
     except OSError as error:
         if error.filename != _STDOUT:
@@ -11406,7 +11416,10 @@ def _start_server(config):
     # A collection looks at every item in memory, which takes a tenth of a second for half a
     # million of them, and finds nothing: there are no cycles.
     gc.disable()
-    _set_up_log(config.server)
+    try:
+        _set_up_log(config.server)
+    except OSError as error:                 # under systemd it may be readable for root only
+        raise ConfigError("kestrel.py: %s: %s" % (error.filename, error.strerror)) from None
     _handle_first_signals()
     _raise_file_limit()
     server = Server(config, _inherited(config), _notify)
@@ -11441,8 +11454,14 @@ def _run_tool(options):
 
 def _fail(status, why):
     """Tell why on standard error; return the exit status."""
-    print("kestrel.py: %s" % why, file=sys.stderr)
+    _complain("kestrel.py: %s" % why)
     return status
+
+
+def _complain(text):
+    """Print lines on standard error, as errors for systemd's journal."""
+    for line in text.splitlines():
+        print("<3>" + line if _logs_to_systemd() else line, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -11625,7 +11644,8 @@ def _journal_names(spool):
 
 def _verify(spool, as_json):
     """Print which journal files of a spool are good; the exit status is 1 if one is not."""
-    os.nice(19)                              # a server may be using it
+    with contextlib.suppress(OSError):       # a server may be using it; systemd may forbid that
+        os.nice(19)
     status = 0
     for _, files in sorted(_journal_names(spool).items()):
         for name in files.values():
@@ -12509,8 +12529,11 @@ class LogFile(LogStream):
 
 def _logs_to_systemd():
     """Return whether standard error goes to systemd's journal, see systemd.exec(5)."""
+    stream = os.environ.get("JOURNAL_STREAM")
+    if not stream:
+        return False
     status = os.fstat(2)
-    return os.environ.get("JOURNAL_STREAM") == "%d:%d" % (status.st_dev, status.st_ino)
+    return stream == "%d:%d" % (status.st_dev, status.st_ino)
 
 
 def _set_priority(record):

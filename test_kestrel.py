@@ -1207,6 +1207,18 @@ def test_config_errors_name_file_line_and_key(tmp_path, text, line, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("key, name, is_mistake", [
+    ("log_file", "log", True), ("status_file", "status", True), ("log_file", "kestrel.log", False)])
+def test_files_that_would_be_taken_for_queues(tmp_path, key, name, is_mistake):
+    """The next start took the log for a damaged journal."""
+    text = "[server]\n%s = %s\n" % (key, tmp_path / "spool" / name)
+    with pytest.raises(kestrel.ConfigError) if is_mistake else contextlib.nullcontext() as caught:
+        config_of(tmp_path, text)
+    if is_mistake:
+        assert str(caught.value) == "%s:2: %s: a file of this name in the spool would be taken " \
+            "for a queue" % (tmp_path / "kestrel.conf", key)
+
+
 @pytest.mark.parametrize("text, mistakes", [
     # Each setting and each section by itself,
     ("[server]\nmemcache_prot = 5\ntext_port = many\n[queues]\n[alias a]\n[queue a/b]\nmax_age = 5\n",
@@ -13541,6 +13553,9 @@ def test_log_level(tmp_path, main):
     (tmp_path / "conf").write_text("[server]\nlog_file = /no/such/place\n")
     status, _, err = main("-c", tmp_path / "conf")
     assert status == 78 and "log_file: there is no directory /no/such" in err
+    (tmp_path / "conf").write_text("[server]\nlog_file = %s\n" % tmp_path)
+    status, _, err = main("-c", tmp_path / "conf")
+    assert status == 78 and err == "kestrel.py: log_file %s: Is a directory\n" % tmp_path
     (tmp_path / "conf").write_text("[server]\nlog_level = loud\n")
     status, _, err = main("-c", tmp_path / "conf")
     assert status == 78 and "log_level" in err
@@ -13691,6 +13706,24 @@ def test_a_scrub_tells_of_damage(serve, tmp_path, caplog, monkeypatch):
     until(lambda: "1 are damaged" in caplog.text)
     assert "spool/q: 1 damaged pieces, the first at byte 17 (wrong check sum)" in caplog.text
     assert server.server.broker.scrubbed[:2] == (1, 1)
+
+
+def test_a_scrub_that_cannot_read_tells_so(serve, tmp_path, caplog, monkeypatch):
+    """It said that 0 files were damaged."""
+    monkeypatch.setattr(kestrel, "__file__", str(tmp_path / "nothing"))
+    server = serve("[server]\nscrub_interval = 50ms\n")
+    until(lambda: "scrub_interval: --verify ends with status 2" in caplog.text)
+    assert server.server.broker.scrubbed is None
+
+
+def test_a_scrub_needs_no_right_to_be_nice(tmp_path, monkeypatch, capsys):
+    """The unit's SystemCallFilter forbids it."""
+    def nice(increment):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(kestrel.os, "nice", nice)
+    fill(load(tmp_path), b"x")
+    assert kestrel.main(["--verify", str(tmp_path)]) == 0 and "1 items" in capsys.readouterr().out
 
 
 def test_a_queue_is_packed_for_kestrel(tmp_path, caplog):
