@@ -1905,6 +1905,59 @@ def _load(item, fd, offset, size, head, crc):
 _JOURNAL_NAME = re.compile(r"([^.~]+)(?:\.(0|-?[1-9][0-9]*)(\.pack)?|~~[0-9]+)?", re.S)
 
 
+# A directory in the copy of a spool, until a server uses it. What is to become of a queue whose
+# files are being changed is noted there, in a file of its name: a list of (path, the path then,
+# None if it is to be deleted, its size then), relative to the spool.
+COPY_MARK = ".copy"
+
+
+def note_files(directory, name, files):
+    """Note in a copy what is to become of the files of a queue, in place of an earlier note."""
+    marks = os.path.join(directory, COPY_MARK)
+    note = os.path.join(marks, name)
+    _raise(_fsync_directory(directory))      # it names files that are there
+    with open(note + "~", "w", encoding="ascii") as file:
+        json.dump(files, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(note + "~", note)
+    _raise(_fsync_directory(marks))
+
+
+def change_files(directory, files):
+    """Let the files of a queue in a copy become what is to become of them. Raises OSError; then it
+    can be done again."""
+    for old, new, size in files:
+        path = os.path.join(directory, new or old)
+        with contextlib.suppress(FileNotFoundError):
+            if new != old:
+                old = os.path.join(directory, old)
+                os.rename(old, path) if new else os.unlink(old)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.getsize(path) > size:
+                with open(path, "r+b") as file:
+                    file.truncate(size)
+                    os.fsync(file.fileno())
+    _raise(_fsync_directory(directory))
+
+
+def finish_copy(directory):
+    """Do what is noted in a copy, if it is one: each queue is what it was in the last pass of the
+    copying that was finished. Raises OSError."""
+    marks = os.path.join(directory, COPY_MARK)
+    notes = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        notes = os.listdir(marks)
+    for note in notes:
+        path = os.path.join(marks, note)
+        if "~" not in note:
+            with open(path, encoding="ascii") as file:
+                change_files(directory, json.load(file))
+        os.unlink(path)
+    if notes:
+        _raise(_fsync_directory(marks))
+
+
 def find_journals(directory, only=None):
     """Return {queue name: [numbers of its older files]} of a spool, tidied up on the way.
 
@@ -1913,6 +1966,7 @@ def find_journals(directory, only=None):
     cannot be tidied up has None in place of the numbers. only: the name of the one queue to look
     at, whose errors are raised. Raises OSError when the directory cannot be read.
     """
+    finish_copy(directory)
     found = {}
     packs = []
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
@@ -9991,6 +10045,7 @@ class Server:
         settings = config.server
         spool = os.path.abspath(settings.queue_path)
         self._spool = _lock_spool(spool)
+        finish_copy(spool)
         with contextlib.suppress(OSError):
             os.rmdir(os.path.join(spool, COPY_MARK))   # it is no copy any more
         stack.callback(os.close, self._spool)
@@ -10565,10 +10620,6 @@ def _remove_stale(path):
             os.unlink(path)
         except BlockingIOError:                        # the backlog of another server is full
             pass
-
-
-# A directory in the copy of a spool, until a server uses it.
-COPY_MARK = ".copy"
 
 
 def _lock_spool(path):
@@ -11651,8 +11702,10 @@ def _verify(spool, as_json):
 #
 # A journal file only grows, until it is replaced as a whole. So a copy of its first bytes is what
 # it was at some time, and a copy of all files of a queue, each as long as it was at one moment, is
-# the queue of that moment. In the copy, too, each step leaves files that can be loaded: they
-# grow, the oldest first, and new ones take the place of others by a rename.
+# the queue of that moment. Files of different moments are not: an operation on the head would meet
+# another item. So a pass that is broken off leaves each queue as it was, or as it is to be: if more
+# than one of its files changes, it is first noted how to go back, and then, when all is there, what
+# is to be done. find_journals() does what is noted.
 
 # How often the files of a queue are opened anew if they change meanwhile.
 _COPY_TRIES = 60
@@ -11724,32 +11777,43 @@ def _copy_queue(name, files, dest, have):
     """Bring the copy of one queue up to date; return how many bytes were copied. files: see
     _open_at_one_moment(). have: {number: name} of its files in the copy."""
     def path(number):
-        return os.path.join(dest, name if number is None else "%s.%d" % (name, number))
+        return os.path.join(dest, file_of(number))
+
+    def file_of(number):
+        return name if number is None else "%s.%d" % (name, number)
 
     have = set(have)
-    copied = 0
     for number, fd, size in files:           # the current file has been given a number
         if number not in have and None in have and number is not None and (
                 os.path.getsize(path(None)) and _begins_with(fd, size, path(None))):
             os.rename(path(None), path(number))
             have = have - {None} | {number}
+    before = {number: os.path.getsize(path(number)) for number in have}
+    after = {number: size for number, _, size in files}
     same = {number for number, fd, size in files
             if number in have and _begins_with(fd, size, path(number))}
-    first = files[0][0] if files else None
-    gone = sorted(number for number in have - same if number is not None and (
-        first is None or number <= first))
-    is_pack = gone and first is not None and first not in same       # it stands for all these
-    if is_pack:
-        copied += _copy_new(files[0][1], files[0][2], path(first) + ".pack")
-    for number in gone:
-        os.unlink(path(number))
-    if is_pack:
-        os.rename(path(first) + ".pack", path(first))
-        same.add(first)
-    for number, fd, size in files:
-        copied += (_copy_rest if number in same else _copy_new)(fd, size, path(number))
-    for number in have - set(gone) - {number for number, _, _ in files}:
-        os.unlink(path(number))
+    new = {number: "%s~~%d" % (name, _unique_number()) for number in after if number not in same}
+    changes = len(new) + len(have - set(after)) + sum(
+        before[number] < after[number] for number in same)
+    undone = [(file_of(number), file_of(number), before[number]) for number in have] + [
+        (file, None, 0) for file in new.values()]
+    done = [(new.get(number, file_of(number)), file_of(number), after[number])
+            for number in after] + [(file_of(number), None, 0) for number in have - set(after)]
+    try:
+        if changes > 1:                      # else it is one step
+            note_files(dest, name, undone)
+        copied = sum(_copy_rest(fd, size, os.path.join(dest, new.get(number, file_of(number))))
+                     for number, fd, size in files)
+        if changes > 1:
+            note_files(dest, name, done)
+        elif changes:
+            change_files(dest, done)
+    finally:
+        if changes > 1:
+            finish_copy(dest)
+        else:
+            for file in new.values():
+                _discard(os.path.join(dest, file))
     return copied
 
 
@@ -11761,19 +11825,6 @@ def _begins_with(fd, size, path):
         return length <= size and file.read(_READ_SIZE) == os.pread(
             fd, min(length, _READ_SIZE), 0) and (
                 os.pread(file.fileno(), _READ_SIZE, begin) == os.pread(fd, length - begin, begin))
-
-
-def _copy_new(fd, size, path):
-    """Copy the first bytes of a file to a new one, which takes its place at `path`."""
-    directory, name = os.path.split(path)
-    temporary = os.path.join(directory, "%s~~%d" % (name.partition(".")[0], _unique_number()))
-    try:
-        copied = _copy_rest(fd, size, temporary)
-        os.rename(temporary, path)
-    except BaseException:
-        _discard(temporary)
-        raise
-    return copied
 
 
 def _copy_rest(fd, size, path):

@@ -13804,6 +13804,72 @@ def test_a_copy_that_is_broken_off_can_be_loaded(tmp_path, monkeypatch, failing)
     queue.close()
 
 
+@pytest.mark.parametrize("change", ["to the tail", "delayed", "packed"])
+@pytest.mark.parametrize("full", [True, False])
+def test_a_copy_is_as_before_or_after_a_pass_wherever_that_ends(tmp_path, monkeypatch, change,
+                                                                 full):
+    """Old items were lost from the copy: the file that had them was deleted before the one with
+    what became of them was there. And those that followed: they were taken in their place."""
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    source.mkdir()
+    dest.mkdir()
+    queue = kestrel.Queue("q", str(source), kestrel.QueueConfig(
+        max_memory_size=3000, sync_journal=None), now=NOW)
+    fill(queue, b"precious", *(b"%03d" % number + b"x" * 100 for number in range(60)))
+    held = queue.remove(open=True, now=NOW).xid
+    kestrel.copy_spool(str(source), str(dest))
+    old = contents_of(dest)
+    assert len(os.listdir(str(dest))) > 2
+    if change == "packed":
+        queue.close()
+        assert kestrel.main(["--pack", str(source / "q")]) == 0
+    else:
+        fill(queue, b"y" * 3000, b"a", b"b")
+        queue.abort(held, tail=change == "to the tail", now=NOW,
+                    delay=10 ** 6 if change == "delayed" else 0)
+        take(queue, 61)
+        opened = queue.remove(open=True, now=NOW)
+        assert opened.data == b"a"
+        take(queue, 1)
+        queue.close()
+    new = contents_of(source)
+    shutil.copytree(str(dest), str(tmp_path / "old"))
+    found = []
+    for left in itertools.count():
+        shutil.rmtree(str(dest))
+        shutil.copytree(str(tmp_path / "old"), str(dest))
+        with monkeypatch.context() as patch:
+            for name in ("pwrite",) if full else ("pwrite", "rename", "unlink", "fsync"):
+                def fail(*arguments, call=getattr(os, name)):
+                    nonlocal left
+                    left -= 1
+                    if left < 0:
+                        raise OSError(errno.EIO, "broken off")
+                    return call(*arguments)
+
+                patch.setattr(os, name, fail)
+            try:
+                kestrel.copy_spool(str(source), str(dest))
+                break
+            except OSError:
+                pass
+        assert not full or not [name for name in os.listdir(str(dest)) if "~" in name]
+        found.append(contents_of(dest))
+        assert found[-1] == old or found[-1] == new and not full
+    assert contents_of(dest) == new and found[0] == old and len(found) > (0 if full else 10)
+    assert not os.listdir(str(dest / ".copy"))
+
+
+def test_a_server_finishes_a_pass_of_a_copy_that_was_broken_off(tmp_path):
+    for name in ("q.1", "q"):
+        (tmp_path / name).write_bytes(addx(b"a") + addx(b"b"))
+    (tmp_path / ".copy").mkdir()
+    kestrel.note_files(str(tmp_path), "q", [("q.1", None, 0), ("q", "q", len(addx(b"a")))])
+    with kestrel.serve(spool=str(tmp_path)) as server, kestrel.Client(port=server.port) as client:
+        assert client.get("q") == b"a" and client.get("q") is None
+    assert sorted(os.listdir(str(tmp_path))) == ["q"]
+
+
 @promise(1)
 def test_a_warm_copy_takes_over_when_a_machine_is_lost(daemon, tmp_path):
     """As the README has it: a copy again and again; a server on it has what was there by then."""
