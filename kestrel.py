@@ -2033,6 +2033,15 @@ def _raise(error):
         del error                        # its traceback has this frame: they would be a cycle
 
 
+def _lost_path(directory, path, suffix):
+    """Return the path in lost+found for what was in a file. A long name is cut short: a file
+    system takes 255 bytes."""
+    name = os.path.basename(path)
+    while len(os.fsencode(name + suffix)) > 255:
+        name = name[:-1]
+    return os.path.join(directory, name + suffix)
+
+
 def put_aside(directory, name):
     """Move the files of a queue, of which nothing has been read, to lost+found. Raises OSError."""
     lost = os.path.join(directory, "lost+found")
@@ -2041,7 +2050,7 @@ def put_aside(directory, name):
     for old in paths + [path]:
         if os.path.exists(old):
             os.makedirs(lost, 0o700, exist_ok=True)
-            new = os.path.join(lost, "%s.%d" % (os.path.basename(old), _unique_number()))
+            new = _lost_path(lost, old, ".%d" % _unique_number())
             os.rename(old, new)
             log.warning("%s: from before keep_journal was false, moved to %s", old, new)
 
@@ -2802,8 +2811,7 @@ class Journal:
         """Copy bytes of a file, which is open as `source`, into lost+found; return the path."""
         directory = os.path.join(self.directory, "lost+found")
         os.makedirs(directory, 0o700, exist_ok=True)
-        kept = os.path.join(directory, "%s.%d.%d" % (
-            os.path.basename(file.path), begin, _unique_number()))
+        kept = _lost_path(directory, file.path, ".%d.%d" % (begin, _unique_number()))
         with open(kept, "xb", opener=functools.partial(os.open, mode=0o600)) as target:
             source.seek(begin)
             for offset in range(begin, end, _STEP_SIZE):
@@ -11713,8 +11721,10 @@ _COPY_TRIES = 60
 
 def copy_spool(source: str, dest: str) -> int:
     """Bring the copy of a spool up to date, which a server may be using; return how many bytes were
-    copied. No server may use the copy, see _lock_spool(). Raises OSError, also if what is at
-    `dest` is no copy, or a server has used it: it would be deleted."""
+    copied. No server may use the copy, see _lock_spool(). Each queue is copied as it is at a moment
+    of its own: an item that is moved to a queue that has been copied, from one that has not, is
+    missing until the next pass. Raises OSError, also if what is at `dest` is no copy, or a server
+    has used it: it would be deleted."""
     copied = 0
     inodes, there = _current_inodes(source), _journal_names(source)
     mark = os.path.join(dest, COPY_MARK)

@@ -1714,6 +1714,20 @@ def test_a_torn_tail_is_cut_off_and_kept(tmp_path, caplog, kept):
         assert lost.name.startswith("q.%d." % len(good)) and lost.read_bytes() == torn
 
 
+@pytest.mark.parametrize("name", ["n" * kestrel.MAX_NAME, "\xfc" * (kestrel.MAX_NAME // 2),
+                                  os.fsdecode(b"\xff" * kestrel.MAX_NAME)])
+def test_what_is_cut_out_of_a_queue_with_a_long_name_is_kept(tmp_path, name):
+    """The name in lost+found was longer than what file systems take: the queue did not load."""
+    for number in ("", ".1790000000000"):
+        (tmp_path / (name + number)).write_bytes(addx(b"a") + b"\2\xff")
+    assert contents(load(tmp_path, name)) == [b"a", b"a"]
+    lost = sorted((tmp_path / "lost+found").iterdir())
+    assert [path.read_bytes() for path in lost] == [b"\2\xff"] * 2
+    assert all(path.name.startswith(name[:100]) for path in lost)
+    kestrel.put_aside(str(tmp_path), name)
+    assert len(os.listdir(str(tmp_path / "lost+found"))) == 3
+
+
 def test_zeros_at_the_end_are_a_torn_tail(tmp_path, caplog):
     spool_of(tmp_path, q=addx(b"a") + bytes(5000))
     assert contents(load(tmp_path)) == [b"a"]
