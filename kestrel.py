@@ -11676,8 +11676,12 @@ def _journal_names(spool):
     for files, last, entry in sorted(packs, key=lambda pack: pack[1]):
         for number in [number for number in files if number is not None and number <= last]:
             del files[number]
-        if entry.stat().st_size:
-            files[last] = entry.name
+        try:
+            name = entry.name if entry.stat().st_size else None
+        except FileNotFoundError:            # a server has just given it the name of a file
+            name = entry.name[:-len(".pack")]
+        if name:
+            files[last] = name
     return {queue: dict(sorted(files.items(), key=lambda pair: (pair[0] is None, pair[0])))
             for queue, files in found.items()}
 
@@ -11899,7 +11903,8 @@ def _check_whole(path):
 def _pack(path, for_kestrel):
     """Replace the journals of an unused queue with one file. for_kestrel: one that Kestrel 2.x can
     read."""
-    directory, name = os.path.split(os.path.abspath(path))
+    path = os.path.abspath(path)             # one that ends with / would be a directory
+    directory, name = os.path.split(path)
     os.listdir(directory)                # there must be one: _lock_spool() would make it
     spool = _lock_spool(directory)
     try:

@@ -13096,11 +13096,12 @@ def test_pack_a_queue_that_is_not_in_use(tmp_path, main):
     assert main("--pack", spool / "none")[0] == 1
 
 
-def test_what_is_no_journal_is_not_packed(tmp_path, main):
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_what_is_no_journal_is_not_packed(tmp_path, main, slash):
     for name, data in [("passwd", b"root:x:0:0::/root:/bin/sh\n"), ("text", b"\n  x\n"),
                        ("damaged", addx(b"a") + b"\xff" + addx(b"b"))]:
         (tmp_path / name).write_bytes(data)
-        status, out, err = main("--pack", tmp_path / name)
+        status, out, err = main("--pack", str(tmp_path / name) + slash)
         assert status == 1 and "Nothing was changed" in err
         assert (tmp_path / name).read_bytes() == data
     assert sorted(os.listdir(str(tmp_path))) == ["damaged", "passwd", "text"]
@@ -13670,6 +13671,22 @@ def test_verify_says_what_is_good(tmp_path, capsys, skip):
     assert (tmp_path / "q").read_bytes() == data
     assert contents(load(tmp_path)) == [b"b"]
     assert kestrel.main(["--verify", str(tmp_path)]) == 0
+
+
+def test_a_file_that_is_renamed_while_a_spool_is_listed(tmp_path, monkeypatch):
+    """--verify and --copy failed when a server renamed a packed file at that moment."""
+    spool_of(tmp_path, **{"q": addx(b"b"), "q.5.pack": addx(b"a")})
+    scandir = os.scandir
+
+    def renamed(path):
+        entries = list(scandir(path))
+        monkeypatch.setattr(os, "scandir", scandir)
+        os.rename(str(tmp_path / "q.5.pack"), str(tmp_path / "q.5"))
+        return entries
+
+    monkeypatch.setattr(os, "scandir", renamed)
+    assert kestrel._journal_names(str(tmp_path)) == {"q": {5: "q.5", None: "q"}}
+    assert not (tmp_path / "q.5.pack").exists()
 
 
 def test_a_file_that_is_written_to_while_it_is_dumped(tmp_path, monkeypatch, skip):
