@@ -12441,11 +12441,12 @@ def _run_command(name, *arguments):
 
 # -- without a server
 
-# What _convert() looks for in a Scala file: a comment, the begin and the end of an object, a
-# setting and its value.
-_SCALA = re.compile(r"""//[^\n]*|/\*.*?\*/|new\s+(?P<object>\w+)[^{\n]*\{|(?P<end>\})
-    |(?P<key>[\w.]+)\s*=\s*(?!new\b)(?P<value>(?:Some|List|Set)\([^)]*\)|"[^"]*"|[^\s;}]+)""",
-                    re.S | re.X)
+# What _convert() looks for in a Scala file: the begin and the end of an object or of a block, a
+# setting and the whole of its value. A line that begins with a dot goes on with the one before.
+_SCALA = re.compile(r"""(?P<begin>(?:new\s+(?P<object>\w+)[^{\n]*)?\{)|(?P<end>\})
+    |(?P<key>[\w.]+)\s*=\s*(?!new\b|\s)
+     (?P<value>(?:(?:Some|List|Set)\([^)]*\)|"[^"]*"|[^\n;{}"]|\n(?=\s*\.))+)""", re.S | re.X)
+_SCALA_COMMENT = re.compile(r'("[^"\n]*")|//[^\n]*|/\*.*?\*/', re.S)
 
 # Kestrel's names that are others here, but for their capitals.
 _SCALA_NAMES = {
@@ -12453,28 +12454,31 @@ _SCALA_NAMES = {
     "textListenPort": "text_port", "thriftListenPort": "thrift_port",
     "admin.httpPort": "admin_port", "http_port": "admin_port"}
 _SCALA_UNITS = {
-    "millisecond": "ms", "milli": "ms", "second": "s", "minute": "m", "hour": "h", "day": "d",
-    "byte": "", "kilobyte": "kb", "megabyte": "mb", "gigabyte": "gb"}
+    None: "", "millisecond": "ms", "milli": "ms", "second": "s", "minute": "m", "hour": "h",
+    "day": "d", "byte": "", "kilobyte": "kb", "megabyte": "mb", "gigabyte": "gb"}
 
 
 def _convert(path):
     """Print a kestrel.conf for the production.scala of a Kestrel; what is not understood is a
     comment in it."""
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        text = file.read()
+        text = _SCALA_COMMENT.sub(lambda match: match[1] or " ", file.read())
     sections = {"server": [], "queue": []}
     objects = [("", [])]                     # (class, its settings) of those that are open
     for match in _SCALA.finditer(text):
-        if match["object"]:
-            objects.append((match["object"], []))
+        if match["begin"]:
+            objects.append((match["object"] or "block", []))
         elif match["key"]:
             objects[-1][1].append((match["key"], match["value"]))
         elif match["end"] and len(objects) > 1:
             kind, settings = objects.pop()
             header = "server"
             if kind in ("QueueBuilder", "AliasBuilder"):
-                name = dict(settings).get("name", "").strip('"')
-                header = kind[:5].lower() + " " + name
+                name = _plain(dict(settings).get("name", ""))
+                if name:
+                    header = kind[:5].lower() + " " + name
+                else:
+                    kind += " without a plain name:"
             for key, value in settings:
                 if key == "name" and header != "server":
                     continue
@@ -12482,7 +12486,8 @@ def _convert(path):
                 if key.startswith("default."):
                     key, at = key[8:], "queue"
                 sections.setdefault(at, []).append(_converted(kind, at, key, value))
-            if not settings and kind not in ("KestrelConfig", "QueueBuilder", "AliasBuilder"):
+            if not settings and kind not in (
+                    "block", "KestrelConfig", "QueueBuilder", "AliasBuilder"):
                 sections["server"].append("# not taken over: %s" % kind)
     if not any(sections.values()):
         return _fail(1, "%s: no settings of Kestrel are in it" % path)
@@ -12495,19 +12500,33 @@ def _converted(kind, header, key, value):
     """Return the line of a config file for a setting of a Scala file."""
     known = {"s": SERVER_SETTINGS, "q": QUEUE_SETTINGS, "a": ALIAS_SETTINGS}[header[0]]
     name = _SCALA_NAMES.get(key, re.sub("([A-Z])", r"_\1", key).lower())
-    inner = re.fullmatch(r"(?:Some|List|Set)\((.*)\)", value, re.S)
-    text = (inner[1] if inner else value).replace('"', "").strip()
-    number = re.fullmatch(r"([0-9_]+)\.([A-Za-z]+?)s?", text)
-    if number:
-        text = number[1] + _SCALA_UNITS.get(number[2], "?")
-    if name in known and kind in ("KestrelConfig", "QueueBuilder", "AliasBuilder"):
+    text = _plain(value)
+    if text is not None and name in known and kind in ("KestrelConfig", "QueueBuilder",
+                                                       "AliasBuilder"):
         words = ("unlimited", "never", "") if text in ("None", "Int.MaxValue", "Long.MaxValue",
                                                        "Duration.MaxValue") else (text,)
         for word in words:
             with contextlib.suppress(ValueError):
                 known[name][0].parse(word)
                 return "%s = %s" % (name, word)
-    return "# not taken over: %s %s = %s" % (kind, key, value)
+    return "# not taken over: %s %s = %s" % (kind, key, " ".join(value.split()))
+
+
+def _plain(value):
+    """Return a value of a Scala file as a config file has it, None if it takes a Scala to tell:
+    text, a constant, a number or a product of numbers, with a unit or without, or some of these."""
+    value = value.strip()
+    several = re.fullmatch(r"(?:Some|List|Set)\((.*)\)", value, re.S)
+    if several:
+        parts = [_plain(part) for part in several[1].split(",")]
+        return None if None in parts else ", ".join(parts)
+    if re.fullmatch(r'"[^"]*"|true|false|None|(Int|Long|Duration)\.MaxValue', value):
+        return value.strip('"')
+    number = re.fullmatch(r"([0-9]+(?:\s*\*\s*[0-9]+)*)(?:L|\s*\.\s*([a-z]+?)s?)?", value)
+    if not number or number[2] not in _SCALA_UNITS:
+        return None
+    product = functools.reduce(operator.mul, map(int, number[1].split("*")))
+    return "%d%s" % (product, _SCALA_UNITS[number[2]])
 
 
 def _hash_password():

@@ -14013,6 +14013,40 @@ def test_convert(tmp_path, capsys):
     assert kestrel.main(["--convert", str(tmp_path / "text")]) == 1
 
 
+def test_convert_takes_over_whole_values_only(tmp_path, capsys):
+    """The first factor of a product was taken over, and a call as if it were text."""
+    (tmp_path / "scala").write_text('''new KestrelConfig {
+        queuePath = sys.props("spool.dir"); maxOpenTransactions = 10 * 10
+        clientTimeout = 30 /* of them */
+            . seconds                   // "is 30s"
+        default.maxMemorySize = 128 * 1024 * 1024; default.maxJournalSize = 1.gigabyte * 4
+        default.maxAge = 1.day + 12.hours
+        default.maxItems = if (isSmall) { 5 } else { 6 }
+        default.maxItemSize =
+            1000L
+        default.expireToQueue = "a" + "b"
+        queues = new QueueBuilder { name = "jobs"; keepJournal = !false
+                                    fanoutOnly = true; expireToQueue = Some("old") } ::
+                 new QueueBuilder { name = prefix + "x"; maxItems = 7 } :: Nil
+        aliases = new AliasBuilder { name = "all"; destinationQueues = List("a", "b") ++
+            more }
+    }''')
+    assert kestrel.main(["--convert", str(tmp_path / "scala")]) == 0
+    assert [line.strip() for line in capsys.readouterr().out.splitlines() if line] == [
+        "[server]", "# not taken over: QueueBuilder without a plain name: name = prefix + \"x\"",
+        "# not taken over: QueueBuilder without a plain name: maxItems = 7",
+        "# not taken over: KestrelConfig queuePath = sys.props(\"spool.dir\")",
+        "max_open_transactions = 100", "client_timeout = 30s", "[queue]",
+        "max_memory_size = 134217728",
+        "# not taken over: KestrelConfig maxJournalSize = 1.gigabyte * 4",
+        "# not taken over: KestrelConfig maxAge = 1.day + 12.hours",
+        "# not taken over: KestrelConfig maxItems = if (isSmall)", "max_item_size = 1000",
+        "# not taken over: KestrelConfig expireToQueue = \"a\" + \"b\"",
+        "[queue jobs]", "# not taken over: QueueBuilder keepJournal = !false",
+        "fanout_only = true", "expire_to_queue = old", "[alias all]",
+        "# not taken over: AliasBuilder destinationQueues = List(\"a\", \"b\") ++"]
+
+
 # == Crashes ==============================================================================
 
 
