@@ -4116,11 +4116,17 @@ class Queue:
         self.journal.adopt_pack()
 
     def make_plain(self):
-        """Give up what Kestrel cannot store, before pack(). Return [(what that was, how often)].
-        For a queue that is used alone, and is in memory."""
-        delayed = len(self.delays.items)
-        while self.delays.items:
-            self._release(UNLIMITED)
+        """Give up what Kestrel cannot store, for pack(), in memory only: if pack() fails, nothing
+        has changed in the files. Return [(what that was, how often)]. For a queue that is used
+        alone, and is in memory."""
+        delayed = sorted(self.delays.items.values())   # the next due first
+        for one in delayed:
+            self._unhold(one)
+            if not one.to_head:
+                self._append_again(one.item)
+        for one in reversed(delayed):
+            if one.to_head:
+                self._push(one.item)
         flags = deliveries = 0
         for item in self.items:
             flags += item.flags != 0
@@ -4128,7 +4134,7 @@ class Queue:
             item.flags = item.deliveries = 0
         paused, self.paused = self.paused, 0
         return [("items whose flags are dropped", flags), ("delayed items that are available now",
-                                                           delayed),
+                                                           len(delayed)),
                 ("items whose count of deliveries is dropped", deliveries),
                 ("pauses that end", int(paused > 0))]
 
@@ -11919,10 +11925,11 @@ def _pack(path, for_kestrel):
         queue = Queue(name, directory, QueueConfig(
             max_memory_size=UNLIMITED, check_journal=not for_kestrel), older, host)
         before = queue.journal.size
-        for what, count in queue.make_plain() if for_kestrel else ():
+        given_up = queue.make_plain() if for_kestrel else ()
+        queue.pack()
+        for what, count in given_up:
             if count:
                 log.warning("%s: %s: %d", path, what, count)
-        queue.pack()
         log.info("%s: %d items, %d bytes before, %d bytes now", path, queue.count, before,
                  queue.journal.size)
         queue.close()

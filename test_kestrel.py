@@ -13742,6 +13742,32 @@ def test_a_queue_is_packed_for_kestrel(tmp_path, caplog):
     assert contents(load(tmp_path)) == [b"flags", b"a", b"b", b"late"]
 
 
+def test_what_cannot_be_packed_for_kestrel_stays_as_it_is(tmp_path, monkeypatch, main):
+    """The delayed items were available after a failure."""
+    queue = load(tmp_path)
+    fill(queue, b"a", b"b", b"c")
+    for delay in (10 ** 9, 2 * 10 ** 9):
+        queue.abort(queue.remove(open=True, now=NOW).xid, delay=delay, now=NOW)
+    queue.add_later(b"late", 10 ** 9, now=NOW)
+    queue.close()
+    pwrite = os.pwrite
+
+    def fail(fd, data, offset):
+        if offset == 0:                      # what is written anew
+            raise OSError(errno.EFBIG, "File too large")
+        return pwrite(fd, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", fail)
+        assert main("--pack", "--kestrel", tmp_path / "q")[0] == 1
+    assert contents_of(tmp_path) == [b"c"]
+    queue = load(tmp_path)
+    assert len(queue.delays.items) == 3
+    queue.close()
+    assert main("--pack", "--kestrel", tmp_path / "q")[0] == 0
+    assert contents(load(tmp_path)) == [b"a", b"b", b"c", b"late"]
+
+
 def test_a_copy_of_a_spool_that_is_in_use(tmp_path):
     """Whatever happens to the files: the copy is the queue at some moment of the copying."""
     chances = seeded()
