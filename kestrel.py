@@ -1909,6 +1909,59 @@ def _load(item, fd, offset, size, head, crc):
 _JOURNAL_NAME = re.compile(r"([^.~]+)(?:\.(0|-?[1-9][0-9]*)(\.pack)?|~~[0-9]+)?", re.S)
 
 
+# A directory in the copy of a spool, until a server uses it. What is to become of a queue whose
+# files are being changed is noted there, in a file of its name: a list of (path, the path then,
+# None if it is to be deleted, its size then), relative to the spool.
+COPY_MARK = ".copy"
+
+
+def note_files(directory, name, files):
+    """Note in a copy what is to become of the files of a queue, in place of an earlier note."""
+    marks = os.path.join(directory, COPY_MARK)
+    note = os.path.join(marks, name)
+    _raise(_fsync_directory(directory))      # it names files that are there
+    with open(note + "~", "w", encoding="ascii") as file:
+        json.dump(files, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(note + "~", note)
+    _raise(_fsync_directory(marks))
+
+
+def change_files(directory, files):
+    """Let the files of a queue in a copy become what is to become of them. Raises OSError; then it
+    can be done again."""
+    for old, new, size in files:
+        path = os.path.join(directory, new or old)
+        with contextlib.suppress(FileNotFoundError):
+            if new != old:
+                old = os.path.join(directory, old)
+                os.rename(old, path) if new else os.unlink(old)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.getsize(path) > size:
+                with open(path, "r+b") as file:
+                    file.truncate(size)
+                    os.fsync(file.fileno())
+    _raise(_fsync_directory(directory))
+
+
+def finish_copy(directory):
+    """Do what is noted in a copy, if it is one: each queue is what it was in the last pass of the
+    copying that was finished. Raises OSError."""
+    marks = os.path.join(directory, COPY_MARK)
+    notes = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        notes = os.listdir(marks)
+    for note in notes:
+        path = os.path.join(marks, note)
+        if "~" not in note:
+            with open(path, encoding="ascii") as file:
+                change_files(directory, json.load(file))
+        os.unlink(path)
+    if notes:
+        _raise(_fsync_directory(marks))
+
+
 def find_journals(directory, only=None):
     """Return {queue name: [numbers of its older files]} of a spool, tidied up on the way.
 
@@ -1917,6 +1970,7 @@ def find_journals(directory, only=None):
     cannot be tidied up has None in place of the numbers. only: the name of the one queue to look
     at, whose errors are raised. Raises OSError when the directory cannot be read.
     """
+    finish_copy(directory)
     found = {}
     packs = []
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
@@ -1983,6 +2037,15 @@ def _raise(error):
         del error                        # its traceback has this frame: they would be a cycle
 
 
+def _lost_path(directory, path, suffix):
+    """Return the path in lost+found for what was in a file. A long name is cut short: a file
+    system takes 255 bytes."""
+    name = os.path.basename(path)
+    while len(os.fsencode(name + suffix)) > 255:
+        name = name[:-1]
+    return os.path.join(directory, name + suffix)
+
+
 def put_aside(directory, name):
     """Move the files of a queue, of which nothing has been read, to lost+found. Raises OSError."""
     lost = os.path.join(directory, "lost+found")
@@ -1991,7 +2054,7 @@ def put_aside(directory, name):
     for old in paths + [path]:
         if os.path.exists(old):
             os.makedirs(lost, 0o700, exist_ok=True)
-            new = os.path.join(lost, "%s.%d" % (os.path.basename(old), _unique_number()))
+            new = _lost_path(lost, old, ".%d" % _unique_number())
             os.rename(old, new)
             log.warning("%s: from before keep_journal was false, moved to %s", old, new)
 
@@ -2752,8 +2815,7 @@ class Journal:
         """Copy bytes of a file, which is open as `source`, into lost+found; return the path."""
         directory = os.path.join(self.directory, "lost+found")
         os.makedirs(directory, 0o700, exist_ok=True)
-        kept = os.path.join(directory, "%s.%d.%d" % (
-            os.path.basename(file.path), begin, _unique_number()))
+        kept = _lost_path(directory, file.path, ".%d.%d" % (begin, _unique_number()))
         with open(kept, "xb", opener=functools.partial(os.open, mode=0o600)) as target:
             source.seek(begin)
             for offset in range(begin, end, _STEP_SIZE):
@@ -4058,11 +4120,17 @@ class Queue:
         self.journal.adopt_pack()
 
     def make_plain(self):
-        """Give up what Kestrel cannot store, before pack(). Return [(what that was, how often)].
-        For a queue that is used alone, and is in memory."""
-        delayed = len(self.delays.items)
-        while self.delays.items:
-            self._release(UNLIMITED)
+        """Give up what Kestrel cannot store, for pack(), in memory only: if pack() fails, nothing
+        has changed in the files. Return [(what that was, how often)]. For a queue that is used
+        alone, and is in memory."""
+        delayed = sorted(self.delays.items.values())   # the next due first
+        for one in delayed:
+            self._unhold(one)
+            if not one.to_head:
+                self._append_again(one.item)
+        for one in reversed(delayed):
+            if one.to_head:
+                self._push(one.item)
         flags = deliveries = 0
         for item in self.items:
             flags += item.flags != 0
@@ -4070,7 +4138,7 @@ class Queue:
             item.flags = item.deliveries = 0
         paused, self.paused = self.paused, 0
         return [("items whose flags are dropped", flags), ("delayed items that are available now",
-                                                           delayed),
+                                                           len(delayed)),
                 ("items whose count of deliveries is dropped", deliveries),
                 ("pauses that end", int(paused > 0))]
 
@@ -9998,6 +10066,7 @@ class Server:
         settings = config.server
         spool = os.path.abspath(settings.queue_path)
         self._spool = _lock_spool(spool)
+        finish_copy(spool)
         with contextlib.suppress(OSError):
             os.rmdir(os.path.join(spool, COPY_MARK))   # it is no copy any more
         stack.callback(os.close, self._spool)
@@ -10575,10 +10644,6 @@ def _remove_stale(path):
             os.unlink(path)
         except BlockingIOError:                        # the backlog of another server is full
             pass
-
-
-# A directory in the copy of a spool, until a server uses it.
-COPY_MARK = ".copy"
 
 
 def _lock_spool(path):
@@ -11636,8 +11701,12 @@ def _journal_names(spool):
     for files, last, entry in sorted(packs, key=lambda pack: pack[1]):
         for number in [number for number in files if number is not None and number <= last]:
             del files[number]
-        if entry.stat().st_size:
-            files[last] = entry.name
+        try:
+            name = entry.name if entry.stat().st_size else None
+        except FileNotFoundError:            # a server has just given it the name of a file
+            name = entry.name[:-len(".pack")]
+        if name:
+            files[last] = name
     return {queue: dict(sorted(files.items(), key=lambda pair: (pair[0] is None, pair[0])))
             for queue, files in found.items()}
 
@@ -11671,8 +11740,10 @@ def _verify(spool, as_json):
 #
 # A journal file only grows, until it is replaced as a whole. So a copy of its first bytes is what
 # it was at some time, and a copy of all files of a queue, each as long as it was at one moment, is
-# the queue of that moment. In the copy, too, each step leaves files that can be loaded: they
-# grow, the oldest first, and new ones take the place of others by a rename.
+# the queue of that moment. Files of different moments are not: an operation on the head would meet
+# another item. So a pass that is broken off leaves each queue as it was, or as it is to be: if more
+# than one of its files changes, it is first noted how to go back, and then, when all is there, what
+# is to be done. find_journals() does what is noted.
 
 # How often the files of a queue are opened anew if they change meanwhile.
 _COPY_TRIES = 60
@@ -11680,8 +11751,10 @@ _COPY_TRIES = 60
 
 def copy_spool(source: str, dest: str) -> int:
     """Bring the copy of a spool up to date, which a server may be using; return how many bytes were
-    copied. No server may use the copy, see _lock_spool(). Raises OSError, also if what is at
-    `dest` is no copy, or a server has used it: it would be deleted."""
+    copied. No server may use the copy, see _lock_spool(). Each queue is copied as it is at a moment
+    of its own: an item that is moved to a queue that has been copied, from one that has not, is
+    missing until the next pass. Raises OSError, also if what is at `dest` is no copy, or a server
+    has used it: it would be deleted."""
     copied = 0
     inodes, there = _current_inodes(source), _journal_names(source)
     mark = os.path.join(dest, COPY_MARK)
@@ -11744,32 +11817,43 @@ def _copy_queue(name, files, dest, have):
     """Bring the copy of one queue up to date; return how many bytes were copied. files: see
     _open_at_one_moment(). have: {number: name} of its files in the copy."""
     def path(number):
-        return os.path.join(dest, name if number is None else "%s.%d" % (name, number))
+        return os.path.join(dest, file_of(number))
+
+    def file_of(number):
+        return name if number is None else "%s.%d" % (name, number)
 
     have = set(have)
-    copied = 0
     for number, fd, size in files:           # the current file has been given a number
         if number not in have and None in have and number is not None and (
                 os.path.getsize(path(None)) and _begins_with(fd, size, path(None))):
             os.rename(path(None), path(number))
             have = have - {None} | {number}
+    before = {number: os.path.getsize(path(number)) for number in have}
+    after = {number: size for number, _, size in files}
     same = {number for number, fd, size in files
             if number in have and _begins_with(fd, size, path(number))}
-    first = files[0][0] if files else None
-    gone = sorted(number for number in have - same if number is not None and (
-        first is None or number <= first))
-    is_pack = gone and first is not None and first not in same       # it stands for all these
-    if is_pack:
-        copied += _copy_new(files[0][1], files[0][2], path(first) + ".pack")
-    for number in gone:
-        os.unlink(path(number))
-    if is_pack:
-        os.rename(path(first) + ".pack", path(first))
-        same.add(first)
-    for number, fd, size in files:
-        copied += (_copy_rest if number in same else _copy_new)(fd, size, path(number))
-    for number in have - set(gone) - {number for number, _, _ in files}:
-        os.unlink(path(number))
+    new = {number: "%s~~%d" % (name, _unique_number()) for number in after if number not in same}
+    changes = len(new) + len(have - set(after)) + sum(
+        before[number] < after[number] for number in same)
+    undone = [(file_of(number), file_of(number), before[number]) for number in have] + [
+        (file, None, 0) for file in new.values()]
+    done = [(new.get(number, file_of(number)), file_of(number), after[number])
+            for number in after] + [(file_of(number), None, 0) for number in have - set(after)]
+    try:
+        if changes > 1:                      # else it is one step
+            note_files(dest, name, undone)
+        copied = sum(_copy_rest(fd, size, os.path.join(dest, new.get(number, file_of(number))))
+                     for number, fd, size in files)
+        if changes > 1:
+            note_files(dest, name, done)
+        elif changes:
+            change_files(dest, done)
+    finally:
+        if changes > 1:
+            finish_copy(dest)
+        else:
+            for file in new.values():
+                _discard(os.path.join(dest, file))
     return copied
 
 
@@ -11781,19 +11865,6 @@ def _begins_with(fd, size, path):
         return length <= size and file.read(_READ_SIZE) == os.pread(
             fd, min(length, _READ_SIZE), 0) and (
                 os.pread(file.fileno(), _READ_SIZE, begin) == os.pread(fd, length - begin, begin))
-
-
-def _copy_new(fd, size, path):
-    """Copy the first bytes of a file to a new one, which takes its place at `path`."""
-    directory, name = os.path.split(path)
-    temporary = os.path.join(directory, "%s~~%d" % (name.partition(".")[0], _unique_number()))
-    try:
-        copied = _copy_rest(fd, size, temporary)
-        os.rename(temporary, path)
-    except BaseException:
-        _discard(temporary)
-        raise
-    return copied
 
 
 def _copy_rest(fd, size, path):
@@ -11858,7 +11929,8 @@ def _check_whole(path):
 def _pack(path, for_kestrel):
     """Replace the journals of an unused queue with one file. for_kestrel: one that Kestrel 2.x can
     read."""
-    directory, name = os.path.split(os.path.abspath(path))
+    path = os.path.abspath(path)             # one that ends with / would be a directory
+    directory, name = os.path.split(path)
     os.listdir(directory)                # there must be one: _lock_spool() would make it
     spool = _lock_spool(directory)
     try:
@@ -11873,10 +11945,11 @@ def _pack(path, for_kestrel):
         queue = Queue(name, directory, QueueConfig(
             max_memory_size=UNLIMITED, check_journal=not for_kestrel), older, host)
         before = queue.journal.size
-        for what, count in queue.make_plain() if for_kestrel else ():
+        given_up = queue.make_plain() if for_kestrel else ()
+        queue.pack()
+        for what, count in given_up:
             if count:
                 log.warning("%s: %s: %d", path, what, count)
-        queue.pack()
         log.info("%s: %d items, %d bytes before, %d bytes now", path, queue.count, before,
                  queue.journal.size)
         queue.close()
@@ -12395,11 +12468,12 @@ def _run_command(name, *arguments):
 
 # -- without a server
 
-# What _convert() looks for in a Scala file: a comment, the begin and the end of an object, a
-# setting and its value.
-_SCALA = re.compile(r"""//[^\n]*|/\*.*?\*/|new\s+(?P<object>\w+)[^{\n]*\{|(?P<end>\})
-    |(?P<key>[\w.]+)\s*=\s*(?!new\b)(?P<value>(?:Some|List|Set)\([^)]*\)|"[^"]*"|[^\s;}]+)""",
-                    re.S | re.X)
+# What _convert() looks for in a Scala file: the begin and the end of an object or of a block, a
+# setting and the whole of its value. A line that begins with a dot goes on with the one before.
+_SCALA = re.compile(r"""(?P<begin>(?:new\s+(?P<object>\w+)[^{\n]*)?\{)|(?P<end>\})
+    |(?P<key>[\w.]+)\s*=\s*(?!new\b|\s)
+     (?P<value>(?:(?:Some|List|Set)\([^)]*\)|"[^"]*"|[^\n;{}"]|\n(?=\s*\.))+)""", re.S | re.X)
+_SCALA_COMMENT = re.compile(r'("[^"\n]*")|//[^\n]*|/\*.*?\*/', re.S)
 
 # Kestrel's names that are others here, but for their capitals.
 _SCALA_NAMES = {
@@ -12407,28 +12481,31 @@ _SCALA_NAMES = {
     "textListenPort": "text_port", "thriftListenPort": "thrift_port",
     "admin.httpPort": "admin_port", "http_port": "admin_port"}
 _SCALA_UNITS = {
-    "millisecond": "ms", "milli": "ms", "second": "s", "minute": "m", "hour": "h", "day": "d",
-    "byte": "", "kilobyte": "kb", "megabyte": "mb", "gigabyte": "gb"}
+    None: "", "millisecond": "ms", "milli": "ms", "second": "s", "minute": "m", "hour": "h",
+    "day": "d", "byte": "", "kilobyte": "kb", "megabyte": "mb", "gigabyte": "gb"}
 
 
 def _convert(path):
     """Print a kestrel.conf for the production.scala of a Kestrel; what is not understood is a
     comment in it."""
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        text = file.read()
+        text = _SCALA_COMMENT.sub(lambda match: match[1] or " ", file.read())
     sections = {"server": [], "queue": []}
     objects = [("", [])]                     # (class, its settings) of those that are open
     for match in _SCALA.finditer(text):
-        if match["object"]:
-            objects.append((match["object"], []))
+        if match["begin"]:
+            objects.append((match["object"] or "block", []))
         elif match["key"]:
             objects[-1][1].append((match["key"], match["value"]))
         elif match["end"] and len(objects) > 1:
             kind, settings = objects.pop()
             header = "server"
             if kind in ("QueueBuilder", "AliasBuilder"):
-                name = dict(settings).get("name", "").strip('"')
-                header = kind[:5].lower() + " " + name
+                name = _plain(dict(settings).get("name", ""))
+                if name:
+                    header = kind[:5].lower() + " " + name
+                else:
+                    kind += " without a plain name:"
             for key, value in settings:
                 if key == "name" and header != "server":
                     continue
@@ -12436,7 +12513,8 @@ def _convert(path):
                 if key.startswith("default."):
                     key, at = key[8:], "queue"
                 sections.setdefault(at, []).append(_converted(kind, at, key, value))
-            if not settings and kind not in ("KestrelConfig", "QueueBuilder", "AliasBuilder"):
+            if not settings and kind not in (
+                    "block", "KestrelConfig", "QueueBuilder", "AliasBuilder"):
                 sections["server"].append("# not taken over: %s" % kind)
     if not any(sections.values()):
         return _fail(1, "%s: no settings of Kestrel are in it" % path)
@@ -12449,19 +12527,33 @@ def _converted(kind, header, key, value):
     """Return the line of a config file for a setting of a Scala file."""
     known = {"s": SERVER_SETTINGS, "q": QUEUE_SETTINGS, "a": ALIAS_SETTINGS}[header[0]]
     name = _SCALA_NAMES.get(key, re.sub("([A-Z])", r"_\1", key).lower())
-    inner = re.fullmatch(r"(?:Some|List|Set)\((.*)\)", value, re.S)
-    text = (inner[1] if inner else value).replace('"', "").strip()
-    number = re.fullmatch(r"([0-9_]+)\.([A-Za-z]+?)s?", text)
-    if number:
-        text = number[1] + _SCALA_UNITS.get(number[2], "?")
-    if name in known and kind in ("KestrelConfig", "QueueBuilder", "AliasBuilder"):
+    text = _plain(value)
+    if text is not None and name in known and kind in ("KestrelConfig", "QueueBuilder",
+                                                       "AliasBuilder"):
         words = ("unlimited", "never", "") if text in ("None", "Int.MaxValue", "Long.MaxValue",
                                                        "Duration.MaxValue") else (text,)
         for word in words:
             with contextlib.suppress(ValueError):
                 known[name][0].parse(word)
                 return "%s = %s" % (name, word)
-    return "# not taken over: %s %s = %s" % (kind, key, value)
+    return "# not taken over: %s %s = %s" % (kind, key, " ".join(value.split()))
+
+
+def _plain(value):
+    """Return a value of a Scala file as a config file has it, None if it takes a Scala to tell:
+    text, a constant, a number or a product of numbers, with a unit or without, or some of these."""
+    value = value.strip()
+    several = re.fullmatch(r"(?:Some|List|Set)\((.*)\)", value, re.S)
+    if several:
+        parts = [_plain(part) for part in several[1].split(",")]
+        return None if None in parts else ", ".join(parts)
+    if re.fullmatch(r'"[^"]*"|true|false|None|(Int|Long|Duration)\.MaxValue', value):
+        return value.strip('"')
+    number = re.fullmatch(r"([0-9]+(?:\s*\*\s*[0-9]+)*)(?:L|\s*\.\s*([a-z]+?)s?)?", value)
+    if not number or number[2] not in _SCALA_UNITS:
+        return None
+    product = functools.reduce(operator.mul, map(int, number[1].split("*")))
+    return "%d%s" % (product, _SCALA_UNITS[number[2]])
 
 
 def _hash_password():

@@ -1726,6 +1726,20 @@ def test_a_torn_tail_is_cut_off_and_kept(tmp_path, caplog, kept):
         assert lost.name.startswith("q.%d." % len(good)) and lost.read_bytes() == torn
 
 
+@pytest.mark.parametrize("name", ["n" * kestrel.MAX_NAME, "\xfc" * (kestrel.MAX_NAME // 2),
+                                  os.fsdecode(b"\xff" * kestrel.MAX_NAME)])
+def test_what_is_cut_out_of_a_queue_with_a_long_name_is_kept(tmp_path, name):
+    """The name in lost+found was longer than what file systems take: the queue did not load."""
+    for number in ("", ".1790000000000"):
+        (tmp_path / (name + number)).write_bytes(addx(b"a") + b"\2\xff")
+    assert contents(load(tmp_path, name)) == [b"a", b"a"]
+    lost = sorted((tmp_path / "lost+found").iterdir())
+    assert [path.read_bytes() for path in lost] == [b"\2\xff"] * 2
+    assert all(path.name.startswith(name[:100]) for path in lost)
+    kestrel.put_aside(str(tmp_path), name)
+    assert len(os.listdir(str(tmp_path / "lost+found"))) == 3
+
+
 def test_zeros_at_the_end_are_a_torn_tail(tmp_path, caplog):
     spool_of(tmp_path, q=addx(b"a") + bytes(5000))
     assert contents(load(tmp_path)) == [b"a"]
@@ -13094,11 +13108,12 @@ def test_pack_a_queue_that_is_not_in_use(tmp_path, main):
     assert main("--pack", spool / "none")[0] == 1
 
 
-def test_what_is_no_journal_is_not_packed(tmp_path, main):
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_what_is_no_journal_is_not_packed(tmp_path, main, slash):
     for name, data in [("passwd", b"root:x:0:0::/root:/bin/sh\n"), ("text", b"\n  x\n"),
                        ("damaged", addx(b"a") + b"\xff" + addx(b"b"))]:
         (tmp_path / name).write_bytes(data)
-        status, out, err = main("--pack", tmp_path / name)
+        status, out, err = main("--pack", str(tmp_path / name) + slash)
         assert status == 1 and "Nothing was changed" in err
         assert (tmp_path / name).read_bytes() == data
     assert sorted(os.listdir(str(tmp_path))) == ["damaged", "passwd", "text"]
@@ -13673,6 +13688,22 @@ def test_verify_says_what_is_good(tmp_path, capsys, skip):
     assert kestrel.main(["--verify", str(tmp_path)]) == 0
 
 
+def test_a_file_that_is_renamed_while_a_spool_is_listed(tmp_path, monkeypatch):
+    """--verify and --copy failed when a server renamed a packed file at that moment."""
+    spool_of(tmp_path, **{"q": addx(b"b"), "q.5.pack": addx(b"a")})
+    scandir = os.scandir
+
+    def renamed(path):
+        entries = list(scandir(path))
+        monkeypatch.setattr(os, "scandir", scandir)
+        os.rename(str(tmp_path / "q.5.pack"), str(tmp_path / "q.5"))
+        return entries
+
+    monkeypatch.setattr(os, "scandir", renamed)
+    assert kestrel._journal_names(str(tmp_path)) == {"q": {5: "q.5", None: "q"}}
+    assert not (tmp_path / "q.5.pack").exists()
+
+
 def test_a_file_that_is_written_to_while_it_is_dumped(tmp_path, monkeypatch, skip):
     """Its last write was not whole, and is when it is looked at again."""
     spool_of(tmp_path, q=addx(b"a") + addx(b"b")[:-1])
@@ -13742,6 +13773,32 @@ def test_a_queue_is_packed_for_kestrel(tmp_path, caplog):
     with open(str(tmp_path / "q"), "rb") as file:
         assert {record[0] for record in kestrel.read_records(file)} == {2, 4}
     assert contents(load(tmp_path)) == [b"flags", b"a", b"b", b"late"]
+
+
+def test_what_cannot_be_packed_for_kestrel_stays_as_it_is(tmp_path, monkeypatch, main):
+    """The delayed items were available after a failure."""
+    queue = load(tmp_path)
+    fill(queue, b"a", b"b", b"c")
+    for delay in (10 ** 9, 2 * 10 ** 9):
+        queue.abort(queue.remove(open=True, now=NOW).xid, delay=delay, now=NOW)
+    queue.add_later(b"late", 10 ** 9, now=NOW)
+    queue.close()
+    pwrite = os.pwrite
+
+    def fail(fd, data, offset):
+        if offset == 0:                      # what is written anew
+            raise OSError(errno.EFBIG, "File too large")
+        return pwrite(fd, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", fail)
+        assert main("--pack", "--kestrel", tmp_path / "q")[0] == 1
+    assert contents_of(tmp_path) == [b"c"]
+    queue = load(tmp_path)
+    assert len(queue.delays.items) == 3
+    queue.close()
+    assert main("--pack", "--kestrel", tmp_path / "q")[0] == 0
+    assert contents(load(tmp_path)) == [b"a", b"b", b"c", b"late"]
 
 
 def test_a_copy_of_a_spool_that_is_in_use(tmp_path):
@@ -13835,6 +13892,72 @@ def test_a_copy_that_is_broken_off_can_be_loaded(tmp_path, monkeypatch, failing)
         kestrel.copy_spool(str(source), str(dest))
         assert contents_of(dest) == contents_of(source)
     queue.close()
+
+
+@pytest.mark.parametrize("change", ["to the tail", "delayed", "packed"])
+@pytest.mark.parametrize("full", [True, False])
+def test_a_copy_is_as_before_or_after_a_pass_wherever_that_ends(tmp_path, monkeypatch, change,
+                                                                 full):
+    """Old items were lost from the copy: the file that had them was deleted before the one with
+    what became of them was there. And those that followed: they were taken in their place."""
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    source.mkdir()
+    dest.mkdir()
+    queue = kestrel.Queue("q", str(source), kestrel.QueueConfig(
+        max_memory_size=3000, sync_journal=None), now=NOW)
+    fill(queue, b"precious", *(b"%03d" % number + b"x" * 100 for number in range(60)))
+    held = queue.remove(open=True, now=NOW).xid
+    kestrel.copy_spool(str(source), str(dest))
+    old = contents_of(dest)
+    assert len(os.listdir(str(dest))) > 2
+    if change == "packed":
+        queue.close()
+        assert kestrel.main(["--pack", str(source / "q")]) == 0
+    else:
+        fill(queue, b"y" * 3000, b"a", b"b")
+        queue.abort(held, tail=change == "to the tail", now=NOW,
+                    delay=10 ** 6 if change == "delayed" else 0)
+        take(queue, 61)
+        opened = queue.remove(open=True, now=NOW)
+        assert opened.data == b"a"
+        take(queue, 1)
+        queue.close()
+    new = contents_of(source)
+    shutil.copytree(str(dest), str(tmp_path / "old"))
+    found = []
+    for left in itertools.count():
+        shutil.rmtree(str(dest))
+        shutil.copytree(str(tmp_path / "old"), str(dest))
+        with monkeypatch.context() as patch:
+            for name in ("pwrite",) if full else ("pwrite", "rename", "unlink", "fsync"):
+                def fail(*arguments, call=getattr(os, name)):
+                    nonlocal left
+                    left -= 1
+                    if left < 0:
+                        raise OSError(errno.EIO, "broken off")
+                    return call(*arguments)
+
+                patch.setattr(os, name, fail)
+            try:
+                kestrel.copy_spool(str(source), str(dest))
+                break
+            except OSError:
+                pass
+        assert not full or not [name for name in os.listdir(str(dest)) if "~" in name]
+        found.append(contents_of(dest))
+        assert found[-1] == old or found[-1] == new and not full
+    assert contents_of(dest) == new and found[0] == old and len(found) > (0 if full else 10)
+    assert not os.listdir(str(dest / ".copy"))
+
+
+def test_a_server_finishes_a_pass_of_a_copy_that_was_broken_off(tmp_path):
+    for name in ("q.1", "q"):
+        (tmp_path / name).write_bytes(addx(b"a") + addx(b"b"))
+    (tmp_path / ".copy").mkdir()
+    kestrel.note_files(str(tmp_path), "q", [("q.1", None, 0), ("q", "q", len(addx(b"a")))])
+    with kestrel.serve(spool=str(tmp_path)) as server, kestrel.Client(port=server.port) as client:
+        assert client.get("q") == b"a" and client.get("q") is None
+    assert sorted(os.listdir(str(tmp_path))) == ["q"]
 
 
 @promise(1)
@@ -13947,6 +14070,40 @@ def test_convert(tmp_path, capsys):
     assert kestrel.main(["--convert", str(tmp_path / "none")]) == 1
     (tmp_path / "text").write_text("hello\n")
     assert kestrel.main(["--convert", str(tmp_path / "text")]) == 1
+
+
+def test_convert_takes_over_whole_values_only(tmp_path, capsys):
+    """The first factor of a product was taken over, and a call as if it were text."""
+    (tmp_path / "scala").write_text('''new KestrelConfig {
+        queuePath = sys.props("spool.dir"); maxOpenTransactions = 10 * 10
+        clientTimeout = 30 /* of them */
+            . seconds                   // "is 30s"
+        default.maxMemorySize = 128 * 1024 * 1024; default.maxJournalSize = 1.gigabyte * 4
+        default.maxAge = 1.day + 12.hours
+        default.maxItems = if (isSmall) { 5 } else { 6 }
+        default.maxItemSize =
+            1000L
+        default.expireToQueue = "a" + "b"
+        queues = new QueueBuilder { name = "jobs"; keepJournal = !false
+                                    fanoutOnly = true; expireToQueue = Some("old") } ::
+                 new QueueBuilder { name = prefix + "x"; maxItems = 7 } :: Nil
+        aliases = new AliasBuilder { name = "all"; destinationQueues = List("a", "b") ++
+            more }
+    }''')
+    assert kestrel.main(["--convert", str(tmp_path / "scala")]) == 0
+    assert [line.strip() for line in capsys.readouterr().out.splitlines() if line] == [
+        "[server]", "# not taken over: QueueBuilder without a plain name: name = prefix + \"x\"",
+        "# not taken over: QueueBuilder without a plain name: maxItems = 7",
+        "# not taken over: KestrelConfig queuePath = sys.props(\"spool.dir\")",
+        "max_open_transactions = 100", "client_timeout = 30s", "[queue]",
+        "max_memory_size = 134217728",
+        "# not taken over: KestrelConfig maxJournalSize = 1.gigabyte * 4",
+        "# not taken over: KestrelConfig maxAge = 1.day + 12.hours",
+        "# not taken over: KestrelConfig maxItems = if (isSmall)", "max_item_size = 1000",
+        "# not taken over: KestrelConfig expireToQueue = \"a\" + \"b\"",
+        "[queue jobs]", "# not taken over: QueueBuilder keepJournal = !false",
+        "fanout_only = true", "expire_to_queue = old", "[alias all]",
+        "# not taken over: AliasBuilder destinationQueues = List(\"a\", \"b\") ++"]
 
 
 # == Crashes ==============================================================================
