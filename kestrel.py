@@ -10066,10 +10066,10 @@ class Server:
         settings = config.server
         spool = os.path.abspath(settings.queue_path)
         self._spool = _lock_spool(spool)
+        stack.callback(os.close, self._spool)
         finish_copy(spool)
         with contextlib.suppress(OSError):
             os.rmdir(os.path.join(spool, COPY_MARK))   # it is no copy any more
-        stack.callback(os.close, self._spool)
         sockets = _bind_all(config, given, stack)
         log.info("kestrel.py %s, journals in %s", __version__, spool)
         self.most_connections, most_files = _share_descriptors()
