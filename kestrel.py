@@ -1932,13 +1932,13 @@ def change_files(directory, files):
     """Let the files of a queue in a copy become what is to become of them. Raises OSError; then it
     can be done again."""
     for old, new, size in files:
-        path = os.path.join(directory, new or old)
-        with contextlib.suppress(FileNotFoundError):
-            if new != old:
-                old = os.path.join(directory, old)
-                os.rename(old, path) if new else os.unlink(old)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.getsize(path) > size:
+        path = os.path.join(directory, old)
+        with contextlib.suppress(FileNotFoundError):   # it has been done before
+            if new is None:
+                os.unlink(path)
+            elif new != old:
+                os.rename(path, os.path.join(directory, new))
+            elif os.path.getsize(path) > size:
                 with open(path, "r+b") as file:
                     file.truncate(size)
                     os.fsync(file.fileno())
@@ -11832,28 +11832,29 @@ def _copy_queue(name, files, dest, have):
     after = {number: size for number, _, size in files}
     same = {number for number, fd, size in files
             if number in have and _begins_with(fd, size, path(number))}
-    new = {number: "%s~~%d" % (name, _unique_number()) for number in after if number not in same}
-    changes = len(new) + len(have - set(after)) + sum(
-        before[number] < after[number] for number in same)
+    gone, new = have - set(after), set(after) - same
+    at = {number: "%s~~%d" % (name, _unique_number()) if number in new else file_of(number)
+          for number in after}               # where they are copied to
     undone = [(file_of(number), file_of(number), before[number]) for number in have] + [
-        (file, None, 0) for file in new.values()]
-    done = [(new.get(number, file_of(number)), file_of(number), after[number])
-            for number in after] + [(file_of(number), None, 0) for number in have - set(after)]
+        (at[number], None, 0) for number in new]
+    done = [(at[number], file_of(number), after[number]) for number in after] + [
+        (file_of(number), None, 0) for number in gone]
+    changes = len(gone) + len(new) + sum(before[number] < after[number] for number in same)
     try:
         if changes > 1:                      # else it is one step
             note_files(dest, name, undone)
-        copied = sum(_copy_rest(fd, size, os.path.join(dest, new.get(number, file_of(number))))
+        copied = sum(_copy_rest(fd, size, os.path.join(dest, at[number]))
                      for number, fd, size in files)
         if changes > 1:
             note_files(dest, name, done)
-        elif changes:
+        elif gone or new:
             change_files(dest, done)
     finally:
         if changes > 1:
             finish_copy(dest)
         else:
-            for file in new.values():
-                _discard(os.path.join(dest, file))
+            for number in new:
+                _discard(os.path.join(dest, at[number]))
     return copied
 
 
