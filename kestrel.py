@@ -6468,13 +6468,16 @@ class Session:
         exist. A generator, since it may have to wait."""
         moves, naps = self.broker.moves, RETRY_MS // _LOADING_MS
         while True:
+            for number, queue in enumerate(queues, 1):
+                if queue and not queue.closed:
+                    item = queue.peek(self.now) if peek else queue.remove(opening, self.now)
+                    if item is not None:
+                        if opening:
+                            self._note_open(queue, item)
+                        return queue, item
+                if number % QUEUES_STEP == 0:
+                    yield
             queues = [queue for queue in queues if queue and not queue.closed]
-            for queue in queues:
-                item = queue.peek(self.now) if peek else queue.remove(opening, self.now)
-                if item is not None:
-                    if opening:
-                        self._note_open(queue, item)
-                    return queue, item
             more = [queue for queue in queues if queue.has_more(peek)]
             # Whether all the heads have expired, and cannot be moved yet.
             is_late = self.broker.later and more and all(map(moves.is_burying_much, more))
@@ -7291,10 +7294,10 @@ class MemcacheSession(LineSession):
         if not key.close:                    # else it is too late to refuse it
             for queue in queues:
                 self._check_opens(queue, plain=not key.open)
+        queues = [queue for queue in dict.fromkeys(queues)
+                  if not key.open or self._may_open(queue)]
         given = []
         while len(given) < key.count:
-            if key.open:
-                queues = list(filter(self._may_open, queues))
             wait = not given and key.wait > 0
             if wait:
                 self.timeout = key.wait
@@ -7315,6 +7318,12 @@ class MemcacheSession(LineSession):
             self._give(get, key, queue, item)
             if len(given) == 1:
                 turn = self.touched          # settle() and take() put a new list in its place
+            # The queues in front of it have no items. They are not tried again for each item,
+            # unless this one has come after a wait, since others may have come meanwhile.
+            if not wait:
+                del queues[:queues.index(queue)]
+            if key.open and not self._may_open(queue):
+                queues.remove(queue)
             if self.load > self.broker.share:
                 yield
         if not given:

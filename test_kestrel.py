@@ -6673,6 +6673,41 @@ def test_many_items_that_cannot_be_written_are_not_given(talk, disk):
     assert items_of(talk.broker, "q") == [b"a", b"b", b"c"]
 
 
+@pytest.mark.parametrize("place", [0, 50, 99])
+def test_a_get_of_many_items_of_many_queues_tries_each_queue_once(talk, monkeypatch, place):
+    names = ["q%d" % number for number in range(100)]
+    for name in names:
+        talk.broker.queue(name)
+    put_all(talk, names[place], *["x"] * 60)
+    tried, remove = [], kestrel.Queue.remove
+    monkeypatch.setattr(kestrel.Queue, "remove", lambda queue, *arguments: (
+        tried.append(queue), remove(queue, *arguments))[1])
+    key = "/or=".join(names) + "/open/n=%d"
+    session = talk.session()
+    session.feed(b"get %b\r\n" % (key % 50).encode(), NOW)
+    assert len(tried) < 80                             # the rest is done in later turns
+    assert talk.heard() == values(*["x"] * 50, key=key % 50)
+    assert len(tried) == place + 50
+    tried.clear()
+    assert talk("get %s\r\n" % (key % 20)) == values(*["x"] * 10, key=key % 20)
+    assert len(tried) == place + 10 + 100 - place
+
+
+def test_a_queue_that_is_named_twice_gives_no_more_than_the_limit(tmp_path):
+    talk = Talk(tmp_path, "[server]\nmax_open_transactions = 2\n")
+    put_all(talk, "q", *"abc")
+    put_all(talk, "r", *"de")
+    key = "q/or=q/or=r/or=q/open/n=5"
+    assert talk("get %s\r\n" % key) == values(*"abde", key=key)
+
+
+def test_after_a_wait_the_first_queue_comes_first_again(talk):
+    key = "high/or=low/t=500/n=4"
+    assert talk("get %s\r\n" % key) == ""
+    talk(set_("low", "a") + set_("low", "b") + set_("high", "c") + set_("high", "d"), "other")
+    assert talk.heard() == values(*"acdb", key=key)
+
+
 def test_the_first_of_several_queues(talk):
     put_all(talk, "high", "1")
     put_all(talk, "low", "2", "3")
