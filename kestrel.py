@@ -3175,7 +3175,9 @@ class Delays:
     """The items of a queue that are not available yet.
 
     items: {xid: Delayed}. due: a heap of (due, xid), which may have entries of items that are gone.
-    alarm: None, or (when the next is due, a function that cancels the alarm for it). bytes, memory:
+    ready: the Delayed for the head that are due and have left the heap, in their order; they too
+    may be gone. alarm: None, or (when the next is due, a function that cancels the alarm for it),
+    or (0, a function that cancels the alarm for the rest of those that are due). bytes, memory:
     the size of their data, and what they take of the memory. dying: the xids of open reads that no
     client can end: on their way to the dead_letter_queue, or safe in another queue.
     """
@@ -3183,6 +3185,7 @@ class Delays:
     def __init__(self):
         self.items = {}
         self.due = []
+        self.ready = []
         self.alarm = None
         self.bytes = self.memory = 0
         self.dying = set()
@@ -3197,6 +3200,7 @@ class Delays:
 
     def recount(self):
         """Derive `due`, `bytes` and `memory` from `items`."""
+        self.ready = []
         self.due = [(each.due, xid) for xid, each in self.items.items()]
         heapq.heapify(self.due)
         self.bytes = sum([_size(each.item) for each in self.items.values()])
@@ -3212,14 +3216,31 @@ class Delays:
 
     def next_due(self):
         """Return when the next is due, None if there is none."""
-        due = self.due
+        due, ready = self.due, self.ready
+        while ready and not self.holds(ready[-1]):
+            ready.pop()
+        if ready:
+            return ready[-1].due
         while due and (due[0][1] not in self.items or self.items[due[0][1]].due != due[0][0]):
             heapq.heappop(due)
         return due[0][0] if due else None
 
+    def holds(self, delayed):
+        """Return whether a Delayed is still there."""
+        return self.items.get(delayed.xid) is delayed
+
+    def pop_due(self, now):
+        """Remove the next one that is due from the heap, and return it; None if there is none."""
+        while self.due and self.due[0][0] <= now:
+            due, xid = heapq.heappop(self.due)
+            if xid in self.items and self.items[xid].due == due:
+                return self.items[xid]
+        return None
+
     def clear(self):
-        """Remove all. The caller may keep the old `items` and `due`: they are not emptied."""
-        self.items, self.due = {}, []
+        """Remove all. The caller may keep the old `items`, `due` and `ready`: they are not
+        emptied."""
+        self.items, self.due, self.ready = {}, [], []
         self.bytes = self.memory = 0
 
 
@@ -3685,12 +3706,16 @@ class Queue:
     def _watch_delays(self, now):
         """See to it that the next delayed item is released in time."""
         due, alarm = self.delays.next_due(), self.delays.alarm
-        if due is None or not self.host.later or alarm and alarm[0] <= due:
-            return
-        if alarm:
-            alarm[1]()
-        self.delays.alarm = due, self.host.later(min(max(0, due - now), _LONGEST_NAP_MS),
-                                               self._release_now)
+        if due is not None and not (alarm and alarm[0] <= due):
+            self._set_alarm(due, now)
+
+    def _set_alarm(self, due, now):
+        """Have delayed items released then. due: 0 for those that an earlier release has left."""
+        if self.host.later:
+            if self.delays.alarm:
+                self.delays.alarm[1]()
+            self.delays.alarm = due, self.host.later(min(max(0, due - now), _LONGEST_NAP_MS),
+                                                     self._release_now)
 
     def _release_now(self):
         self.delays.alarm = None
@@ -3701,26 +3726,33 @@ class Queue:
             self._serve(now)
 
     def _release(self, now):
-        """Put the delayed items that are due where they belong: those for the tail some at a time,
-        those for the head all at once, or later ones would come in front of the others. This does
-        not serve the waiters, since one of them may be being served: the alarm for these items
-        will."""
+        """Put the delayed items that are due where they belong, some at a time; an alarm goes on
+        with the rest in the next turn.
+
+        Those for the head come to stand in the order in which they are due. So all that are due
+        have to be known first; then the last one goes back first. A read that comes in between
+        finds what is there by then: one that was due later. This does not serve the waiters, since
+        one of them may be being served: the alarm will.
+        """
         delays = self.delays
         due = delays.next_due()
-        if due is None or due > now:
+        if due is None or due > now or delays.alarm and delays.alarm[0] == 0:
             return
+        limit = room = self.host.sweep_limit
         found = {}                           # what was undone may be in the heap twice
-        room = self.host.sweep_limit
-        while due is not None and due <= now and room:
-            xid = heapq.heappop(delays.due)[1]
-            found[xid] = delayed = delays.items[xid]
-            room -= not delayed.to_head
-            due = delays.next_due()
-        tails = [delayed for delayed in found.values() if not delayed.to_head]
-        heads = [delayed for delayed in found.values() if delayed.to_head]
+        while room > 0:
+            delayed = delays.pop_due(now)
+            if delayed is None:
+                break
+            found[delayed.xid] = delayed
+            room -= .25 if delayed.to_head else 1      # most of the work is to put it back
+        some = [delayed for delayed in found.values() if not delayed.to_head]
+        delays.ready += [delayed for delayed in found.values() if delayed.to_head]
+        while room > 0 and delays.ready and len(some) < limit:     # all that are due are known
+            some.append(delays.ready.pop())
         try:
             # One after the other: without a server each is written at once.
-            for delayed in tails + heads[::-1]:
+            for delayed in filter(delays.holds, some):
                 self._unhold(delayed)
                 if delayed.to_head:
                     self._push(delayed.item)
@@ -3728,9 +3760,11 @@ class Queue:
                     self._append_again(delayed.item)
                 self._log(DUE_HEAD if delayed.to_head else DUE_TAIL, delayed, delayed.xid)
         finally:                             # what could not be written is due as before
-            for xid, delayed in found.items():
-                if delays.items.get(xid) is delayed:
-                    heapq.heappush(delays.due, delayed[:2])
+            for delayed in filter(delays.holds, some):
+                heapq.heappush(delays.due, delayed[:2])
+            due = delays.next_due()
+            if due is not None and due <= now:
+                self._set_alarm(0, now)
             self._watch_delays(now)
 
     def _append_again(self, item):
@@ -3757,7 +3791,7 @@ class Queue:
         if self.delays.items:
             self.open_memory -= self.delays.memory
             gone.append((self.delays.items, self.delays.memory))
-            gone.append((self.delays.due, 0))
+            gone += (self.delays.due, 0), (self.delays.ready, 0)
             new.append((DROP, self.delays.items, 0))
             self.delays.clear()
             self._set_limits()

@@ -7553,15 +7553,81 @@ def test_a_waiter_is_given_one_item_though_a_delayed_one_is_due_too(tmp_path, ke
     assert sorted(found) == sorted(values(data, key=key + "/t=1000") for data in ("late", "now"))
 
 
-def test_many_reads_that_were_aborted_with_a_delay_come_back_in_order(tmp_path):
-    """Those beyond the first thousand came in front of these."""
-    talk = timed_talk(tmp_path)
-    items = [b"%04d" % number for number in range(kestrel.SWEEP_STEP + 500)]
+def aborted_with_a_delay(path, count):
+    talk = timed_talk(path)
+    items = [b"%04d" % number for number in range(count)]
     put_some(talk, "q", *items)
     queue = talk.broker.queues["q"]
-    xids = [item.xid for item in take(queue, len(items), open=True)]
+    xids = [item.xid for item in take(queue, count, open=True)]
+    settle(talk.broker)
     queue.abort(*xids, now=NOW, delay=1000)
-    assert data_of(take(queue, len(items), NOW + 2000)) == items
+    talk.clock.time += 1000
+    return talk, queue, items
+
+
+@pytest.mark.parametrize("steps", [1.5, 5.5])
+def test_many_reads_that_were_aborted_with_a_delay_come_back_in_order(tmp_path, steps):
+    """A part at a time. Those beyond the first thousand came in front of these."""
+    talk, queue, items = aborted_with_a_delay(tmp_path, int(steps * kestrel.SWEEP_STEP))
+    counts = [0]
+    while talk.clock.calls:
+        talk.clock.calls.pop()[2]()
+        counts.append(queue.count)
+        settle(talk.broker)
+    assert max(after - before for before, after in zip(counts, counts[1:])) <= kestrel.SWEEP_STEP
+    assert not queue.delays.alarm and not queue.delays.ready
+    assert data_of(take(queue, len(items) + 1)) == items + [None]
+
+
+def test_many_reads_in_a_turn_release_what_was_delayed_once(tmp_path):
+    """The first of them puts as much back as is done in a turn; an alarm does the rest."""
+    step = kestrel.SWEEP_STEP
+    talk, queue, items = aborted_with_a_delay(tmp_path, 3 * step)
+    assert data_of(take(queue, 3, now=NOW + 1000)) == items[-step:-step + 3]
+    for _ in range(5):                                 # these have been due as long
+        queue.add_later(b"", 1, now=NOW)
+        queue.peek(NOW + 1000)
+    assert queue.count == step - 3 and len(talk.clock.calls) == 1
+    talk.clock.calls.pop()[2]()
+    assert data_of(take(queue, 1, now=NOW + 1000)) == [items[step + 5]]
+    talk.clock.reach(10 ** 9)
+    assert not queue.delays.items and queue.count == 3 * step + 1
+
+
+@pytest.mark.parametrize("gone", ["flush", "undone"])
+def test_what_is_due_may_be_gone_before_it_is_put_back(tmp_path, disk, gone):
+    talk, queue, items = aborted_with_a_delay(tmp_path, 2 * kestrel.SWEEP_STEP)
+    if gone == "flush":
+        settle(talk.broker)
+    queue.peek(NOW + 1000)
+    assert queue.count and queue.delays.ready
+    if gone == "flush":
+        queue.flush()
+        queue.add_later(b"x", 5, now=NOW)
+        items = [b"x"]
+    else:
+        disk.failing = {"pwrite": errno.ENOSPC}
+        assert talk.broker.write()[1]
+        disk.failing = {}
+        assert not queue.count and not queue.delays.items
+        queue.abort(*queue.opens, now=NOW)
+    talk.clock.reach(10 ** 9)
+    assert data_of(take(queue, len(items) + 1)) == items + [None]
+
+
+@pytest.mark.parametrize("steps", range(1, 5))
+def test_what_was_delayed_is_put_back_in_order_after_a_failure(tmp_path, disk, steps):
+    talk, queue, items = aborted_with_a_delay(tmp_path, 3 * kestrel.SWEEP_STEP)
+    settle(talk.broker)
+    for _ in range(steps):
+        talk.clock.calls and talk.clock.calls.pop()[2]()
+    disk.failing = {"pwrite": errno.ENOSPC}
+    assert talk.broker.write()[1]
+    disk.failing = {}
+    assert not queue.count and len(queue.delays.items) == len(items)
+    while queue.delays.items:
+        queue._release_now()
+    assert data_of(take(queue, len(items) + 1)) == items + [None]
 
 
 def test_what_is_looked_at_may_be_on_disk_only(tmp_path):
