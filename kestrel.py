@@ -6189,9 +6189,25 @@ class Session:
             self.state = ENDING
         self._drop_command()
         self._kept, self._needed = None, 0
-        for queue, xids in self.open_reads.items():
-            queue.abort(*xids, now=self.now, orphaned=True)
-        self.open_reads.clear()
+        reads, self.open_reads = self.open_reads, {}
+        task = self._put_all_back(reads)
+        with contextlib.suppress(StopIteration):
+            next(task)
+            self.broker.start(task)
+
+    def _put_all_back(self, reads):
+        """A task: put open reads back, some at a time. reads: like `open_reads`."""
+        count = 0
+        for queue, xids in reads.items():
+            xids = list(xids)
+            while xids:                      # the last ones first: the others come in front
+                if count >= SWEEP_STEP or count and len(self.broker.dirty) > _MOST_DIRTY:
+                    count = 0
+                    yield
+                some = xids[-SWEEP_STEP:]
+                del xids[-SWEEP_STEP:]
+                queue.abort(*some, now=self.now, orphaned=True)
+                count += len(some)
 
     def close(self, now):
         """Note that the connection is closed. Open reads go back, and so do those that were closed

@@ -7319,6 +7319,59 @@ def test_an_answer_does_not_fail_with_what_is_done_after_it_was_written(tmp_path
     assert session.take() == [b"STORED\r\n"] and items_of(talk.broker, "q") == [b"x"]
 
 
+def with_many_open_reads(path, how):
+    """A session with open reads of 120 queues, or 2,500 of one."""
+    talk = Talk(path, "[server]\nmax_open_transactions = 5000\n")
+    names = ["q"] if how == "one queue" else ["q%d" % number for number in range(120)]
+    items = [b"%d" % number for number in range(2500 if how == "one queue" else 3)]
+    session = talk.session()
+    session.now = NOW
+    for name in names:
+        put(talk.broker, name, *items)
+        queue = talk.broker.queues[name]
+        for item in take(queue, len(items), open=True):
+            session._note_open(queue, item)
+    settle(talk.broker)
+    return talk, session, [talk.broker.queues[name] for name in names], items
+
+
+@pytest.mark.parametrize("how", ["one queue", "many queues"])
+def test_many_open_reads_of_a_client_that_leaves_go_back_in_steps(tmp_path, how):
+    talk, session, queues, items = with_many_open_reads(tmp_path, how)
+    session.close(NOW)
+    steps = 0
+    while talk.broker.tasks or talk.broker.dirty:
+        assert len(talk.broker.dirty) <= 51
+        assert sum([len(queue.history.ops) for queue in queues]) <= 1000
+        commit(talk.broker, NOW)
+        steps += 1
+    assert steps >= 3 and not session.open_reads
+    for queue in queues:
+        assert data_of(queue.items) == items and not queue.opens
+
+
+def test_a_queue_is_deleted_while_many_open_reads_go_back(tmp_path):
+    talk, session, queues, items = with_many_open_reads(tmp_path, "many queues")
+    session.close(NOW)
+    talk.broker.delete(queues[0])
+    talk.broker.delete(queues[-1])
+    settle(talk.broker)
+    run_tasks(talk.broker)
+    assert [data_of(queue.items) for queue in queues] == [[]] + [items] * 118 + [[]]
+
+
+@promise(3)
+def test_the_server_stops_while_many_open_reads_go_back(tmp_path):
+    talk, session, queues, items = with_many_open_reads(tmp_path, "one queue")
+    session.close(NOW)
+    assert talk.broker.tasks
+    for queue in queues:                               # as Server._stop() does
+        queue.abort(*queue.opens, now=NOW)
+    run_tasks(talk.broker)
+    talk.broker.write()
+    assert data_of(queues[0].items) == items
+
+
 def with_an_open_read(tmp_path):
     """A session that has an item of q open, which is safe."""
     talk = Talk(tmp_path, "[queue]\nsync_journal = 0\n")
