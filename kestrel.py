@@ -7383,13 +7383,17 @@ class MemcacheSession(LineSession):
     def _end_beyond(self, queues, key):
         """Close, abort or touch the oldest open reads of these queues; return the queues that had
         any, as {queue: position}."""
-        # One that has timed out cannot be touched any more.
-        reads = sorted([(number, queue.name, xid) for queue in queues
-                        for xid, (_, number, _) in self.open_reads.get(queue, {}).items()
-                        if not key.touch or queue.is_open(xid)])[:key.count]
+        def reads_of(queue):                 # the oldest first; no two have the same number
+            for xid, (_, number, _) in self.open_reads[queue].items():
+                # One that has timed out cannot be touched any more.
+                if not key.touch or queue.is_open(xid):
+                    yield number, queue, xid
+
+        queues = [queue for queue in dict.fromkeys(queues) if queue in self.open_reads]
+        self.load += len(queues) * _COMMAND_COST
         ended = {}
-        for _, name, xid in reads:
-            ended.setdefault(self.broker.queues[name], []).append(xid)
+        for _, queue, xid in itertools.islice(heapq.merge(*map(reads_of, queues)), key.count):
+            ended.setdefault(queue, []).append(xid)
         for queue, xids in ended.items():
             if key.touch:
                 for xid in xids:

@@ -6701,6 +6701,27 @@ def test_a_queue_that_is_named_twice_gives_no_more_than_the_limit(tmp_path):
     assert talk("get %s\r\n" % key) == values(*"abde", key=key)
 
 
+def test_the_oldest_open_reads_of_many_queues_are_found_quickly(tmp_path, monkeypatch):
+    """Counted, not timed; and what it costs is counted too, so that others have their turn."""
+    talk = Talk(tmp_path)
+    names = ["q%d" % number for number in range(50)]
+    for name in names:
+        put_all(talk, name, *"abcd")
+    for name in names[::-1] * 4:
+        talk("get %s/open\r\n" % name)
+    looks, is_open = [], kestrel.Queue.is_open
+    monkeypatch.setattr(kestrel.Queue, "is_open", lambda queue, xid: (
+        looks.append(xid), is_open(queue, xid))[1])
+    session = talk.session()
+    key = "/or=".join(names + names[:1])
+    session.feed(b"get %b/touch/n=3\r\n" % key.encode(), NOW)
+    assert len(looks) < 70 and session.load > 50000
+    assert talk.heard() == "END\r\n"
+    monkeypatch.undo()
+    assert talk("get %s/close/n=120\r\n" % key) == "END\r\n"
+    assert [len(talk.broker.queues[name].opens) for name in names] == [2] * 30 + [1] * 20
+
+
 def test_after_a_wait_the_first_queue_comes_first_again(talk):
     key = "high/or=low/t=500/n=4"
     assert talk("get %s\r\n" % key) == ""
