@@ -3241,7 +3241,9 @@ class Delays:
     """The items of a queue that are not available yet.
 
     items: {xid: Delayed}. due: a heap of (due, xid), which may have entries of items that are gone.
-    alarm: None, or (when the next is due, a function that cancels the alarm for it). bytes, memory:
+    ready: the Delayed for the head that are due and have left the heap, in their order; they too
+    may be gone. alarm: None, or (when the next is due, a function that cancels the alarm for it),
+    or (0, a function that cancels the alarm for the rest of those that are due). bytes, memory:
     the size of their data, and what they take of the memory. dying: the xids of open reads that no
     client can end: on their way to the dead_letter_queue, or safe in another queue.
     """
@@ -3249,6 +3251,7 @@ class Delays:
     def __init__(self):
         self.items = {}
         self.due = []
+        self.ready = []
         self.alarm = None
         self.bytes = self.memory = 0
         self.dying = set()
@@ -3263,6 +3266,7 @@ class Delays:
 
     def recount(self):
         """Derive `due`, `bytes` and `memory` from `items`."""
+        self.ready = []
         self.due = [(each.due, xid) for xid, each in self.items.items()]
         heapq.heapify(self.due)
         self.bytes = sum([_size(each.item) for each in self.items.values()])
@@ -3278,14 +3282,31 @@ class Delays:
 
     def next_due(self):
         """Return when the next is due, None if there is none."""
-        due = self.due
+        due, ready = self.due, self.ready
+        while ready and not self.holds(ready[-1]):
+            ready.pop()
+        if ready:
+            return ready[-1].due
         while due and (due[0][1] not in self.items or self.items[due[0][1]].due != due[0][0]):
             heapq.heappop(due)
         return due[0][0] if due else None
 
+    def holds(self, delayed):
+        """Return whether a Delayed is still there."""
+        return self.items.get(delayed.xid) is delayed
+
+    def pop_due(self, now):
+        """Remove the next one that is due from the heap, and return it; None if there is none."""
+        while self.due and self.due[0][0] <= now:
+            due, xid = heapq.heappop(self.due)
+            if xid in self.items and self.items[xid].due == due:
+                return self.items[xid]
+        return None
+
     def clear(self):
-        """Remove all. The caller may keep the old `items` and `due`: they are not emptied."""
-        self.items, self.due = {}, []
+        """Remove all. The caller may keep the old `items`, `due` and `ready`: they are not
+        emptied."""
+        self.items, self.due, self.ready = {}, [], []
         self.bytes = self.memory = 0
 
 
@@ -3751,12 +3772,16 @@ class Queue:
     def _watch_delays(self, now):
         """See to it that the next delayed item is released in time."""
         due, alarm = self.delays.next_due(), self.delays.alarm
-        if due is None or not self.host.later or alarm and alarm[0] <= due:
-            return
-        if alarm:
-            alarm[1]()
-        self.delays.alarm = due, self.host.later(min(max(0, due - now), _LONGEST_NAP_MS),
-                                               self._release_now)
+        if due is not None and not (alarm and alarm[0] <= due):
+            self._set_alarm(due, now)
+
+    def _set_alarm(self, due, now):
+        """Have delayed items released then. due: 0 for those that an earlier release has left."""
+        if self.host.later:
+            if self.delays.alarm:
+                self.delays.alarm[1]()
+            self.delays.alarm = due, self.host.later(min(max(0, due - now), _LONGEST_NAP_MS),
+                                                     self._release_now)
 
     def _release_now(self):
         self.delays.alarm = None
@@ -3767,26 +3792,33 @@ class Queue:
             self._serve(now)
 
     def _release(self, now):
-        """Put the delayed items that are due where they belong: those for the tail some at a time,
-        those for the head all at once, or later ones would come in front of the others. This does
-        not serve the waiters, since one of them may be being served: the alarm for these items
-        will."""
+        """Put the delayed items that are due where they belong, some at a time; an alarm goes on
+        with the rest in the next turn.
+
+        Those for the head come to stand in the order in which they are due. So all that are due
+        have to be known first; then the last one goes back first. A read that comes in between
+        finds what is there by then: one that was due later. This does not serve the waiters, since
+        one of them may be being served: the alarm will.
+        """
         delays = self.delays
         due = delays.next_due()
-        if due is None or due > now:
+        if due is None or due > now or delays.alarm and delays.alarm[0] == 0:
             return
+        limit = room = self.host.sweep_limit
         found = {}                           # what was undone may be in the heap twice
-        room = self.host.sweep_limit
-        while due is not None and due <= now and room:
-            xid = heapq.heappop(delays.due)[1]
-            found[xid] = delayed = delays.items[xid]
-            room -= not delayed.to_head
-            due = delays.next_due()
-        tails = [delayed for delayed in found.values() if not delayed.to_head]
-        heads = [delayed for delayed in found.values() if delayed.to_head]
+        while room > 0:
+            delayed = delays.pop_due(now)
+            if delayed is None:
+                break
+            found[delayed.xid] = delayed
+            room -= .25 if delayed.to_head else 1      # most of the work is to put it back
+        some = [delayed for delayed in found.values() if not delayed.to_head]
+        delays.ready += [delayed for delayed in found.values() if delayed.to_head]
+        while room > 0 and delays.ready and len(some) < limit:     # all that are due are known
+            some.append(delays.ready.pop())
         try:
             # One after the other: without a server each is written at once.
-            for delayed in tails + heads[::-1]:
+            for delayed in filter(delays.holds, some):
                 self._unhold(delayed)
                 if delayed.to_head:
                     self._push(delayed.item)
@@ -3794,9 +3826,11 @@ class Queue:
                     self._append_again(delayed.item)
                 self._log(DUE_HEAD if delayed.to_head else DUE_TAIL, delayed, delayed.xid)
         finally:                             # what could not be written is due as before
-            for xid, delayed in found.items():
-                if delays.items.get(xid) is delayed:
-                    heapq.heappush(delays.due, delayed[:2])
+            for delayed in filter(delays.holds, some):
+                heapq.heappush(delays.due, delayed[:2])
+            due = delays.next_due()
+            if due is not None and due <= now:
+                self._set_alarm(0, now)
             self._watch_delays(now)
 
     def _append_again(self, item):
@@ -3823,7 +3857,7 @@ class Queue:
         if self.delays.items:
             self.open_memory -= self.delays.memory
             gone.append((self.delays.items, self.delays.memory))
-            gone.append((self.delays.due, 0))
+            gone += (self.delays.due, 0), (self.delays.ready, 0)
             new.append((DROP, self.delays.items, 0))
             self.delays.clear()
             self._set_limits()
@@ -6227,9 +6261,25 @@ class Session:
             self.state = ENDING
         self._drop_command()
         self._kept, self._needed = None, 0
-        for queue, xids in self.open_reads.items():
-            queue.abort(*xids, now=self.now, orphaned=True)
-        self.open_reads.clear()
+        reads, self.open_reads = self.open_reads, {}
+        task = self._put_all_back(reads)
+        with contextlib.suppress(StopIteration):
+            next(task)
+            self.broker.start(task)
+
+    def _put_all_back(self, reads):
+        """A task: put open reads back, some at a time. reads: like `open_reads`."""
+        count = 0
+        for queue, xids in reads.items():
+            xids = list(xids)
+            while xids:                      # the last ones first: the others come in front
+                if count >= SWEEP_STEP or count and len(self.broker.dirty) > _MOST_DIRTY:
+                    count = 0
+                    yield
+                some = xids[-SWEEP_STEP:]
+                del xids[-SWEEP_STEP:]
+                queue.abort(*some, now=self.now, orphaned=True)
+                count += len(some)
 
     def close(self, now):
         """Note that the connection is closed. Open reads go back, and so do those that were closed
@@ -6540,13 +6590,16 @@ class Session:
         exist. A generator, since it may have to wait."""
         moves, naps = self.broker.moves, RETRY_MS // _LOADING_MS
         while True:
+            for number, queue in enumerate(queues, 1):
+                if queue and not queue.closed:
+                    item = queue.peek(self.now) if peek else queue.remove(opening, self.now)
+                    if item is not None:
+                        if opening:
+                            self._note_open(queue, item)
+                        return queue, item
+                if number % QUEUES_STEP == 0:
+                    yield
             queues = [queue for queue in queues if queue and not queue.closed]
-            for queue in queues:
-                item = queue.peek(self.now) if peek else queue.remove(opening, self.now)
-                if item is not None:
-                    if opening:
-                        self._note_open(queue, item)
-                    return queue, item
             more = [queue for queue in queues if queue.has_more(peek)]
             # Whether all the heads have expired, and cannot be moved yet.
             is_late = self.broker.later and more and all(map(moves.is_burying_much, more))
@@ -7364,10 +7417,10 @@ class MemcacheSession(LineSession):
         if not key.close:                    # else it is too late to refuse it
             for queue in queues:
                 self._check_opens(queue, plain=not key.open)
+        queues = [queue for queue in dict.fromkeys(queues)
+                  if not key.open or self._may_open(queue)]
         given = []
         while len(given) < key.count:
-            if key.open:
-                queues = list(filter(self._may_open, queues))
             wait = not given and key.wait > 0
             if wait:
                 self.timeout = key.wait
@@ -7388,6 +7441,12 @@ class MemcacheSession(LineSession):
             self._give(get, key, queue, item)
             if len(given) == 1:
                 turn = self.touched          # settle() and take() put a new list in its place
+            # The queues in front of it have no items. They are not tried again for each item,
+            # unless this one has come after a wait, since others may have come meanwhile.
+            if not wait:
+                del queues[:queues.index(queue)]
+            if key.open and not self._may_open(queue):
+                queues.remove(queue)
             if self.load > self.broker.share:
                 yield
         if not given:
@@ -7397,13 +7456,17 @@ class MemcacheSession(LineSession):
     def _end_beyond(self, queues, key):
         """Close, abort or touch the oldest open reads of these queues; return the queues that had
         any, as {queue: position}."""
-        # One that has timed out cannot be touched any more.
-        reads = sorted([(number, queue.name, xid) for queue in queues
-                        for xid, (_, number, _) in self.open_reads.get(queue, {}).items()
-                        if not key.touch or queue.is_open(xid)])[:key.count]
+        def reads_of(queue):                 # the oldest first; no two have the same number
+            for xid, (_, number, _) in self.open_reads[queue].items():
+                # One that has timed out cannot be touched any more.
+                if not key.touch or queue.is_open(xid):
+                    yield number, queue, xid
+
+        queues = [queue for queue in dict.fromkeys(queues) if queue in self.open_reads]
+        self.load += len(queues) * _COMMAND_COST
         ended = {}
-        for _, name, xid in reads:
-            ended.setdefault(self.broker.queues[name], []).append(xid)
+        for _, queue, xid in itertools.islice(heapq.merge(*map(reads_of, queues)), key.count):
+            ended.setdefault(queue, []).append(xid)
         for queue, xids in ended.items():
             if key.touch:
                 for xid in xids:

@@ -6715,6 +6715,62 @@ def test_many_items_that_cannot_be_written_are_not_given(talk, disk):
     assert items_of(talk.broker, "q") == [b"a", b"b", b"c"]
 
 
+@pytest.mark.parametrize("place", [0, 50, 99])
+def test_a_get_of_many_items_of_many_queues_tries_each_queue_once(talk, monkeypatch, place):
+    names = ["q%d" % number for number in range(100)]
+    for name in names:
+        talk.broker.queue(name)
+    put_all(talk, names[place], *["x"] * 60)
+    tried, remove = [], kestrel.Queue.remove
+    monkeypatch.setattr(kestrel.Queue, "remove", lambda queue, *arguments: (
+        tried.append(queue), remove(queue, *arguments))[1])
+    key = "/or=".join(names) + "/open/n=%d"
+    session = talk.session()
+    session.feed(b"get %b\r\n" % (key % 50).encode(), NOW)
+    assert len(tried) < 80                             # the rest is done in later turns
+    assert talk.heard() == values(*["x"] * 50, key=key % 50)
+    assert len(tried) == place + 50
+    tried.clear()
+    assert talk("get %s\r\n" % (key % 20)) == values(*["x"] * 10, key=key % 20)
+    assert len(tried) == place + 10 + 100 - place
+
+
+def test_a_queue_that_is_named_twice_gives_no_more_than_the_limit(tmp_path):
+    talk = Talk(tmp_path, "[server]\nmax_open_transactions = 2\n")
+    put_all(talk, "q", *"abc")
+    put_all(talk, "r", *"de")
+    key = "q/or=q/or=r/or=q/open/n=5"
+    assert talk("get %s\r\n" % key) == values(*"abde", key=key)
+
+
+def test_the_oldest_open_reads_of_many_queues_are_found_quickly(tmp_path, monkeypatch):
+    """Counted, not timed; and what it costs is counted too, so that others have their turn."""
+    talk = Talk(tmp_path)
+    names = ["q%d" % number for number in range(50)]
+    for name in names:
+        put_all(talk, name, *"abcd")
+    for name in names[::-1] * 4:
+        talk("get %s/open\r\n" % name)
+    looks, is_open = [], kestrel.Queue.is_open
+    monkeypatch.setattr(kestrel.Queue, "is_open", lambda queue, xid: (
+        looks.append(xid), is_open(queue, xid))[1])
+    session = talk.session()
+    key = "/or=".join(names + names[:1])
+    session.feed(b"get %b/touch/n=3\r\n" % key.encode(), NOW)
+    assert len(looks) < 70 and session.load > 50000
+    assert talk.heard() == "END\r\n"
+    monkeypatch.undo()
+    assert talk("get %s/close/n=120\r\n" % key) == "END\r\n"
+    assert [len(talk.broker.queues[name].opens) for name in names] == [2] * 30 + [1] * 20
+
+
+def test_after_a_wait_the_first_queue_comes_first_again(talk):
+    key = "high/or=low/t=500/n=4"
+    assert talk("get %s\r\n" % key) == ""
+    talk(set_("low", "a") + set_("low", "b") + set_("high", "c") + set_("high", "d"), "other")
+    assert talk.heard() == values(*"acdb", key=key)
+
+
 def test_the_first_of_several_queues(talk):
     put_all(talk, "high", "1")
     put_all(talk, "low", "2", "3")
@@ -7326,6 +7382,59 @@ def test_an_answer_does_not_fail_with_what_is_done_after_it_was_written(tmp_path
     assert session.take() == [b"STORED\r\n"] and items_of(talk.broker, "q") == [b"x"]
 
 
+def with_many_open_reads(path, how):
+    """A session with open reads of 120 queues, or 2,500 of one."""
+    talk = Talk(path, "[server]\nmax_open_transactions = 5000\n")
+    names = ["q"] if how == "one queue" else ["q%d" % number for number in range(120)]
+    items = [b"%d" % number for number in range(2500 if how == "one queue" else 3)]
+    session = talk.session()
+    session.now = NOW
+    for name in names:
+        put(talk.broker, name, *items)
+        queue = talk.broker.queues[name]
+        for item in take(queue, len(items), open=True):
+            session._note_open(queue, item)
+    settle(talk.broker)
+    return talk, session, [talk.broker.queues[name] for name in names], items
+
+
+@pytest.mark.parametrize("how", ["one queue", "many queues"])
+def test_many_open_reads_of_a_client_that_leaves_go_back_in_steps(tmp_path, how):
+    talk, session, queues, items = with_many_open_reads(tmp_path, how)
+    session.close(NOW)
+    steps = 0
+    while talk.broker.tasks or talk.broker.dirty:
+        assert len(talk.broker.dirty) <= 51
+        assert sum([len(queue.history.ops) for queue in queues]) <= 1000
+        commit(talk.broker, NOW)
+        steps += 1
+    assert steps >= 3 and not session.open_reads
+    for queue in queues:
+        assert data_of(queue.items) == items and not queue.opens
+
+
+def test_a_queue_is_deleted_while_many_open_reads_go_back(tmp_path):
+    talk, session, queues, items = with_many_open_reads(tmp_path, "many queues")
+    session.close(NOW)
+    talk.broker.delete(queues[0])
+    talk.broker.delete(queues[-1])
+    settle(talk.broker)
+    run_tasks(talk.broker)
+    assert [data_of(queue.items) for queue in queues] == [[]] + [items] * 118 + [[]]
+
+
+@promise(3)
+def test_the_server_stops_while_many_open_reads_go_back(tmp_path):
+    talk, session, queues, items = with_many_open_reads(tmp_path, "one queue")
+    session.close(NOW)
+    assert talk.broker.tasks
+    for queue in queues:                               # as Server._stop() does
+        queue.abort(*queue.opens, now=NOW)
+    run_tasks(talk.broker)
+    talk.broker.write()
+    assert data_of(queues[0].items) == items
+
+
 def with_an_open_read(tmp_path):
     """A session that has an item of q open, which is safe."""
     talk = Talk(tmp_path, "[queue]\nsync_journal = 0\n")
@@ -7560,15 +7669,81 @@ def test_a_waiter_is_given_one_item_though_a_delayed_one_is_due_too(tmp_path, ke
     assert sorted(found) == sorted(values(data, key=key + "/t=1000") for data in ("late", "now"))
 
 
-def test_many_reads_that_were_aborted_with_a_delay_come_back_in_order(tmp_path):
-    """Those beyond the first thousand came in front of these."""
-    talk = timed_talk(tmp_path)
-    items = [b"%04d" % number for number in range(kestrel.SWEEP_STEP + 500)]
+def aborted_with_a_delay(path, count):
+    talk = timed_talk(path)
+    items = [b"%04d" % number for number in range(count)]
     put_some(talk, "q", *items)
     queue = talk.broker.queues["q"]
-    xids = [item.xid for item in take(queue, len(items), open=True)]
+    xids = [item.xid for item in take(queue, count, open=True)]
+    settle(talk.broker)
     queue.abort(*xids, now=NOW, delay=1000)
-    assert data_of(take(queue, len(items), NOW + 2000)) == items
+    talk.clock.time += 1000
+    return talk, queue, items
+
+
+@pytest.mark.parametrize("steps", [1.5, 5.5])
+def test_many_reads_that_were_aborted_with_a_delay_come_back_in_order(tmp_path, steps):
+    """A part at a time. Those beyond the first thousand came in front of these."""
+    talk, queue, items = aborted_with_a_delay(tmp_path, int(steps * kestrel.SWEEP_STEP))
+    counts = [0]
+    while talk.clock.calls:
+        talk.clock.calls.pop()[2]()
+        counts.append(queue.count)
+        settle(talk.broker)
+    assert max(after - before for before, after in zip(counts, counts[1:])) <= kestrel.SWEEP_STEP
+    assert not queue.delays.alarm and not queue.delays.ready
+    assert data_of(take(queue, len(items) + 1)) == items + [None]
+
+
+def test_many_reads_in_a_turn_release_what_was_delayed_once(tmp_path):
+    """The first of them puts as much back as is done in a turn; an alarm does the rest."""
+    step = kestrel.SWEEP_STEP
+    talk, queue, items = aborted_with_a_delay(tmp_path, 3 * step)
+    assert data_of(take(queue, 3, now=NOW + 1000)) == items[-step:-step + 3]
+    for _ in range(5):                                 # these have been due as long
+        queue.add_later(b"", 1, now=NOW)
+        queue.peek(NOW + 1000)
+    assert queue.count == step - 3 and len(talk.clock.calls) == 1
+    talk.clock.calls.pop()[2]()
+    assert data_of(take(queue, 1, now=NOW + 1000)) == [items[step + 5]]
+    talk.clock.reach(10 ** 9)
+    assert not queue.delays.items and queue.count == 3 * step + 1
+
+
+@pytest.mark.parametrize("gone", ["flush", "undone"])
+def test_what_is_due_may_be_gone_before_it_is_put_back(tmp_path, disk, gone):
+    talk, queue, items = aborted_with_a_delay(tmp_path, 2 * kestrel.SWEEP_STEP)
+    if gone == "flush":
+        settle(talk.broker)
+    queue.peek(NOW + 1000)
+    assert queue.count and queue.delays.ready
+    if gone == "flush":
+        queue.flush()
+        queue.add_later(b"x", 5, now=NOW)
+        items = [b"x"]
+    else:
+        disk.failing = {"pwrite": errno.ENOSPC}
+        assert talk.broker.write()[1]
+        disk.failing = {}
+        assert not queue.count and not queue.delays.items
+        queue.abort(*queue.opens, now=NOW)
+    talk.clock.reach(10 ** 9)
+    assert data_of(take(queue, len(items) + 1)) == items + [None]
+
+
+@pytest.mark.parametrize("steps", range(1, 5))
+def test_what_was_delayed_is_put_back_in_order_after_a_failure(tmp_path, disk, steps):
+    talk, queue, items = aborted_with_a_delay(tmp_path, 3 * kestrel.SWEEP_STEP)
+    settle(talk.broker)
+    for _ in range(steps):
+        talk.clock.calls and talk.clock.calls.pop()[2]()
+    disk.failing = {"pwrite": errno.ENOSPC}
+    assert talk.broker.write()[1]
+    disk.failing = {}
+    assert not queue.count and len(queue.delays.items) == len(items)
+    while queue.delays.items:
+        queue._release_now()
+    assert data_of(take(queue, len(items) + 1)) == items + [None]
 
 
 def test_what_is_looked_at_may_be_on_disk_only(tmp_path):
