@@ -5601,6 +5601,7 @@ class Broker:
         self._totals = Totals(0, 0, 0, 0)
         self._cas = itertools.count(1)
         self.clients = {}                 # session -> (its number, when it came)
+        self.numbered = {}                # number -> session
         self.reloaded = []                # calls to be made after each reload
         self.failing = {}                 # queue -> Failure, while its journal fails
         self.refused = collections.Counter()      # reason -> commands refused for it
@@ -5608,6 +5609,7 @@ class Broker:
         self.free_space = None            # bytes left for the spool, None until that is known
         self.low_space = ""               # why nothing can be put, if these are too few
         self._failed = {}                 # queue -> OSError, since the last write()
+        self._overdue = {}                # queue -> xids that have timed out, to be logged
         self._reloads = []                # (who, done) of each reload that was asked for
         self._strangers = set()           # (host, what it did) that the log has told of
         self._grace = lambda: None        # cancels the end of the grace period of the status
@@ -5755,12 +5757,15 @@ class Broker:
     def admit(self, session):
         """Note that a client has come."""
         self.stats.total_connections += 1
-        self.clients[session] = self.stats.total_connections, self.uptime()
+        number = self.stats.total_connections
+        self.clients[session] = number, self.uptime()
+        self.numbered[number] = session
         self._count_clients()
 
     def dismiss(self, session):
         """Note that a client has gone."""
-        del self.clients[session]
+        number, _ = self.clients.pop(session)
+        del self.numbered[number]
         self._count_clients()
 
     def _count_clients(self):
@@ -5949,13 +5954,22 @@ class Broker:
         self.note_failure(queue, error, "read")
 
     def timed_out(self, queue, xids):
-        """Log the clients whose open reads go back, since their time is over."""
-        overdue = set(xids)
-        for session in self.clients:
-            count = len(overdue.intersection(session.open_reads.get(queue, ())))
-            if count:
-                log.warning("%s: %d open reads of %s have timed out", session.who, count,
-                            queue.name)
+        """Have the clients logged whose open reads go back, since their time is over."""
+        if not self._overdue:
+            self.start(self._log_overdue())
+        self._overdue.setdefault(queue, set()).update(xids)
+
+    def _log_overdue(self):
+        """A task: look once for all clients with open reads that have timed out in this turn."""
+        overdue, self._overdue = self._overdue, {}
+        for number, session in enumerate(list(self.clients), 1):
+            for queue in overdue.keys() & session.open_reads.keys():
+                count = len(overdue[queue].intersection(session.open_reads[queue]))
+                if count:
+                    log.warning("%s: %d open reads of %s have timed out", session.who, count,
+                                queue.name)
+            if number % SWEEP_STEP == 0:
+                yield
 
     def note_failure(self, queue, error, what):
         """Note that a journal cannot be written, fsynced or read; log it the first time."""
@@ -6836,8 +6850,7 @@ class Session:
 
     def _kick(self, number):
         """Hang up on a client; return whether there is one of that number."""
-        session = next((session for session, (known, _) in self.broker.clients.items()
-                        if known == number), None)
+        session = self.broker.numbered.get(number)
         if session:
             log.info("%s: kicked by %s", session.who, self.who)
             session.end()

@@ -7382,6 +7382,47 @@ def test_an_answer_does_not_fail_with_what_is_done_after_it_was_written(tmp_path
     assert session.take() == [b"STORED\r\n"] and items_of(talk.broker, "q") == [b"x"]
 
 
+def test_a_kick_looks_at_no_other_client(talk):
+    class Clients(dict):
+        def __iter__(self):
+            raise AssertionError("all of them")
+
+        items = keys = values = __iter__
+
+    broker = talk.broker
+    broker.clients = Clients()
+    for name in ("one", "two"):
+        broker.admit(talk.session(name))
+    assert talk("kick 3\r\nkick 2\r\n", "one") == "NOT_FOUND\r\nOK\r\n"
+    assert talk.session("two").is_over() and not talk.session("one").is_over()
+    broker.dismiss(talk.session("two"))
+    assert talk("kick 2\r\n", "one") == "NOT_FOUND\r\n"
+
+
+def test_all_reads_that_time_out_in_a_turn_are_logged_in_one_look_at_the_clients(tmp_path, caplog):
+    class Reads(dict):
+        looks = 0
+
+        def keys(self):
+            Reads.looks += 1
+            return super().keys()
+
+        get = None
+
+    talk = timed_talk(tmp_path, "[queue]\nopen_transaction_timeout = 100ms\n")
+    names = ["q%d" % number for number in range(20)]
+    for number in range(30):
+        session = talk.session(number)
+        talk.broker.admit(session)
+        for name in names[number:]:
+            talk("%sget %s/open\r\n" % (set_(name, "x"), name), number)
+        session.open_reads = Reads(session.open_reads)
+    talk.clock.reach(120)
+    settle(talk.broker)
+    assert Reads.looks == 30 and caplog.text.count(" 1 open reads of q") == 210
+    assert not talk.broker.queues["q19"].opens and talk.broker.queues["q19"].count == 20
+
+
 def with_many_open_reads(path, how):
     """A session with open reads of 120 queues, or 2,500 of one."""
     talk = Talk(path, "[server]\nmax_open_transactions = 5000\n")
@@ -10385,8 +10426,9 @@ def test_the_log_says_whose_read_has_timed_out(serve, caplog):
     slow.put("q", b"x")
     assert slow.get("q/open") == b"x"
     assert other.get("q/t=20000") == b"x"
-    assert "memcache client 127.0.0.1:%d: 1 open reads of q have timed out" % (
-        slow.sock.getsockname()[1]) in caplog.text
+    said = "memcache client 127.0.0.1:%d: 1 open reads of q have timed out" % (
+        slow.sock.getsockname()[1])
+    until(lambda: said in caplog.text)
 
 
 def test_refusals_are_counted_by_reason(talk):
