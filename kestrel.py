@@ -3797,8 +3797,8 @@ class Queue:
 
         Those for the head come to stand in the order in which they are due. So all that are due
         have to be known first; then the last one goes back first. A read that comes in between
-        finds what is there by then: one that was due later. This does not serve the waiters, since
-        one of them may be being served: the alarm will.
+        finds what is there by then: one that was due later, or nothing. This does not serve the
+        waiters, since one of them may be being served: the alarm will.
         """
         delays = self.delays
         due = delays.next_due()
