@@ -619,7 +619,9 @@ class Config:
         for key, path in paths:
             directory = os.path.dirname(path) or "."
             where = "command line" if key in self.overrides else "server"
-            if path and not os.path.isdir(directory):
+            if not path:
+                continue
+            if not os.path.isdir(directory):
                 self._note("%s: there is no directory %s" % (key, directory), where, key)
             elif key != "listen" and "." not in os.path.basename(path) and (
                     os.path.abspath(directory) == os.path.abspath(settings.queue_path)):
@@ -7265,7 +7267,7 @@ class MemcacheSession(LineSession):
         if not stored:
             broker.refused["full"] += 1
         out = self.out
-        # Also if it wants no answer: it must not send more than can be written.
+        # A client that wants no answer waits too: it must not send more than can be written.
         self.touched.append((queue, len(out), 1, True))
         out.append(b"" if words[-1] == b"noreply" else
                    b"STORED\r\n" if stored else b"NOT_STORED\r\n")
@@ -11559,7 +11561,7 @@ def _start_server(config):
     gc.disable()
     try:
         _set_up_log(config.server)
-    except OSError as error:                 # under systemd it may be readable for root only
+    except OSError as error:                 # systemd would start it again and again
         raise ConfigError("kestrel.py: %s: %s" % (error.filename, error.strerror)) from None
     _handle_first_signals()
     _raise_file_limit()

@@ -1219,6 +1219,10 @@ def test_files_that_would_be_taken_for_queues(tmp_path, key, name, is_mistake):
             "for a queue" % (tmp_path / "kestrel.conf", key)
 
 
+def test_the_spool_may_be_the_working_directory():
+    assert kestrel.Config(None, {"queue_path": "."}).server.log_file == ""
+
+
 @pytest.mark.parametrize("text, mistakes", [
     # Each setting and each section by itself,
     ("[server]\nmemcache_prot = 5\ntext_port = many\n[queues]\n[alias a]\n[queue a/b]\nmax_age = 5\n",
