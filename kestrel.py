@@ -1964,6 +1964,29 @@ def finish_copy(directory):
         _raise(_fsync_directory(marks))
 
 
+# A directory in a spool that is locked while a copy is made, since it was last touched.
+COPY_LOCK = ".copying"
+
+# How long a server moves no items because a copy is being made.
+COPY_SECONDS = 10
+
+
+def is_being_copied(directory):
+    """Return whether no item may leave a queue of a spool for another one, since a copy is being
+    made that may have the other one already."""
+    try:
+        fd = os.open(os.path.join(directory, COPY_LOCK), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        return is_short_of_descriptors(error)          # as a rule there is none
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return 0 <= time.time() - os.fstat(fd).st_mtime < COPY_SECONDS      # else it hangs
+    finally:
+        os.close(fd)
+
+
 def find_journals(directory, only=None):
     """Return {queue name: [numbers of its older files]} of a spool, tidied up on the way.
 
@@ -5471,6 +5494,8 @@ class Moves:
         failure = yield first.when_lasting       # no power failure may take them from both
         if failure:
             return 0, failure
+        while is_being_copied(self._broker.spool):     # else a copy might have them in neither
+            yield _LOADING_MS
         for queue in others:
             left = moving[:count] if queue is not source else []     # a child would have it again
             while left and not queue.closed:
@@ -11826,15 +11851,17 @@ def _verify(spool, as_json):
 # How often the files of a queue are opened anew if they change meanwhile.
 _COPY_TRIES = 60
 
+# How often all queues are looked at if that takes longer than a server moves no items. The first
+# copy may take long; what has changed since is copied soon.
+_PASSES = 4
+
 
 def copy_spool(source: str, dest: str) -> int:
     """Bring the copy of a spool up to date, which a server may be using; return how many bytes were
     copied. No server may use the copy, see _lock_spool(). Each queue is copied as it is at a moment
-    of its own: an item that is moved to a queue that has been copied, from one that has not, is
-    missing until the next pass. Raises OSError, also if what is at `dest` is no copy, or a server
-    has used it: it would be deleted."""
-    copied = 0
-    inodes, there = _current_inodes(source), _journal_names(source)
+    of its own. Raises OSError, also if what is at `dest` is no copy, or a server has used it: it
+    would be deleted."""
+    there = _journal_names(source)
     mark = os.path.join(dest, COPY_MARK)
     if os.path.samefile(source, dest):
         raise OSError(errno.EINVAL, "the spool and its copy are the same", dest)
@@ -11847,7 +11874,44 @@ def copy_spool(source: str, dest: str) -> int:
         raise OSError(errno.ENOENT, "there are no journals, but the copy has some: is this the "
                       "right spool?", source)
     find_journals(dest)                      # finish what was broken off
-    have = _journal_names(dest)
+    copied = 0
+    for _ in range(_PASSES):
+        start = time.monotonic()
+        lock = _hold_moves(source)
+        try:
+            copied += _copy_queues(source, dest)
+        finally:
+            os.close(lock)
+        if time.monotonic() - start < COPY_SECONDS:
+            return copied
+    raise OSError(errno.EAGAIN, "copying takes so long that what a server has moved from one queue "
+                  "to another meanwhile may be missing", source)
+
+
+def _hold_moves(spool):
+    """Have the server that uses a spool move no items between queues for now: an item that goes
+    from a queue that is copied later to one that has been copied would be missing in the copy.
+    Return a descriptor, which is to be closed."""
+    path = os.path.join(spool, COPY_LOCK)
+    try:
+        if not os.path.isdir(path):
+            os.mkdir(path)
+            os.chmod(path, 0o755)            # the server may be another user
+        os.utime(path)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        path = spool                         # then no server works there
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if path != spool:
+        fcntl.flock(fd, fcntl.LOCK_SH)       # a server holds it for a moment only
+    return fd
+
+
+def _copy_queues(source, dest):
+    """Bring the copy of each queue up to date; return how many bytes were copied."""
+    copied = 0
+    inodes, there, have = _current_inodes(source), _journal_names(source), _journal_names(dest)
     for name in sorted(set(there) | set(have)):
         files = _open_at_one_moment(source, name, inodes.get(name), there.get(name, {}))
         try:

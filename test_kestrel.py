@@ -14270,6 +14270,67 @@ def test_a_copy_of_a_server_that_works(serve, tmp_path):
     assert not failures and len(taken) > 50
 
 
+def test_a_copy_lacks_no_item_that_is_moved_during_a_pass(serve, tmp_path):
+    """From a queue that is copied later to one that has been copied, through several queues."""
+    chances = seeded()
+    names, dest = "abcd", tmp_path / "dest"
+    dest.mkdir()
+    server = serve("[queue b]\nmax_age = 1ms\nexpire_to_queue = a\n"
+                   "[queue c]\nmax_deliveries = 1\ndead_letter_queue = b\n")
+    client, stop = server.client(), threading.Event()
+    for number in range(300):
+        client.put(chances.choice("acd"), b"%03d" % number)
+
+    def work():
+        while not stop.is_set():
+            client.ask("move %s %s %d\r\n" % (*chances.sample(names, 2), chances.randrange(1, 100)))
+            client.ask("flush_expired b\r\n")
+            client.get("c/open")
+            client.get("c/abort")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(12):
+            kestrel.copy_spool(str(tmp_path / "spool"), str(dest))
+            found = {item for name in names if (dest / name).exists()
+                     for item in contents_of(dest, name)}
+            assert len(found) == 300
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_copy_holds_up_moves_while_it_is_made_unless_it_hangs(serve, tmp_path, monkeypatch):
+    server = serve()
+    client = server.client()
+    assert client.put("a", b"x") == "STORED\r\n"
+    spool, dest = tmp_path / "spool", tmp_path / "dest"
+    dest.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(kestrel, "COPY_SECONDS", 0)
+        with pytest.raises(OSError, match="copying takes so long"):
+            kestrel.copy_spool(str(spool), str(dest))
+    assert contents_of(dest, "a") == [b"x"]
+    assert not kestrel.is_being_copied(str(spool))
+    for hangs in (False, True):
+        lock = kestrel._hold_moves(str(spool))
+        if hangs:
+            os.utime(str(spool / ".copying"), (time.time() - 11,) * 2)
+        assert kestrel.is_being_copied(str(spool)) is not hangs
+        client.send("move a b\r\n")
+        if not hangs:
+            until(lambda: "b" in server.server.broker.queues)
+            assert server.client().get("b") == b"x"            # it is there already
+            assert server.client().put("b", b"x") == "STORED\r\n"
+            assert not select.select([client.sock], [], [], .1)[0]
+            os.close(lock)
+        assert client.line() == "1\r\n"
+        if hangs:
+            os.close(lock)
+        client.ask("move b a\r\n")
+
+
 def test_convert(tmp_path, capsys):
     """What is printed for the configuration of a Kestrel is one of ours."""
     (tmp_path / "production.scala").write_bytes(b"// caf\xe9\n" + SCALA.encode())     # is not UTF-8
