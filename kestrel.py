@@ -1974,15 +1974,18 @@ COPY_SECONDS = 10
 def is_being_copied(directory):
     """Return whether no item may leave a queue of a spool for another one, since a copy is being
     made that may have the other one already."""
+    path = os.path.join(directory, COPY_LOCK)
     try:
-        fd = os.open(os.path.join(directory, COPY_LOCK), os.O_RDONLY | os.O_CLOEXEC)
+        if not 0 <= time.time() - os.stat(path).st_mtime < COPY_SECONDS:
+            return False                     # it was made, or hangs
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        return is_short_of_descriptors(error)          # as a rule there is none
+        return is_short_of_descriptors(error)          # as a rule there is no such directory
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return False
     except BlockingIOError:
-        return 0 <= time.time() - os.fstat(fd).st_mtime < COPY_SECONDS      # else it hangs
+        return True
     finally:
         os.close(fd)
 
