@@ -9418,19 +9418,19 @@ class Poller:
     def wait(self, timeout):
         """Wait for events, at most `timeout` seconds (None: for ever).
 
-        Sleeping and waking up takes longer than most commands. While the waits are short, as
-        with a client that answers at once, it is cheaper not to sleep.
+        Sleeping and waking up takes longer than most commands. While the waits are short and end
+        with one event, as with a client that answers at once, it is cheaper not to sleep. With
+        many clients it is not: while it sleeps more events come, which share the cost of a turn.
         """
         wait = self.poll
         start = time.monotonic()
+        events = None
         if self._short_waits >= _SHORT_WAITS:
-            while time.monotonic() < start + self._busy_poll:
+            while not events and time.monotonic() < start + self._busy_poll:
                 events = wait(0)
-                if events:
-                    return events
         # The wait of a process that is stopped and continued ends without events: look again.
-        events = wait(timeout) or wait(0)
-        is_short = time.monotonic() < start + self._busy_poll
+        events = events or wait(timeout) or wait(0)
+        is_short = len(events) == 1 and time.monotonic() < start + self._busy_poll
         self._short_waits = self._short_waits + 1 if is_short else 0
         return events
 
