@@ -476,6 +476,10 @@ def tls_socket_class():
     return TLSSocket
 
 
+# How many users of queues are known to have a right, of each right.
+_MOST_PERMITTED = 10000
+
+
 class Config:
     """Everything that a config file says. `server` holds the [server] settings, `tls` an
     ssl.SSLContext or None, `users` {name: what hash_password() has made}, None if there is no
@@ -489,6 +493,7 @@ class Config:
                  overrides: "dict[str, str] | None" = None) -> None:
         self.path = path
         self.overrides = overrides or {}
+        self.permitted = {"put_users": set(), "get_users": set()}      # see permit()
         self.aliases = {}
         self._queues = {}
         self._lines = []
@@ -529,6 +534,27 @@ class Config:
         for section in ("", name.partition("+")[0], name):
             values.update(self._queues.get(section, {}))
         return QueueConfig(**values)
+
+    def may(self, user, right, name, seen=()):
+        """Return whether a user may use a queue, which need not exist. right: put_users or
+        get_users."""
+        users = getattr(self.queue(name), right)
+        if users and user not in users:
+            return False
+        # A child of an alias gets what is put to all queues of the alias. One of these may itself
+        # be a child of the alias.
+        parent, is_child, _ = name.partition("+")
+        return not is_child or all(
+            self.may(user, right, other, (*seen, name))
+            for other in self.aliases.get(parent, ()) if other not in (*seen, name))
+
+    def permit(self, right, user, key):
+        """Note in `permitted` that a user may use a queue. key: its name, or how a command names
+        it."""
+        known = self.permitted[right]
+        if len(known) >= _MOST_PERMITTED:
+            known.clear()
+        known.add((user, key))
 
     def lines(self):
         """Return the effective settings as lines of a config file."""
@@ -5691,21 +5717,6 @@ class Broker:
         name = check_name(os.fsdecode(key))
         return self.config.aliases.get(name, (name,))
 
-    def may(self, user, right, name, seen=()):
-        """Return whether a user may use a queue, which need not exist. right: put_users or
-        get_users."""
-        queue = self.queues.get(name)
-        config = queue.config if queue else self.config.queue(name)
-        users = getattr(config, right)
-        if users and user not in users:
-            return False
-        # A child of an alias gets what is put to all queues of the alias. One of these may itself
-        # be a child of the alias.
-        parent, is_child, _ = name.partition("+")
-        return not is_child or all(
-            self.may(user, right, other, (*seen, name))
-            for other in self.config.aliases.get(parent, ()) if other not in (*seen, name))
-
     def route(self, key, now=None, who="the server"):
         """Return where the items put under `key` (bytes) go. Raises ValueError when it cannot
         name a queue, OSError when a queue cannot be created."""
@@ -6589,15 +6600,21 @@ class Session:
 
     def _check_user(self, right, *names):
         """Check that the client may use these queues. right: put_users or get_users."""
-        if self.broker.config.users is not None:
+        config = self.broker.config
+        if config.users is not None:
             for name in names:
-                if not self.broker.may(self.user, right, name):
-                    self._deny("%s is not among the %s of %s" % (self.user, right, name))
+                if (self.user, name) not in config.permitted[right]:
+                    if not config.may(self.user, right, name):
+                        self._deny("%s is not among the %s of %s" % (self.user, right, name))
+                    config.permit(right, self.user, name)
 
     def _check_put(self, key):
         """Check that the client may put items under a key. Raises Refused."""
-        _name(key)
-        self._check_user("put_users", *self.broker.targets(key))
+        config = self.broker.config
+        if config.users is None or (self.user, key) not in config.permitted["put_users"]:
+            _name(key)
+            self._check_user("put_users", *self.broker.targets(key))
+            config.permit("put_users", self.user, key)
 
     def _deny(self, why):
         log.warning("%s is denied: %s", self.who, why)
@@ -7279,7 +7296,7 @@ class MemcacheSession(LineSession):
         key, flags, expiry, _, words, delay, sync = block
         broker = self.broker
         if broker.config.users is not None:
-            if self.is_stranger:
+            if self.user is None:
                 return self._do_log_in(words, data)
             self._check_put(key)
         if broker.refuses_writes:
@@ -7338,8 +7355,10 @@ class MemcacheSession(LineSession):
         queue = broker.find(name)
         if queue is None:
             return self._get_in_steps(get)
-        if (ending or broker.refuses_reads or self.open_reads
-                or broker.config.users is not None) and not self._begin_read(key, queue):
+        config = broker.config
+        if (ending or broker.refuses_reads or self.open_reads or config.users is not None
+                and (self.user, name) not in config.permitted["get_users"]
+                ) and not self._begin_read(key, queue):
             self._say(b"END\r\n")
             return None
         item = queue.peek(self.now) if peek else queue.remove(opening, self.now)

@@ -1549,6 +1549,30 @@ def test_users_of_a_queue(door):
         "VALUE work/open 0 1\r\nx\r\nEND\r\nEND\r\nEND\r\nDELETED\r\n")
 
 
+def test_a_right_that_a_reload_takes_away_is_gone_at_once(door):
+    """Also one that has been used: it is known then."""
+    door = door("[queue work]\n")
+    assert door.ask(LOGIN, "bob") == "STORED\r\n"
+    for _ in range(2):
+        assert door(set_("work", "x"), "bob") == "STORED\r\n"
+        assert door("get work\r\n", "bob") == "VALUE work 0 1\r\nx\r\nEND\r\n"
+    with open(door.broker.config.path, "a") as file:
+        file.write("\n[queue]\nput_users = ann\nget_users = ann\n")
+    assert reload(door.broker) is None
+    assert door(set_("work", "x"), "bob") == (
+        "CLIENT_ERROR bob is not among the put_users of work\r\n")
+    assert door("get work\r\n", "bob") == "CLIENT_ERROR bob is not among the get_users of work\r\n"
+
+
+def test_users_whose_rights_are_known_are_forgotten_when_they_are_many(door, monkeypatch):
+    monkeypatch.setattr(kestrel, "_MOST_PERMITTED", 3)
+    door = door("[queue q4]\nput_users = ann\n")
+    assert door.ask(LOGIN, "bob") == "STORED\r\n"
+    for number in [*range(10), *range(10)]:
+        assert (door(set_("q%d" % number, "x"), "bob") == "STORED\r\n") is (number != 4)
+        assert len(door.broker.config.permitted["put_users"]) <= 3
+
+
 def test_rights_to_the_children_of_an_alias(door):
     """They get what is put to all of its queues."""
     door = door("[queue work]\nget_users = ann\n[alias all]\ndestination_queues = open work\n")
@@ -4732,15 +4756,15 @@ def test_an_alias_of_its_own_children_puts_each_item_once(tmp_path):
     assert put(broker, "events", b"1", b"2") == [True, True]
     assert items_of(broker, "events+archive") == items_of(broker, "events+live") == [b"1", b"2"]
     for user in (None, "bob"):
-        assert broker.may(user, "put_users", "events+archive")
+        assert broker.config.may(user, "put_users", "events+archive")
 
 
 def test_rights_of_aliases_that_lead_to_each_other(tmp_path):
-    broker = broker_of(tmp_path, "[alias a]\ndestination_queues = b+x, c\n[alias b]\n"
-                                 "destination_queues = a+y\n")
-    broker.queue("c").config.put_users = ("ann",)
-    assert broker.may("ann", "put_users", "a+y") and broker.may("ann", "put_users", "b+x")
-    assert not broker.may("bob", "put_users", "a+y")
+    config = config_of(tmp_path, secured(tmp_path, tls=False) + "[alias a]\n"
+                       "destination_queues = b+x, c\n[alias b]\ndestination_queues = a+y\n"
+                       "[queue c]\nput_users = ann\n")
+    assert config.may("ann", "put_users", "a+y") and config.may("ann", "put_users", "b+x")
+    assert not config.may("bob", "put_users", "a+y")
 
 
 @promise(5)
