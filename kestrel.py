@@ -18,7 +18,7 @@ or, inside another program, one durable queue alone:
 
 The file is read from top to bottom; no section refers to one below its own:
 
-     1  Configuration   settings, their units and defaults, the config file
+     1  Configuration   settings, their units and defaults, the config file, users' rights
      2  Access          password hashes, logins
      3  Records         items, records as bytes, damage
      4  Journal         the files of one queue
@@ -133,7 +133,8 @@ trace = logging.getLogger("kestrel.trace")    # what enable_trace and enable_ses
 # The settings, their units and defaults, and the config file they come from. A setting
 # carries Kestrel's name in snake_case. Times are held in milliseconds, busy_poll in
 # microseconds, sizes in bytes. The certificates and passwords that settings name are read here
-# too, so that mistakes in them are reported like those in the config file.
+# too, so that mistakes in them are reported like those in the config file. Which user may use which
+# queue follows from the settings alone.
 # Knows configparser, units and TLS sockets; no queues, no other sockets.
 
 UNLIMITED = (1 << 63) - 1
@@ -476,7 +477,7 @@ def tls_socket_class():
     return TLSSocket
 
 
-# How many users of queues are known to have a right, of each right.
+# How many pairs of a user and a queue are remembered for each right.
 _MOST_PERMITTED = 10000
 
 
@@ -493,7 +494,7 @@ class Config:
                  overrides: "dict[str, str] | None" = None) -> None:
         self.path = path
         self.overrides = overrides or {}
-        self.permitted = {"put_users": set(), "get_users": set()}      # see permit()
+        self.permitted = {"put_users": set(), "get_users": set()}      # (user, key), see permit()
         self.aliases = {}
         self._queues = {}
         self._lines = []
@@ -549,8 +550,8 @@ class Config:
             for other in self.aliases.get(parent, ()) if other not in (*seen, name))
 
     def permit(self, right, user, key):
-        """Note in `permitted` that a user may use a queue. key: its name, or how a command names
-        it."""
+        """Remember in `permitted` that a user may use a queue. key: its name, or the bytes that
+        stand for it in a command."""
         known = self.permitted[right]
         if len(known) >= _MOST_PERMITTED:
             known.clear()
@@ -1993,7 +1994,7 @@ def finish_copy(directory):
 # A directory in a spool that is locked while a copy is made, since it was last touched.
 COPY_LOCK = ".copying"
 
-# How long a server moves no items because a copy is being made.
+# How long a server waits for a copy before it moves items, in seconds.
 COPY_SECONDS = 10
 
 
@@ -2004,16 +2005,10 @@ def is_being_copied(directory):
     try:
         if not 0 <= time.time() - os.stat(path).st_mtime < COPY_SECONDS:
             return False                     # it was made, or hangs
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        return is_short_of_descriptors(error)          # as a rule there is no such directory
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(_lock(os.open(path, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_EX, path))
         return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
+    except OSError as error:                 # as a rule there is no such directory
+        return error.errno == errno.EWOULDBLOCK or is_short_of_descriptors(error)
 
 
 def find_journals(directory, only=None):
@@ -6611,7 +6606,7 @@ class Session:
     def _check_put(self, key):
         """Check that the client may put items under a key. Raises Refused."""
         config = self.broker.config
-        if config.users is None or (self.user, key) not in config.permitted["put_users"]:
+        if (self.user, key) not in config.permitted["put_users"]:
             _name(key)
             self._check_user("put_users", *self.broker.targets(key))
             config.permit("put_users", self.user, key)
@@ -9211,7 +9206,8 @@ def _page_policy():
 _FEED_SECONDS = 0.006
 _WORK_SECONDS = 0.005
 
-# How many waits in a row must have been shorter than busy_poll for the next to be polled.
+# How many waits in a row must have been shorter than busy_poll, and have ended with one event, for
+# the next to be polled.
 _SHORT_WAITS = 4
 
 # How many events are handled between two looks at the clock.
@@ -11873,8 +11869,8 @@ def _verify(spool, as_json):
 # How often the files of a queue are opened anew if they change meanwhile.
 _COPY_TRIES = 60
 
-# How often all queues are looked at if that takes longer than a server moves no items. The first
-# copy may take long; what has changed since is copied soon.
+# How many passes are made at most until one takes less than COPY_SECONDS. The first may take long;
+# the others copy only what has changed since.
 _PASSES = 4
 
 
@@ -11923,10 +11919,9 @@ def _hold_moves(spool):
     except OSError as error:
         if error.errno != errno.EROFS:
             raise
-        path = spool                         # then no server works there
+        return os.open(spool, os.O_RDONLY | os.O_CLOEXEC)      # no server works there
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    if path != spool:
-        fcntl.flock(fd, fcntl.LOCK_SH)       # a server holds it for a moment only
+    fcntl.flock(fd, fcntl.LOCK_SH)           # a server holds it for a moment only
     return fd
 
 
