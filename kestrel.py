@@ -155,6 +155,9 @@ class ConfigError(Exception):
     `file:line: why`."""
 
 
+_NOT_IN_NAMES = re.compile("[./~\0- \x7f-\x9f]")
+
+
 def check_name(name):
     """Return `name` when it can name a queue, else raise ValueError with the reason."""
     if not name:
@@ -163,9 +166,9 @@ def check_name(name):
         raise ValueError("the name of a queue is longer than %d bytes" % MAX_NAME)
     if name == "lost+found":
         raise ValueError("lost+found is where damaged journals are kept")
-    for char in name:
-        if char in "./~" or char <= " " or "\x7f" <= char <= "\x9f":
-            raise ValueError("%s in the name of a queue" % ascii(char))
+    bad = _NOT_IN_NAMES.search(name)
+    if bad:
+        raise ValueError("%s in the name of a queue" % ascii(bad[0]))
     return name
 
 
@@ -496,7 +499,8 @@ class Config:
         self.overrides = overrides or {}
         self.permitted = {"put_users": set(), "get_users": set()}      # (user, key), see permit()
         self.aliases = {}
-        self._queues = {}
+        self._queues = {}                # what the sections of queues say, by name
+        self._queue_configs = {}         # (names of sections) -> QueueConfig, see queue()
         self._lines = []
         self._mistakes = []              # (why, header, key or None)
         server = {}
@@ -530,11 +534,17 @@ class Config:
         self._raise_mistakes()
 
     def queue(self, name):
-        """Return the QueueConfig of `name`: built-in, then [queue], [queue q], [queue q+child]."""
-        values = {}
-        for section in ("", name.partition("+")[0], name):
-            values.update(self._queues.get(section, {}))
-        return QueueConfig(**values)
+        """Return the QueueConfig of `name`: built-in, then [queue], [queue q], [queue q+child].
+        Queues to which the same sections apply share one."""
+        sections = tuple([section for section in ("", name.partition("+")[0], name)
+                          if section in self._queues])
+        config = self._queue_configs.get(sections)
+        if config is None:
+            values = {}
+            for section in sections:
+                values.update(self._queues[section])
+            config = self._queue_configs[sections] = QueueConfig(**values)
+        return config
 
     def may(self, user, right, name, seen=()):
         """Return whether a user may use a queue, which need not exist. right: put_users or
@@ -2964,7 +2974,7 @@ class ReadBehind:
     """Reads the items of a queue that are not in memory: those after byte `offset` of `file`,
     without the first `skip` of them. If there are check sums it begins after the last CHECK of
     `file` so far. ends: in the CHECK that ends at `offset`, if there must be check sums from there
-    on, else None.
+    on, else None. fresh: the items behind all of these, which are still to be written.
 
     older: the files in front of those of the journal, for a spool whose newer files take items
     from older ones: the items of all these are accounted to files[0], see Journal.account().
@@ -2977,6 +2987,7 @@ class ReadBehind:
         self.offset = offset
         self.skip = skip
         self.ends = file.ends if file.checked else None
+        self.fresh = []
         self.older = ()
 
     def go_back(self):
@@ -3376,7 +3387,7 @@ class Queue:
     Past max_memory_size only the head of the queue is in memory; the rest is read from the
     journal as the queue drains:
 
-        items (in memory) | on disk only | _fresh (on their way there)
+        items (in memory) | on disk only | _behind.fresh (on their way there)
     """
 
     def __init__(self, name: str, path: "str | None" = None,
@@ -3405,7 +3416,6 @@ class Queue:
         self._counted = 0                    # how much memory the server counts for this queue,
         self._allowance = 0                  # and how much it may use
         self._behind = None                  # the ReadBehind of what is not in memory
-        self._fresh = collections.deque()    # items not written yet that are not in `items`
         self._loading = None                 # the head item that the worker reads, or (that, why
                                              # it cannot be read)
         self._is_serving_again = False       # whether an alarm is set to serve the waiters
@@ -3430,11 +3440,10 @@ class Queue:
 
     def configure(self, config):
         """Change the settings."""
-        keep_journal = self.config.keep_journal
         self.config = config
         self._set_limits()
         self.count_memory()
-        if self.path is None or config.keep_journal == keep_journal:
+        if self.path is None or config.keep_journal == (self.journal is not None):
             return
         try:
             if config.keep_journal:
@@ -3446,7 +3455,6 @@ class Queue:
                 self._give_up_journal()
         except OSError as error:
             log.error("keep_journal of %s: %s", self.name, error.strerror)
-        self.config.keep_journal = self.journal is not None
 
     def _give_up_journal(self):
         if self._behind:
@@ -3493,7 +3501,7 @@ class Queue:
             return False
         item = Item(data, now, expiry, flags)
         if self._behind:
-            self._fresh.append(item)
+            self._behind.fresh.append(item)
         else:
             self.items.append(item)
             self.memory += cost
@@ -3651,7 +3659,7 @@ class Queue:
 
         unread = self._unread
         reader = copy.copy(self._behind)
-        fresh = list(itertools.islice(self._fresh, most))
+        fresh = list(itertools.islice(reader.fresh, most)) if reader else []
         items = list(itertools.islice(self.items, most))
         while True:
             for some in _steps(items):
@@ -3891,7 +3899,7 @@ class Queue:
                 self.memory + self.open_memory + _cost(item) > self._allowance):
             self._fall_behind(_cost(item))
         if self._behind:
-            self._fresh.append(item)
+            self._behind.fresh.append(item)
         else:
             self.items.append(item)
             self.memory += _cost(item)
@@ -3910,7 +3918,7 @@ class Queue:
             new.append((DROP, self.delays.items, 0))
             self.delays.clear()
             self._set_limits()
-        before = self.items, self._fresh, self._behind, self.count, self.bytes, self.memory
+        before = self.items, self._behind, self.count, self.bytes, self.memory
         if self.count:
             new.append((FLUSH, before, self.count))
             gone.append((self.items, self.memory))
@@ -3929,7 +3937,7 @@ class Queue:
             self.host.start(_free(items, cost))
 
     def _drop_items(self):
-        self.items, self._fresh, self._behind = collections.deque(), collections.deque(), None
+        self.items, self._behind = collections.deque(), None
         self.count = self.bytes = self.memory = 0
 
     def _drop_all(self):
@@ -4062,20 +4070,21 @@ class Queue:
             raise self._go_back(error, plan is not None) from None
         if self.config.enable_trace:
             self._trace(ops)
-        history = self.history
+        history, behind = self.history, self._behind
         position = history.logged
         history.ops = []
         if call:
             history.unsafe += ops
             self.history.writing = plan
             self.host.work(call, functools.partial(
-                self._wrote, journal, plan, position, self._fresh, len(self._fresh)))
+                self._wrote, journal, plan, position, behind, len(behind.fresh) if behind else 0))
             return
         if self.config.sync_journal == 0 or history.unsafe:
             history.unsafe += ops
         else:
             history.safe = position          # as a rule
-        self._fresh.clear()
+        if behind:
+            behind.fresh.clear()
         self._commit(plan, position)
 
     def _commit(self, plan, position):
@@ -4091,7 +4100,7 @@ class Queue:
         if not self.count or journal.size > self._small or journal.passings:
             self.upkeep.check()
 
-    def _wrote(self, journal, plan, position, fresh, count, error):
+    def _wrote(self, journal, plan, position, behind, count, error):
         """Handle the result of the worker's write of a plan."""
         if self.closed or self.journal is not journal:
             return                           # a reload has taken it away
@@ -4101,8 +4110,8 @@ class Queue:
             journal.torn.update(file for file, *_ in plan.shares)
             self._go_back(error, True)
         else:
-            for _ in range(count):           # also of those flushed since: that may be undone
-                fresh.popleft()
+            if behind:                       # also of those flushed since: that may be undone
+                del behind.fresh[:count]
             self._commit(plan, position)
         if failure:
             self.sync_failed(*failure)
@@ -4388,7 +4397,7 @@ class Queue:
     @property
     def _unread(self):
         """How many items are only on disk."""
-        return self.count - len(self.items) - len(self._fresh)
+        return self.count - len(self.items) - (len(self._behind.fresh) if self._behind else 0)
 
     def _refill(self):
         """Read more of the items that are not in memory. Return whether there are any in
@@ -4431,11 +4440,10 @@ class Queue:
         if not self._behind or self._unread:
             return
         # Nobody could tell how large the items were that have been lost to damage.
-        self.bytes = sum(map(_size, itertools.chain(self.items, self._fresh)))
-        self.items.extend(self._fresh)
-        self.memory += sum(map(_cost, self._fresh))
-        self._fresh = collections.deque()
-        self._behind = None
+        fresh, self._behind = self._behind.fresh, None
+        self.bytes = sum(map(_size, itertools.chain(self.items, fresh)))
+        self.items.extend(fresh)
+        self.memory += sum(map(_cost, fresh))
 
     def _size_changed(self, file):
         """Mend a file of the wrong size. Return the error if that fails; or ESTALE, so that
@@ -4725,15 +4733,14 @@ class Queue:
             elif opcode == PAUSE:
                 self.paused = item
             else:                            # FLUSH
-                (self.items, self._fresh, self._behind, self.count, self.bytes,
-                 self.memory) = item
+                self.items, self._behind, self.count, self.bytes, self.memory = item
         self._catch_up()
         self.opens = dict(sorted(self.opens.items()))      # the oldest first, as before
         self._set_limits()
 
     def _undo_append(self, item):
-        if self._fresh:
-            self._fresh.pop()
+        if self._behind and self._behind.fresh:
+            self._behind.fresh.pop()
         elif self.count == len(self.items):
             self.memory -= _cost(self.items.pop())
         self.count -= 1

@@ -10237,11 +10237,11 @@ def test_a_move_over_a_failing_disk_loses_nothing(talk, disk, good):
 
 
 @promise(1)
-def test_a_move_is_answered_when_the_children_have_their_copies(talk):
+def test_a_move_is_answered_when_the_children_have_their_copies(tmp_path):
+    talk = Talk(tmp_path, "[queue q]\nsync_journal = 0\n[queue r+child]\nsync_journal = 0\n")
     put_some(talk, "q", b"1", b"2")
     talk.broker.queue("r+child", NOW)
     queues, told = talk.broker.queues, []
-    queues["q"].config.sync_journal = queues["r+child"].config.sync_journal = 0
     talk.broker.queue("r", NOW)
     talk.broker.moves.move(queues["q"], queues["r"], 9, NOW, told.append)
     for _ in range(4):
@@ -11239,7 +11239,6 @@ def test_keep_journal_that_cannot_begin_writes_nothing_behind_the_old(tmp_path, 
     disk.failing = {}
     assert talk.broker.queues["q"].journal is None
     assert contents_of(tmp_path / "spool") == [b"old"]
-    talk.broker.queues["q"].config.keep_journal = False
     reload(talk.broker)
     run_tasks(talk.broker)
     assert talk(set_("q", "2")) == "STORED\r\n"
@@ -14133,7 +14132,8 @@ def test_a_copy_that_is_broken_off_can_be_loaded(tmp_path, monkeypatch, failing)
             with monkeypatch.context() as patch, contextlib.suppress(OSError):
                 patch.setattr(os, failing, fail)
                 kestrel.copy_spool(str(source), str(dest))
-            waiting = [item.data for item in itertools.chain(queue.items, queue._fresh)]
+            waiting = [item.data for item in itertools.chain(
+                queue.items, queue._behind.fresh if queue._behind else [])]
             found = contents_of(dest) if os.listdir(str(dest)) else []
             assert [item for item in found if item in waiting] == [
                 item for item in waiting if item in found]
