@@ -8246,8 +8246,9 @@ def _shown_name(name):
 
 
 def _label(name):
-    """Return the name of a queue as the value of a label in the Prometheus text format."""
-    return _shown_name(name).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    """Return the label with the name of a queue in the Prometheus text format."""
+    return '{queue="%s"}' % (
+        _shown_name(name).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n"))
 
 
 def _key_of(name):
@@ -8517,18 +8518,19 @@ class AdminSession(Session):
                                    [("", value)])
         yield from _metric(
             "journal_failed", "gauge", "1 while the journal of a queue cannot be written or read.",
-            (('{queue="%s"}' % _label(queue.name), 1) for queue in list(broker.failing)))
+            ((_label(queue.name), 1) for queue in list(broker.failing)))
         for one in SERVER_STATS:
             if one.kind:
                 yield from _metric(one.metric, one.kind, one.help, [("", one.get(broker, now))])
         for key, (name, what) in METRICS.items():
             samples = _histogram(broker.metrics[key], _scale(key))
             yield from _metric(name, "histogram", what, samples)
+        label_of = functools.lru_cache(maxsize=None)(_label)     # each comes with each figure
         for one in QUEUE_STATS:
             if one.kind:
                 scale = _scale(one.ostrich)
                 yield from _metric("queue_" + one.metric, one.kind, one.help, (
-                    ('{queue="%s"}' % _label(queue.name), "%.12g" % (one.get(queue, now) * scale))
+                    (label_of(queue.name), "%.12g" % (one.get(queue, now) * scale))
                     for queue in self._queues()))
 
     # -- for the page
