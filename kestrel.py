@@ -2305,8 +2305,7 @@ class Journal:
     def add_current(self, flags=0):
         """Open the current file, made if it is new. Raises OSError."""
         file = JournalFile(self.path, None)
-        self._opened(file, _open_journal(self.path, os.O_CREAT | flags))
-        file.size = os.fstat(file.fd).st_size
+        file.size = self._opened(file, _open_journal(self.path, os.O_CREAT | flags))
         self.files.append(file)
         if len(self.files) > 2:              # nothing will be written to it for long
             self.budget.close(self.files[-2])
@@ -2314,11 +2313,14 @@ class Journal:
         self.directory_changed = self.directory_changed or not file.size
 
     def _opened(self, file, fd):
+        """Take an open file; return its size."""
         if self.lock is not None:
             _lock(fd, fcntl.LOCK_EX, file.path)
         file.fd = fd
-        file.inode = _identity(os.fstat(fd))
+        status = os.fstat(fd)
+        file.inode = _identity(status)
         self.budget.opened(file)
+        return status.st_size
 
     def _open(self, file):
         """Return the descriptor of a file. Raises OSError, ESTALE if it is not there any more,
@@ -2326,14 +2328,13 @@ class Journal:
         if file.fd is None:
             inode = file.inode
             try:
-                self._opened(file, _open_journal(file.path))
+                size = self._opened(file, _open_journal(file.path))
             except FileNotFoundError:
                 raise self._lost(file) from None
             if inode not in (None, file.inode):
                 file.inode = inode
                 self.budget.close(file)
                 raise self._lost(file)
-            size = os.fstat(file.fd).st_size
             if file not in self.torn and size != file.size:
                 self.budget.close(file)
                 if self.lock is not None:
@@ -4350,12 +4351,14 @@ class Queue:
         if self._behind:
             self._behind.older = self.journal.passed[:]
             self._catch_up()
-        self.delays.recount()
+        if self.delays.items:
+            self.delays.recount()
+            self._watch_delays(_now())
         self.open_memory = sum(map(_cost, self.opens.values())) + self.delays.memory
         self._set_limits()
-        self._watch_delays(_now())
-        self.abort(*self.opens, orphaned=True)
-        self.counters.canceled_transactions = 0
+        if self.opens:
+            self.abort(*self.opens, orphaned=True)
+            self.counters.canceled_transactions = 0
 
     # -- memory
 
