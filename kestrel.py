@@ -2279,8 +2279,8 @@ class Journal:
         self.directory_changed = False       # it has to be fsynced
         self.unsynced = set()                # files written to since the last fsync began
         self.torn = set()                    # files to be cut before anything is written
-        self.writes = collections.deque()    # a Write for each that is not safe
-        self.passings = collections.deque()  # Passings whose files are still there
+        self.writes = []                     # a Write for each that is not safe
+        self.passings = []                   # Passings whose files are still there
         try:
             if lock:
                 fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -2495,8 +2495,7 @@ class Journal:
 
     def forget(self, safe):
         """Drop what go_back() would need for the operations up to `safe`."""
-        while self.writes and self.writes[0].position <= safe:
-            self.writes.popleft()
+        self.writes = [write for write in self.writes if write.position > safe]
 
     def go_back(self, safe):
         """Make the files count as they did at this position; cut() is then due."""
@@ -2656,7 +2655,7 @@ class Journal:
         """Return the Passing whose files may be packed, None if there is none."""
         passings = self.passings
         while len(passings) > 1 and passings[1].position <= safe:
-            passings.popleft()
+            del passings[0]
         return passings[0] if passings and passings[0].position <= safe else None
 
     def pack(self, passing, state):
@@ -2692,7 +2691,7 @@ class Journal:
                 yield from self._remove(file)
                 yield self._sync_directory()
         if self.passings and self.passings[0] is passing:
-            self.passings.popleft()
+            del self.passings[0]
 
     def _pieces(self, kept, state, places, begins):
         """Yield the records of a pack in pieces. places: filled with (Place, new offset, CRC of
