@@ -11632,16 +11632,16 @@ def _start_server(config):
 def _run_tool(options):
     """Run the tool that the options ask for, and return its exit status; None for no tool."""
     if options.dump:
-        return _dump(options.journals, options.json)
-    if options.pack is not None:         # "" is an error: an empty variable of a shell
-        return _pack(options.pack, options.kestrel)
-    if options.verify is not None:
-        return _verify(options.verify, options.json)
+        return _dump(options.paths, options.json)
+    if options.pack:
+        return _pack(*options.paths, options.kestrel)
+    if options.verify:
+        return _verify(*options.paths, options.json)
     if options.copy:
         return _copy(*options.copy, options.every)
     if options.hash_password:
         return _hash_password()
-    if options.convert is not None:
+    if options.convert is not None:      # "" is an error: an empty variable of a shell
         return _convert(options.convert)
     if options.check:
         print("\n".join(_read_config(options).lines()))
@@ -11713,15 +11713,13 @@ def _parse_options(arguments):
     parser.add_argument("--json", action="store_true",
                         help="with --dump: a JSON object for each record, with all of its data; "
                              "with --verify: for each file")
-    parser.add_argument("journals", metavar="JOURNAL", nargs="*", help=argparse.SUPPRESS)
-    # True if another option stands between --pack, or --verify, and its path.
-    tools.add_argument("--pack", metavar="SPOOL/QUEUE", nargs="?", const=True,
-                       help="write the journals of a queue that no server holds as one "
-                            "minimal file, and exit")
+    tools.add_argument("--pack", action="store_true",
+                       help="write the journals of a queue (SPOOL/QUEUE) that no server holds as "
+                            "one minimal file, and exit")
     parser.add_argument("--kestrel", action="store_true",
                         help="with --pack: as Kestrel 2.x can read it, without flags, delays, "
                              "pauses and check sums")
-    tools.add_argument("--verify", metavar="SPOOL", nargs="?", const=True,
+    tools.add_argument("--verify", action="store_true",
                        help="read all journals of a spool, which a server may be using, say which "
                             "are good, and exit with 0 if all are")
     tools.add_argument("--copy", nargs=2, metavar=("SPOOL", "DEST"),
@@ -11736,23 +11734,21 @@ def _parse_options(arguments):
                        help="print a Kestrel's production.scala as a kestrel.conf, and exit")
     tools.add_argument("--check", action="store_true",
                        help="check the config file, print the effective settings, and exit")
+    parser.add_argument("paths", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version="kestrel.py " + __version__)
     first = "".join(arguments[:1]).partition("=")[0]
     if first in ("--server", "--user", "--tls", "--cafile"):
         parser.error("%s comes after the command" % first)
     options = parser.parse_args(arguments)
-    for tool in ("pack", "verify"):
-        if getattr(options, tool) is True:
-            if len(options.journals) != 1:
-                parser.error("--%s needs one path" % tool)
-            setattr(options, tool, options.journals.pop())
-    if options.dump and not options.journals:
+    if options.dump and not options.paths:
         parser.error("--dump needs journal files")
+    if (options.pack or options.verify) and len(options.paths) != 1:
+        parser.error("--pack and --verify need one path")
     for name, tools in (("json", ("dump", "verify")), ("kestrel", ("pack",)), ("every", ("copy",))):
         if getattr(options, name) and not any(getattr(options, tool) for tool in tools):
             parser.error("--%s goes with --%s" % (name, " and --".join(tools)))
-    if options.journals and not options.dump:
-        name = options.journals[0]
+    if options.paths and not (options.dump or options.pack or options.verify):
+        name = options.paths[0]
         parser.error(("%s takes options of its own, after it; these are the server's"
                       if name in _COMMANDS else "there is no command %s") % name)
     return options
