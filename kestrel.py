@@ -11098,11 +11098,6 @@ class Client:
         return [key[len("queue_"):-len(end)] for key in stats or self.stats()
                 if key.startswith("queue_") and key.endswith(end)]
 
-    def address(self) -> str:
-        """Return the address of the server."""
-        self._send(b"")
-        return _name_of(self._sock.getpeername())
-
     def clients(self) -> "list[list[str]]":
         """Return who is connected: number, address, user, protocol, state, seconds, open reads,
         and the queue that is waited for."""
@@ -12393,7 +12388,7 @@ def _command_drain(client, options):
                 between = other.stats()
             before, stats = stats, client.stats()
             if _is_same_server(before, between, stats):
-                raise ValueError("%s is the server that is drained" % other.address())
+                raise ValueError("%s is the server that is drained" % server)
             others.append((server, other))
         names = options.queues or client.names(stats)
         for name in names:
@@ -12462,8 +12457,7 @@ def _drained(client, name, server, other, count):
             for taken, most in _put_exported(other, name, rows):
                 if taken < most:
                     raise ValueError("it is full or paused at %s; what it has taken of the last "
-                                     "%d items will be there twice" % (
-                                         other.address(), len(rows)))
+                                     "%d items will be there twice" % (server, len(rows)))
         count -= len(rows)
         yield len(rows)
 
