@@ -11575,9 +11575,9 @@ def main(arguments=None):
                 return _run_command(*arguments)
             options = _parse_options(arguments)
             logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=[LogStream()])
-            status = _run_tool(options)
-            if status is not None:
-                return status
+            if options.tool:
+                function, _, _ = _TOOLS[options.tool]
+                return function(options)
             server = _start_server(_read_config(options))
         finally:
             print(end="", flush=True)        # so that its errors come here, after --help too
@@ -11622,26 +11622,6 @@ def _start_server(config):
         # Twice as often as systemd wants it, in milliseconds.
         server.every(watchdog // 2000, lambda: server.notify("WATCHDOG=1"))
     return server
-
-
-def _run_tool(options):
-    """Run the tool that the options ask for, and return its exit status; None for no tool."""
-    if options.dump:
-        return _dump(options.paths, options.json)
-    if options.pack:
-        return _pack(*options.paths, options.kestrel)
-    if options.verify:
-        return _verify(*options.paths, options.json)
-    if options.copy:
-        return _copy(*options.copy, options.every)
-    if options.hash_password:
-        return _hash_password()
-    if options.convert is not None:      # "" is an error: an empty variable of a shell
-        return _convert(options.convert)
-    if options.check:
-        print("\n".join(_read_config(options).lines()))
-        return 0
-    return None
 
 
 def _fail(status, why):
@@ -11702,61 +11682,46 @@ def _parse_options(arguments):
                         help="the port for memcache clients (default 22133)")
     parser.add_argument("--spool", metavar="DIRECTORY", dest="queue_path",
                         help="where the journals are (default ./spool)")
-    tools = parser.add_mutually_exclusive_group()
-    tools.add_argument("--dump", action="store_true",
-                       help="print the records of journal files, a line each, and exit")
+    tools = parser.add_argument_group("tools").add_mutually_exclusive_group()
+    for name, (_, paths, what) in _TOOLS.items():
+        tools.add_argument("--" + name, action="store_const", const=name, dest="tool",
+                           help=(paths and paths + ": ") + what)
+    parser.add_argument("paths", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true",
                         help="with --dump: a JSON object for each record, with all of its data; "
                              "with --verify: for each file")
-    tools.add_argument("--pack", action="store_true",
-                       help="write the journals of a queue (SPOOL/QUEUE) that no server holds as "
-                            "one minimal file, and exit")
     parser.add_argument("--kestrel", action="store_true",
                         help="with --pack: as Kestrel 2.x can read it, without flags, delays, "
                              "pauses and check sums")
-    tools.add_argument("--verify", action="store_true",
-                       help="read all journals of a spool, which a server may be using, say which "
-                            "are good, and exit with 0 if all are")
-    tools.add_argument("--copy", nargs=2, metavar=("SPOOL", "DEST"),
-                       help="copy a spool, which a server may be using, or bring the copy up to "
-                            "date")
     parser.add_argument("--every", metavar="TIME", type=_argument_type(TIME.parse),
                         help="with --copy: again and again, such as each 1s")
-    tools.add_argument("--hash-password", action="store_true",
-                       help="ask for a password (or read a line), print what an auth_file has "
-                            "in its place, and exit")
-    tools.add_argument("--convert", metavar="production.scala",
-                       help="print a Kestrel's production.scala as a kestrel.conf, and exit")
-    tools.add_argument("--check", action="store_true",
-                       help="check the config file, print the effective settings, and exit")
-    parser.add_argument("paths", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version="kestrel.py " + __version__)
     first = "".join(arguments[:1]).partition("=")[0]
     if first in ("--server", "--user", "--tls", "--cafile"):
         parser.error("%s comes after the command" % first)
     options = parser.parse_args(arguments)
-    if options.dump and not options.paths:
-        parser.error("--dump needs journal files")
-    if (options.pack or options.verify) and len(options.paths) != 1:
-        parser.error("--pack and --verify need one path")
     for name, tools in (("json", ("dump", "verify")), ("kestrel", ("pack",)), ("every", ("copy",))):
-        if getattr(options, name) and not any(getattr(options, tool) for tool in tools):
+        if getattr(options, name) and options.tool not in tools:
             parser.error("--%s goes with --%s" % (name, " and --".join(tools)))
-    if options.paths and not (options.dump or options.pack or options.verify):
+    _, paths, _ = _TOOLS.get(options.tool, (None, "", None))
+    count, most = len(options.paths), len(paths.split())
+    if count < most or count > most > 0 and not paths.endswith("..."):
+        parser.error("--%s takes %s" % (options.tool, paths))
+    if count and not paths:
         name = options.paths[0]
         parser.error(("%s takes options of its own, after it; these are the server's"
                       if name in _COMMANDS else "there is no command %s") % name)
     return options
 
 
-def _dump(paths, as_json):
+def _dump(options):
     """Print what is in journal files; the exit status is 1 if one of them is damaged."""
     status = 0
-    for path in paths:
+    for path in options.paths:
         for record in dump_records(path):
             if "damage" in record:
                 status = 1
-            if as_json:
+            if options.json:
                 if "data" in record:
                     record.update(_in_json(record.pop("data")))
                 print(json.dumps({"file": path, **record}))
@@ -11834,10 +11799,11 @@ def _journal_names(spool):
             for queue, files in found.items()}
 
 
-def _verify(spool, as_json):
+def _verify(options):
     """Print which journal files of a spool are good; the exit status is 1 if one is not."""
     with contextlib.suppress(OSError):       # a server may be using it; systemd may forbid that
         os.nice(19)
+    spool, = options.paths
     status = 0
     for _, files in sorted(_journal_names(spool).items()):
         for name in files.values():
@@ -11846,7 +11812,7 @@ def _verify(spool, as_json):
             except FileNotFoundError:        # a server has packed it meanwhile
                 continue
             status |= bool(found["damage"])
-            if as_json:
+            if options.json:
                 print(json.dumps(found), flush=True)
                 continue
             print("%s %s: %d records, %d items, %d bytes, %d of them with check sums" % (
@@ -12047,9 +12013,10 @@ def _copy_rest(fd, size, path):
         os.close(target)
 
 
-def _copy(source, dest, every):
+def _copy(options):
     """Copy a spool once, or again and again: then a failure is logged after the first pass, and the
     next pass tries again."""
+    source, dest = options.paths
     if not os.path.isdir(source):
         raise OSError(errno.ENOENT, "%s: there is no such spool" % source)
     lock = _lock_spool(dest)
@@ -12058,7 +12025,7 @@ def _copy(source, dest, every):
         while True:
             try:
                 copied = copy_spool(source, dest)
-                if copied or every is None:
+                if copied or options.every is None:
                     log.info("%s: %d bytes copied to %s", source, copied, dest)
                 trouble = ""
             except OSError as error:
@@ -12067,9 +12034,9 @@ def _copy(source, dest, every):
                 if str(error) != trouble:
                     trouble = str(error)
                     log.error("%s: cannot be copied to %s: %s; trying again", source, dest, trouble)
-            if every is None:
+            if options.every is None:
                 return 0
-            time.sleep(every / 1000)
+            time.sleep(options.every / 1000)
     except KeyboardInterrupt:
         return 0
     finally:
@@ -12088,10 +12055,9 @@ def _check_whole(path):
                           "next start of a server repairs it" % (path, damage)) from None
 
 
-def _pack(path, for_kestrel):
-    """Replace the journals of an unused queue with one file. for_kestrel: one that Kestrel 2.x can
-    read."""
-    path = os.path.abspath(path)             # one that ends with / would be a directory
+def _pack(options):
+    """Replace the journals of an unused queue with one file."""
+    path = os.path.abspath(*options.paths)   # one that ends with / would be a directory
     directory, name = os.path.split(path)
     os.listdir(directory)                # there must be one: _lock_spool() would make it
     spool = _lock_spool(directory)
@@ -12105,9 +12071,9 @@ def _pack(path, for_kestrel):
         host = Alone()
         host.locks_files = False             # the spool is locked
         queue = Queue(name, directory, QueueConfig(
-            max_memory_size=UNLIMITED, check_journal=not for_kestrel), older, host)
+            max_memory_size=UNLIMITED, check_journal=not options.kestrel), older, host)
         before = queue.journal.size
-        given_up = queue.make_plain() if for_kestrel else ()
+        given_up = queue.make_plain() if options.kestrel else ()
         queue.pack()
         for what, count in given_up:
             if count:
@@ -12646,9 +12612,10 @@ _SCALA_UNITS = {
     "day": "d", "byte": "", "kilobyte": "kb", "megabyte": "mb", "gigabyte": "gb"}
 
 
-def _convert(path):
+def _convert(options):
     """Print a kestrel.conf for the production.scala of a Kestrel; what is not understood is a
     comment in it."""
+    path, = options.paths
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         text = _SCALA_COMMENT.sub(lambda match: match[1] or " ", file.read())
     sections = {"server": [], "queue": []}
@@ -12717,7 +12684,7 @@ def _plain(value):
     return "%d%s" % (product, _SCALA_UNITS[number[2]])
 
 
-def _hash_password():
+def _hash_password(options):
     """Ask for a password, and print what stands for it in an auth_file."""
     import getpass
     try:
@@ -12728,6 +12695,30 @@ def _hash_password():
         return _fail(1, "there is no password")
     print(hash_password(os.fsencode(password)))
     return 0
+
+
+def _check(options):
+    """Print the settings in force."""
+    print("\n".join(_read_config(options).lines()))
+    return 0
+
+
+# The tools: name -> (function, the paths that it takes, what it does). A function is called with
+# the options, and returns the exit status.
+_TOOLS = {
+    "dump": (_dump, "JOURNAL...", "print the records of journal files, a line each"),
+    "pack": (_pack, "SPOOL/QUEUE", "write the journals of a queue that no server holds as one "
+             "minimal file"),
+    "verify": (_verify, "SPOOL", "read all journals of a spool, which a server may be using, say "
+               "which are good, and exit with 0 if all are"),
+    "copy": (_copy, "SPOOL DEST", "copy a spool, which a server may be using, or bring the copy up "
+             "to date"),
+    "hash-password": (_hash_password, "", "ask for a password (or read a line), and print what an "
+                      "auth_file has in its place"),
+    "convert": (_convert, "production.scala", "print a Kestrel's production.scala as a "
+                "kestrel.conf"),
+    "check": (_check, "", "check the config file, and print the effective settings"),
+}
 
 
 class LogStream(logging.Handler):
