@@ -10062,8 +10062,9 @@ class Listener:
         self._is_inherited = is_inherited
         self.address = sock.getsockname()
         self.name = _name_of(self.address)
+        sock.setblocking(False)
         if isinstance(self.address, tuple):
-            _keep_alive(sock)
+            _tune(sock)
         try:
             sock.listen(server.broker.settings.connection_backlog)
         except OSError as error:         # another process was faster
@@ -10725,8 +10726,10 @@ def _bind_each(settings, with_unix, port):
     return bound
 
 
-def _keep_alive(sock):
-    """Have the kernel find out whether silent clients of a listening socket are still there."""
+def _tune(sock):
+    """Set what the sockets that a listening TCP socket accepts inherit from it: the kernel finds
+    out whether silent clients are still there, and sends at once."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEPALIVE.items():
         if hasattr(socket, name):        # not on every system
@@ -10739,11 +10742,9 @@ def _bind(address, port, ipv6_only):
         family, _, _, _, name = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)   # of all that it accepts
         if family == socket.AF_INET6 and ipv6_only:    # :: is IPv4 too, as a rule
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(name)
-        sock.setblocking(False)
     except OSError as error:
         if sock:
             sock.close()
@@ -10757,7 +10758,6 @@ def _bind_unix(path, mode):
         _remove_stale(path)
         sock.bind(path)
         os.chmod(path, mode)                           # nobody can come in before listen()
-        sock.setblocking(False)
     except OSError as error:
         sock.close()
         raise _cannot_listen(error, _name_of(path)) from None
@@ -11486,19 +11486,16 @@ class Cluster(Client):
 
     def abort(self, queue: "str | list[str]", delay: float = 0, tail: bool = False) -> None:
         """Give back what is open of a queue."""
-        for client in self._holders(queue):
+        for client in self._connected():
             client.abort(queue, delay, tail)
 
     def touch(self, queue: "str | list[str]") -> None:
         """Let the time limit of what is open of a queue start anew."""
-        for client in self._holders(queue):
+        for client in self._connected():
             client.touch(queue)
 
     def _connected(self):
         return [member.client() for member in self._members if False in member.clients]
-
-    def _holders(self, queue):
-        return [client for client in self._connected() if self._keys(queue) in client._opened]
 
     def _check_closed(self, queue):
         for client in self._connected():
@@ -11577,7 +11574,7 @@ def main(arguments=None):
             logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=[LogStream()])
             if options.tool:
                 function, _, _ = _TOOLS[options.tool]
-                return function(options)
+                return function(options) or 0
             server = _start_server(_read_config(options))
         finally:
             print(end="", flush=True)        # so that its errors come here, after --help too
@@ -12035,10 +12032,10 @@ def _copy(options):
                     trouble = str(error)
                     log.error("%s: cannot be copied to %s: %s; trying again", source, dest, trouble)
             if options.every is None:
-                return 0
+                return
             time.sleep(options.every / 1000)
     except KeyboardInterrupt:
-        return 0
+        pass
     finally:
         os.close(lock)
 
@@ -12083,7 +12080,6 @@ def _pack(options):
         queue.close()
     finally:
         os.close(spool)
-    return 0
 
 
 # -- commands that talk to a server
@@ -12133,8 +12129,6 @@ def _show_table(names, rows):
 def _command_put(client, options):
     if options.item:
         items = map(os.fsencode, options.item)
-    elif sys.stdin is None:
-        items = []
     elif options.whole:
         items = [sys.stdin.buffer.read()]
     else:
@@ -12197,7 +12191,7 @@ def _command_import(client, options):
 
     def rows():
         nonlocal bad
-        for number, line in enumerate(sys.stdin.buffer if sys.stdin else (), 1):
+        for number, line in enumerate(sys.stdin.buffer, 1):
             try:
                 row = json.loads(line)
                 data = (row["data"].encode() if "data" in row
@@ -12648,7 +12642,7 @@ def _convert(options):
         return _fail(1, "%s: no settings of Kestrel are in it" % path)
     for header, lines in sections.items():
         print("\n".join(["[%s]" % header, *lines, ""]))
-    return 0
+    return None
 
 
 def _converted(kind, header, key, value):
@@ -12694,17 +12688,16 @@ def _hash_password(options):
     if not password:
         return _fail(1, "there is no password")
     print(hash_password(os.fsencode(password)))
-    return 0
+    return None
 
 
 def _check(options):
     """Print the settings in force."""
     print("\n".join(_read_config(options).lines()))
-    return 0
 
 
 # The tools: name -> (function, the paths that it takes, what it does). A function is called with
-# the options, and returns the exit status.
+# the options, and returns the exit status, None for 0.
 _TOOLS = {
     "dump": (_dump, "JOURNAL...", "print the records of journal files, a line each"),
     "pack": (_pack, "SPOOL/QUEUE", "write the journals of a queue that no server holds as one "
@@ -12839,7 +12832,6 @@ def _inherited(config):
     for number in range(int(os.environ["LISTEN_FDS"])):
         sock = socket.socket(fileno=3 + number)
         sock.set_inheritable(False)
-        sock.setblocking(False)
         # By its name, or by the port that the settings give a protocol; a UNIX socket has none.
         address = sock.getsockname()
         port = address[1] if isinstance(address, tuple) else -1

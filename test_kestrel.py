@@ -9915,6 +9915,7 @@ def test_silent_connections_are_probed(serve, short_path):
             if one.sock.family == socket.AF_INET:
                 assert one.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
                 assert one.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 120
+                assert one.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_an_address_that_this_machine_does_not_have_is_left_out(tmp_path, caplog):
@@ -13041,8 +13042,7 @@ def test_commands_export_and_import(ask_server, monkeypatch):
         patch.setattr(sys, "stdout", None)
         assert ask_server.errors(["export", "t", "--take"]) == (
             2, "kestrel.py: there is no standard output\n")
-    monkeypatch.setattr(sys, "stdin", None)
-    assert kestrel.main(["put", "t"]) == 0 and ask_server("get", "t", "-n", 3) == (0, "3\n")
+    assert ask_server("get", "t", "-n", 3) == (0, "3\n")
     assert ask_server("import", "full", stdin=told.encode())[0] == 1
 
 
@@ -13169,6 +13169,10 @@ def test_closed_standard_streams_are_as_dev_null(closed, tmp_path):
         assert sum(row[1] for row in client.queues()) == status
         if "<" in closed:
             assert end_of(start("--hash-password")) == 1
+        if closed == "<&-":
+            for words in (["put", "q"], ["import", "q"]):
+                assert end_of(start(*words, "--server", "127.0.0.1:%d" % port)) == 0
+            assert client.get("q") is None
     server.terminate()
     assert end_of(server) == 0
 
