@@ -11277,22 +11277,18 @@ class _Member:
         self.watched = None              # the key of a peek that has not been answered yet
         self.rests_until = 0             # when it may be asked again, as time.monotonic()
 
-    def client(self, watching=False):
-        """Return a Client: for commands, or for waiting. Raises OSError and ServerError."""
-        if watching not in self.clients:
-            host, port, timeout, *rest = self._arguments
-            with self.failing():
-                client = Client(host, port, min(timeout, _CONNECT_SECONDS), *rest)
-            client._timeout = timeout
-            self.clients[watching] = client
-        return self.clients[watching]
-
     @contextlib.contextmanager
-    def failing(self):
-        """Leave the server alone for a while if the `with` block fails."""
+    def asking(self, watching=False):
+        """Yield a Client: for commands, or for waiting. If it cannot connect, or the `with` block
+        fails, leave the server alone for a while. Raises OSError and ServerError."""
         began = time.monotonic()
         try:
-            yield
+            if watching not in self.clients:
+                host, port, timeout, *rest = self._arguments
+                client = Client(host, port, min(timeout, _CONNECT_SECONDS), *rest)
+                client._timeout = timeout
+                self.clients[watching] = client
+            yield self.clients[watching]
         except (OSError, ServerError) as error:
             now = time.monotonic()
             if isinstance(error, OSError) or str(error).startswith("SERVER_ERROR"):
@@ -11353,15 +11349,14 @@ class Cluster(Client):
         left, failure, unknown = items, None, None
         for member in self._in_any_order(also_resting=True):
             try:
-                client = member.client()
-                with member.failing():
+                with member.asking() as client:
                     client._connect_again()
             except (OSError, ServerError) as error:    # nothing was sent
                 failure = error
                 continue
             tried = left
             try:
-                with member.failing():
+                with member.asking() as client:
                     answers, refused, lost = client._put_batch(queue, tried, *how)
                     left = [item for item, is_taken in itertools.zip_longest(tried, answers)
                             if not is_taken]
@@ -11414,8 +11409,7 @@ class Cluster(Client):
                 if reached and member.rests_until > time.monotonic():
                     continue
                 try:
-                    client = member.client()
-                    with member.failing():
+                    with member.asking() as client:
                         items = client._get(queue, 0, options)
                 except (OSError, ServerError) as error:
                     if str(error).startswith("CLIENT_ERROR"):
@@ -11444,14 +11438,13 @@ class Cluster(Client):
                 try:
                     if member.watched not in (None, key):
                         member.stop_watching()
-                    client = member.client(True)
-                    if member.watched is None:
-                        with member.failing():
+                    with member.asking(True) as client:
+                        if member.watched is None:
                             client._send(b"get %b/peek/t=%d\r\n" % (key, 1000 * min(
                                 left, _WATCH_SECONDS)), _WATCH_SECONDS)
-                        member.watched = key
-                    client._sock.settimeout(client._timeout)
-                    watched[client._sock] = member
+                            member.watched = key
+                        client._sock.settimeout(client._timeout)
+                        watched[client._sock] = member
                 except (OSError, ServerError):
                     pass
             if not watched:
@@ -11462,9 +11455,9 @@ class Cluster(Client):
                     selector.register(sock, selectors.EVENT_READ, member)
                 ready = [key.data for key, _ in selector.select(min(left, _REST_SECONDS))]
             for member in ready:
-                client, member.watched = member.client(True), None
+                member.watched = None
                 try:
-                    with member.failing():
+                    with member.asking(True) as client:
                         if client._try(lambda client=client: client._items(client._line())):
                             found.append(member)
                 except OSError:
@@ -11495,7 +11488,7 @@ class Cluster(Client):
             client.touch(queue)
 
     def _connected(self):
-        return [member.client() for member in self._members if False in member.clients]
+        return [member.clients[False] for member in self._members if False in member.clients]
 
     def _check_closed(self, queue):
         for client in self._connected():
