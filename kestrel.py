@@ -10065,10 +10065,8 @@ class Listener:
         sock.setblocking(False)
         if isinstance(self.address, tuple):
             _tune(sock)
-        try:
+        with _listening_on(self.name):       # another process may have been faster
             sock.listen(server.broker.settings.connection_backlog)
-        except OSError as error:         # another process was faster
-            raise _cannot_listen(error, self.name) from None
         self._start()
 
     def is_local(self):
@@ -10637,12 +10635,17 @@ def _name_of(address):
     return ("[%s]:%d" if ":" in address[0] else "%s:%d") % address[:2]
 
 
-def _cannot_listen(error, name):
-    holder = ""
-    if error.errno == errno.EADDRINUSE and not name.startswith("unix:"):
-        holder = _port_holder(int(name.rpartition(":")[2]))
-    return OSError(error.errno, "cannot listen on %s: %s%s" % (
-        name, error.strerror or error, holder))
+@contextlib.contextmanager
+def _listening_on(name):
+    """Say in any OSError that a `with` block raises which address cannot be listened on."""
+    try:
+        yield
+    except OSError as error:
+        holder = ""
+        if error.errno == errno.EADDRINUSE and not name.startswith("unix:"):
+            holder = _port_holder(int(name.rpartition(":")[2]))
+        raise OSError(error.errno, "cannot listen on %s: %s%s" % (
+            name, error.strerror or error, holder)) from None
 
 
 def _port_holder(port):
@@ -10703,24 +10706,23 @@ def _bind_each(settings, with_unix, port):
     not have are left out if there is another. Raises OSError."""
     bound = []
     missing = None
-    try:
+    with contextlib.ExitStack() as stack:    # what is open when the rest fails
         for address in settings.listen:
             if address.startswith("unix:"):
                 if with_unix:
-                    bound.append(_bind_unix(address[5:], settings.socket_mode))
+                    bound.append(stack.enter_context(
+                        _bind_unix(address[5:], settings.socket_mode)))
             elif port is not None:
                 try:
-                    bound.append(_bind(address, port, "0.0.0.0" in settings.listen))
+                    bound.append(stack.enter_context(
+                        _bind(address, port, "0.0.0.0" in settings.listen)))
                 except OSError as error:
                     if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                         raise
                     missing = error
         if missing and not bound:
             raise missing
-    except OSError:
-        for sock in bound:
-            sock.close()
-        raise
+        stack.pop_all()
     if missing:
         log.warning("%s", missing.strerror)
     return bound
@@ -10737,30 +10739,24 @@ def _tune(sock):
 
 
 def _bind(address, port, ipv6_only):
-    sock = None
-    try:
+    with _listening_on(_name_of((address, port))), contextlib.ExitStack() as stack:
         family, _, _, _, name = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6 and ipv6_only:    # :: is IPv4 too, as a rule
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(name)
-    except OSError as error:
-        if sock:
-            sock.close()
-        raise _cannot_listen(error, _name_of((address, port))) from None
+        stack.pop_all()
     return sock
 
 
 def _bind_unix(path, mode):
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
+    with _listening_on(_name_of(path)), contextlib.ExitStack() as stack:
+        sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         _remove_stale(path)
         sock.bind(path)
         os.chmod(path, mode)                           # nobody can come in before listen()
-    except OSError as error:
-        sock.close()
-        raise _cannot_listen(error, _name_of(path)) from None
+        stack.pop_all()
     return sock
 
 
