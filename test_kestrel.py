@@ -8848,6 +8848,9 @@ def test_metrics_are_in_the_prometheus_text_format(admin):
     session.feed(b"get q\r\n", NOW + 3)
     commit(admin.broker, NOW)
     admin.broker.metrics["turn_usec"].fresh.append(5)
+    admin.broker.take_free_space(1 << 40)
+    admin.broker.scrubbed = 3, 1, NOW
+    admin.broker.note_failure(admin.broker.queues["q"], OSError(errno.EIO, "broken"), "written")
     told = ask(admin, "GET /metrics")[2]
     assert told.endswith("\n") and "\n\n" not in told
     helped, values, last = {}, {}, None
@@ -8869,6 +8872,10 @@ def test_metrics_are_in_the_prometheus_text_format(admin):
     assert values["kestrel_queue_items", '{queue="a<b>\\"&\'\\\\/xff%"}'] == 1
     assert values["kestrel_queue_age_seconds", '{queue="q"}'] == 0.003
     assert values["kestrel_turn_seconds_count", None] == 1
+    assert values["kestrel_spool_free_bytes", None] == 1 << 40
+    assert (values["kestrel_scrub_files", None], values["kestrel_scrub_damaged_files", None]) == (3, 1)
+    assert values["kestrel_scrub_timestamp_seconds", None] == NOW // 1000
+    assert values["kestrel_journal_failed", '{queue="q"}'] == 1
     assert values["kestrel_status", '{status="up"}'] == 1
     assert values["kestrel_status", '{status="quiescent"}'] == 0
     assert values["kestrel_build_info", '{version="1.0.0",python="%s"}' % (
@@ -11878,6 +11885,23 @@ def test_a_turn_does_less_for_each_the_more_there_are(tmp_path):
             count = server.broker.queues["q"].count if "q" in server.broker.queues else 0
             most, before = max(most, count - before), count
         assert most < 3500
+
+
+def test_each_task_takes_a_step_before_another_takes_two(tmp_path, monkeypatch):
+    monkeypatch.setattr(kestrel, "_WORK_SECONDS", 0)
+    steps = []
+
+    def task(name):
+        for _ in range(3):
+            steps.append(name)
+            yield
+
+    with turned_by_hand(tmp_path, "", 0) as (server, _):
+        for name in "abc":
+            server.broker.start(task(name))
+        while server.broker.tasks:
+            server.turn()
+    assert "".join(steps) == "abcabcabc"
 
 
 def test_jobs_of_many_that_have_hung_up_are_done_in_turn_too(serve, monkeypatch):
