@@ -1948,16 +1948,16 @@ def _load(item, fd, offset, size, head, crc):
 _JOURNAL_NAME = re.compile(r"([^.~]+)(?:\.(0|-?[1-9][0-9]*)(\.pack)?|~~[0-9]+)?", re.S)
 
 
-# A directory in the copy of a spool, until a server uses it. What is to become of a queue whose
-# files are being changed is noted there, in a file of its name: a list of (path, the path then,
-# None if it is to be deleted, its size then), relative to the spool.
+# A directory in the copy of a spool, until a server uses it. While the files of the copy are being
+# changed, what is to become of them is noted there: a list of (path, the path then, None if it is
+# to be deleted, its size then), relative to the spool.
 COPY_MARK = ".copy"
 
 
-def note_files(directory, name, files):
-    """Note in a copy what is to become of the files of a queue, in place of an earlier note."""
+def note_files(directory, files):
+    """Note in a copy what is to become of its files, in place of an earlier note."""
     marks = os.path.join(directory, COPY_MARK)
-    note = os.path.join(marks, name)
+    note = os.path.join(marks, "pass")
     _raise(_fsync_directory(directory))      # it names files that are there
     with open(note + "~", "w", encoding="ascii") as file:
         json.dump(files, file)
@@ -1968,8 +1968,8 @@ def note_files(directory, name, files):
 
 
 def change_files(directory, files):
-    """Let the files of a queue in a copy become what is to become of them. Raises OSError; then it
-    can be done again."""
+    """Let the files of a copy become what is to become of them. Raises OSError; then it can be done
+    again."""
     for old, new, size in files:
         path = os.path.join(directory, old)
         with contextlib.suppress(FileNotFoundError):   # it has been done before
@@ -1985,7 +1985,7 @@ def change_files(directory, files):
 
 
 def finish_copy(directory):
-    """Do what is noted in a copy, if it is one: each queue is what it was in the last pass of the
+    """Do what is noted in a copy, if it is one: then it is what it was after the last pass of the
     copying that was finished. Raises OSError."""
     marks = os.path.join(directory, COPY_MARK)
     notes = []
@@ -2013,7 +2013,7 @@ def is_being_copied(directory):
     made that may have the other one already."""
     path = os.path.join(directory, COPY_LOCK)
     try:
-        if not 0 <= time.time() - os.stat(path).st_mtime < COPY_SECONDS:
+        if abs(time.time() - os.stat(path).st_mtime) > COPY_SECONDS:
             return False                     # it was made, or hangs
         os.close(_lock(os.open(path, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_EX, path))
         return False
@@ -5458,6 +5458,7 @@ class Moves:
                         batch.append(leaving)
                         size += _size(leaving.item)
                 yield source
+                yield from self._wait_for_copy()
                 still = self._still_open(source, batch)
                 count, error = yield from self._put_as_set(source, still, setting)
                 yield from self._confirm_moved(source, [leaving.xid for leaving in still[:count]])
@@ -5527,8 +5528,6 @@ class Moves:
         failure = yield first.when_lasting       # no power failure may take them from both
         if failure:
             return 0, failure
-        while is_being_copied(self._broker.spool):     # else a copy might have them in neither
-            yield _LOADING_MS
         for queue in others:
             left = moving[:count] if queue is not source else []     # a child would have it again
             while left and not queue.closed:
@@ -5540,7 +5539,14 @@ class Moves:
                         error = failure or problem
                         break
                     yield RETRY_MS
+        yield from self._wait_for_copy()         # else it might have them in none of the queues
         return count, error
+
+    def _wait_for_copy(self):
+        """Wait while a copy is being made. It is waited for before items are put, so that they are
+        in one place meanwhile, and again before they are confirmed: it may have begun since."""
+        while is_being_copied(self._broker.spool):
+            yield _LOADING_MS
 
     @staticmethod
     def _add_moved(source, queue, moving, must_fit):
@@ -5579,6 +5585,7 @@ class Moves:
         queues = [dest, *self._broker.children.get(dest.name, ())]
         while moved < most and source.count and not (
                 error or source.closed or dest.closed or self._broker.stopping):
+            yield from self._wait_for_copy()
             batch, size = [], 0
             try:
                 while len(batch) < min(_MOVE_STEP, most - moved) and size < _MOVE_SIZE:
@@ -11848,13 +11855,15 @@ def copy_spool(source: str, dest: str) -> int:
     find_journals(dest)                      # finish what was broken off
     copied = 0
     for _ in range(_PASSES):
-        start = time.monotonic()
+        began = time.time(), time.monotonic()
         lock = _hold_moves(source)
         try:
             copied += _copy_queues(source, dest)
         finally:
             os.close(lock)
-        if time.monotonic() - start < COPY_SECONDS:
+        # The server goes by the time of day, which may have been set meanwhile.
+        now = time.time(), time.monotonic()
+        if all(-1 < end - begin < COPY_SECONDS - 1 for begin, end in zip(began, now)):
             return copied
     raise OSError(errno.EAGAIN, "copying takes so long that what a server has moved from one queue "
                   "to another meanwhile may be missing", source)
@@ -11868,28 +11877,48 @@ def _hold_moves(spool):
     try:
         if not os.path.isdir(path):
             os.mkdir(path)
-            os.chmod(path, 0o755)            # the server may be another user
+            os.chmod(path, 0o777)            # the server, or the next copier, may be another user
         os.utime(path)
     except OSError as error:
-        if error.errno != errno.EROFS:
-            raise
-        return os.open(spool, os.O_RDONLY | os.O_CLOEXEC)      # no server works there
+        if error.errno not in (errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, "%s: %s" % (path, error.strerror)) from None
+        _warn_of_moves(path, error.strerror)
+        return os.open(spool, os.O_RDONLY | os.O_CLOEXEC)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     fcntl.flock(fd, fcntl.LOCK_SH)           # a server holds it for a moment only
     return fd
 
 
+@functools.lru_cache(maxsize=None)       # once, however many passes are made
+def _warn_of_moves(path, why):
+    log.warning("%s: %s; if a server uses that spool, what it moves from one queue to another "
+                "during a pass may be missing until the next", path, why)
+
+
 def _copy_queues(source, dest):
-    """Bring the copy of each queue up to date; return how many bytes were copied."""
-    copied = 0
+    """Bring the copies of all queues up to date, or of none: an item may have been moved from one
+    to another. Return how many bytes were copied."""
+    copied, done = 0, []
     inodes, there, have = _current_inodes(source), _journal_names(source), _journal_names(dest)
-    for name in sorted(set(there) | set(have)):
-        files = _open_at_one_moment(source, name, inodes.get(name), there.get(name, {}))
-        try:
-            copied += _copy_queue(name, files, dest, have.get(name, {}))
-        finally:
-            _close_all([fd for _, fd, _ in files])
-    _raise(_fsync_directory(dest))
+    try:
+        for name in sorted(set(there) | set(have)):
+            files = _open_at_one_moment(source, name, inodes.get(name), there.get(name, {}))
+            try:
+                pieces, changes = _copy_queue(name, files, dest, have.get(name, {}))
+                if changes and not done:     # what to go back to
+                    note_files(dest, [
+                        (file, file, os.path.getsize(os.path.join(dest, file)))
+                        for found in have.values() for file in found.values()])
+                done += changes
+                copied += sum(_copy_rest(fd, size, path) for path, fd, size in pieces)
+            finally:
+                _close_all([fd for _, fd, _ in files])
+        if done:
+            note_files(dest, done)
+            finish_copy(dest)
+    except BaseException:
+        find_journals(dest)                  # undo it
+        raise
     return copied
 
 
@@ -11927,48 +11956,32 @@ def _open_at_one_moment(spool, name, inode, found):
 
 
 def _copy_queue(name, files, dest, have):
-    """Bring the copy of one queue up to date; return how many bytes were copied. files: see
-    _open_at_one_moment(). have: {number: name} of its files in the copy."""
-    def path(number):
-        return os.path.join(dest, file_of(number))
-
+    """Prepare the copy of one queue. Return [(path, descriptor, size)]: what is to be copied there,
+    behind what is there; and what is to become of its files then, as note_files() takes it; both
+    empty if nothing has changed. files: see _open_at_one_moment(). have: {number: name} of its
+    files in the copy."""
     def file_of(number):
         return name if number is None else "%s.%d" % (name, number)
 
-    have = set(have)
-    for number, fd, size in files:           # the current file has been given a number
-        if number not in have and None in have and number is not None and (
-                os.path.getsize(path(None)) and _begins_with(fd, size, path(None))):
-            os.rename(path(None), path(number))
-            have = have - {None} | {number}
-    before = {number: os.path.getsize(path(number)) for number in have}
-    after = {number: size for number, _, size in files}
-    same = {number for number, fd, size in files
-            if number in have and _begins_with(fd, size, path(number))}
-    gone, new = have - set(after), set(after) - same
-    at = {number: "%s~~%d" % (name, _unique_number()) if number in new else file_of(number)
-          for number in after}               # where they are copied to
-    undone = [(file_of(number), file_of(number), before[number]) for number in have] + [
-        (at[number], None, 0) for number in new]
-    done = [(at[number], file_of(number), after[number]) for number in after] + [
-        (file_of(number), None, 0) for number in gone]
-    changes = len(gone) + len(new) + sum(before[number] < after[number] for number in same)
-    try:
-        if changes > 1:                      # else it is one step
-            note_files(dest, name, undone)
-        copied = sum(_copy_rest(fd, size, os.path.join(dest, at[number]))
-                     for number, fd, size in files)
-        if changes > 1:
-            note_files(dest, name, done)
-        elif gone or new:
-            change_files(dest, done)
-    finally:
-        if changes > 1:
-            finish_copy(dest)
-        else:
-            for number in new:
-                _discard(os.path.join(dest, at[number]))
-    return copied
+    at, used = {}, set()
+    for number, fd, size in files:
+        at[number] = "%s~~%d" % (name, _unique_number())       # find_journals() would delete it
+        old = number if number in have else None               # the current one has a number now
+        path = os.path.join(dest, file_of(old))
+        if old in have and old not in used and _begins_with(fd, size, path):
+            used.add(old)
+            if old == number:
+                at[number] = file_of(number)
+            else:
+                with contextlib.suppress(OSError):             # not on every file system
+                    os.link(path, os.path.join(dest, at[number]))
+    gone = set(have) - set(at)
+    if not gone and all(at[number] == file_of(number) and size == os.path.getsize(
+            os.path.join(dest, at[number])) for number, _, size in files):
+        return [], []
+    return [(os.path.join(dest, at[number]), fd, size) for number, fd, size in files], [
+        *((at[number], file_of(number), size) for number, _, size in files),
+        *((file_of(number), None, 0) for number in gone)]
 
 
 def _begins_with(fd, size, path):

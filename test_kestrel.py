@@ -14120,7 +14120,7 @@ def test_a_server_finishes_a_pass_of_a_copy_that_was_broken_off(tmp_path):
     for name in ("q.1", "q"):
         (tmp_path / name).write_bytes(addx(b"a") + addx(b"b"))
     (tmp_path / ".copy").mkdir()
-    kestrel.note_files(str(tmp_path), "q", [("q.1", None, 0), ("q", "q", len(addx(b"a")))])
+    kestrel.note_files(str(tmp_path), [("q.1", None, 0), ("q", "q", len(addx(b"a")))])
     with kestrel.serve(spool=str(tmp_path)) as server, kestrel.Client(port=server.port) as client:
         assert client.get("q") == b"a" and client.get("q") is None
     assert sorted(os.listdir(str(tmp_path))) == ["q"]
@@ -14265,14 +14265,105 @@ def test_a_copy_holds_up_moves_while_it_is_made_unless_it_hangs(serve, tmp_path,
         assert kestrel.is_being_copied(str(spool)) is not hangs
         client.send("move a b\r\n")
         if not hangs:
-            assert server.client().get("b/t=20000") == b"x"    # it is there before the answer
-            assert server.client().put("b", b"x") == "STORED\r\n"
+            assert server.client().get("b/t=50") is None
             assert not select.select([client.sock], [], [], .1)[0]
             os.close(lock)
         assert client.line() == "1\r\n"
         if hangs:
             os.close(lock)
         client.ask("move b a\r\n")
+
+
+@promise(1)
+@pytest.mark.parametrize("command", ["move a b", "get a"])
+def test_a_move_looks_for_a_copy_before_and_after_all_queues_have_the_item(serve, monkeypatch,
+                                                                            command):
+    """It looked before the children had theirs."""
+    server, seen = serve("[queue a]\nexpire_to_queue = b\n"), []
+    client, queues = server.client(), server.server.broker.queues
+    for name in ("b", "b+child"):
+        client.put(name, b"x")
+    client.ask("set a 0 %d 1\r\nx\r\n" % (0 if "move" in command else 1000001))       # in 1970
+    monkeypatch.setattr(kestrel, "is_being_copied", lambda spool: seen.append(
+        [len(queues[name].opens) + queues[name].count for name in ("a", "b", "b+child")]))
+    assert client.ask(command + "\r\n") == ("1\r\n" if "move" in command else "END\r\n")
+    until(lambda: not queues["a"].count and not queues["a"].opens)
+    assert seen == [[1, 1, 1], [1, 2, 2]]
+
+
+@promise(1)
+def test_a_pass_that_is_broken_off_changes_no_queue_of_the_copy(tmp_path, monkeypatch):
+    """An item that had been moved from a queue that was copied to one that was not was lost."""
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    source.mkdir()
+    dest.mkdir()
+    queues = {name: kestrel.Queue(name, str(source)) for name in "abc"}
+    fill(queues["a"], b"1", b"2")
+    kestrel.copy_spool(str(source), str(dest))
+    fill(queues["c"], *data_of(take(queues["a"], 2)))
+    fill(queues["b"], b"3")
+    prepare = kestrel._copy_queue
+
+    def broken_off(name, *arguments):
+        if name == "c":
+            shutil.copytree(str(dest), str(tmp_path / "killed"))      # as kill -9 leaves it
+            raise OSError(errno.ENOSPC, "full")
+        return prepare(name, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(kestrel, "_copy_queue", broken_off)
+        kestrel.copy_spool(str(source), str(dest))
+    assert (dest / "a").stat().st_size < (tmp_path / "killed" / "a").stat().st_size
+    for path in (dest, tmp_path / "killed"):
+        assert [contents_of(path, name) for name in "abc"] == [[b"1", b"2"], [], []]
+    kestrel.copy_spool(str(source), str(dest))
+    assert [contents_of(dest, name) for name in "abc"] == [[], [b"3"], [b"1", b"2"]]
+    for queue in queues.values():
+        queue.close()
+
+
+@pytest.mark.parametrize("step", [60, -60])
+def test_a_pass_in_which_the_clock_is_set_is_made_again(tmp_path, monkeypatch, step):
+    """A server that goes by the clock would not have waited."""
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    source.mkdir()
+    dest.mkdir()
+    fill(load(source), b"x")
+    passes, make = [], kestrel._copy_queues
+
+    def counted(*arguments):
+        passes.append(None)
+        if len(passes) == 1:
+            patch.setattr(kestrel.time, "time", lambda: real() + step)
+        return make(*arguments)
+
+    with monkeypatch.context() as patch:
+        real = time.time
+        patch.setattr(kestrel, "_copy_queues", counted)
+        kestrel.copy_spool(str(source), str(dest))
+    assert len(passes) == 2 and contents_of(dest) == [b"x"]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
+def test_where_moves_cannot_be_held_up_a_copy_says_so_once(tmp_path, monkeypatch, caplog, number):
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    source.mkdir()
+    dest.mkdir()
+    fill(load(source), b"x")
+    make = os.mkdir
+
+    def fail(path, *mode):
+        if path.endswith(".copying"):
+            raise OSError(number, os.strerror(number), path)
+        make(path, *mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kestrel.os, "mkdir", fail)
+        for _ in range(2):
+            kestrel.copy_spool(str(source), str(dest))
+    assert contents_of(dest) == [b"x"] and caplog.text.count(os.strerror(number)) == 1
+    kestrel.copy_spool(str(source), str(dest))
+    assert (source / ".copying").stat().st_mode & 0o777 == 0o777        # for any user
 
 
 def test_convert(tmp_path, capsys):
