@@ -536,7 +536,7 @@ class Config:
     def queue(self, name):
         """Return the QueueConfig of `name`: built-in, then [queue], [queue q], [queue q+child].
         Queues to which the same sections apply share one."""
-        sections = tuple([section for section in ("", name.partition("+")[0], name)
+        sections = tuple([section for section in dict.fromkeys(("", name.partition("+")[0], name))
                           if section in self._queues])
         config = self._queue_configs.get(sections)
         if config is None:
@@ -5543,8 +5543,8 @@ class Moves:
         return count, error
 
     def _wait_for_copy(self):
-        """Wait while a copy is being made. It is waited for before items are put, so that they are
-        in one place meanwhile, and again before they are confirmed: it may have begun since."""
+        """Wait while a copy is being made: before items are put, so that they are in one place
+        meanwhile, and again before they are confirmed, since a copy may have begun by then."""
         while is_being_copied(self._broker.spool):
             yield _LOADING_MS
 
@@ -8534,7 +8534,7 @@ class AdminSession(Session):
         for key, (name, what) in METRICS.items():
             samples = _histogram(broker.metrics[key], _scale(key))
             yield from _metric(name, "histogram", what, samples)
-        label_of = functools.lru_cache(maxsize=None)(_label)     # each comes with each figure
+        label_of = functools.lru_cache(maxsize=None)(_label)     # it stands at each figure
         for one in QUEUE_STATS:
             if one.kind:
                 scale = _scale(one.ostrich)
@@ -11904,7 +11904,7 @@ def _copy_queues(source, dest):
         for name in sorted(set(there) | set(have)):
             files = _open_at_one_moment(source, name, inodes.get(name), there.get(name, {}))
             try:
-                pieces, changes = _copy_queue(name, files, dest, have.get(name, {}))
+                pieces, changes = _prepare_copy(name, files, dest, have.get(name, {}))
                 if changes and not done:     # what to go back to
                     note_files(dest, [
                         (file, file, os.path.getsize(os.path.join(dest, file)))
@@ -11955,7 +11955,7 @@ def _open_at_one_moment(spool, name, inode, found):
                   os.path.join(spool, name))
 
 
-def _copy_queue(name, files, dest, have):
+def _prepare_copy(name, files, dest, have):
     """Prepare the copy of one queue. Return [(path, descriptor, size)]: what is to be copied there,
     behind what is there; and what is to become of its files then, as note_files() takes it; both
     empty if nothing has changed. files: see _open_at_one_moment(). have: {number: name} of its
@@ -12056,7 +12056,8 @@ def _check_whole(path):
 
 def _pack(options):
     """Replace the journals of an unused queue with one file."""
-    path = os.path.abspath(*options.paths)   # one that ends with / would be a directory
+    path, = options.paths
+    path = os.path.abspath(path)             # one that ends with / would be a directory
     directory, name = os.path.split(path)
     os.listdir(directory)                # there must be one: _lock_spool() would make it
     spool = _lock_spool(directory)

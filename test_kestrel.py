@@ -14302,7 +14302,7 @@ def test_a_pass_that_is_broken_off_changes_no_queue_of_the_copy(tmp_path, monkey
     kestrel.copy_spool(str(source), str(dest))
     fill(queues["c"], *data_of(take(queues["a"], 2)))
     fill(queues["b"], b"3")
-    prepare = kestrel._copy_queue
+    prepare = kestrel._prepare_copy
 
     def broken_off(name, *arguments):
         if name == "c":
@@ -14311,7 +14311,7 @@ def test_a_pass_that_is_broken_off_changes_no_queue_of_the_copy(tmp_path, monkey
         return prepare(name, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
-        patch.setattr(kestrel, "_copy_queue", broken_off)
+        patch.setattr(kestrel, "_prepare_copy", broken_off)
         kestrel.copy_spool(str(source), str(dest))
     assert (dest / "a").stat().st_size < (tmp_path / "killed" / "a").stat().st_size
     for path in (dest, tmp_path / "killed"):
