@@ -9396,7 +9396,7 @@ def test_a_turn_sees_to_some_connections_and_the_next_to_the_others(tmp_path, mo
             client.send("set q 0 0 1\r\nx\r\n")
         # The worker may have something to tell as well.
         until(lambda: set(server.connections.values()) <= {one for one, _ in server.poller.poll(0)})
-        queue, done = server.broker.route(b"q").only, [0]
+        queue, done = server.broker.queue("q"), [0]
         while queue.count < 10:
             server.turn()
             done.append(queue.count)
@@ -9499,8 +9499,8 @@ def thrift_call_of(method):
 EVERY_COMMAND = {
     "memcache": [
         *[(name, name[3:].encode() + b" q\r\n") for name in commands_of(kestrel.MemcacheSession)],
-        ("store", b"set q 0 0 1\r\nx\r\n"), ("_store_in_steps", b"set new 0 0 1\r\nx\r\n"),
-        ("_get_in_steps", b"get new\r\n"), ("_next", b"get a b\r\n")],
+        ("store", b"set q 0 0 1\r\nx\r\n"), ("store_in_steps", b"set new 0 0 1\r\nx\r\n"),
+        ("get_in_steps", b"get new\r\n"), ("_next", b"get a b\r\n")],
     "text": [*[(name, name[3:].encode() + b" q 1\n") for name in commands_of(kestrel.TextSession)],
              ("_put_items", b"put q:\nx\n\n")],
     "thrift": [(name, thrift_call_of(name[3:])) for name in commands_of(kestrel.ThriftSession)],
@@ -9585,7 +9585,7 @@ def test_a_small_command_does_not_wait_for_the_tasks_of_many(tmp_path):
             server.turn()
         hits = server.broker.queues["q"].counters
         for number in range(10):
-            server.broker.routes.clear()
+            server.broker._forget_routes()
             before = hits.get_hits
             for command in (set_("q", "1"), "get q r\r\n"):
                 clients[0].send(command)
@@ -10808,7 +10808,7 @@ def test_deleted_queues_and_failures_leave_no_cycle(tmp_path, disk):
             put(broker, queue.name, b"x")
             commit(broker, NOW)
             broker.delete(queue)
-            broker.routes.clear()
+            broker._forget_routes()
             del queue
             run_tasks(broker)
             commit(broker, NOW)
