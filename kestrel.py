@@ -3510,10 +3510,11 @@ class Queue:
         counters = self.counters
         counters.total_items += 1
         counters.put_bytes += size
-        ops = self.history.ops               # as _log() does, without a call
-        ops.append((ADDX, item, 0))
-        if len(ops) == 1:
-            self.host.changed(self)
+        ops = self.history.ops
+        if ops:                          # as _log() does, without a call
+            ops.append((ADDX, item, 0))
+        else:
+            self._log(ADDX, item)
         if self.waiters:
             self._serve(now)
         return True
@@ -3623,10 +3624,11 @@ class Queue:
             counters.transactions += 1
             self._open(item)
         else:
-            ops = self.history.ops           # as _log() does, without a call
-            ops.append((REMOVE, item, 0))
-            if len(ops) == 1:
-                self.host.changed(self)
+            ops = self.history.ops
+            if ops:                          # as _log() does, without a call
+                ops.append((REMOVE, item, 0))
+            else:
+                self._log(REMOVE, item)
         return item
 
     def peek(self, now: "int | None" = None) -> "Item | None":
@@ -6371,15 +6373,16 @@ class Session:
     def feed(self, data, now):
         """Take bytes that the client sent, and run every whole command in them."""
         self.now = now
-        if self.state is READY:              # as a rule
-            # A client that has to read its answers first may still be READY.
-            pos = self._parse(data) if self.load <= self.broker.share else 0
+        if self.state is READY and not self.load:      # as a rule
+            pos = self._parse(data)
             if pos != len(data) or self._needed:
                 self._stop(data, pos)
         elif not self.is_over():
             self._keep(data)
-            if self.state is RECEIVING and self._kept.tell() >= self._needed:
-                self._run_kept()
+            if self.state in (READY, RECEIVING) and self._kept.tell() >= self._needed:
+                self._update()               # it may have to read its answers first
+                if self.state is WORKING:
+                    self._run_kept()
 
     def hang_up(self, now):
         """Note that the client will send no more. Its commands are still run and answered, but
@@ -7167,6 +7170,8 @@ class MemcacheSession(LineSession):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
+        # Command line -> what it means, see _learn(). A stranger has none: its are checked there.
+        self._lines = {} if self.is_stranger else self.broker.known_lines
         self._skip = 0                  # bytes of a refused data block still to come
         self._block = None              # (command, the Block whose data is still to come)
         self._words = ()                # of the command in hand, if it waits
@@ -7179,8 +7184,6 @@ class MemcacheSession(LineSession):
     def _parse(self, data):
         pos, end = 0, len(data)
         broker = self.broker
-        # No call as a rule; it stays so in this turn, since the answer to a login takes another.
-        is_stranger = broker.config.users is not None and self.is_stranger
         while True:
             try:
                 eol = data.find(b"\n", pos)
@@ -7190,10 +7193,7 @@ class MemcacheSession(LineSession):
                     break
                 line = data[pos:eol]
                 pos = eol + 1
-                if is_stranger:
-                    command, asked, size = self._parse_first(line)
-                else:
-                    command, asked, size = broker.known_lines.get(line) or self._learn(line)
+                command, asked, size = self._lines.get(line) or self._learn(line)
                 if size is None:
                     waits = command(self, asked)
                 else:
@@ -7224,7 +7224,9 @@ class MemcacheSession(LineSession):
     def _learn(self, line):
         """Return what _parse_checked() returns. It is kept, since clients send the same lines
         again and again."""
-        known = self.broker.known_lines
+        if self.is_stranger:
+            return self._parse_first(line)
+        known = self._lines
         parsed = self._parse_checked(line, self.broker.settings.max_item_size)
         if len(line) <= _LONGEST_KNOWN:
             if len(known) >= _MOST_KNOWN:
@@ -7373,6 +7375,7 @@ class MemcacheSession(LineSession):
         yield from self._log_in(name, password)
         if self.user is None:
             raise Refused("CLIENT_ERROR", "authentication failure", close=True)
+        self._lines = self.broker.known_lines
         self._say(block.answer)
 
     # -- reading
@@ -9451,8 +9454,6 @@ class Poller:
     for each event, which is 2 to 5 % of the time that a command takes, and for each new client.
     """
 
-    is_greeting = False                  # as a Connection may be
-
     def __init__(self, busy_poll):
         if hasattr(select, "epoll"):     # not on every system
             self._selector = select.epoll()
@@ -9716,11 +9717,10 @@ class Connection:
         server.broker.admit(session)
         self.since = server.mono
         self.last_active = server.mono   # when it said something, or took some of its answers
-        self.is_greeting = hasattr(sock, "do_handshake")       # a TLS handshake is not done yet
         self.is_traced = False
         # Whether place() has nothing to do while the client is READY or, for a moment, HELD:
         # nothing is kept, unsent or traced, and no alarm has to be set.
-        self.is_plain = not self.is_greeting
+        self.is_plain = True
         self.buffered = 0                # bytes of input and output that server.buffered counts
         self.unsent = []                 # answers that the kernel has not taken yet
         self._deadline = 0               # when a wait, or the lingering, ends
@@ -9728,6 +9728,9 @@ class Connection:
         self._alarm = None               # the entry of tick() in server.timers
         self._finished = False           # the socket has been shut down
         self._in_tasks = False           # _work() is among the server's tasks
+        if hasattr(sock, "do_handshake"):
+            server.greeting.add(self)
+            self.is_plain = False
         self.set_trace()
         if self.is_traced:
             trace.info("%s: connected", session.who)
@@ -9751,14 +9754,15 @@ class Connection:
         try:
             data = self.sock.recv(_CHUNK)
         except BlockingIOError:
-            self.is_greeting = self.is_greeting and not self.sock.version()
+            if self in server.greeting and self.sock.version():
+                server.greeting.remove(self)
             return
         except OSError as error:         # closed, or reset: it will take no answers either
             if hasattr(error, "reason"):               # it is an ssl.SSLError
                 why = str(error.reason or error)
                 words = next(words for part, words in _TLS_FAILURES.items() if part in why)
                 server.broker.note_stranger(session.peer, "%s %s" % (words, why))
-                if self.is_greeting and why in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
+                if self in server.greeting and why in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
                     self._answer_in_plain()
                     return
             self.close()
@@ -9770,7 +9774,7 @@ class Connection:
         if self.is_plain:                # as a rule
             self.last_active = server.mono
         else:
-            self.is_greeting = False
+            server.greeting.discard(self)
             if not self.unsent:          # else it is up to the client to take that
                 self.last_active = server.mono
             if self.is_traced:
@@ -9781,7 +9785,7 @@ class Connection:
 
     def _answer_in_plain(self):
         """Tell a client that speaks no TLS what is wrong, and hang up."""
-        self.is_greeting = False
+        self.server.greeting.discard(self)
         self.sock = socket.socket(fileno=self.sock.detach())
         self.sock.setblocking(False)
         self.session.turn_away(Refused("CLIENT_ERROR", "this port takes TLS only"))
@@ -9882,7 +9886,7 @@ class Connection:
         if session.state is CLOSED:          # it was the greediest client
             return
         self.is_plain = state is READY and not (
-            self.buffered or session.at_end or self.is_traced or self.is_greeting)
+            self.buffered or session.at_end or self.is_traced or self in server.greeting)
         server.poller.watch(self.sock, self, self._is_read(), bool(self.unsent))
         self._set_alarm()
 
@@ -9909,7 +9913,7 @@ class Connection:
             for timeout in (settings.client_timeout, session.idle_timeout):
                 if timeout:
                     yield self.last_active + timeout / 1000, self.close
-        if session.is_stranger or self.is_greeting:
+        if session.is_stranger or self in self.server.greeting:
             yield self.since + LOGIN_MS / 1000, self.close
         if session.state is WAITING:
             yield self._deadline, session.time_out
@@ -10002,6 +10006,7 @@ class Connection:
                 server.timers.cancel(self._alarm)
             self.sock.close()
             server.waiting.discard(self)
+            server.greeting.discard(self)
             server.broker.dismiss(session)
             if self.is_traced:
                 trace.info("%s: closed", session.who)
@@ -10043,8 +10048,6 @@ def _parse_proxy_header(data):
 class Introduction:
     """A connection of a proxy, until the header has come that says for whom it speaks. No more than
     that is read: what follows may be TLS."""
-
-    is_greeting = False                  # as a Connection may be
 
     def __init__(self, listener, sock, address):
         self._listener = listener
@@ -10091,8 +10094,6 @@ class Introduction:
 
 class Listener:
     """A port on which clients of one protocol come in. Raises OSError."""
-
-    is_greeting = False                  # as a Connection may be
 
     def __init__(self, server, sock, protocol, is_inherited):
         self.server = server
@@ -10168,7 +10169,7 @@ class Listener:
         session = _PROTOCOLS[self.protocol](
             server.broker, Peer("%s client %s" % (self.protocol, name), host, local, ip))
         connection = server.connections[session] = Connection(server, sock, session)
-        if not connection.is_greeting:
+        if connection not in server.greeting:
             # As a rule its first command is there already: this saves a turn.
             server.visit(connection, Connection.ready, True)
 
@@ -10215,6 +10216,7 @@ class Server:
         self.introductions = set()       # of proxies
         self.active = []                 # connections that may have something to send
         self.waiting = set()             # connections whose sessions wait for an item
+        self.greeting = set()            # those whose TLS handshake is not done yet
         self.buffered = 0                # unparsed input and unsent output of all connections
         self.mono = time.monotonic()
         self.now = _now()
@@ -10321,22 +10323,15 @@ class Server:
             events = self.poller.wait(self.timers.wait(clock()))
         self.mono = clock()
         self.now = _now()
-        if self.waiting:
-            # These first: one that has hung up must not be given an item.
-            first = [event for event in events if event[0] in self.waiting]
-            if first:
-                events = first + [event for event in events if event[0] not in self.waiting]
+        if self.waiting or self.greeting:
+            events = self._in_order(events)
         # The more there are, the less is done for each.
         broker.share = broker.settings.max_output_buffer // max(
             1, len(events) + len(broker.woken) + len(broker.tasks) - 1)
         end = self.mono + _FEED_SECONDS
-        greetings = done = 0
+        done = 0
         while done < len(events):
             for one, readable in events[done:done + _EVENTS_STEP]:
-                if one.is_greeting:
-                    greetings += 1
-                    if greetings > _GREETINGS:
-                        continue                       # poll() will return it again
                 try:
                     one.ready(readable)
                 except Exception as error:
@@ -10370,6 +10365,15 @@ class Server:
             events += [event for event in fresh
                        if event[0] in self.waiting and event[0] not in known]
         return events
+
+    def _in_order(self, events):
+        """Return the events of those who wait first: one that has hung up must not be given an
+        item; and a few handshakes at last, since they take long. poll() returns the others again."""
+        first, others, greetings = [], [], []
+        for event in events:
+            (first if event[0] in self.waiting else greetings if event[0] in self.greeting
+             else others).append(event)
+        return first + others + greetings[:_GREETINGS]
 
     def later(self, delay_ms, call):
         """Make a call after so many milliseconds; return a function that cancels it."""
