@@ -1321,7 +1321,8 @@ def _encode(ops, ends=0):
     """Return (the records of operations as a list of byte strings, the ends after them)."""
     chunks = []
     added = taken = back = 0             # as _MOVES would say; without a look-up it is faster
-    for opcode, item, xid in ops:
+    pack = _XID.pack
+    for opcode, item, xid in ops:        # those of most records first
         if opcode == ADDX:
             data = item.data
             chunks += _head(item, len(data)), data
@@ -1329,9 +1330,13 @@ def _encode(ops, ends=0):
         elif opcode == REMOVE:
             chunks.append(b"\1")
             taken += 1
-        elif 0 < opcode <= OPEN:
-            chunks.append(_XID.pack(opcode, xid))
-            taken += opcode == OPEN
+        elif opcode == CONFIRM:
+            chunks.append(pack(CONFIRM, xid))
+        elif opcode == OPEN:
+            chunks.append(pack(OPEN, xid))
+            taken += 1
+        elif 0 < opcode < OPEN:
+            chunks.append(pack(opcode, xid))
             back += opcode == UNREMOVE
         else:
             chunks += _encode_rare(opcode, item, xid)
@@ -4628,11 +4633,10 @@ class Queue:
         return bool(max_age) and item.add_time + max_age <= now
 
     def _next_xid(self):
-        xid = self.xid
-        while True:
+        xid = self.xid + 1
+        while xid in self.opens or xid in self.delays.items or xid >= _ASIDE:
             xid = xid + 1 if xid < _ASIDE - 1 else 1
-            if xid not in self.opens and xid not in self.delays.items:
-                return xid
+        return xid
 
     def _open(self, item):
         self.xid = item.xid = xid = self._next_xid()
@@ -4685,8 +4689,9 @@ class Queue:
 
     def _log(self, opcode, item, xid=0):
         ops = self.history.ops
+        is_first = not ops
         ops.append((opcode, item, xid))
-        if len(ops) == 1:
+        if is_first:
             self.host.changed(self)
 
     def _trace(self, ops):
@@ -6726,7 +6731,7 @@ class Session:
         see Queue.abort()."""
         reads = self.open_reads.get(queue, {})
         xids = list(itertools.islice(reads, count))
-        ended = (sum([queue.confirm(xid) for xid in xids]) if confirm
+        ended = (sum(map(queue.confirm, xids)) if confirm
                  else queue.abort(*xids, now=self.now, **how))
         history = queue.history
         if history.ops or history.unsafe:    # else nothing of it can be undone
@@ -6999,9 +7004,8 @@ _KESTREL_FIELDS = 7
 Get = collections.namedtuple("Get", "key keys with_cas")
 
 # The line of a set whose data block is to come. expiry: as it was sent. answer: if all goes well.
-# words: of the line. delay: milliseconds until the item is available. sync: whether it has to be
-# durable.
-Block = collections.namedtuple("Block", "key flags expiry answer size words delay sync")
+# delay: milliseconds until the item is available. sync: whether it has to be durable.
+Block = collections.namedtuple("Block", "key flags expiry answer size delay sync")
 
 
 def parse_key(text):
@@ -7067,7 +7071,7 @@ def _parse_block(words):
             else:
                 raise Refused("CLIENT_ERROR", "set knows the options delay= and sync")
         return Block(key, flags, _number(words[3], "expiry"),
-                     b"" if _is_silent(words) else b"STORED\r\n", size, words, delay, sync)
+                     b"" if _is_silent(words) else b"STORED\r\n", size, delay, sync)
     except Refused as error:
         error.skip = size + 2
         raise
@@ -7136,14 +7140,15 @@ def _parse_line(line, config):
             return MemcacheSession.get_beyond, get, None
         if key.peek or get.with_cas or key.name in config.aliases:
             return MemcacheSession.get_in_steps, get, None
+        ends = key.close or key.abort
         shown = _value_key(config.server, key, key.name)
         head = b"VALUE %b 0 %%d\r\n" % shown.replace(b"%", b"%%")
-        return MemcacheSession.do_get, (get, key.name, key.wait, key.open, key.close or key.abort,
-                                        head), None
+        return MemcacheSession.do_get, (get, key.name, key.wait, key.open, ends, head), None
     if name in _BLOCKS:
         block = _parse_block(words)
-        return (MemcacheSession.store_in_steps if block.delay or block.sync
-                else MemcacheSession.store), block, block.size
+        if block.delay or block.sync:
+            return MemcacheSession.store_in_steps, block, block.size
+        return MemcacheSession.store, (block, *block[:4]), block.size
     method = getattr(MemcacheSession, "do_" + name.decode("latin-1"), None)
     if method:
         return method, words, None
@@ -7173,7 +7178,8 @@ class MemcacheSession(LineSession):
         # Command line -> what it means, see _learn(). A stranger has none: its are checked there.
         self._lines = {} if self.is_stranger else self.broker.known_lines
         self._skip = 0                  # bytes of a refused data block still to come
-        self._block = None              # (command, the Block whose data is still to come)
+        # (command, its argument, size) of the data block that is still to come
+        self._block = None
         self._words = ()                # of the command in hand, if it waits
 
     @property
@@ -7199,7 +7205,8 @@ class MemcacheSession(LineSession):
                 else:
                     stop = pos + size
                     if stop + 2 > end:
-                        self._block = command, asked
+                        self._block = command, asked, size
+                        self._words = line.split()
                         self._needed = size + 2
                         break
                     if not data.startswith(b"\r\n", stop):
@@ -7275,19 +7282,18 @@ class MemcacheSession(LineSession):
 
     def _finish_block(self):
         """Store a data block that is complete now, without another copy."""
-        (command, block), self._block = self._block, None
-        self._kept.seek(block.size)
+        (command, asked, size), self._block = self._block, None
+        self._kept.seek(size)
         rest = self._kept.read()
-        self._kept.truncate(block.size)
+        self._kept.truncate(size)
         item = self._kept.getvalue()
         self._kept, self._needed = None, 0
         if rest[2:]:
             self._keep(rest[2:])
-        self._words = block.words
         try:
             if rest[:2] != b"\r\n":
                 raise Refused("CLIENT_ERROR", "bad data chunk", close=True)
-            waits = command(self, block, item)
+            waits = command(self, asked, item)
             if waits:
                 self._begin(waits)
         except (Refused, OSError) as error:
@@ -7301,8 +7307,8 @@ class MemcacheSession(LineSession):
         _check_byte(data[pos:pos + 1])
 
     def turn_away(self, error):
-        if self.command is None:
-            self._words = self._block[1].words if self._block else ()
+        if self.command is None and not self._block:
+            self._words = ()
         super().turn_away(error)
 
     def _reply(self, words, answer):
@@ -7323,9 +7329,9 @@ class MemcacheSession(LineSession):
 
     # -- storing
 
-    def store(self, block, data):
+    def store(self, asked, data):
         """set <queue> <flags> <expiry> <bytes>: done at once if that is possible."""
-        key, flags, expiry, answer, *_ = block
+        block, key, flags, expiry, answer = asked
         broker = self.broker
         queue = broker.takers.get(key)
         if queue is None or broker.refuses_writes or broker.low_space:
@@ -7370,13 +7376,13 @@ class MemcacheSession(LineSession):
                 raise error
         self._say(block.answer if stored else block.answer and b"NOT_STORED\r\n")
 
-    def _do_log_in(self, block, data):
+    def _do_log_in(self, _, data):
         name, _, password = data.partition(b" ")
         yield from self._log_in(name, password)
         if self.user is None:
             raise Refused("CLIENT_ERROR", "authentication failure", close=True)
         self._lines = self.broker.known_lines
-        self._say(block.answer)
+        self._reply(self._words, b"STORED\r\n")
 
     # -- reading
 
@@ -7417,18 +7423,19 @@ class MemcacheSession(LineSession):
     def _begin_read(self, key, queue):
         """Do what a key asks for before an item is read; return whether one is to be read.
         queue: None if there is none of that name."""
-        ends = key.close or key.abort
-        if key.open or not ends:             # checked first: what is refused has closed nothing
+        opening, closing = key.open, key.close
+        ends = closing or key.abort
+        if opening or not ends:              # checked first: what is refused has closed nothing
             broker = self.broker
             if broker.refuses_reads:
                 self._check_reads()
             if broker.config.users is not None:
                 self._check_user("get_users", key.name)
             if len(self.open_reads.get(queue, ())) > ends and not key.peek:
-                self._check_opens(queue, plain=not key.open, closing=int(ends))
+                self._check_opens(queue, plain=not opening, closing=int(ends))
         if ends and queue:
-            self._end_reads(queue, 1, key.close)
-        return key.open or not ends
+            self._end_reads(queue, 1, closing)
+        return opening or not ends
 
     def get_in_steps(self, get, begun=False):
         key = get.key
