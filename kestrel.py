@@ -1139,7 +1139,7 @@ def read_records(file, piece=_READ_SIZE, take_run=None, ends=None):
     unpack_addx = _ADDX.unpack_from
     checked = ends is not None
     ends = ends or 0                      # by what has been read
-    opcode = None
+    opcode = ADDX                         # as if there was a run before
     while True:
         if len(data) - pos < _LONGEST_HEAD:
             done = span if checked else pos
@@ -1226,50 +1226,53 @@ def read_run(data, pos, span, ends, items, room, delayed):
     """
     unpack, unpack_check, crc32 = _ADDX.unpack_from, _SUM.unpack_from, zlib.crc32
     unpack_flags, unpack_delayed = _FLAGS.unpack_from, _HEADS[ADD_DELAYED].unpack_from
-    count = size = closed = 0
+    count = closed = 0
+    used = 0                             # of the room
+    if items is None:
+        room = UNLIMITED
     skipped = False                      # whether what the next CHECK covers was only skipped
     view, whole = memoryview(data), len(data)
-    last = whole - _LONGEST_HEAD
     first = span = whole if span is None else span           # no CHECK covers less than nothing
-    while pos <= last:                   # the sizes of _HEADS and _CHECK stand as numbers here
-        opcode = data[pos]
-        if opcode == ADDX or opcode == ADDF:
-            _, length, add_time, expiry = unpack(data, pos)
-            start, flags, deliveries = pos + 21, 0, 0
-            if opcode == ADDF:
-                flags, deliveries = unpack_flags(data, start)
-                start += 8
-            end = pos + 5 + length
-            if not start <= end <= whole or deliveries > _MOST_DELIVERIES:
-                break
-            if items is not None:
-                room -= end - start + ITEM_COST
-                if room < 0:
+    with contextlib.suppress(struct.error):      # of a record that is cut short
+        while pos < whole:                   # the sizes of _HEADS and _CHECK stand as numbers here
+            opcode = data[pos]
+            if opcode == ADDX or opcode == ADDF:
+                _, length, add_time, expiry = unpack(data, pos)
+                start, end = pos + 21, pos + 5 + length
+                flags = deliveries = 0
+                if opcode == ADDF:
+                    flags, deliveries = unpack_flags(data, start)
+                    start += 8
+                    if deliveries > _MOST_DELIVERIES:
+                        break
+                cost = end - start + ITEM_COST
+                if not start <= end <= whole or used + cost > room:
                     break
-                items.append(Item(data[start:end], add_time, expiry, flags, deliveries))
-            count += 1
-            size += end - start
-            pos = end
-        elif opcode == CHECK:
-            covers, crc, after = unpack_check(data, pos + 1)
-            if covers != pos - span or after - ends != count << 40 or covers == 0 or (
-                    not skipped and crc32(view[span:pos]) != crc):
-                break                        # read_records() looks closer
-            pos = span = pos + 17
-            closed = count
-            skipped = items is None
-        elif opcode == ADD_DELAYED:
-            _, xid, due, length, add_time, expiry, flags, deliveries = unpack_delayed(data, pos)
-            start, end = pos + 41, pos + 17 + length
-            if not start <= end <= whole or deliveries > _MOST_DELIVERIES:
+                if items is not None:
+                    items.append(Item(data[start:end], add_time, expiry, flags, deliveries))
+                count += 1
+                used += cost
+                pos = end
+            elif opcode == CHECK:
+                covers, crc, after = unpack_check(data, pos + 1)
+                if covers != pos - span or after - ends != count << 40 or covers == 0 or (
+                        not skipped and crc32(view[span:pos]) != crc):
+                    break                        # read_records() looks closer
+                pos = span = pos + 17
+                closed = count
+                skipped = items is None
+            elif opcode == ADD_DELAYED:
+                _, xid, due, length, add_time, expiry, flags, deliveries = unpack_delayed(data, pos)
+                start, end = pos + 41, pos + 17 + length
+                if not start <= end <= whole or deliveries > _MOST_DELIVERIES:
+                    break
+                item = Item(data[start:end], add_time, expiry, flags, deliveries)
+                delayed.append(Delayed(due, xid, item, False))
+                skipped = False
+                pos = end
+            else:
                 break
-            item = Item(data[start:end], add_time, expiry, flags, deliveries)
-            delayed.append(Delayed(due, xid, item, False))
-            skipped = False
-            pos = end
-        else:
-            break
-    return pos, count, size, None if span == first else (span, closed, after)
+    return pos, count, used - count * ITEM_COST, None if span == first else (span, closed, after)
 
 
 def _only_zeros(data, file):
@@ -2356,7 +2359,11 @@ class Journal:
     def read(self, file, take_run):
         """Yield the records of one file, as read_records() does. Raises Damage."""
         is_open = file.fd is not None
-        with open(file.fd if is_open else file.path, "rb", 0, closefd=not is_open) as source:
+        if is_open and file.size < _READ_SIZE:         # as most are if there are many
+            source = io.BytesIO(os.pread(file.fd, file.size + 1, 0))
+        else:
+            source = open(file.fd if is_open else file.path, "rb", 0, closefd=not is_open)
+        with source:
             source.seek(0)
             yield from read_records(source, min(_LOAD_SIZE, file.size + 1), take_run)
 
@@ -3228,8 +3235,8 @@ class History:
         self.ops = []                        # (opcode, item, xid) of what is still to be written
         self.unsafe = []                     # those that are being written, or wait for an fsync
         self.writing = None                  # the Plan that the worker writes
-        self._pending = collections.deque()  # (position, call) of when_safe(), in order
-        self.syncing = collections.deque()   # (position, call) of when_durable()
+        self._pending = []                   # (position, call) of when_safe(), in order
+        self.syncing = []                    # (position, call) of when_durable()
 
     @property
     def logged(self):
@@ -3266,17 +3273,21 @@ class History:
 
     def settle(self):
         """Make the calls that waited for what is now safe, or durable."""
-        while self._pending and self._pending[0][0] <= self.safe:
-            self._pending.popleft()[1](None)
-        while self.syncing and self.syncing[0][0] <= self.durable:
-            self.syncing.popleft()[1](None)
+        for waiting, position in (self._pending, self.safe), (self.syncing, self.durable):
+            count = 0
+            while count < len(waiting) and waiting[count][0] <= position:
+                count += 1
+            due = waiting[:count]
+            del waiting[:count]              # before the calls, which may change the history
+            for _, call in due:
+                call(None)
 
     def go_back(self):
         """Give up the operations that are not safe; their positions are not used again. Return
         them, and a function that makes the calls that waited for them, with an OSError or None."""
         ops = self.unsafe + self.ops
         logged = self.logged
-        pending, self._pending = self._pending, collections.deque()
+        pending, self._pending = self._pending, []
         while self.syncing and self.syncing[-1][0] > self.safe:
             pending.append(self.syncing.pop())
         if self.durable == self.safe:
@@ -4361,7 +4372,8 @@ class Queue:
             self.delays.recount()
             self._watch_delays(_now())
         self.open_memory = sum(map(_cost, self.opens.values())) + self.delays.memory
-        self._set_limits()
+        if self.delays.items or self.paused:
+            self._set_limits()
         if self.opens:
             self.abort(*self.opens, orphaned=True)
             self.counters.canceled_transactions = 0
