@@ -5252,8 +5252,8 @@ class Histogram:
     def count(self):
         """Count the fresh values. Return how many values there were in all."""
         if self.fresh:
-            for bits in map(int.bit_length, self.fresh):
-                self.buckets[bits] += 1
+            for bits, count in collections.Counter(map(int.bit_length, self.fresh)).items():
+                self.buckets[bits] += count
             self.total += sum(self.fresh)
             self.recent = max(self.recent, *self.fresh)
             self.longest = max(self.longest, self.recent)
