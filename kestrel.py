@@ -3273,6 +3273,8 @@ class History:
 
     def settle(self):
         """Make the calls that waited for what is now safe, or durable."""
+        if not (self._pending or self.syncing):        # as a rule
+            return
         for waiting, position in (self._pending, self.safe), (self.syncing, self.durable):
             count = 0
             while count < len(waiting) and waiting[count][0] <= position:
@@ -5237,7 +5239,7 @@ SAMPLES = 120
 
 
 # How many fresh values there may be before they are counted.
-_MOST_FRESH = 200
+_MOST_FRESH = 1000
 
 
 class Histogram:
@@ -8296,10 +8298,9 @@ _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 # Factors that convert a value to seconds, by the end of its name in /stats.json.
 _SCALES = {"usec": 1e-6, "msec": 1e-3, "time": 1e-3}
 
-# How many pieces of a report are put together before other work gets its turn.
-_LINES_STEP = 400
-# How many figures are written at a time: more are faster, but are one piece.
-_FIGURES_STEP = 5
+# How many pieces of a report are put together before other work gets its turn, and how many
+# figures are one piece of /stats.json.
+_LINES_STEP, _FIGURES_STEP = 400, 20
 
 
 def _shown_name(name):
@@ -8484,14 +8485,14 @@ class AdminSession(Session):
             lines.append("Connection: close")
         return "\r\n".join(lines + ["", ""]).encode()
 
-    def _stream(self, kind, pieces):
-        """Answer with the pieces of text of a generator, some in each turn, so that a report is
+    def _stream(self, kind, pieces, step=_LINES_STEP):
+        """Answer with the pieces of text of a generator, `step` in each turn, so that a report is
         never in memory as a whole."""
         self._say(self._head(HTTPStatus.OK, kind,
                              "Transfer-Encoding: chunked" if self._request.chunked else None))
         yield
         if self._request.method != "HEAD":
-            for some in _batches(pieces, _LINES_STEP):
+            for some in _batches(pieces, step):
                 data = "".join(some).encode("utf-8", "backslashreplace")
                 self._say(b"%x\r\n%b\r\n" % (len(data), data) if self._request.chunked else data)
                 yield
@@ -8788,7 +8789,8 @@ _ADMIN_PATHS = {
     "/status": ("GET", lambda session: session.broker.status),
     "/readable": ("GET", lambda session: session._probe(session.broker.why_not_readable())),
     "/writable": ("GET", lambda session: session._probe(session.broker.why_not_writable())),
-    "/stats.json": ("GET", lambda session: session._stream(_JSON, session._json_pieces())),
+    "/stats.json": ("GET", lambda session: session._stream(
+        _JSON, session._json_pieces(), _LINES_STEP // _FIGURES_STEP)),
     "/stats.txt": ("GET", lambda session: session._stream(_TEXT, session._text_pieces())),
     "/metrics": ("GET", lambda session: session._stream(_PROMETHEUS, session._metric_lines())),
     "/queues.json": ("GET", lambda session: session._stream(_JSON, session._page_pieces())),
@@ -9482,9 +9484,12 @@ class Poller:
     def __init__(self, busy_poll):
         if hasattr(select, "epoll"):     # not on every system
             self._selector = select.epoll()
+            self._poll = self._selector.poll           # as (descriptor, events) pairs
             self._read, self._write = select.EPOLLIN, select.EPOLLOUT
         else:
             self._selector = selectors.DefaultSelector()
+            self._poll = lambda timeout, _: [
+                (key.fd, events) for key, events in self._selector.select(timeout)]
             self._read, self._write = selectors.EVENT_READ, selectors.EVENT_WRITE
         self._watched = {}               # descriptor -> (what was registered for it, events)
         self._busy_poll = busy_poll      # seconds
@@ -9498,10 +9503,8 @@ class Poller:
         """Return the events that there are, or that come within `timeout` seconds (None: for
         ever)."""
         watched, write = self._watched, self._write
-        events = (self._selector.poll(timeout, len(watched)) if hasattr(self._selector, "poll")
-                  else [(key.fd, mask) for key, mask in self._selector.select(timeout)])
         # An error, or the end of the connection, is there to be read.
-        return [(watched[fd][0], mask != write) for fd, mask in events]
+        return [(watched[fd][0], mask != write) for fd, mask in self._poll(timeout, len(watched))]
 
     def wait(self, timeout):
         """Wait for events, at most `timeout` seconds (None: for ever).
@@ -10355,15 +10358,14 @@ class Server:
             1, len(events) + len(broker.woken) + len(broker.tasks) - 1)
         end = self.mono + _FEED_SECONDS
         done = 0
-        while done < len(events):
+        while done < len(events) and not (
+                done and (clock() > end or len(broker.dirty) > _MOST_WRITES)):
             for one, readable in events[done:done + _EVENTS_STEP]:
                 try:
                     one.ready(readable)
                 except Exception as error:
                     self._unexpected(one, error)
             done += _EVENTS_STEP
-            if clock() > end or len(broker.dirty) > _MOST_WRITES:
-                break
         self._events = events[done:]
         if not self._events:             # a client that spoke in time is heard before its timer
             self.timers.run(self.mono)
@@ -10543,10 +10545,12 @@ class Server:
         written, failed = self.broker.write()
         for queue in written:
             self.syncs.written(queue)
-        # Up to the positions that answers depend on by now: what comes later may fail alone.
-        unsafe = self._unsafe = {
-            queue: queue.history.logged for queue in itertools.chain(self._unsafe, written)
-            if queue.history.unsafe or queue.history.ops}
+            if queue.history.unsafe or queue.history.ops:
+                self._unsafe[queue] = None
+        if self._unsafe:
+            # Up to the positions that answers depend on by now: what comes later may fail alone.
+            self._unsafe = {queue: queue.history.logged for queue in self._unsafe
+                            if queue.history.unsafe or queue.history.ops}
         if self.syncs.wanted:
             self.syncs.start()               # they run while answers are sent
         if self._announcer:
@@ -10557,7 +10561,7 @@ class Server:
         if self.broker.woken:
             active += [self.connections[session] for session in self.broker.woken
                        if session in self.connections]
-        self._answer(active, failed, unsafe)
+        self._answer(active, failed, self._unsafe)
         if self.broker.woken:            # the others have nothing more to do
             self.broker.woken = [one for one in self.broker.woken
                                  if one.state is WORKING or one.at_end]
@@ -10577,7 +10581,9 @@ class Server:
                 # As a rule there is just one small answer, or several. This is what flush() does
                 # then, without its calls.
                 data = b"".join(session.out)
-                session.out, session.touched, session.ended = [], [], []
+                session.out, session.touched = [], []
+                if session.ended:
+                    session.ended = []
                 try:
                     count = connection.sock.send(data) if data else 0
                     connection.last_active = mono
