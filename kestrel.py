@@ -61,9 +61,10 @@ Time is read once a turn and handed down as `now`.
 
 The path of a set, from recv to send: Server.turn(), Connection.ready(), Session.feed(),
 MemcacheSession._parse() and store(), Queue.add(); Queue.write() with Journal.plan() and write();
-Server._answer(). A get has do_get(), Queue.remove() and _give() in the place of store() and
-add(). This code runs for every command, so measure whatever you add to it. Gets of several keys,
-or with options that Kestrel does not have, go through get_beyond().
+Server._answer(). A get has do_get() and Queue.remove() in the place of store() and add(). This
+code runs for every command, so measure whatever you add to it. What cannot be done at once goes
+through store_in_steps() and get_in_steps(); gets of several keys, or with options that Kestrel
+does not have, through get_beyond().
 
 What fails is undone, in memory and in the files, back to the last safe position, before anybody
 is told: a refused command has not happened, and what was acknowledged before stays.
@@ -1139,7 +1140,7 @@ def read_records(file, piece=_READ_SIZE, take_run=None, ends=None):
     unpack_addx = _ADDX.unpack_from
     checked = ends is not None
     ends = ends or 0                      # by what has been read
-    opcode = ADDX                         # as if there was a run before
+    opcode = ADDX                         # as if an item stood before the first record
     while True:
         if len(data) - pos < _LONGEST_HEAD:
             done = span if checked else pos
@@ -1322,6 +1323,8 @@ def _delayed_head(delayed, size, deliveries=0):
 
 def _encode(ops, ends=0):
     """Return (the records of operations as a list of byte strings, the ends after them)."""
+    if ops and ops[0][0] == ops[-1][0] == REMOVE and {op[0] for op in ops} == {REMOVE}:
+        return [b"\1" * len(ops)], _go_on(ends, 0, len(ops), 0)     # it is 8 % of pipelined gets
     chunks = []
     added = taken = back = 0             # as _MOVES would say; without a look-up it is faster
     pack = _XID.pack
@@ -3235,8 +3238,9 @@ class History:
         self.ops = []                        # (opcode, item, xid) of what is still to be written
         self.unsafe = []                     # those that are being written, or wait for an fsync
         self.writing = None                  # the Plan that the worker writes
-        self._pending = []                   # (position, call) of when_safe(), in order
-        self.syncing = []                    # (position, call) of when_durable()
+        # (position, call) of when_safe(), in order, and of when_durable(): deques once there are
+        # any, since an empty deque takes 760 bytes.
+        self._pending = self.syncing = ()
 
     @property
     def logged(self):
@@ -3251,7 +3255,7 @@ class History:
         if position <= self.safe:
             call(None)
             return
-        pending = self._pending
+        pending = self._pending = self._pending or collections.deque()
         index = len(pending)
         while index and pending[index - 1][0] > position:
             index -= 1
@@ -3263,6 +3267,7 @@ class History:
         if self.logged <= self.durable:
             call(None)
         else:
+            self.syncing = self.syncing or collections.deque()
             self.syncing.append((self.logged, call))
 
     def advance(self, position):
@@ -3273,23 +3278,17 @@ class History:
 
     def settle(self):
         """Make the calls that waited for what is now safe, or durable."""
-        if not (self._pending or self.syncing):        # as a rule
-            return
-        for waiting, position in (self._pending, self.safe), (self.syncing, self.durable):
-            count = 0
-            while count < len(waiting) and waiting[count][0] <= position:
-                count += 1
-            due = waiting[:count]
-            del waiting[:count]              # before the calls, which may change the history
-            for _, call in due:
-                call(None)
+        while self._pending and self._pending[0][0] <= self.safe:
+            self._pending.popleft()[1](None)
+        while self.syncing and self.syncing[0][0] <= self.durable:
+            self.syncing.popleft()[1](None)
 
     def go_back(self):
         """Give up the operations that are not safe; their positions are not used again. Return
         them, and a function that makes the calls that waited for them, with an OSError or None."""
         ops = self.unsafe + self.ops
         logged = self.logged
-        pending, self._pending = self._pending, []
+        pending, self._pending = list(self._pending), ()
         while self.syncing and self.syncing[-1][0] > self.safe:
             pending.append(self.syncing.pop())
         if self.durable == self.safe:
@@ -7189,7 +7188,7 @@ class MemcacheSession(LineSession):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        # Command line -> what it means, see _learn(). A stranger has none: its are checked there.
+        # Command line -> what it means. A stranger has none, so that _learn() checks each line.
         self._lines = {} if self.is_stranger else self.broker.known_lines
         self._skip = 0                  # bytes of a refused data block still to come
         # (command, its argument, size) of the data block that is still to come
@@ -7425,7 +7424,7 @@ class MemcacheSession(LineSession):
         if item.flags:
             self._give(get, get.key, queue, item)
             return None
-        # This is what _give() does then: it is 3 % of the time of a get.
+        # This is what _give() does then, without its call: that takes 3 % of the time of a get.
         data = item.data
         size = len(data)
         out = self.out

@@ -1420,6 +1420,17 @@ def test_the_first_command_is_the_login(door, said, answer):
     assert not pieces.broker.stopping
 
 
+def test_a_stranger_may_not_say_what_others_have_said(door):
+    door = door("[queue]\nkeep_journal = false\n")
+    said = "get q\r\n" + set_("q", "x") + "version\r\n"
+    assert door.ask(LOGIN + said, "bob") == "STORED\r\nEND\r\nSTORED\r\nVERSION 1.0.0\r\n"
+    assert door.ask("get q\r\n", "one") == "CLIENT_ERROR unauthenticated\r\n✂"
+    assert door.ask("version\r\n", "two") == "CLIENT_ERROR unauthenticated\r\n✂"
+    assert door.ask(set_("q", "x"), "three") == "CLIENT_ERROR authentication failure\r\n✂"
+    assert door.ask(LOGIN + said, "bob again") == (
+        "STORED\r\nVALUE q 0 1\r\nx\r\nEND\r\nSTORED\r\nVERSION 1.0.0\r\n")
+
+
 @pytest.mark.parametrize("cut", [20, 25, 30, len(LOGIN)])
 def test_the_login_may_come_in_pieces_with_commands_behind_it(door, cut):
     door = door("[queue]\nkeep_journal = false\n")
@@ -1536,6 +1547,7 @@ def test_users_of_a_queue(door):
     assert "work" not in door.broker.queues and "open" not in door.broker.queues
     assert door(set_("work", "x"), "bob") == door(set_("both", "y"), "bob") == "STORED\r\n"
     assert door(set_("open", "z"), "ann") == "STORED\r\n"
+    assert door(set_("work", "x"), "ann") == may_not_put         # also when others have used it
     may_not_get = "CLIENT_ERROR bob is not among the get_users of work\r\n"
     for command in ("get work", "gets work", "get work/open", "get work/peek", "get work/t=5",
                     "monitor work 1", "delete work", "flush work", "flush_all"):
@@ -5665,6 +5677,8 @@ def test_get_gives_back_key_flags_and_data(talk):
     assert talk("get q\r\n") == "VALUE q 7 3\r\none\r\nEND\r\n"
     assert talk("get q/t=10/what\r\n") == "VALUE q/t=10/what 0 3\r\ntwo\r\nEND\r\n"
     assert talk("get q\r\n") == "VALUE q 0 8\r\n3\r\nEND\r\n\r\nEND\r\n"
+    assert talk(set_("50%d%%", "x") + "get 50%d%%\r\n") == (
+        "STORED\r\nVALUE 50%d%% 0 1\r\nx\r\nEND\r\n")
 
 
 def test_keep_flags_off(tmp_path):
@@ -5690,6 +5704,7 @@ def test_not_stored(tmp_path):
     assert talk(set_("q", "a") + set_("q", "version") + "version\r\n") == (
         "STORED\r\nNOT_STORED\r\nVERSION 1.0.0\r\n")
     assert talk(set_("s", "1234") + set_("s", "123")) == "NOT_STORED\r\nSTORED\r\n"
+    assert talk("set s 0 0 4 noreply\r\n1234\r\nversion\r\n") == "VERSION 1.0.0\r\n"
 
 
 def test_a_large_item_is_in_memory_once_while_it_arrives(talk):
@@ -5991,6 +6006,34 @@ def test_an_alias_hides_a_queue_of_its_name(tmp_path, caplog):
     assert "hides" in caplog.text
     assert talk("get all\r\nget all/peek\r\n") == "END\r\nEND\r\n"
     assert talk("delete all\r\n") == "DELETED\r\n" and (spool / "all").exists()
+
+
+def test_who_has_answers_to_read_is_heard_as_far_as_his_share_goes(talk):
+    session = talk.session()
+    for _ in range(2):
+        session.feed(b"version\r\n", NOW)
+    assert len(session.out) == 2 and session.state == "ready"
+    talk.broker.share = 100                  # there are more clients now
+    session.feed(b"version\r\n", NOW)
+    assert len(session.out) == 2 and session.state == "full"
+    session.take()
+    session.sent()
+    session.resume(NOW)
+    assert session.out == [b"VERSION 1.0.0\r\n"]
+
+
+def test_a_reload_that_makes_a_queue_an_alias(tmp_path):
+    """Of lines that the server has seen before, too."""
+    talk = Talk(tmp_path, "")
+    assert talk(set_("all", "x") * 2 + "get all\r\n").endswith("VALUE all 0 1\r\nx\r\nEND\r\n")
+    config_of(tmp_path, "[alias all]\ndestination_queues = a\n")
+    assert reload(talk.broker) is None
+    assert talk("get all\r\n" + set_("all", "y") + "get a\r\n") == (
+        "END\r\nSTORED\r\nVALUE a 0 1\r\ny\r\nEND\r\n")
+    config_of(tmp_path, "")
+    assert reload(talk.broker) is None
+    assert talk(set_("all", "z") + "get all\r\nget a\r\n") == (
+        "STORED\r\nVALUE all 0 1\r\nx\r\nEND\r\nEND\r\n")
 
 
 def test_a_child_made_after_the_first_set(talk):
@@ -9457,6 +9500,38 @@ def test_what_waits_for_an_fsync_gets_it_though_a_reload_turns_them_off(serve, m
     assert client.put("q", b"y" * 200) == "STORED\r\n"
 
 
+def test_client_timeout_goes_on_after_an_answer_that_was_held(tmp_path, skip):
+    """It was over while the answer waited for an fsync."""
+    with turned_by_hand(tmp_path, "[server]\nclient_timeout = 60s\n[queue]\nsync_journal = 0\n",
+                        1) as (server, (client,)):
+        session, = [connection.session for connection in server.connections.values()]
+        for state in "ready", "held":        # the first set creates the queue
+            client.send(set_("q", "x"))
+            while session.state != "held":
+                server.turn()
+            while session.state != state:
+                server.turn()
+        assert client.line() == "STORED\r\n"
+        skip(61)
+        while session.state == "held":
+            server.turn()
+        assert client.line() == "STORED\r\n" and len(server.connections) == 1
+        skip(61)
+        server.interrupt()                   # so that no turn waits
+        server.turn()
+        assert client.line() == ""
+
+
+def test_a_session_forgets_the_reads_that_it_has_closed(tmp_path):
+    with turned_by_hand(tmp_path, "", 1) as (server, (client,)):
+        session, = [connection.session for connection in server.connections.values()]
+        for command in (set_("q", "x"), "get q/open\r\n", "get q/close/open\r\n"):
+            client.send(command)
+            server.turn()
+        assert client.line() == "STORED\r\n" and client.item() == b"x" and client.item() is None
+        assert not (session.ended or session.open_reads or session.touched or session.out)
+
+
 def test_client_timeout_starts_with_the_answer(tmp_path, skip):
     def turns(seconds):
         skip(seconds)
@@ -10110,16 +10185,18 @@ def test_puts_are_refused_before_the_disk_is_full(serve, monkeypatch, caplog):
                    "[queue memory]\nkeep_journal = false\n" % admin)
     client = server.client()
     assert client.put("q", b"1") == client.put("q+child", b"1") == "STORED\r\n"
+    assert client.put("alone", b"1") == "STORED\r\n"
     free.f_bavail = 9
     until(lambda: server.server.broker.low_space)
     why = "there is no space for more: less than 10mb free (min_free_space)"
     assert client.put("q", b"2") == "SERVER_ERROR %s\r\n" % why
+    assert client.put("alone", b"2") == "SERVER_ERROR %s\r\n" % why
     assert client.put("new", b"2") == "SERVER_ERROR %s\r\n" % why
     assert client.put("memory", b"2") == "STORED\r\n"
     assert get_page(admin, "/writable") == (503, why + "\n")
     assert get_page(admin, "/readable")[0] == 200
     assert json.loads(get_page(admin, "/queues.json")[1])["trouble"] == why
-    assert 'kestrel_refused_total{reason="ENOSPC"} 2\n' in get_page(admin, "/metrics")[1]
+    assert 'kestrel_refused_total{reason="ENOSPC"} 3\n' in get_page(admin, "/metrics")[1]
     assert client.get("q/open") == b"1" and client.get("q/close") is None     # gets go on
     free.f_bavail = 10
     until(lambda: not server.server.broker.low_space)
@@ -11304,6 +11381,13 @@ def test_nothing_is_read_from_a_socket_that_was_gone_before_tls_began():
         context.wrap_socket(sock, True, do_handshake_on_connect=False).recv(100)
 
 
+def test_handshakes_come_last_and_a_few_a_turn():
+    server = types.SimpleNamespace(waiting={"w1", "w2"}, greeting=set("abcdefgh"))
+    events = [(one, True) for one in ["a", "b", "c", "r1", "d", "w1", "e", "f", "r2", "w2"]]
+    assert [one for one, _ in kestrel.Server._in_order(server, events)] == [
+        "w1", "w2", "r1", "r2", "a", "b", "c", "d"]
+
+
 def test_many_handshakes_at_once_are_all_made(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(kestrel, "_GREETINGS", 1)
     server = serve(secured(tmp_path))
@@ -11326,6 +11410,9 @@ def test_many_handshakes_at_once_are_all_made(serve, tmp_path, monkeypatch):
         assert client.line() == "STORED\r\n"
         client.close()
     first.close()
+    with Client(server.port):
+        until(lambda: server.server.greeting)
+    until(lambda: not (server.server.greeting or server.server.connections))
 
 
 def test_a_client_of_tls_may_be_idle_from_the_first(serve, tmp_path, skip):
