@@ -10394,7 +10394,7 @@ class Server:
 
     def _in_order(self, events):
         """Return the events of those who wait first: one that has hung up must not be given an
-        item; and a few handshakes at last, since they take long. poll() returns the others again."""
+        item; and a few handshakes last, since they take long. poll() returns the others again."""
         first, others, greetings = [], [], []
         for event in events:
             (first if event[0] in self.waiting else greetings if event[0] in self.greeting
