@@ -8493,7 +8493,9 @@ class AdminSession(Session):
         if self._request.method != "HEAD":
             for some in _batches(pieces, step):
                 data = "".join(some).encode("utf-8", "backslashreplace")
-                self._say(b"%x\r\n%b\r\n" % (len(data), data) if self._request.chunked else data)
+                if data:                     # a chunk of nothing would be the end
+                    self._say(b"%x\r\n%b\r\n" % (len(data), data) if self._request.chunked
+                              else data)
                 yield
             if self._request.chunked:
                 self._say(b"0\r\n\r\n")

@@ -8940,6 +8940,18 @@ def test_long_reports_come_in_steps(admin):
         assert "q249" in b"".join(itertools.chain(*said)).decode()
 
 
+def test_reports_of_many_queues_come_to_their_end(admin):
+    for number in range(1000):
+        admin.broker.queue("q%d" % number, NOW)
+    for path in ("stats.json", "stats.txt", "metrics", "queues.json"):
+        said = b"".join(itertools.chain(*turns_of(admin.session(path),
+                                                  request("GET /" + path).encode())))
+        (status, _, body), = responses(said.decode())
+        assert status == 200 and "q999" in body and body.endswith("\n"), path
+        if path == "metrics":
+            assert body.count('queue="q999"') == sum(bool(one.kind) for one in kestrel.QUEUE_STATS)
+
+
 def test_what_the_page_asks_for(admin):
     session = put_some(admin, "q", b"1", b"2")
     put_some(admin, WEIRD, b"<script>\xff")
