@@ -1140,7 +1140,7 @@ def read_records(file, piece=_READ_SIZE, take_run=None, ends=None):
     unpack_addx = _ADDX.unpack_from
     checked = ends is not None
     ends = ends or 0                      # by what has been read
-    opcode = ADDX                         # as if an item stood before the first record
+    opcode = ADDX                        # as if an item stood before the first record
     while True:
         if len(data) - pos < _LONGEST_HEAD:
             done = span if checked else pos
@@ -1324,7 +1324,7 @@ def _delayed_head(delayed, size, deliveries=0):
 def _encode(ops, ends=0):
     """Return (the records of operations as a list of byte strings, the ends after them)."""
     if ops and ops[0][0] == ops[-1][0] == REMOVE and {op[0] for op in ops} == {REMOVE}:
-        return [b"\1" * len(ops)], _go_on(ends, 0, len(ops), 0)     # it is 8 % of pipelined gets
+        return [b"\1" * len(ops)], _go_on(ends, 0, len(ops), 0)     # saves 8 % of a pipelined get
     chunks = []
     added = taken = back = 0             # as _MOVES would say; without a look-up it is faster
     pack = _XID.pack
@@ -7140,7 +7140,8 @@ def _value_key(settings, key, name):
 
 def _parse_line(line, config):
     """Return the method of MemcacheSession that does a command line, its argument, and the size
-    of the data block that has to come first, None for no block. Raises Refused."""
+    of the data block that has to come first, None for no block. The argument of store() and
+    do_get() is a tuple, which takes less time than the fields of a namedtuple. Raises Refused."""
     _check_byte(line[:1])
     words = line.split()
     if not words:
@@ -7373,7 +7374,7 @@ class MemcacheSession(LineSession):
         return min(max(expiry, 1), _LATEST)
 
     def store_in_steps(self, block, data):
-        """set, also with the options that Kestrel does not have."""
+        """set <queue> <flags> <expiry> <bytes>, also with options that Kestrel does not have."""
         if self.broker.config.users is not None:
             self._check_put(block.key)
         self._check_writes()
@@ -7451,6 +7452,7 @@ class MemcacheSession(LineSession):
         return opening or not ends
 
     def get_in_steps(self, get, begun=False):
+        """get <key>, also one that has to wait. begun: whether _begin_read() has been called."""
         key = get.key
         queue = self.broker.find(key.name)
         if not begun and not self._begin_read(key, queue):
@@ -8546,7 +8548,7 @@ class AdminSession(Session):
         for kind, pairs in self._figures():
             yield '%s"%s":{' % (before, kind)
             before = ""
-            for some in _batches(pairs, _FIGURES_STEP):          # one by one takes thrice as long
+            for some in _batches(pairs, _FIGURES_STEP):          # one by one takes three times as long
                 yield before + json.dumps(dict(some), separators=(",", ":"))[1:-1]
                 before = ","
             yield "}"
@@ -8592,7 +8594,7 @@ class AdminSession(Session):
         queues = []
         for queue in self._queues():
             queues.append((_label(queue.name), queue))
-            yield ""
+            yield ""                         # it takes several steps if there are many
         for one in QUEUE_STATS:
             if one.kind:
                 name, get, scale = "queue_" + one.metric, one.get, _scale(one.ostrich)
@@ -10359,8 +10361,9 @@ class Server:
             1, len(events) + len(broker.woken) + len(broker.tasks) - 1)
         end = self.mono + _FEED_SECONDS
         done = 0
-        while done < len(events) and not (
-                done and (clock() > end or len(broker.dirty) > _MOST_WRITES)):
+        while done < len(events):
+            if done and (clock() > end or len(broker.dirty) > _MOST_WRITES):
+                break
             for one, readable in events[done:done + _EVENTS_STEP]:
                 try:
                     one.ready(readable)
@@ -10395,8 +10398,9 @@ class Server:
         return events
 
     def _in_order(self, events):
-        """Return the events of those who wait first: one that has hung up must not be given an
-        item; and a few handshakes last, since they take long. poll() returns the others again."""
+        """Return the events, those of waiting clients first, since one that has hung up must not be
+        given an item, and a few handshakes last, since they take long. poll() returns the other
+        handshakes again."""
         first, others, greetings = [], [], []
         for event in events:
             (first if event[0] in self.waiting else greetings if event[0] in self.greeting
@@ -10547,7 +10551,7 @@ class Server:
         for queue in written:
             self.syncs.written(queue)
             if queue.history.unsafe or queue.history.ops:
-                self._unsafe[queue] = None
+                self._unsafe[queue] = None             # the position follows
         if self._unsafe:
             # Up to the positions that answers depend on by now: what comes later may fail alone.
             self._unsafe = {queue: queue.history.logged for queue in self._unsafe
