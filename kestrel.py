@@ -8548,7 +8548,7 @@ class AdminSession(Session):
         for kind, pairs in self._figures():
             yield '%s"%s":{' % (before, kind)
             before = ""
-            for some in _batches(pairs, _FIGURES_STEP):          # one by one takes three times as long
+            for some in _batches(pairs, _FIGURES_STEP):      # one by one takes three times as long
                 yield before + json.dumps(dict(some), separators=(",", ":"))[1:-1]
                 before = ","
             yield "}"
